@@ -1,0 +1,1 @@
+"""The curriculum: buckets, pacing and the schedule of stages. Pure numpy; imports neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""Difficulty: per-row signals, scoring them with Ray Data, and ranking rows from easy to hard."""

@@ -1,0 +1,1 @@
+"""The report: plots and a self-contained page that show what the curriculum did."""
