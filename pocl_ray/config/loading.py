@@ -1,0 +1,145 @@
+"""Reading a config: safe YAML, dotted overrides, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pocl_ray.config.root import Config
+from pocl_ray.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply `key.sub=value` overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown (the nearest right one is named),
+            or a value is out of range.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved config as YAML, enough to run it again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} stands twice{key_node.start_mark}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _add_float_resolver() -> None:
+    pattern = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
+
+
+_add_float_resolver()
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from None
+    try:
+        tree = _parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.strip() != key:
+        raise ConfigError(f"override {override!r}: write it as key.sub=value")
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML (quote it?)") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[leaf] = value
+
+
+def _describe(error: ValidationError) -> str:
+    return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
+
+
+def _describe_one(item: dict[str, Any]) -> str:
+    loc = [part for part in item["loc"] if isinstance(part, (str, int))]
+    place = ".".join(str(part) for part in loc)
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(Config, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {place}; {hint}"
+    if item["type"] == "missing":
+        return f"missing key {place}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) and place else ""
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _keys_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Return the declared keys of the section that `loc` leads to."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None:  # a key of a free mapping, such as the name of a test set
+            continue
+        found = _section_in(field.annotation)
+        if found is None:
+            return []
+        model = found
+    return sorted(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None

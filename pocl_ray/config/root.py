@@ -1,0 +1,96 @@
+"""The whole config of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pocl_ray.config.base import Section
+from pocl_ray.config.sources import (
+    DataConfig,
+    DifficultyConfig,
+    GenerationConfig,
+    StudentConfig,
+    TeacherConfig,
+    TokenizerConfig,
+)
+from pocl_ray.config.training import CurriculumConfig, DistillConfig, ScalingConfig, SftConfig, TrainConfig
+
+
+class ControlConfig(Section):
+    """Plain distillation at the same number of optimizer steps, as a control beside the curriculum."""
+
+    kd_temperature: float = Field(default=1.0, gt=0)
+    kd_ratio: float = Field(default=1.0, ge=0, le=1)
+
+
+class EvaluationConfig(Section):
+    """How the distilled student is compared with where it came from (POCL, section 4.1)."""
+
+    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
+    greedy: bool = Field(default=True, description="greedy answers as well")
+    generation: GenerationConfig = GenerationConfig(no_repeat_ngram_size=6)
+    dev_generation: GenerationConfig = Field(
+        default=GenerationConfig(sampling_temperature=0.0), description="of the dev ROUGE-L during training"
+    )
+    max_dev_rows: int | None = Field(default=None, ge=1, description="rows of the dev ROUGE-L during training")
+    teacher: bool = Field(default=True, description="evaluate the teacher as well")
+    student_before: bool = Field(default=True, description="evaluate the student before distillation as well")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("seeds must differ from one another")
+        return seeds
+
+
+class ReportConfig(Section):
+    """What the report shows beyond figures."""
+
+    num_examples: int = Field(default=5, ge=0, description="rows shown of the easiest and of the hardest")
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under storage_path")
+    storage_path: str = Field(default="runs", description="a local directory or s3://, gs://, hdfs://")
+    seed: int = Field(default=42, ge=0)
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    teacher: TeacherConfig
+    student: StudentConfig
+    difficulty: DifficultyConfig = DifficultyConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    distill: DistillConfig = DistillConfig()
+    train: TrainConfig = TrainConfig()
+    control: ControlConfig | None = Field(default=None, description="also train plain KD, as a control")
+    scaling: ScalingConfig = ScalingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        stages = self.curriculum.num_buckets if self.curriculum.pacing == "baby_step" else 1
+        for key in ("kd_temperature", "kd_ratio"):
+            values = getattr(self.curriculum, key).values
+            if values is not None and len(values) != stages:
+                raise ValueError(f"curriculum.{key} lists {len(values)} values, but there are {stages} stages")
+        if self.train.global_batch_rows % self.scaling.num_workers:
+            raise ValueError(
+                f"train.global_batch_rows ({self.train.global_batch_rows}) must be a multiple of "
+                f"scaling.num_workers ({self.scaling.num_workers})"
+            )
+        if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
+            raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        for role in (self.teacher, self.student):
+            if role.sft is not None:
+                self.sft_train(role.sft)
+        return self
+
+    def sft_train(self, sft: SftConfig) -> TrainConfig:
+        """Return `train` with the keys that `sft.train` sets; an unknown key is an error."""
+        merged: dict[str, Any] = {**self.train.model_dump(), **sft.train}
+        return TrainConfig.model_validate(merged)

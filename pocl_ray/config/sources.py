@@ -1,0 +1,145 @@
+"""Config of what goes in: rows, tokenizer, models, and how difficulty is measured."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pocl_ray.config.base import Section
+from pocl_ray.config.training import SftConfig
+
+ColumnRole = Literal["prompt", "instruction", "input", "output", "messages", "system", "topic"]
+
+
+class SourceConfig(Section):
+    """Where rows come from, and which of their columns mean what."""
+
+    path: str = Field(
+        description="file, glob, saved `datasets` directory, Hub id, s3:// URL, or samples://instructions"
+    )
+    format: Literal["auto", "jsonl", "parquet", "csv", "dataset", "hub", "samples"] = Field(
+        default="auto", description="auto: from the path's ending"
+    )
+    split: str | None = Field(default=None, description="split of a Hub data set, a DatasetDict or the samples")
+    subset: str | None = Field(default=None, description="configuration name of a Hub data set")
+    revision: str | None = Field(default=None, description="commit of a Hub data set")
+    columns: dict[ColumnRole, str] = Field(
+        default_factory=dict,
+        description="role -> column of the file; roles not given are looked up under their own names",
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="use only the first rows")
+
+
+class DataConfig(Section):
+    """Rows of training, development and test, and how they become prompts and tokens."""
+
+    train: SourceConfig
+    dev: SourceConfig | None = Field(default=None, description="without it, `holdout_rows` are taken from train")
+    holdout_rows: int = Field(default=0, ge=0, description="rows drawn from train (by seed) as dev set")
+    tests: dict[str, SourceConfig] = Field(default_factory=dict, description="name -> evaluation set; dev if none")
+    prompt_template: str = Field(
+        default="alpaca",
+        description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
+        "or a text of your own with {instruction} and {input}",
+    )
+    max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts lose their beginning")
+    max_tokens: int = Field(default=512, ge=2, description="prompt and response together; longer responses are cut")
+    max_reject_share: float = Field(default=0.05, ge=0, le=1, description="share of unusable rows that stops the run")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> DataConfig:
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError("max_prompt_tokens must be smaller than max_tokens, or no room is left for a response")
+        if self.dev is not None and self.holdout_rows:
+            raise ValueError("give either dev or holdout_rows, not both")
+        if self.dev is None and not self.holdout_rows:
+            raise ValueError("a dev set is needed: give data.dev, or data.holdout_rows to take it from train")
+        return self
+
+    @field_validator("tests")
+    @classmethod
+    def _set_names(cls, tests: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in tests:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"set name {name!r} may hold letters, digits, '-' and '_' only")
+        return tests
+
+
+class TokenizerConfig(Section):
+    """The tokenizer, where it is not the teacher's own."""
+
+    path: str | None = Field(default=None, description="directory or Hub id; default: the teacher's")
+    train_vocab_size: int | None = Field(
+        default=None, ge=300, description="train a byte-level BPE of this size on the training rows instead"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizerConfig:
+        if self.path is not None and self.train_vocab_size is not None:
+            raise ValueError("give either path or train_vocab_size, not both")
+        return self
+
+
+class ModelConfig(Section):
+    """A causal language model: a Hub id or a directory of safetensors, or an architecture to initialise."""
+
+    path: str | None = Field(default=None, description="Hub id or local directory")
+    revision: str | None = Field(default=None, description="commit, tag or branch of a Hub model")
+    architecture: dict[str, Any] | None = Field(
+        default=None, description="model_type and sizes of a model to initialise at random"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of inference; auto: the checkpoint's on a GPU, bfloat16 or float32 on a CPU"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+    sft: SftConfig | None = Field(default=None, description="supervised fine-tuning before anything else")
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen large model."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of path and architecture")
+        if self.architecture is not None and self.sft is None:
+            raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
+        return self
+
+
+class StudentConfig(ModelConfig):
+    """The small model that is trained: a checkpoint, an architecture, or some layers of the teacher."""
+
+    num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentConfig:
+        if sum(x is not None for x in (self.path, self.architecture, self.num_layers)) != 1:
+            raise ValueError("give exactly one of path, architecture and num_layers (layers cut from the teacher)")
+        return self
+
+
+class GenerationConfig(Section):
+    """How a response is generated."""
+
+    sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
+    batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
+
+
+class DifficultyConfig(Section):
+    """Which signals say how hard a row is, and how they are fused (POCL, section 3.2)."""
+
+    signals: tuple[str, ...] = Field(default=("rouge_l", "ce_loss"), min_length=1, description="in fusion order")
+    rrf_k: float = Field(default=60.0, ge=0, description="constant of reciprocal rank fusion")
+    tie_break: Literal["file_order", "seeded"] = Field(
+        default="file_order", description="order of equally hard rows: the file's (the authors'), or drawn by seed"
+    )
+    generation: GenerationConfig = GenerationConfig(sampling_temperature=0.01, no_repeat_ngram_size=6)
+    batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
+    shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")

@@ -1,0 +1,166 @@
+"""Config of the curriculum and of training: stages, loss, optimizer, scale."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pocl_ray.config.base import Section
+
+
+class ScheduleConfig(Section):
+    """A value for each stage: from `start` to `end`, or `values` one by one.
+
+    In YAML a number stands for a constant and a list for `values`.
+    """
+
+    shape: Literal["linear", "cosine", "constant", "list"] = "linear"
+    start: float | None = None
+    end: float | None = None
+    values: tuple[float, ...] | None = Field(default=None, min_length=1, description="one value a stage")
+    decimals: int | None = Field(default=2, ge=0, le=9, description="the paper rounds to two places; null: not at all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, (int, float)) and not isinstance(data, bool):
+            return {"shape": "constant", "start": data, "end": data, "decimals": None}
+        if isinstance(data, (list, tuple)):
+            return {"shape": "list", "values": data, "decimals": None}
+        if isinstance(data, dict) and "values" in data and "shape" not in data:
+            return {**data, "shape": "list"}
+        return data
+
+    @model_validator(mode="after")
+    def _complete(self) -> ScheduleConfig:
+        if self.shape == "list":
+            if self.values is None or self.start is not None or self.end is not None:
+                raise ValueError("a list schedule takes values, and neither start nor end")
+        elif self.start is None or self.values is not None:
+            raise ValueError(f"a {self.shape} schedule takes start and end, and no values")
+        elif self.shape == "constant":
+            if self.end not in (None, self.start):
+                raise ValueError("a constant schedule takes one value; for a ramp set shape to linear")
+        elif self.end is None:
+            raise ValueError(f"a {self.shape} schedule takes start and end")
+        return self
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the smallest and the largest value that the schedule can take."""
+        numbers = self.values or tuple(x for x in (self.start, self.end) if x is not None)
+        return min(numbers), max(numbers)
+
+
+class CurriculumConfig(Section):
+    """Buckets, pacing, and what changes from stage to stage (POCL, section 3.3)."""
+
+    pacing: Literal["baby_step", "none"] = Field(
+        default="baby_step", description="baby_step: stage k trains on buckets 0..k; none: one stage on everything"
+    )
+    num_buckets: int = Field(default=4, ge=1)
+    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage")
+    kd_temperature: ScheduleConfig = ScheduleConfig(start=1.0, end=2.0)
+    kd_ratio: ScheduleConfig = ScheduleConfig(start=0.7, end=1.0)
+    optimizer: Literal["restart", "continuous"] = Field(
+        default="restart",
+        description="restart: fresh moments and LR schedule in each stage (the paper); continuous: one over all stages",
+    )
+    hand_off: Literal["best", "last"] = Field(
+        default="best", description="what the next stage starts from: the best checkpoint by dev ROUGE-L, or the last"
+    )
+
+    @field_validator("kd_temperature")
+    @classmethod
+    def _positive(cls, schedule: ScheduleConfig) -> ScheduleConfig:
+        if schedule.bounds()[0] <= 0:
+            raise ValueError("temperatures must be above 0")
+        return schedule
+
+    @field_validator("kd_ratio")
+    @classmethod
+    def _share(cls, schedule: ScheduleConfig) -> ScheduleConfig:
+        low, high = schedule.bounds()
+        if low < 0 or high > 1:
+            raise ValueError("kd_ratio lies between 0 (supervised) and 1 (distillation alone)")
+        return schedule
+
+
+class DistillConfig(Section):
+    """The distillation loss, and where the teacher's part of it comes from."""
+
+    loss: str = Field(default="forward_kl", description="a divergence of pocl_ray.distill.losses, or a plug-in's")
+    loss_args: dict[str, float] = Field(
+        default_factory=dict, description="parameters of the loss: alpha, lam, beta ..."
+    )
+    scale_by_t_squared: bool | None = Field(
+        default=None, description="multiply by kd_temperature squared; null: as the authors do for this loss"
+    )
+    teacher_cache: Literal["none", "hidden"] = Field(
+        default="hidden", description="hidden: store the teacher's final hidden states once (exact); none: run it live"
+    )
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the stored hidden states; auto: the teacher's own"
+    )
+    chunk_mib: int = Field(default=64, ge=1, description="float32 logits held at a time, in MiB")
+
+
+class TrainConfig(Section):
+    """Optimizer, batch and precision; shared by distillation and supervised fine-tuning."""
+
+    global_batch_rows: int = Field(default=64, ge=1, description="rows of an optimizer step, over all workers")
+    micro_batch_rows: int = Field(default=8, ge=1, description="rows of one forward pass on one worker")
+    learning_rate: float = Field(default=1e-4, gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the LR rises")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="LR at the end, relative to the peak")
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    deepspeed: dict[str, Any] | str | None = Field(
+        default=None, description="your own DeepSpeed config (mapping or JSON file), merged; a conflict is an error"
+    )
+    eval_every_epochs: int = Field(default=1, ge=1, description="dev loss and dev ROUGE-L after every k epochs")
+    checkpoint_every_steps: int | None = Field(
+        default=None, ge=1, description="also between evaluations; null: at each evaluation only"
+    )
+    num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    log_every_steps: int = Field(default=1, ge=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError("betas lie between 0 and 1")
+        return betas
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning: the same worker with one stage, all rows and kd_ratio 0."""
+
+    num_epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
+    train: dict[str, Any] = Field(default_factory=dict, description="keys of `train` that differ here")
+
+
+class ScalingConfig(Section):
+    """Workers and actors, and what each of them asks the cluster for."""
+
+    num_workers: int = Field(default=1, ge=1, description="training workers")
+    use_gpu: bool | None = Field(default=None, description="null: a GPU for each worker if the cluster has any")
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    student_actors: int = Field(default=1, ge=1, description="actors that run the student while scoring, at most")
+    teacher_actors: int = Field(default=1, ge=1, description="actors that run the teacher while scoring, at most")
+    evaluation_actors: int = Field(default=2, ge=1, description="actors that generate answers in evaluation, at most")
+    cpus_per_actor: float = Field(default=1.0, gt=0)
+    gpus_per_actor: float = Field(default=1.0, ge=0, description="where GPUs are used")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
+    accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
+    collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
+    start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
