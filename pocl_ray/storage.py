@@ -24,6 +24,9 @@ from filelock import FileLock
 from pocl_ray.errors import StorageError
 
 
+_LOCAL = pafs.LocalFileSystem()
+
+
 def fingerprint(value: Any) -> str:
     """Return the sha256 of a JSON-like value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
@@ -179,9 +182,7 @@ class RunDirectory:
                 _publish_locally(local, Path(target))
                 return
             self.delete(rel)
-            pafs.copy_files(
-                str(local), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem
-            )
+            pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
         except OSError as error:
             raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
 
@@ -244,9 +245,7 @@ def localize(uri: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / ".lock")):
         if not (folder / ".complete").exists():
-            pafs.copy_files(
-                path, str(target), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem()
-            )
+            pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
             (folder / ".complete").touch()
     return str(target)
 
