@@ -23,7 +23,6 @@ from filelock import FileLock
 
 from pocl_ray.errors import StorageError
 
-
 _LOCAL = pafs.LocalFileSystem()
 
 
