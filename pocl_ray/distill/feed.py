@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class Feed:
         their last one, which does not count.
         """
         order = np.argsort(-self.lengths, kind="stable")
-        num_batches = -(-(-(-len(order) // self.world_size)) // self.micro_batch_rows)
+        num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
         for index in range(num_batches):
             ids = mine[index * self.micro_batch_rows : (index + 1) * self.micro_batch_rows]

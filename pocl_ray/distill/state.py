@@ -29,7 +29,12 @@ class TrainingState:
         self.stage = engine.train.zero_stage
         self.wrapper = engine.deepspeed.optimizer
         self.adam = self.wrapper if self.stage == 0 else self.wrapper.optimizer
-        known = {0: "AdamW", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+        known = {
+            0: "AdamW",
+            1: "DeepSpeedZeroOptimizer",
+            2: "DeepSpeedZeroOptimizer",
+            3: "DeepSpeedZeroOptimizer_Stage3",
+        }
         if type(self.wrapper).__name__ != known[self.stage]:
             raise ConfigError(
                 f"train.deepspeed: it makes DeepSpeed use {type(self.wrapper).__name__}, whose state cannot be "
@@ -68,7 +73,9 @@ class TrainingState:
             for kind in kinds:
                 yield kind, name, self._get(parameter, kind)
 
-    def load(self, read: Callable[[str, str], torch.Tensor], kinds: tuple[str, ...], num_adam_steps: int | None) -> None:
+    def load(
+        self, read: Callable[[str, str], torch.Tensor], kinds: tuple[str, ...], num_adam_steps: int | None
+    ) -> None:
         """Set the state from what rank 0 reads.
 
         Args:
@@ -108,7 +115,11 @@ class TrainingState:
     def _partitions(self) -> list[torch.Tensor]:
         if self.stage == 0:
             return [p for _, p in self.parameters]
-        return self.wrapper.single_partition_of_fp32_groups if self.stage < 3 else self.wrapper.fp32_partitioned_groups_flat
+        return (
+            self.wrapper.single_partition_of_fp32_groups
+            if self.stage < 3
+            else self.wrapper.fp32_partitioned_groups_flat
+        )
 
     def _fill_steps(self, value: int) -> None:
         for partition in self._partitions():
