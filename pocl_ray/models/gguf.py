@@ -105,8 +105,9 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
-    model.hf_quantizer = None
-    model.is_quantized = False
+    # Set as plain attributes: saving asks them whether the weights are still quantized.
+    object.__setattr__(model, "hf_quantizer", None)
+    object.__setattr__(model, "is_quantized", False)
     return model, tokenizer
 
 

@@ -49,12 +49,14 @@ def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dt
 
 def _dtype_of(ref: ModelRef, config: PreTrainedConfig) -> torch.dtype | None:
     """The dtype that load_model would use; None is that of the stored tensor."""
-    return config.dtype if ref.dtype == "auto" else getattr(torch, ref.dtype)
+    if ref.dtype != "auto":
+        return getattr(torch, ref.dtype)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
 
 
 def _read_head(ref: ModelRef, config: PreTrainedConfig) -> tuple[Tensor, Tensor | None] | None:
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
-    if architecture is None or getattr(config, "quantization_config", None) is not None:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not isinstance(architecture, type) or getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):
         skeleton = architecture(config)

@@ -176,9 +176,7 @@ def split_model(model: PreTrainedModel) -> Parts:
     return Parts(model.base_model, head, LogitTransform.of(model.config))
 
 
-def response_hidden(
-    model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor
-) -> Tensor:
+def response_hidden(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
     """Return the final hidden states of response positions.
 
     Args:
@@ -224,4 +222,4 @@ def check_split(model: PreTrainedModel) -> None:
         model.train(was_training)
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
-        raise ModelError(f"{type(model).__name__}: its logits are not head(hidden states); this family is not supported")
+        raise ModelError(f"{type(model).__name__}: its logits are not head(hidden states); this family cannot be split")

@@ -30,7 +30,6 @@ class LiveTeacher:
         self._parts = split_model(self.model)
         self.head: HeadWeights = head_of(self.model)
 
-    @torch.inference_mode()
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
         """Return the final hidden states of response positions.
 
@@ -40,7 +39,8 @@ class LiveTeacher:
             response_index_N: flat positions `b * T + t`.
 
         Returns:
-            teacher_hidden_NK, on the teacher's device and in its dtype. It is an inference tensor: it may enter a loss
-            as a constant, but autograd must not save it (a linear layer with a frozen weight does not).
+            teacher_hidden_NK, on the teacher's device and in its dtype, without gradient.
         """
-        return self._parts.response_hidden(input_ids_BT, attention_mask_BT, response_index_N)
+        with torch.inference_mode():
+            hidden_NK = self._parts.response_hidden(input_ids_BT, attention_mask_BT, response_index_N)
+        return hidden_NK.clone()  # made outside: autograd refuses to save an inference tensor, and losses may want to

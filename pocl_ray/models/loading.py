@@ -63,7 +63,7 @@ def load_model(
         options["attn_implementation"] = ref.attention
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 _location(ref),
                 revision=ref.revision,
                 trust_remote_code=ref.trust_remote_code,
@@ -73,9 +73,10 @@ def load_model(
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{ref.path}: cannot be loaded: {_first_line(error)}") from error
-    _check_complete(ref, report)
+    model: PreTrainedModel = loaded[0]
+    _check_complete(ref, loaded[1])
     release_eos_row(model)
-    model.to(device)
+    nn.Module.to(model, device)
     return model.eval() if eval_mode else model.train()
 
 
@@ -133,7 +134,7 @@ def release_eos_row(model: PreTrainedModel) -> None:
     `nn.Embedding(padding_idx=...)` gives that row no gradient. With pad = eos the row of a real token would stand still
     for ever. The forward pass is unaffected; padding is kept out by the attention mask and the labels.
     """
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     eos = model.config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [eos]
     if getattr(embedding, "padding_idx", None) in eos_ids:

@@ -13,8 +13,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -183,7 +183,8 @@ def _check_architecture(ref: ModelRef, config: dict[str, Any]) -> None:
         raise ModelError(f"{ref.path}: brings its own Python code for {model_type!r}; {remedy}")
     if model_type is None:
         raise ModelError(f"{ref.path}: config.json names no model_type")
-    raise ModelError(f"{ref.path}: transformers knows no model_type {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
+    hint = nearest(model_type, CONFIG_MAPPING)
+    raise ModelError(f"{ref.path}: transformers knows no model_type {model_type!r}{hint}")
 
 
 def nearest(name: Any, known: Any) -> str:

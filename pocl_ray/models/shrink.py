@@ -54,10 +54,12 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     try:
         student.load_state_dict(_cut_state(model.state_dict(), prefix, kept), strict=True)
     except RuntimeError as error:
-        raise ModelError(f"{family}: a student cannot be cut from this family ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{family}: a student cannot be cut from this family ({reason})") from error
     student.generation_config = copy.deepcopy(model.generation_config)
     release_eos_row(student)
-    return student.to(model.device).train()
+    nn.Module.to(student, model.device)
+    return student.train()
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
