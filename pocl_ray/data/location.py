@@ -173,9 +173,7 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + re.escape(glob[end:]), re.DOTALL)
 
 
-def _source_file(
-    source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str, info: pafs.FileInfo
-) -> SourceFile:
+def _source_file(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str, info: pafs.FileInfo) -> SourceFile:
     # A URL names its files by URL; a local path by path.
     prefix = source.path.partition("://")[0] + "://" if is_remote(source.path) else ""
     return SourceFile(prefix + info.path, _file_format(source, info.path), filesystem, info.path)

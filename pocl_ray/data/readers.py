@@ -116,7 +116,9 @@ def _read_csv(file: SourceFile) -> Iterator[SourceRow | Reject]:
                 record = next(records, None)
             except csv.Error as error:
                 if records.line_num > first_line:  # rows were swallowed: no telling how many
-                    raise DataError(f"{file.uri}: a quote opened in line {first_line} is not closed ({error})") from None
+                    raise DataError(
+                        f"{file.uri}: a quote opened in line {first_line} is not closed ({error})"
+                    ) from None
                 number += 1
                 yield Reject(file.uri, number, f"not CSV (line {first_line}: {error})")
                 continue

@@ -101,9 +101,7 @@ def _load_from_hub(source: SourceConfig) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(
-            source.path, name=source.subset, split=source.split, revision=source.revision
-        )
+        loaded = datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source.path}: cannot be loaded from the Hub ({first_line(error)}); check id, subset, split and network, "
@@ -147,4 +145,3 @@ def _file_state(file: SourceFile) -> list[Any]:
         return [ending_of(file.path), file_digest(Path(file.path))]
     except OSError as error:
         raise DataError(f"{file.uri}: cannot be read ({error.strerror})") from None
-
