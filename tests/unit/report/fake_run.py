@@ -19,7 +19,22 @@ TOPICS = (
     "subtract", "unit conversion", "find the name", "extract a date", "classify sentiment", "shorten a sentence",
 )  # fmt: skip
 EVIL = "<script>alert('x')</script> | `a` **b** $x_{$ & \"q\""
-_WORDS = ["apple", "river", "stone", "cloud", "green", "seven", "market", "window", "silver", "garden", "morning", "paper", "bridge", "table"]
+_WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "green",
+    "seven",
+    "market",
+    "window",
+    "silver",
+    "garden",
+    "morning",
+    "paper",
+    "bridge",
+    "table",
+]
 _SEEDS = (10, 20, 30, 40, 50)
 
 CONFIG = """\
