@@ -43,7 +43,7 @@ def test_a_missing_file_is_named_with_its_near_names(tmp_path: Path) -> None:
         locate(SourceConfig(path=str(tmp_path / "trian.jsonl")))
     with pytest.raises(DataError, match=r"zzzzzzzz: no such file; the folder holds train\.jsonl$"):
         locate(SourceConfig(path=str(tmp_path / "zzzzzzzz")))
-    with pytest.raises(DataError, match="there is no folder .*nowhere either"):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere either"):
         locate(SourceConfig(path=str(tmp_path / "nowhere" / "a.jsonl")))
 
 
@@ -93,5 +93,5 @@ def test_hub_ids_are_told_from_misspelt_paths(tmp_path: Path, monkeypatch: pytes
 def test_file_urls_are_local_and_unknown_schemes_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl")
     assert names_found(f"file://{tmp_path}/a.jsonl") == ["a.jsonl"]
-    with pytest.raises(StorageError, match="nosuch://bucket/a.jsonl: cannot be opened"):
+    with pytest.raises(StorageError, match=r"nosuch://bucket/a\.jsonl: cannot be opened"):
         locate(SourceConfig(path="nosuch://bucket/a.jsonl"))

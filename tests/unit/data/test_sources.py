@@ -109,7 +109,9 @@ def test_a_hub_without_the_split_asked_for_lists_those_there(monkeypatch: pytest
         values("owner/rows")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no net\nmore"), ValueError("Unknown split"), RuntimeError("script")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no net\nmore"), ValueError("Unknown split"), RuntimeError("script")]
+)
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def load(*_: object, **__: object) -> None:
         raise error
