@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.rows import RowStore
@@ -108,6 +107,5 @@ class Feed:
     def _taught(self, batch: MicroBatch) -> MicroBatch:
         if self.live is None:
             return batch
-        with torch.inference_mode():
-            hidden = self.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
-        return replace(batch, teacher_hidden_NK=hidden.clone())
+        hidden = self.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
+        return replace(batch, teacher_hidden_NK=hidden)

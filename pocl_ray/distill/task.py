@@ -7,7 +7,7 @@ from typing import Literal
 
 from pocl_ray.config import DistillConfig, GenerationConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import Stage
+from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
 
 
@@ -25,10 +25,10 @@ class TrainTask:
         student: What is trained, as it is before.
         teacher: The frozen teacher; None for supervised fine-tuning.
         teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
-        cache_fingerprint: What the caches must have been made from.
+        teacher_fingerprint: Of the teacher that the caches must have been made by.
         tokenizer: Tokenizer directory.
-        rows: Arrow file of the training rows.
-        dev_rows: Arrow file of the dev rows.
+        rows: The training rows.
+        dev_rows: The dev rows.
         scores: Parquet file whose `rank` orders the rows; None for file order.
         train: Optimizer, batch and precision.
         distill: Loss and chunking.
@@ -50,10 +50,10 @@ class TrainTask:
     student: ModelRef
     teacher: ModelRef | None
     teacher_cache: str | None
-    cache_fingerprint: str
+    teacher_fingerprint: str
     tokenizer: str
-    rows: str
-    dev_rows: str
+    rows: RowsSummary
+    dev_rows: RowsSummary
     scores: str | None
     train: TrainConfig
     distill: DistillConfig

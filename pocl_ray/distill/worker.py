@@ -33,7 +33,7 @@ from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.records import RANK
+from pocl_ray.records import RANK, RowsSummary
 from pocl_ray.storage import localize
 
 MIN_REPORT_INTERVAL_S = 0.25
@@ -80,10 +80,10 @@ def _set_up(task: TrainTask, board: Any, device: torch.device) -> TrainingLoop:
     if head is not None:
         engine.module.attach_teacher_head(head)
     pad_id = int(tokenizer.pad_token_id)
-    rows, dev_rows = (RowStore.open(run_dir.local(rel)) for rel in (task.rows, task.dev_rows))
+    rows, dev_rows = (RowStore.open(run_dir.local(made.path)) for made in (task.rows, task.dev_rows))
     feed, dev_feed = (
-        Feed(store, pad_id, train.micro_batch_rows, rank, world_size, _cache(task, name), live)
-        for name, store in (("train", rows), ("dev", dev_rows))
+        Feed(store, pad_id, train.micro_batch_rows, rank, world_size, _cache(task, made), live)
+        for made, store in ((task.rows, rows), (task.dev_rows, dev_rows))
     )
     divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
     settings = StepSettings(1.0, 0.5 if task.teacher is not None else 0.0, divergence)
@@ -106,11 +106,11 @@ def _teacher(task: TrainTask, device: torch.device) -> tuple[TeacherHead | None,
     return TeacherHead.of(live.head), live
 
 
-def _cache(task: TrainTask, name: str) -> HiddenCache | None:
+def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:
     if task.teacher is None or task.teacher_cache is None:
         return None
-    directory = task.run_dir.local(f"{task.teacher_cache}/{name}")
-    return HiddenCache.open(directory, expect_fingerprint=task.cache_fingerprint)
+    directory = task.run_dir.local(f"{task.teacher_cache}/{made.name}")
+    return HiddenCache.open(directory, task.teacher_fingerprint, made.fingerprint, made.num_rows)
 
 
 def _order(task: TrainTask, num_rows: int) -> np.ndarray:
