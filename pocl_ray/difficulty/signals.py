@@ -1,7 +1,7 @@
 """Difficulty signals from the hidden states of response tokens: per-token values, averaged by row.
 
-With p the teacher's next-token distribution, q the student's and y the reference's tokens, a row's signals are means over
-its response tokens of
+With p the teacher's next-token distribution, q the student's and y the reference's tokens, a row's signals are means
+over its response tokens of
 
     ce_loss              -log q(y)
     student_confidence   max q

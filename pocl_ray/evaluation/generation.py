@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ from pocl_ray.config import GenerationConfig
 _FIRST_ROUND_TOKENS = 16
 _ROUND_TOKENS = 32
 
+Tokens = npt.NDArray[np.integer[Any]]
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -34,33 +37,42 @@ class GenerationSettings:
         sampling_temperature: Divides the logits before sampling; 0 is greedy.
         top_p: Samples from the smallest set of tokens with this much probability; 1 keeps all.
         no_repeat_ngram_size: No n-gram of this length comes twice, the prompt's included; 0 allows all.
-        max_tokens: Prompt and answer together.
-        max_new_tokens: Answer alone; None leaves `max_tokens` as the only limit.
+        max_new_tokens: Of each answer, at least 1; one number for all prompts, or one for each.
         batch_rows: Rows generated at once.
     """
 
     sampling_temperature: float = 1.0
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0
-    max_tokens: int = 512
-    max_new_tokens: int | None = None
+    max_new_tokens: int | Sequence[int] = 256
     batch_rows: int = 64
 
     @classmethod
-    def of(cls, config: GenerationConfig, max_tokens: int) -> GenerationSettings:
-        """Resolve a section of the config; `max_tokens` is `data.max_tokens`."""
-        return cls(max_tokens=max_tokens, **config.model_dump())
+    def of(cls, config: GenerationConfig, max_tokens: int, prompts: Sequence[Tokens]) -> GenerationSettings:
+        """Resolve a section of the config for some prompts.
 
-    def limit(self, num_prompt_tokens: int) -> int:
-        """Return how many tokens the answer to a prompt of this length may have, at least 1."""
-        room = max(1, self.max_tokens - num_prompt_tokens)
-        return room if self.max_new_tokens is None else min(room, self.max_new_tokens)
+        Args:
+            config: The section.
+            max_tokens: `data.max_tokens`: prompt and answer together.
+            prompts: Token ids of each prompt.
+        """
+        cap = max_tokens if config.max_new_tokens is None else config.max_new_tokens
+        limits = tuple(max(1, min(cap, max_tokens - len(prompt))) for prompt in prompts)
+        return cls(**{**config.model_dump(), "max_new_tokens": limits})
+
+    def limits(self, num_prompts: int) -> list[int]:
+        """Return how many tokens each answer may have."""
+        if isinstance(self.max_new_tokens, int):
+            return [self.max_new_tokens] * num_prompts
+        if len(self.max_new_tokens) != num_prompts:
+            raise ValueError(f"{len(self.max_new_tokens)} limits for {num_prompts} prompts")
+        return list(self.max_new_tokens)
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[npt.NDArray[np.integer]],
+    prompts: Sequence[Tokens],
     settings: GenerationSettings,
     seed: int,
 ) -> list[list[int]]:
@@ -78,29 +90,30 @@ def generate(
 
     Returns:
         Token ids of the answers in the order of `prompts`, without the end-of-sequence token. An answer that never
-        stopped has `settings.limit(len(prompt))` tokens (see `num_unstopped`).
+        stopped has as many tokens as its limit allows (see `num_unstopped`).
     """
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     assert not prompts or lengths.min() > 0, "a prompt has no tokens"
     order = np.argsort(lengths, kind="stable")
+    limits = settings.limits(len(prompts))
+    assert min(limits, default=1) > 0, "an answer may have no tokens"
+    config = _explicit_config(model, tokenizer, settings)
     with _prepared(model):
         for start in range(0, len(order), settings.batch_rows):
             rows = order[start : start + settings.batch_rows].tolist()
             batch = [np.asarray(prompts[row], dtype=np.int64) for row in rows]
             with _seeded(_batch_seed(seed, batch), model.device):
-                generated = _Batch(model, tokenizer, batch, settings).run()
+                generated = _Batch(model, batch, [limits[row] for row in rows], config).run()
             for row, answer in zip(rows, generated, strict=True):
                 answers[row] = answer
     return answers
 
 
-def num_unstopped(
-    answers: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | npt.NDArray[np.integer], settings: GenerationSettings
-) -> int:
-    """Return how many answers of `generate` ended at the limit and not by an end-of-sequence token."""
-    pairs = zip(answers, prompt_lengths, strict=True)
-    return sum(len(answer) >= settings.limit(int(length)) for answer, length in pairs)
+def num_unstopped(answers: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
+    """Return how many answers of `generate` ended at their limit and not by an end-of-sequence token."""
+    limits = settings.limits(len(answers))
+    return sum(len(answer) >= limit for answer, limit in zip(answers, limits, strict=True))
 
 
 class _Batch:
@@ -109,17 +122,16 @@ class _Batch:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[npt.NDArray[np.int64]],
-        settings: GenerationSettings,
+        prompts: Sequence[Tokens],
+        limits: list[int],
+        config: transformers.GenerationConfig,
     ) -> None:
-        self.model = model
-        self.limits = [settings.limit(len(prompt)) for prompt in prompts]
-        self.stop_ids = _stop_ids(model, tokenizer)
-        self.config = _explicit_config(settings, self.stop_ids, _pad_id(tokenizer, self.stop_ids))
+        self.model: Any = model
+        self.limits, self.config = limits, config
+        self.stop_ids = set(config.eos_token_id)
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.rows = list(range(len(prompts)))
-        self.input_ids_BT, self.attention_mask_BT = _pad_left(prompts, self.config.pad_token_id, model.device)
+        self.input_ids_BT, self.attention_mask_BT = _pad_left(prompts, config.pad_token_id, model.device)
         self.cache: transformers.Cache | None = None
 
     def run(self) -> list[list[int]]:
@@ -166,36 +178,35 @@ class _Batch:
         self.rows = [self.rows[index] for index in kept]
 
 
-def _explicit_config(settings: GenerationSettings, stop_ids: set[int], pad_id: int) -> transformers.GenerationConfig:
+def _explicit_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
+) -> transformers.GenerationConfig:
     sampled = settings.sampling_temperature > 0
+    stop_ids = _stop_ids(model, tokenizer)
     return transformers.GenerationConfig(
         do_sample=sampled,
         temperature=settings.sampling_temperature if sampled else None,
         top_p=settings.top_p if sampled else None,
         top_k=0 if sampled else None,  # the library's own default would be 50
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=pad_id,
+        eos_token_id=stop_ids,
+        # Any padding will do: it is masked on the left, and cut off on the right, where it follows the end.
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0],
         use_cache=True,
         return_dict_in_generate=True,
     )
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end of sequence, and those that the model was published with (chat models have several)."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
-    return {int(token) for token in ids if token is not None}
+    found = sorted(int(token) for token in ids if token is not None)
+    assert found, "neither tokenizer nor model has an end-of-sequence token"
+    return found
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> int:
-    """Any id will do: padding is masked on the left, and cut off on the right, where it follows the end."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids, default=0)
-
-
-def _pad_left(
-    prompts: Sequence[npt.NDArray[np.int64]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(prompts: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = np.full((len(prompts), width), pad_id, dtype=np.int64)
     attention_mask_BT = np.zeros((len(prompts), width), dtype=np.int64)
@@ -205,7 +216,7 @@ def _pad_left(
     return torch.from_numpy(input_ids_BT).to(device), torch.from_numpy(attention_mask_BT).to(device)
 
 
-def _batch_seed(seed: int, prompts: Sequence[npt.NDArray[np.int64]]) -> int:
+def _batch_seed(seed: int, prompts: Sequence[Tokens]) -> int:
     digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
     for prompt in prompts:
         digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i8").tobytes())
@@ -214,10 +225,9 @@ def _batch_seed(seed: int, prompts: Sequence[npt.NDArray[np.int64]]) -> int:
 
 @contextmanager
 def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and without the model's own generation config, which fills what ours leaves open."""
+    """Without dropout, and without the model's own generation config, which would fill what ours leaves open."""
     own, was_training = model.generation_config, model.training
-    stop = getattr(own, "eos_token_id", None)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=stop)
+    model.generation_config = transformers.GenerationConfig()
     model.eval()
     try:
         yield

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,18 +54,17 @@ def greedy_one_by_one(model: PreTrainedModel, prompt: np.ndarray, limit: int) ->
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_greedy_answers_in_padded_batches_are_those_of_each_prompt_alone(family: str) -> None:
-    model, prompts = tiny_model(family), some_prompts(14)
-    settings = GenerationSettings(sampling_temperature=0, max_tokens=64, batch_rows=8)
+    model, prompts = tiny_model(family), some_prompts(8)
+    settings = GenerationSettings(sampling_temperature=0, max_new_tokens=[20 + 2 * i for i in range(8)], batch_rows=5)
     answers = generate(model, TOKENIZER, prompts, settings, seed=0)
-    expected = [greedy_one_by_one(model, prompt, settings.limit(len(prompt))) for prompt in prompts]
-    assert answers == expected
-    ended = [len(answer) < settings.limit(len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
-    assert num_unstopped(answers, [len(prompt) for prompt in prompts], settings) == ended.count(False)
+    limits = settings.limits(len(prompts))
+    assert answers == [greedy_one_by_one(model, *pair) for pair in zip(prompts, limits, strict=True)]
+    assert num_unstopped(answers, settings) == sum(len(a) == n for a, n in zip(answers, limits, strict=True))
 
 
 def test_sampled_answers_depend_on_seed_and_batch_alone() -> None:
     model, prompts = tiny_model(), some_prompts()
-    settings = GenerationSettings(max_tokens=50, batch_rows=8)
+    settings = GenerationSettings(max_new_tokens=24, batch_rows=8)
     answers = generate(model, TOKENIZER, prompts, settings, seed=1)
     assert answers == generate(model, TOKENIZER, prompts, settings, seed=1)
     assert answers != generate(model, TOKENIZER, prompts, settings, seed=2)
@@ -83,7 +83,7 @@ def test_rows_that_stop_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
         return original(input_ids, **options)
 
     monkeypatch.setattr(model, "generate", counted)
-    generate(model, TOKENIZER, some_prompts(16), GenerationSettings(max_tokens=120), seed=0)
+    generate(model, TOKENIZER, some_prompts(16), GenerationSettings(max_new_tokens=60), seed=0)
     assert widths[0] == 16
     assert widths[-1] < 16
     assert widths == sorted(widths, reverse=True)
@@ -95,7 +95,7 @@ def test_random_state_mode_and_generation_config_of_the_caller_stay_as_they_were
     torch.manual_seed(7)
     expected = torch.rand(3).tolist()
     torch.manual_seed(7)
-    generate(model, TOKENIZER, some_prompts(4), GenerationSettings(max_tokens=40), seed=3)
+    generate(model, TOKENIZER, some_prompts(4), GenerationSettings(max_new_tokens=40), seed=3)
     assert torch.rand(3).tolist() == expected
     assert model.training
     assert model.generation_config is own
@@ -103,7 +103,7 @@ def test_random_state_mode_and_generation_config_of_the_caller_stay_as_they_were
 
 def test_the_models_own_generation_config_does_not_leak_in() -> None:
     model, prompts = tiny_model(), some_prompts(8)
-    settings = GenerationSettings(max_tokens=60)
+    settings = GenerationSettings(max_new_tokens=24)
     plain = generate(model, TOKENIZER, prompts, settings, seed=1)
     model.generation_config.update(temperature=0.1, top_k=2, top_p=0.2, repetition_penalty=5.0, min_new_tokens=20)
     assert generate(model, TOKENIZER, prompts, settings, seed=1) == plain
@@ -111,7 +111,7 @@ def test_the_models_own_generation_config_does_not_leak_in() -> None:
 
 def test_any_of_the_models_own_end_tokens_ends_an_answer() -> None:
     model, prompts = tiny_model(), some_prompts(8)
-    settings = GenerationSettings(max_tokens=60)
+    settings = GenerationSettings(max_new_tokens=60)
     answers = generate(model, TOKENIZER, prompts, settings, seed=1)
     also = next(answer[1] for answer in answers if len(answer) > 2)
     model.generation_config.eos_token_id = [EOS, also]
@@ -119,25 +119,26 @@ def test_any_of_the_models_own_end_tokens_ends_an_answer() -> None:
 
 
 def test_no_ngram_repeats_where_that_is_asked_for() -> None:
-    settings = GenerationSettings(sampling_temperature=0, no_repeat_ngram_size=2, max_tokens=100)
+    settings = GenerationSettings(sampling_temperature=0, no_repeat_ngram_size=2, max_new_tokens=40)
     for answer in generate(tiny_model("gpt2"), TOKENIZER, some_prompts(6), settings, seed=0):
-        pairs = list(zip(answer, answer[1:], strict=False))
+        pairs = list(itertools.pairwise(answer))
         assert len(set(pairs)) == len(pairs)
 
 
 def test_nearly_zero_temperature_is_nearly_greedy() -> None:
     model, prompts = tiny_model(), some_prompts(8)
-    cold = generate(model, TOKENIZER, prompts, GenerationSettings(sampling_temperature=1e-4, max_tokens=50), seed=0)
-    assert cold == generate(model, TOKENIZER, prompts, GenerationSettings(sampling_temperature=0, max_tokens=50), seed=0)
+    cold = GenerationSettings(sampling_temperature=1e-4, max_new_tokens=30)
+    greedy = GenerationSettings(sampling_temperature=0, max_new_tokens=30)
+    assert generate(model, TOKENIZER, prompts, cold, seed=0) == generate(model, TOKENIZER, prompts, greedy, seed=0)
 
 
 def test_answers_respect_both_limits() -> None:
     config = GenerationConfig(sampling_temperature=1.0, max_new_tokens=7, batch_rows=5)
-    settings = GenerationSettings.of(config, max_tokens=30)
-    assert [settings.limit(n) for n in (5, 23, 26, 30)] == [7, 7, 4, 1]
-    prompts = some_prompts()
-    for prompt, answer in zip(prompts, generate(tiny_model(), TOKENIZER, prompts, settings, seed=0), strict=True):
-        assert len(answer) <= settings.limit(len(prompt))
+    prompts = [np.full(length, 5) for length in (5, 23, 26, 30)]
+    settings = GenerationSettings.of(config, max_tokens=30, prompts=prompts)
+    assert settings.limits(4) == [7, 7, 4, 1]
+    answers = generate(tiny_model(), TOKENIZER, prompts, settings, seed=0)
+    assert all(len(answer) <= limit for answer, limit in zip(answers, (7, 7, 4, 1), strict=True))
 
 
 def test_no_prompts_give_no_answers() -> None:
