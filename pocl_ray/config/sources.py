@@ -61,6 +61,8 @@ class DataConfig(Section):
     @classmethod
     def _set_names(cls, tests: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         for name in tests:
+            if name in ("train", "dev"):
+                raise ValueError(f"a test set cannot be called {name!r}, which is a set already")
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"set name {name!r} may hold letters, digits, '-' and '_' only")
         return tests

@@ -115,7 +115,8 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
         columns: What `resolve_columns` gave.
 
     Raises:
-        UnusableRowError: A field is missing, empty, of the wrong type or no Unicode text, or the chat turns make no sense.
+        UnusableRowError: A field is missing, empty, of the wrong type or no Unicode text, or the chat turns make no
+            sense.
     """
     system = _optional_text(values, columns.get("system"))
     topic = _topic(values, columns.get("topic"))

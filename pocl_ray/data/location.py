@@ -198,7 +198,7 @@ def _near_names(filesystem: pafs.FileSystem, fs_path: str) -> str:
     if filesystem.get_file_info(folder).type != pafs.FileType.Directory:
         return f" (there is no folder {folder} either)"
     names = sorted(info.base_name for info in filesystem.get_file_info(pafs.FileSelector(folder)))
-    near = difflib.get_close_matches(name, names, n=_MAX_NEAR_NAMES, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     shown = [name for name in names if ending_of(name) in _FORMAT_OF_ENDING][:_MAX_NEAR_NAMES]

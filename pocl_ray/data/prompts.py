@@ -79,8 +79,8 @@ class PromptTemplate:
         behind it.
 
         Raises:
-            UnusableRowError: The request is a conversation of several turns, but the template is not `chat`; or the chat
-                template refuses it.
+            UnusableRowError: The request is a conversation of several turns, but the template is not `chat`; or the
+                chat template refuses it.
         """
         if self.is_chat:
             return self._render_chat(request)

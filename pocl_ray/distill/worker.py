@@ -24,10 +24,11 @@ from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.loop import TrainingLoop
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.state import WEIGHT
-from pocl_ray.distill.step import DistillationModule, StepSettings, TeacherHead
+from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.head_files import load_head
+from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -94,16 +95,15 @@ def _set_up(task: TrainTask, board: Any, device: torch.device) -> TrainingLoop:
     return TrainingLoop(task, engine, feed, dev, _order(task, len(rows)), reporter.checkpoint, reporter.step)
 
 
-def _teacher(task: TrainTask, device: torch.device) -> tuple[TeacherHead | None, LiveTeacher | None]:
+def _teacher(task: TrainTask, device: torch.device) -> tuple[HeadWeights | None, LiveTeacher | None]:
     """Return what the loss needs of the teacher: its LM head, and itself only where nothing is cached."""
     if task.teacher is None:
         return None, None
     ref = _local_ref(task.teacher)
     if task.teacher_cache is not None:
-        weights = load_head(ref, device=device, dtype=DTYPES[task.train.precision])
-        return TeacherHead.of(weights), None
+        return load_head(ref, device=device), None
     live = LiveTeacher(ref, device)
-    return TeacherHead.of(live.head), live
+    return live.head, live
 
 
 def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:

@@ -134,7 +134,10 @@ def _result_tiles(result: SetResult, names: dict[str, str]) -> list[Tile]:
     if student is None:
         return []
     before, teacher = _score(result.model(STUDENT_BEFORE), "mean"), _score(result.model(TEACHER), "mean")
-    ends = [f"{fixed(before, 1)} before" * math.isfinite(before), f"teacher {fixed(teacher, 1)}" * math.isfinite(teacher)]
+    ends = [
+        f"{fixed(before, 1)} before" * math.isfinite(before),
+        f"teacher {fixed(teacher, 1)}" * math.isfinite(teacher),
+    ]
     found = []
     if math.isfinite(student.rouge_l.mean):
         score = Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), " · ".join(filter(None, ends)))

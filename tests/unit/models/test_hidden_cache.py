@@ -193,7 +193,7 @@ def test_mistakes_of_the_caller_are_errors(tmp_path):
         write_shard(tmp_path, np.array([1]), [])
     with pytest.raises(ValueError, match="one dtype and one hidden size"):
         write_shard(tmp_path, np.array([1, 2]), [torch.zeros(1, 2), torch.zeros(1, 3)])
-    with pytest.raises(ValueError, match="not torch.float64"):
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
         write_shard(tmp_path, np.array([1]), [torch.zeros(1, 2, dtype=torch.float64)])
     with pytest.raises(ValueError, match="at least one shard"):
         write_index(tmp_path, [], "teacher-a", "rows-a")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_layers_are_evenly_spaced_from_first_to_last():
             kept = evenly_spaced(count, teacher_layers)
             assert (kept[0], kept[-1]) == (0, teacher_layers - 1)
             assert len(set(kept)) == count
-            gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+            gaps = {b - a for a, b in pairwise(kept)}
             assert max(gaps) - min(gaps) <= 1
 
 

@@ -19,7 +19,22 @@ TOPICS = (
     "subtract", "unit conversion", "find the name", "extract a date", "classify sentiment", "shorten a sentence",
 )  # fmt: skip
 EVIL = "<script>alert('x')</script> | `a` **b** $x_{$ & \"q\""
-_WORDS = "apple river stone cloud green seven market window silver garden morning paper bridge table".split()
+_WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "green",
+    "seven",
+    "market",
+    "window",
+    "silver",
+    "garden",
+    "morning",
+    "paper",
+    "bridge",
+    "table",
+]
 _SEEDS = (10, 20, 30, 40, 50)
 
 CONFIG = """\
@@ -75,7 +90,9 @@ def make_run(
     """Write a whole run; tests take files away from it."""
     files, rng = LocalFiles(root), np.random.default_rng(seed)
     topic_codes = rng.integers(len(TOPICS), size=num_rows)
-    files.write_text("config.yaml", CONFIG.replace("interval_epochs: 3", f"interval_epochs: 3, num_buckets: {num_stages}"))
+    files.write_text(
+        "config.yaml", CONFIG.replace("interval_epochs: 3", f"interval_epochs: 3, num_buckets: {num_stages}")
+    )
     files.write_json("environment.json", _environment())
     files.write_json("manifest.json", {"version": 1, "steps": _steps(num_rows, control)})
     scores = _scores(rng, topic_codes)
