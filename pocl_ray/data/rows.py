@@ -78,7 +78,7 @@ def prepare_rows(
             batch = preparation.prepare(chunk)
             if batch.num_rows:
                 writer.write_batch(batch)
-        _check_rejects(preparation.num_rows, preparation.rejects, config.max_reject_share)
+        _check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
     return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
 
 
@@ -215,7 +215,7 @@ def _reject(row: SourceRow, reason: str) -> Reject:
     return Reject(row.source, row.row, reason)
 
 
-def _check_rejects(num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
     total = num_rows + len(rejects)
     if num_rows and len(rejects) <= max_share * total:
         return
@@ -223,7 +223,7 @@ def _check_rejects(num_rows: int, rejects: Sequence[Reject], max_share: float) -
     more = " ..." if len(rejects) > _NUM_REASONS_SHOWN else ""
     limit = f"more than data.max_reject_share {max_share:.1%}" if num_rows else "so none is left"
     raise DataError(
-        f"{rejects[0].source}: {len(rejects)} of {total} rows ({len(rejects) / total:.1%}) cannot be used, {limit}; "
+        f"{path}: {len(rejects)} of {total} rows ({len(rejects) / total:.1%}) cannot be used, {limit}; "
         f"the first: {shown}{more}"
     )
 
