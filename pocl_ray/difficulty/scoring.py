@@ -3,6 +3,8 @@
     row ids -> StudentActor pool -> TeacherActor pool -> one small row of signals for each id
                                                       -> shards of the teacher cache
 
+The teacher also reads the dev rows in this job, for their part of the cache.
+
 Rows are sorted by length and cut into tasks and micro-batches before anything starts, by their lengths alone. Which
 rows share a batch therefore does not depend on the number of actors, and neither do the results.
 """
@@ -10,18 +12,25 @@ rows share a batch therefore does not depend on the number of actors, and neithe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
-import torch
 from ray.data import Dataset
 
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.scoring_actors import IDS, SHARD, ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.scoring_actors import (
+    ANSWER_STOPPED,
+    SET,
+    SHARD,
+    ScoringTask,
+    StudentActor,
+    TeacherActor,
+    unit_table,
+)
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
@@ -32,98 +41,95 @@ _MIN_TASKS = 16  # so that a small data set still keeps several actors busy to t
 _MIN_TASK_ROWS = 32
 _LENGTH_MULTIPLE = 8  # that `collate` rounds up to
 
-Tasks = list[list[npt.NDArray[np.int64]]]
-"""Of each task the micro-batches, of each micro-batch the row ids."""
+MicroBatches = list[npt.NDArray[np.int64]]
+"""The work of one task: the row ids of each micro-batch."""
 
-
-@dataclass(frozen=True)
-class CacheTarget:
-    """Where the teacher cache goes, and what it belongs to.
-
-    Attributes:
-        directory: Relative to the run directory.
-        dtype: Of the hidden states; `auto` is the teacher's own.
-        teacher: Fingerprint of the teacher.
-        rows: Fingerprint of the rows.
-    """
-
-    directory: str
-    dtype: str
-    teacher: str
-    rows: str
+Task = tuple[str, MicroBatches]
 
 
 def score_rows(
-    run_dir: RunDirectory,
     rows: RowsSummary,
+    dev_rows: RowsSummary,
+    run_dir: RunDirectory,
     tokenizer: str,
+    student: ModelRef,
     teacher: ModelRef,
-    student: ModelRef | None,
+    teacher_fingerprint: str,
+    cache: str | None,
+    cache_dtype: str,
     difficulty: DifficultyConfig,
-    scaling: ScalingConfig,
     max_tokens: int,
+    scaling: ScalingConfig,
     seed: int,
-    cache: CacheTarget | None = None,
     compare: bool = True,
-) -> pa.Table:
-    """Measure the difficulty of every row, on the running Ray cluster.
+) -> tuple[pa.Table, dict[str, int]]:
+    """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        run_dir: Holds the rows; the cache is written there.
         rows: The set to score.
-        tokenizer: Directory or Hub id.
+        dev_rows: Another set that the teacher cache is to hold; nothing is measured on it.
+        run_dir: Holds the rows; the cache is written there.
+        tokenizer: Tokenizer directory, relative to the run directory.
+        student: The untuned student.
         teacher: The frozen teacher.
-        student: The untuned student; None runs the teacher alone, for the cache of a dev set.
+        teacher_fingerprint: Of the teacher; goes into the cache.
+        cache: Directory of the teacher caches (one for each set), relative to the run directory; None for no cache.
+        cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
-        scaling: Actors, and what each of them asks for.
         max_tokens: `data.max_tokens`: prompt and answer together.
+        scaling: Actors, and what each of them asks for.
         seed: Of the answers.
-        cache: Where the teacher's hidden states are kept; None keeps none.
         compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
 
     Returns:
-        One row for each row of the set, sorted by `id`: `rouge_l` (0 to 100), `answer_stopped`, `ce_loss`,
-        `student_confidence`, `teacher_ce_loss`, `teacher_entropy`, `teacher_student_kl` (nats a token),
-        `num_prompt_tokens`, `num_response_tokens`. Without a student, what the teacher measures.
+        One row for each of `rows`, sorted by `id`: `rouge_l` (0 to 100), `answer_stopped`, `ce_loss`,
+        `student_confidence`, `teacher_ce_loss`, `teacher_student_kl` (null without `compare`), `teacher_entropy` (nats
+        a token), `num_prompt_tokens`, `num_response_tokens`. And counts for the manifest.
 
     Raises:
         ModelError: A model cannot be loaded.
         ResourceError: The cluster has no room for the actors.
     """
-    store = RowStore.open(run_dir.local(rows.path))
-    tasks = plan_tasks(store.prompt_lengths, store.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
-    actors = [scaling.teacher_actors] if student is None else [scaling.teacher_actors, scaling.student_actors]
-    pools = plan_pools(scaling, actors, len(tasks))
+    sets = [rows] if cache is None else [rows, dev_rows]
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
+    pools = plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], len(tasks))
     task = ScoringTask(
         run_dir=run_dir,
-        rows=rows.path,
+        rows={made.name: made.path for made in sets},
+        student_set=rows.name,
         tokenizer=tokenizer,
-        teacher=teacher,
         student=student,
+        teacher=teacher,
         generation=difficulty.generation,
         max_tokens=max_tokens,
         seed=seed,
-        compare=compare and student is not None,
-        cache=None if cache is None else cache.directory,
-        cache_dtype=None if cache is None or cache.dtype == "auto" else getattr(torch, cache.dtype),
+        compare=compare,
+        cache=cache,
+        cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
-    table = _run(task, tasks, pools, f"score {rows.name}", len(store))
+    results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
+    by_set = {made.name: _of_set(results, made) for made in sets}
     if cache is not None:
-        directory, names = run_dir.fs_path(cache.directory), table[SHARD].unique().to_pylist()
-        write_index(directory, names, cache.teacher, cache.rows, run_dir.filesystem)
-    return table.drop_columns([SHARD])
+        for made in sets:
+            shards = by_set[made.name][SHARD].unique().to_pylist()
+            place = run_dir.fs_path(f"{cache}/{made.name}")
+            write_index(place, shards, teacher_fingerprint, made.fingerprint, run_dir.filesystem)
+    table = by_set[rows.name].drop_columns([SET, SHARD])
+    return table, _counts(table, sets)
 
 
-def _run(task: ScoringTask, tasks: Tasks, pools: Sequence[ActorPool], name: str, num_rows: int) -> pa.Table:
+def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
     with quiet_ray_data():
-        dataset: Dataset = ray.data.from_arrow([_unit_table(batches) for batches in tasks])
-        if task.student is not None:
-            dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[1].options())
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[0].options())
-        table = collect(dataset, name, num_rows, "rows").sort_by(ID)
-    _check_complete(table, num_rows)
-    return table
+        dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
+        dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
+        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+        return collect(dataset, "scores", num_rows, "rows")
+
+
+def _tasks_of(rows: RowsSummary, run_dir: RunDirectory, difficulty: DifficultyConfig) -> list[MicroBatches]:
+    store = RowStore.open(run_dir.local(rows.path))
+    return plan_tasks(store.prompt_lengths, store.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
 
 
 def plan_tasks(
@@ -131,7 +137,7 @@ def plan_tasks(
     response_lengths: npt.NDArray[np.integer],
     shard_rows: int,
     batch_tokens: int,
-) -> Tasks:
+) -> list[MicroBatches]:
     """Cut rows into tasks, and these into micro-batches of rows of similar length.
 
     Args:
@@ -150,11 +156,10 @@ def plan_tasks(
     return [_micro_batches(order[start : start + task_rows], lengths, batch_tokens) for start in starts]
 
 
-def _micro_batches(
-    ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int
-) -> list[npt.NDArray[np.int64]]:
+def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
     """Cut rows, longest first, wherever the padded size would pass the budget."""
-    batches, start = [], 0
+    batches: MicroBatches = []
+    start = 0
     while start < len(ids):
         width = -(-int(lengths[ids[start]]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         end = start + max(1, batch_tokens // width)
@@ -163,15 +168,21 @@ def _micro_batches(
     return batches
 
 
-def _unit_table(batches: list[npt.NDArray[np.int64]]) -> pa.Table:
-    return pa.table({IDS: pa.array([ids.tolist() for ids in batches], pa.list_(pa.int64()))})
-
-
-def _check_complete(table: pa.Table, num_rows: int) -> None:
-    """A lost or doubled row would shift the ranking of all others in silence."""
+def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
+    """The results of one set by id, each row exactly once: a lost one would shift the rank of all others in silence."""
+    table = results.filter(pc.field(SET) == rows.name).sort_by(ID)
     ids = table[ID].to_numpy()
-    if not np.array_equal(ids, np.arange(num_rows)):
-        missing = np.setdiff1d(np.arange(num_rows), ids)
+    if not np.array_equal(ids, np.arange(rows.num_rows)):
+        missing = np.setdiff1d(np.arange(rows.num_rows), ids)[:5].tolist()
         raise RuntimeError(
-            f"scoring gave {len(ids)} results for {num_rows} rows; the first rows missing: {missing[:5].tolist()}"
+            f"scoring gave {len(ids)} results for {rows.num_rows} rows of {rows.name}; missing: {missing}"
         )
+    return table
+
+
+def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:
+    return {
+        "num_rows": sum(made.num_rows for made in sets),
+        "num_tokens": sum(made.num_prompt_tokens + made.num_response_tokens for made in sets),
+        "num_unstopped_answers": table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py()),
+    }

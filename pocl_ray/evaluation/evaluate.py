@@ -30,7 +30,7 @@ from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import ID, RowsSummary
-from pocl_ray.storage import RunDirectory, localize
+from pocl_ray.storage import RunDirectory
 
 PREDICTIONS = "predictions.parquet"
 GREEDY = -1
@@ -48,17 +48,17 @@ def evaluate_models(
     evaluation: EvaluationConfig,
     scaling: ScalingConfig,
     max_tokens: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Generate and score the answers of all models on all sets, on the running Ray cluster.
 
     The answers themselves are written to predictions.parquet: `model`, `set`, `id`, `seed` (-1: greedy), `text`,
-    `rouge_l`, `exact_match`, `stopped`.
+    `rouge_l`, `exact_match`, `num_tokens`, `stopped`.
 
     Args:
         models: Name in the result -> model.
         sets: Name in the result -> prepared rows.
         run_dir: Holds the rows; the predictions are written there.
-        tokenizer: Directory or Hub id, of all models.
+        tokenizer: Tokenizer directory of all models, relative to the run directory.
         evaluation: Seeds, and how answers are generated.
         scaling: Actors, and what each of them asks for.
         max_tokens: `data.max_tokens`: prompt and answer together.
@@ -66,7 +66,8 @@ def evaluate_models(
     Returns:
         `{"sets": {set: {model: {"rouge_l": {"mean", "std", "by_seed"}, "exact_match": {...}, "greedy": {"rouge_l",
         "exact_match"}, "num_rows", "unstopped_share"}}}}`, from 0 to 100 (`unstopped_share`: 0 to 1). `std` is the
-        sample standard deviation over seeds, 0 for a single one; `greedy` is there if it is asked for.
+        sample standard deviation over seeds, 0 for a single one; `greedy` is there if it is asked for. And counts for
+        the manifest: `num_rows` answers of `num_tokens` tokens.
 
     Raises:
         ModelError: A model cannot be loaded.
@@ -87,7 +88,8 @@ def evaluate_models(
     sink = pa.BufferOutputStream()
     pq.write_table(answers, sink)
     run_dir.write_bytes(PREDICTIONS, sink.getvalue().to_pybytes())
-    return {"sets": {name: {model: _figures(answers, model, name) for model in models} for name in sets}}
+    figures = {name: {model: _figures(answers, model, name) for model in models} for name in sets}
+    return {"sets": figures}, {"num_rows": num_answers, "num_tokens": pc.sum(answers["num_tokens"]).as_py()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class EvaluationTask:
         run_dir: The run directory.
         models: By name.
         rows: Set -> Arrow file of its rows, relative to the run directory.
-        tokenizer: Directory or Hub id.
+        tokenizer: Tokenizer directory, relative to it.
         generation: How sampled answers are generated; greedy ones differ in the temperature.
         max_tokens: Prompt and answer together.
         use_gpu: Whether actors run on a GPU.
@@ -124,7 +126,7 @@ class AnswerActor:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of all models."""
-        return load_tokenizer(localize(self.task.tokenizer))
+        return load_tokenizer(str(self.task.run_dir.local(self.task.tokenizer)))
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         """Answer the prompts of items.
@@ -156,6 +158,7 @@ class AnswerActor:
             "text": texts,
             "rouge_l": rouge_l_batch(texts, references),
             "exact_match": exact_match_batch(texts, references),
+            "num_tokens": [len(answer) for answer in answers],
             "stopped": [len(a) < limit for a, limit in zip(answers, settings.limits(len(ids)), strict=True)],
         }
         return pa.table(columns)
