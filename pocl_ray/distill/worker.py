@@ -97,7 +97,7 @@ def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
     with torch.no_grad():
         for _, name, tensor in gathered:
             targets[name.removeprefix("student.")].copy_(tensor)
-    student = student.to(dtype=DTYPES[task.train.precision])  # type: ignore[arg-type]
+    torch.nn.Module.to(student, DTYPES[task.train.precision])
     tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     with tempfile.TemporaryDirectory() as scratch:
         task.run_dir.publish(save_model(student, tokenizer, Path(scratch) / "model"), task.output)
