@@ -227,9 +227,7 @@ def _read_metrics(files: RunFiles, rel: str) -> Metrics | None:
 
 def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:
     """Return lines that hold a key of `prefix` as columns; a resumed run logs a step twice, the last one counts."""
-    by_step = {
-        as_float(line.get("step")): line for line in lines if any(key.startswith(prefix) for key in line)
-    }
+    by_step = {as_float(line.get("step")): line for line in lines if any(key.startswith(prefix) for key in line)}
     steps = sorted(step for step in by_step if math.isfinite(step))
     names = dict.fromkeys(key for step in steps for key in by_step[step])
     return {name: np.array([as_float(by_step[step].get(name)) for step in steps]) for name in names}

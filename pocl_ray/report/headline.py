@@ -41,15 +41,19 @@ def describe_models(config: Config) -> tuple[str, str]:
     """Return teacher and student in a few words each, without the folders of this machine."""
     teacher = _source(config.teacher)
     layers = config.student.num_layers
-    return teacher, f"{layers} of its layers" if layers is not None else _source(config.student)
+    return teacher, f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
 
 
 def _source(model: ModelConfig) -> str:
     if model.path is not None:
         is_folder = model.path.startswith((".", "/", "~")) or "://" in model.path
         return model.path.rstrip("/").rsplit("/", 1)[-1] if is_folder else model.path
-    kind = (model.architecture or {}).get("model_type", "a model")
-    return f"{kind} trained for this run" if model.sft is not None else f"{kind} initialised at random"
+    sizes = model.architecture or {}
+    depth = next((sizes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes), None)
+    width = next((sizes[key] for key in ("hidden_size", "n_embd") if key in sizes), None)
+    layers = f"{depth}-layer " if depth is not None else ""
+    wide = f" of width {width}" if width is not None else ""
+    return f"{layers}{sizes.get('model_type', 'model')}{wide}"
 
 
 def what_was_done(run: RunData) -> str:
@@ -62,8 +66,7 @@ def what_was_done(run: RunData) -> str:
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
     how = f"in {stages} stages from easy to hard" if staged else "in one stage, without a curriculum"
     verb = "was distilled" if is_done(run.steps, "distill") else "is to be distilled"
-    into = f"into {student}" if run.config.student.num_layers is None else f"into a student of {student}"
-    return f"The teacher, {teacher}, {verb} {into}{rows} with {run.config.distill.loss}, {how}."
+    return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
 
 
 def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
@@ -76,26 +79,25 @@ def _set_sentence(result: SetResult, names: dict[str, str]) -> str:
     student = result.model(STUDENT)
     if student is None:
         return ""
-    sampled = _change(student.rouge_l.mean, result, "mean", student.gap_closed)
-    greedy = _change(student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
-    seeds = len(student.rouge_l.by_seed)
-    parts = [f"sampled ({seeds} seed{'s' * (seeds != 1)}) {sampled}"] if sampled else []
-    parts += [f"greedy {greedy}"] if greedy else []
-    text = f"{result.name}: ROUGE-L of {names[STUDENT]}, {'; '.join(parts)}." if parts else ""
+    sampled = _change("sampled", student.rouge_l.mean, result, "mean", student.gap_closed)
+    greedy = _change("greedy", student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
+    parts = [part for part in (sampled, greedy) if part]
+    text = f"On {result.name}, {names[STUDENT]} {' and '.join(parts)}." if parts else ""
     comparisons = compare_with_control(result)
     return f"{text} {_against_control(comparisons, names)}".strip() if comparisons else text
 
 
-def _change(value: float, result: SetResult, kind: str, gap_closed: float) -> str:
+def _change(decoding: str, value: float, result: SetResult, kind: str, gap_closed: float) -> str:
     if not math.isfinite(value):
         return ""
     before, teacher = _score(result.model(STUDENT_BEFORE), kind), _score(result.model(TEACHER), kind)
-    text = f"{fixed(value)}"
+    text = f"reaches {decoding} ROUGE-L {fixed(value)}"
     if math.isfinite(before):
-        text += f" after {fixed(before)} before distillation"
-    if math.isfinite(teacher):
-        text += f", teacher {fixed(teacher)}"
-    return f"{text} ({percent(gap_closed)} of the gap closed)" if math.isfinite(gap_closed) else text
+        verb = "raises" if value > before else "lowers"
+        text = f"{verb} {decoding} ROUGE-L from {fixed(before)} to {fixed(value)}"
+    notes = [f"teacher {fixed(teacher)}"] if math.isfinite(teacher) else []
+    notes += [f"{percent(gap_closed)} of the gap closed"] if math.isfinite(gap_closed) else []
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def _score(result: ModelResult | None, kind: str) -> float:
@@ -134,11 +136,11 @@ def _result_tiles(result: SetResult, names: dict[str, str]) -> list[Tile]:
     if student is None:
         return []
     before, teacher = _score(result.model(STUDENT_BEFORE), "mean"), _score(result.model(TEACHER), "mean")
-    ends = [f"{fixed(before, 1)} before" * math.isfinite(before), f"teacher {fixed(teacher, 1)}" * math.isfinite(teacher)]
+    ends = [f"{fixed(before, 1)} before"] if math.isfinite(before) else []
+    ends += [f"teacher {fixed(teacher, 1)}"] if math.isfinite(teacher) else []
     found = []
     if math.isfinite(student.rouge_l.mean):
-        score = Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), " · ".join(filter(None, ends)))
-        found.append(score)
+        found.append(Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), ", ".join(ends)))
     if math.isfinite(student.gap_closed):
         note = f"greedy {percent(student.gap_closed_greedy)}"
         found.append(Tile("of the teacher's gap closed", percent(student.gap_closed), note))

@@ -143,9 +143,7 @@ def _compare_sampled(metric: str, student: Figure, control: Figure) -> Compariso
     std = float(paired.std(ddof=1)) if len(seeds) > 1 else math.nan
     verdict = _verdict(difference, std if math.isfinite(std) else _GREEDY_TOLERANCE)
     num_won = int((paired > 0).sum())
-    return Comparison(
-        metric, "sampled", student.mean, control.mean, difference, std, len(seeds), num_won, verdict
-    )
+    return Comparison(metric, "sampled", student.mean, control.mean, difference, std, len(seeds), num_won, verdict)
 
 
 def _compare_greedy(metric: str, student: Figure, control: Figure) -> Comparison:

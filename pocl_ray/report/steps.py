@@ -52,7 +52,7 @@ class StepTime:
 
 
 def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
-    """Return the steps of the manifest in the order of the data flow; the report itself, still under way, is not one."""
+    """Return the steps of the manifest in the order of the data flow, less the report, which is still under way."""
     names = [name for name in STEPS if name in steps] + [name for name in steps if name not in STEPS]
     seconds = {name: as_float(steps[name].get("seconds")) for name in names}
     total = total_seconds(steps)
