@@ -84,7 +84,7 @@ def build_report(files: RunFiles) -> str:
         "name": run.config.name if run.config else "run",
         "run": run,
         "names": model_names(run.config),
-        "intro": what_was_done(run),
+        "intro": what_was_done(run, done=is_done(run.steps, "distill")),
         "sentences": result_sentences(run, results),
         "tiles": tiles(run, results),
         "missing": _missing(run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
 from pocl_ray.report.files import RunData
 from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_with_control
-from pocl_ray.report.steps import is_done, total_seconds
+from pocl_ray.report.steps import total_seconds
 from pocl_ray.report.text import duration, fixed, percent, signed
 
-_MAX_SENTENCE_SETS = 6
+_MAX_SENTENCE_SETS = 2
+_PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def _source(model: ModelConfig) -> str:
     return f"{layers}{sizes.get('model_type', 'model')}{wide}"
 
 
-def what_was_done(run: RunData) -> str:
-    """Return one sentence on what the run distils, or nothing where there is no config."""
+def what_was_done(run: RunData, *, done: bool) -> str:
+    """Return one sentence on what the run distils, or has distilled; nothing where there is no config."""
     if run.config is None:
         return ""
     teacher, student = describe_models(run.config)
@@ -65,14 +67,32 @@ def what_was_done(run: RunData) -> str:
     stages = len(run.plan.stages) if run.plan else (run.config.curriculum.num_buckets if staged else 1)
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
     how = f"in {stages} stages from easy to hard" if staged else "in one stage, without a curriculum"
-    verb = "was distilled" if is_done(run.steps, "distill") else "is to be distilled"
+    verb = "was distilled" if done else "is to be distilled"
     return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
 
 
 def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
-    """Return a sentence or two on each evaluation set."""
+    """Return a sentence or two on each evaluation set; of many sets, on the first one and on all together."""
     names = model_names(run.config)
-    return [text for result in results[:_MAX_SENTENCE_SETS] if (text := _set_sentence(result, names))]
+    if len(results) <= _MAX_SENTENCE_SETS:
+        return [text for result in results if (text := _set_sentence(result, names))]
+    return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
+
+
+def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
+    """Count the sets on which the student is ahead of the control, level with it and behind it."""
+    verdicts: dict[str, Counter[str]] = {}
+    for comparison in (c for result in results for c in compare_with_control(result)):
+        key = f"{comparison.decoding} {comparison.metric}"
+        verdicts.setdefault(key, Counter())[comparison.verdict] += 1
+    if not verdicts:
+        return ""
+    counted = [
+        f"{key}, {', '.join(f'{verdict} on {count[verdict]}' for verdict in ('ahead', 'level', 'behind'))}"
+        for key, count in verdicts.items()
+    ]
+    sides = f"{names[STUDENT]} against {names[STUDENT_KD]}"
+    return f"Over all {len(results)} sets, {sides}: {'; '.join(counted)}."
 
 
 def _set_sentence(result: SetResult, names: dict[str, str]) -> str:
@@ -116,7 +136,7 @@ def _verdict(comparison: Comparison) -> str:
         if not math.isfinite(comparison.std):
             return "level"
         return f"level ({signed(comparison.difference)}, within the spread of the seeds)"
-    spread = f" ± {fixed(comparison.std)}" if math.isfinite(comparison.std) else ""
+    spread = f"{_PLUS_MINUS}{fixed(comparison.std)}" if math.isfinite(comparison.std) else ""
     return f"{comparison.verdict} by {size}{spread}"
 
 

@@ -40,7 +40,7 @@ def write_model_card(files: RunFiles) -> str:
     context = {
         "front_matter": yaml.safe_dump(_front_matter(run.config), sort_keys=False, allow_unicode=True),
         "name": run.config.name if run.config else "student",
-        "intro": what_was_done(run),
+        "intro": what_was_done(run, done=True),
         "models": describe_models(run.config) if run.config else None,
         "run": run,
         "names": names,

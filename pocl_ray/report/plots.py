@@ -270,14 +270,13 @@ def _stage_borders(ax: Axes, stage_ends: np.ndarray, *, labels: bool) -> None:
     for end in stage_ends[:-1]:
         ax.axvline(end, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     ax.grid(axis="x", visible=False)
+    if not labels:
+        return
+    style: dict[str, Any] = {"va": "bottom", "fontsize": 7.5, "color": MUTED}
+    ax.text(-0.015, 1.03, "stage", transform=ax.transAxes, ha="right", **style)
     for stage, (start, end) in enumerate(zip(starts, stage_ends, strict=True)):
-        share = (end - start) / stage_ends[-1]
-        if labels and share > 0.04:
-            text = f"stage {stage}" if share > 0.11 else f"{stage}"
-            ax.text(
-                (start + end) / 2, 1.03, text, transform=ax.get_xaxis_transform(), ha="center", va="bottom",
-                fontsize=7.5, color=MUTED,
-            )  # fmt: skip
+        if (end - start) / stage_ends[-1] > 0.03:
+            ax.text((start + end) / 2, 1.03, f"{stage}", transform=ax.get_xaxis_transform(), ha="center", **style)
 
 
 def _short_number(value: float, _: int | None = None) -> str:

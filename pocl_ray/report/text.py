@@ -57,7 +57,7 @@ def markdown(text: object) -> str:
     """Return text so that Markdown shows it as it is, on one line, inside a table as well."""
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#|~$!])", r"\\\1", line)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 
 
 def indented(text: object) -> str:
