@@ -43,6 +43,7 @@ class Stage:
         restart_optimizer: Whether the stage starts with fresh moments.
         lr_first_step: Position in the LR schedule at which the stage starts.
         lr_num_steps: Length of the LR schedule that the stage belongs to.
+        max_steps: Ends the stage early, within an epoch; None: after its epochs.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Stage:
     restart_optimizer: bool
     lr_first_step: int
     lr_num_steps: int
+    max_steps: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -65,7 +67,8 @@ class Stage:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the stage."""
-        return self.num_epochs * self.steps_per_epoch
+        steps = self.num_epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def to_json(self) -> dict[str, Any]:
         """Return the stage as plan.json holds it."""

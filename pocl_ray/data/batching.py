@@ -1,0 +1,129 @@
+"""The order of training and the tensors of a micro-batch.
+
+The order is a function of (seed, stage, epoch) alone: a global batch is drawn first and only then cut into the ranks'
+micro-batches, so a run that goes on with another number of workers trains on the same global batches. Within a
+global batch rows are sorted by length before they are cut; since the loss is a sum over response tokens, the
+cut changes nothing but the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pocl_ray.records import Stage
+
+# Axes: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one forward pass on one worker, padded on the right.
+
+    Attributes:
+        input_ids_BT: Prompt and response, int64.
+        attention_mask_BT: 1 where there is a token.
+        response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
+        targets_N: These next tokens.
+        teacher_hidden_NK: The teacher's final hidden states at the same positions; None without a teacher.
+    """
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    response_index_N: torch.Tensor
+    targets_N: torch.Tensor
+    teacher_hidden_NK: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return the batch on a device."""
+        hidden = self.teacher_hidden_NK
+        return MicroBatch(
+            self.input_ids_BT.to(device, non_blocking=True),
+            self.attention_mask_BT.to(device, non_blocking=True),
+            self.response_index_N.to(device, non_blocking=True),
+            self.targets_N.to(device, non_blocking=True),
+            None if hidden is None else hidden.to(device, non_blocking=True),
+        )
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens in the batch."""
+        return self.targets_N.numel()
+
+
+def epoch_order(stage_rows: np.ndarray, seed: int, stage: int, epoch: int) -> np.ndarray:
+    """Return the stage's row ids in the order of one epoch; a function of (seed, stage, epoch)."""
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])))
+    return stage_rows[rng.permutation(len(stage_rows))]
+
+
+def global_batches(
+    stage: Stage, stage_rows: np.ndarray, global_batch_rows: int, seed: int, first_step: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield the row ids of each optimizer step of a stage, from step `first_step` on.
+
+    Args:
+        stage: The stage.
+        stage_rows: Its row ids, from easy to hard.
+        global_batch_rows: Rows of a step; those left over at the end of an epoch are skipped in it.
+        seed: Seed of the run.
+        first_step: Optimizer steps of the stage that are already done.
+    """
+    order, epoch_of_order = stage_rows, -1
+    for step in range(first_step, stage.num_steps):
+        epoch, within = divmod(step, stage.steps_per_epoch)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = epoch_order(stage_rows, seed, stage.index, epoch), epoch
+        yield order[within * global_batch_rows : (within + 1) * global_batch_rows]
+
+
+def rank_micro_batches(
+    ids: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, micro_batch_rows: int
+) -> list[np.ndarray]:
+    """Return one rank's share of a global batch, cut into micro-batches of rows of similar length.
+
+    Args:
+        ids: Row ids of the global batch, a multiple of `world_size`.
+        lengths: Tokens of each of these rows.
+        rank: This worker.
+        world_size: Number of workers.
+        micro_batch_rows: Rows of a micro-batch, at most.
+
+    Returns:
+        Equally many micro-batches on every rank, which collective operations in the forward pass rely on.
+    """
+    assert len(ids) % world_size == 0, "a global batch is a multiple of the number of workers"
+    by_length = ids[np.argsort(-lengths, kind="stable")]
+    mine = by_length[rank::world_size]
+    return [mine[i : i + micro_batch_rows] for i in range(0, len(mine), micro_batch_rows)]
+
+
+def collate(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, multiple: int = 8
+) -> MicroBatch:
+    """Pad rows on the right into a micro-batch.
+
+    Args:
+        prompts: Token ids of each prompt, at least one.
+        responses: Token ids of each response, at least one.
+        pad_id: What fills the rest; masked, so it may be the end-of-sequence token.
+        multiple: T is rounded up to a multiple of this.
+    """
+    num_prompt = np.fromiter(map(len, prompts), np.int64, len(prompts))[:, None]
+    total = num_prompt + np.fromiter(map(len, responses), np.int64, len(responses))[:, None]
+    width = -(-int(total.max()) // multiple) * multiple
+    position_T = np.arange(width)
+    mask_BT = position_T < total
+    ids_BT = np.full(mask_BT.shape, pad_id, np.int64)
+    ids_BT[mask_BT] = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
+    predicts_BT = (position_T >= num_prompt - 1) & (position_T < total - 1)
+    index_N = np.flatnonzero(predicts_BT)
+    return MicroBatch(
+        torch.from_numpy(ids_BT),
+        torch.from_numpy(mask_BT.astype(np.int64)),
+        torch.from_numpy(index_N),
+        torch.from_numpy(ids_BT.ravel()[index_N + 1]),
+    )

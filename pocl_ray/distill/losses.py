@@ -1,0 +1,286 @@
+"""Divergences between the teacher's and the student's next-token distributions, one value per response token.
+
+Throughout, p is the teacher's distribution and q the student's, both softened by `kd_temperature`. Every function
+is true to its definition: zero for equal inputs, constants of the teacher included, no factor T^2 (`resolve_loss`
+applies that where asked). The gradient reaches both sides; a frozen teacher simply does not require one.
+
+Numbers are computed in float32 (float64 for float64 logits) whatever the dtype of the logits. A logit of -inf is a
+mask: masked on both sides, the entry contributes nothing. Masked on one side, the definition of a KL is infinite; an
+infinite loss would end a training run, so a masked log-probability is read as `LOG_ZERO`, the logarithm of the
+smallest normal float32: the loss stays finite and still pushes the student off what the teacher forbids.
+
+Legend: N response tokens in one flat axis, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_ray.distill import plugins
+from pocl_ray.errors import ConfigError
+
+LossFunction = Callable[..., Tensor]
+LOG_ZERO = math.log(torch.finfo(torch.float32).tiny)
+
+
+def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p||q) = sum p log(p/q), the loss of Hinton et al. (arXiv 1503.02531); shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return _kl(logp_NV, logq_NV).float()
+
+
+def reverse_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q||p) = sum q log(q/p), as in MiniLLM (arXiv 2306.08543); shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return _kl(logq_NV, logp_NV).float()
+
+
+def js_distance(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, lam: float = 0.9
+) -> Tensor:
+    """Skewed Jensen-Shannon: lam KL(q||m) + (1-lam) KL(p||m) with m = (1-lam) p + lam q; shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return _jensen_shannon(logp_NV, logq_NV, teacher_weight=1.0 - lam).float()
+
+
+def tv_distance(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Total variation, 0.5 sum |p - q|, as in f-distill (arXiv 2307.15190); shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return (0.5 * (logp_NV.exp() - logq_NV.exp()).abs().sum(-1)).float()
+
+
+def skewed_forward_kl(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """KL(p||m) with m = alpha p + (1-alpha) q, of DistiLLM (arXiv 2402.03898, eq. 4); shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return _kl(logp_NV, _log_mixture(logp_NV, logq_NV, teacher_weight=alpha)).float()
+
+
+def skewed_reverse_kl(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """KL(q||m) with m = (1-alpha) p + alpha q, of DistiLLM (arXiv 2402.03898); shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    return _kl(logq_NV, _log_mixture(logp_NV, logq_NV, teacher_weight=1.0 - alpha)).float()
+
+
+def symmetric_kl(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, lam: float = 0.5
+) -> Tensor:
+    """(1-lam) KL(p||q) + lam KL(q||p), at lam 0.5 half the Jeffreys divergence; shape (N,), float32."""
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    weight_NV = (1.0 - lam) * logp_NV.exp() - lam * logq_NV.exp()
+    return (weight_NV * (logp_NV - logq_NV)).sum(-1).float()
+
+
+def generalized_jsd(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, beta: float = 0.5
+) -> Tensor:
+    """beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q, of GKD (arXiv 2306.13649); shape (N,), float32.
+
+    The ends are the limits after division by beta (1-beta): beta 0 is exactly KL(p||q), beta 1 exactly KL(q||p).
+    """
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    if beta == 0.0:
+        return _kl(logp_NV, logq_NV).float()
+    if beta == 1.0:
+        return _kl(logq_NV, logp_NV).float()
+    return _jensen_shannon(logp_NV, logq_NV, teacher_weight=beta).float()
+
+
+def adaptive_kl(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, head_mass: float = 0.5
+) -> Tensor:
+    """Forward KL where the student misses the teacher's head, reverse KL where it misses the tail (arXiv 2404.02657).
+
+    The head is the fewest tokens that hold `head_mass` of p. With g_head and g_tail the sums of |p - q| over head and
+    tail: (g_head KL(p||q) + g_tail KL(q||p)) / (g_head + g_tail); no gradient flows through the two weights.
+
+    Returns:
+        Shape (N,), float32.
+    """
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    with torch.no_grad():
+        p_NV, order_NV = logp_NV.exp().sort(dim=-1, descending=True)
+        gap_NV = (p_NV - logq_NV.exp().gather(-1, order_NV)).abs_()
+        mass_before_NV = p_NV.cumsum(-1).sub_(p_NV)
+        gap_all_N = gap_NV.sum(-1)
+        gap_head_N = gap_NV.masked_fill_(mass_before_NV >= head_mass, 0.0).sum(-1)
+        # Equal distributions have no gap at all; both KLs are zero there, so any weight will do.
+        head_share_N = gap_head_N / gap_all_N.clamp(min=torch.finfo(gap_all_N.dtype).tiny)
+    forward_N, reverse_N = _kl(logp_NV, logq_NV), _kl(logq_NV, logp_NV)
+    return (head_share_N * forward_N + (1.0 - head_share_N) * reverse_N).float()
+
+
+def top_k_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, k: int = 64) -> Tensor:
+    """KL(p||q) over the teacher's k likeliest tokens and one bucket that holds all others; shape (N,), float32.
+
+    Merging the tail can only lower the divergence, so `forward_kl` is never less; for k >= V - 1 they are equal.
+    """
+    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    top_logp_NK, top_NK = logp_NV.topk(min(k, logp_NV.shape[-1]), dim=-1)
+    head_N = _kl(top_logp_NK, logq_NV.gather(-1, top_NK))
+    tail_logp_N = logp_NV.scatter(-1, top_NK, LOG_ZERO).logsumexp(-1)
+    tail_logq_N = logq_NV.scatter(-1, top_NK, LOG_ZERO).logsumexp(-1)
+    return (head_N + tail_logp_N.exp() * (tail_logp_N - tail_logq_N)).float()
+
+
+def _log_probs(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log q, log p) over the shared vocabulary: embeddings are padded at their end, to sizes that differ."""
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    num_shared = min(student_logits_NV.shape[-1], teacher_logits_NV.shape[-1])
+    return (
+        _log_softmax(student_logits_NV[..., :num_shared], temperature),
+        _log_softmax(teacher_logits_NV[..., :num_shared], temperature),
+    )
+
+
+def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    if temperature != 1.0:
+        logits_NV = logits_NV.to(dtype) / temperature
+    log_probs_NV = torch.log_softmax(logits_NV, dim=-1, dtype=dtype)
+    # In place for the teacher saves one (N, V) temporary; the student's log_softmax keeps its output for backward.
+    floor = torch.nan_to_num if log_probs_NV.requires_grad else torch.nan_to_num_
+    return floor(log_probs_NV, nan=math.nan, neginf=LOG_ZERO)
+
+
+def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
+
+
+def _log_mixture(logp_NV: Tensor, logq_NV: Tensor, teacher_weight: float) -> Tensor:
+    """log(w p + (1-w) q) without leaving log space, where small probabilities would vanish."""
+    if teacher_weight <= 0.0:
+        return logq_NV
+    if teacher_weight >= 1.0:
+        return logp_NV
+    return torch.logaddexp(logp_NV + math.log(teacher_weight), logq_NV + math.log1p(-teacher_weight))
+
+
+def _jensen_shannon(logp_NV: Tensor, logq_NV: Tensor, teacher_weight: float) -> Tensor:
+    """w KL(p||m) + (1-w) KL(q||m) with m = w p + (1-w) q."""
+    log_mixture_NV = _log_mixture(logp_NV, logq_NV, teacher_weight)
+    return teacher_weight * _kl(logp_NV, log_mixture_NV) + (1.0 - teacher_weight) * _kl(logq_NV, log_mixture_NV)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a parameter may take: between `low` and `high`, ends included unless marked open."""
+
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = False
+    integer: bool = False
+
+    def holds(self, value: object) -> bool:
+        """Whether `value` is a number of the right kind inside the range."""
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
+            return False
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.integer else "a number"
+        brackets = ("(" if self.low_open else "[") + "{}" + (")" if self.high_open else "]")
+        return f"{kind} in " + brackets.format(f"{self.low:g}, {self.high:g}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry of the registry: the function, its parameters, and whether T^2 is its authors' habit."""
+
+    function: LossFunction
+    scale_by_t_squared: bool
+    parameters: Mapping[str, Range] = field(default_factory=dict)
+
+
+_INSIDE = Range(0.0, 1.0, low_open=True, high_open=True)
+_SKEW = Range(0.0, 1.0, high_open=True)
+_CLOSED = Range(0.0, 1.0)
+
+# T^2 as in the authors' code for the first six, as TRL does (not at all) for generalized_jsd. The last three are made
+# of KLs with the gradient of forward_kl, which shrinks with 1/T^2, and follow it.
+LOSSES: dict[str, Loss] = {
+    "forward_kl": Loss(forward_kl, scale_by_t_squared=True),
+    "reverse_kl": Loss(reverse_kl, scale_by_t_squared=False),
+    "js_distance": Loss(js_distance, scale_by_t_squared=True, parameters={"lam": _INSIDE}),
+    "tv_distance": Loss(tv_distance, scale_by_t_squared=False),
+    "skewed_forward_kl": Loss(skewed_forward_kl, scale_by_t_squared=False, parameters={"alpha": _SKEW}),
+    "skewed_reverse_kl": Loss(skewed_reverse_kl, scale_by_t_squared=True, parameters={"alpha": _SKEW}),
+    "generalized_jsd": Loss(generalized_jsd, scale_by_t_squared=False, parameters={"beta": _CLOSED}),
+    "symmetric_kl": Loss(symmetric_kl, scale_by_t_squared=True, parameters={"lam": _CLOSED}),
+    "adaptive_kl": Loss(adaptive_kl, scale_by_t_squared=True, parameters={"head_mass": _INSIDE}),
+    "top_k_kl": Loss(top_k_kl, scale_by_t_squared=True, parameters={"k": Range(1, 2**20, integer=True)}),
+}
+
+
+@dataclass(frozen=True)
+class ResolvedLoss:
+    """A loss with its parameters bound; picklable, so that a config step can hand it to a worker."""
+
+    name: str
+    function: LossFunction
+    params: Mapping[str, Any]
+    scale_by_t_squared: bool
+
+    def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
+        """Return the divergence of each token, shape (N,), times T^2 where asked."""
+        loss_N = self.function(student_logits_NV, teacher_logits_NV, temperature, **self.params)
+        return loss_N * temperature**2 if self.scale_by_t_squared and temperature != 1.0 else loss_N
+
+
+def resolve_loss(
+    name: str, params: Mapping[str, Any] | None = None, scale_by_t_squared: bool | None = None
+) -> ResolvedLoss:
+    """Look a loss up by name, first here, then among installed plug-ins, and bind its parameters.
+
+    Args:
+        name: A key of `LOSSES`, or the name of an entry point in the group `pocl_ray.losses`.
+        params: Parameters of the loss, such as `{"alpha": 0.1}`; those left out keep their defaults.
+        scale_by_t_squared: Multiply by the square of the temperature; None does as the loss's authors do.
+
+    Raises:
+        ConfigError: The name or a parameter is unknown, or a value lies outside its range.
+        UserError: A plug-in cannot be loaded or breaks the contract of a loss.
+    """
+    params = dict(params or {})
+    if name in LOSSES:
+        loss = LOSSES[name]
+        _check_params(name, params, loss.parameters)
+    elif name in (installed := plugins.installed()):
+        found = plugins.load(name, installed[name])
+        loss = found if isinstance(found, Loss) else Loss(found, scale_by_t_squared=False)
+        if loss.parameters:
+            _check_params(name, params, loss.parameters)
+        plugins.probe(name, loss.function, params)
+    else:
+        raise ConfigError(f"loss '{name}' is unknown; {_nearest(name, [*LOSSES, *installed])}")
+    scaled = loss.scale_by_t_squared if scale_by_t_squared is None else scale_by_t_squared
+    return ResolvedLoss(name, loss.function, params, scaled)
+
+
+def _check_params(name: str, params: Mapping[str, Any], known: Mapping[str, Range]) -> None:
+    for key, value in params.items():
+        if key not in known:
+            raise ConfigError(f"loss '{name}' has no parameter '{key}'; {_nearest(key, list(known))}")
+        if not known[key].holds(value):
+            raise ConfigError(f"loss '{name}': {key} must be {known[key]}, not {value!r}")
+
+
+def _nearest(wrong: str, known: list[str]) -> str:
+    if not known:
+        return "it takes none"
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

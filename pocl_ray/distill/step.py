@@ -1,0 +1,114 @@
+"""The module that DeepSpeed wraps: student, LM head and loss in one forward that returns sums over response tokens.
+
+Only the hidden states of positions whose next token is a response token reach the LM head; prompt and padding do not.
+Sums, not means: the caller divides by the number of response tokens of the whole optimizer step, over all workers and
+micro-batches, so that neither how a batch is split nor how many workers share it changes the loss.
+
+Legend: B batch, T tokens, N response tokens in one flat axis, V vocabulary, H hidden of the student, K of the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pocl_ray.data.batching import MicroBatch
+from pocl_ray.distill.chunked import DEFAULT_CHUNK_BYTES, HeadLoss, KdFunction, TeacherLogits, chunked_head_loss
+from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a stage sets: the divergence (of `resolve_loss`), its temperature and its weight in the loss."""
+
+    kd_temperature: float
+    kd_ratio: float
+    kd: KdFunction | None = None
+
+
+class LossHead(nn.Module):
+    """The LM head with the loss behind it.
+
+    It owns the head's parameters directly, shared with the student (and with the embedding, where they are tied):
+    ZeRO-3 gathers the parameters of the module that is called, and this is the one.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, head: nn.Module, transform: LogitTransform) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, head.weight)
+        self.register_parameter("bias", getattr(head, "bias", None))
+        self.transform = transform
+
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        targets_N: Tensor,
+        teacher_logits: TeacherLogits | None,
+        settings: StepSettings,
+        chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of loss, cross-entropy and divergence over the N tokens; only the first carries a gradient."""
+        loss = HeadLoss(
+            targets_N,
+            kd_ratio=settings.kd_ratio,
+            kd=settings.kd,
+            kd_temperature=settings.kd_temperature,
+            teacher_logits=teacher_logits,
+            transform=self.transform,
+            chunk_bytes=chunk_bytes,
+        )
+        return chunked_head_loss(hidden_NH, self.weight, self.bias, loss)
+
+
+class DistillationModule(nn.Module):
+    """A student and its loss.
+
+    Parameters are named `student.<name in the student>`; the head's appear once more, shared, under `loss_head`.
+    """
+
+    def __init__(self, student: PreTrainedModel, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> None:
+        super().__init__()
+        parts = split_model(student)
+        self.student = student
+        self.loss_head = LossHead(parts.head, parts.transform)
+        self.chunk_bytes = chunk_bytes
+        # A plain dataclass: as a parameter or buffer the frozen head would be partitioned, cast and saved by DeepSpeed.
+        self._teacher_head: HeadWeights | None = None
+
+    def attach_teacher_head(self, head: HeadWeights | None) -> None:
+        """Set the teacher's LM head, on the device of the batches; None for training without a teacher."""
+        self._teacher_head = head
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """The student's last hidden states at the response positions, shape (N, H)."""
+        return split_model(self.student).response_hidden(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
+        )
+
+    def forward(self, batch: MicroBatch, settings: StepSettings) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the response tokens of the batch.
+
+        Returns:
+            (sum of (1 - kd_ratio) ce + kd_ratio kd, sum of ce, sum of kd), float32 scalars; the first carries the
+            gradient. With kd_ratio 0 the teacher is left alone and the third is 0.
+        """
+        return self.loss_head(
+            self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
+        )
+
+    def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
+        if settings.kd_ratio == 0.0:
+            return None
+        if self._teacher_head is None or batch.teacher_hidden_NK is None:
+            raise ValueError(
+                "kd_ratio is above 0, but there is no teacher head, or the batch has no teacher hidden states"
+            )
+        head, hidden_NK = self._teacher_head, batch.teacher_hidden_NK
+        return lambda rows: head.logits(hidden_NK[rows])

@@ -1,0 +1,253 @@
+"""The run directory, on a local disk or an object store, and what is known about finished steps.
+
+Everything that a run leaves goes through `RunDirectory`. A file appears whole or not at all: locally by writing
+beside it and renaming, on an object store because a put is atomic there. A directory is finished when the
+manifest says so. Readers that need a local path (memory maps, `from_pretrained`) ask for `local(...)`, which
+copies remote files once a node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from filelock import FileLock
+
+from pocl_ray.errors import StorageError
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+def fingerprint(value: Any) -> str:
+    """Return the sha256 of a JSON-like value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a local file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path names an object store rather than a local file."""
+    return "://" in path and not path.startswith("file://")
+
+
+def resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem of a path or URL, and the path on it.
+
+    Raises:
+        StorageError: The scheme is unknown, or the store cannot be reached.
+    """
+    if not is_remote(path):
+        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).expanduser().absolute())
+    try:
+        return pafs.FileSystem.from_uri(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: cannot be opened ({_first_line(error)})") from None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of one run; every path is relative to it. Cheap to construct and to send to workers.
+
+    Attributes:
+        uri: Absolute local path, or URL such as `s3://bucket/runs/name`.
+    """
+
+    uri: str
+
+    @classmethod
+    def open(cls, storage_path: str, name: str, create: bool = True) -> RunDirectory:
+        """Open `<storage_path>/<name>`, made when missing.
+
+        Raises:
+            StorageError: It cannot be made or written.
+        """
+        if is_remote(storage_path):
+            return cls(f"{storage_path.rstrip('/')}/{name}")
+        path = Path(storage_path.removeprefix("file://")).expanduser().absolute() / name
+        if create:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be made ({error.strerror}); set storage_path elsewhere") from None
+            if not os.access(path, os.W_OK):
+                raise StorageError(f"{path}: no permission to write there; set storage_path elsewhere")
+        return cls(str(path))
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow filesystem that the run directory lies on."""
+        return resolve(self.uri)[0]
+
+    def fs_path(self, rel: str = "") -> str:
+        """Return the path of `rel` on `filesystem`."""
+        base = resolve(self.uri)[1]
+        return f"{base}/{rel}" if rel else base
+
+    def uri_of(self, rel: str) -> str:
+        """Return the absolute path or URL of `rel`."""
+        return f"{self.uri}/{rel}"
+
+    def exists(self, rel: str) -> bool:
+        """Whether a file or directory is there."""
+        return self.filesystem.get_file_info(self.fs_path(rel)).type != pafs.FileType.NotFound
+
+    def read_bytes(self, rel: str) -> bytes:
+        """Return a file's content.
+
+        Raises:
+            StorageError: It is missing or cannot be read.
+        """
+        try:
+            with self.filesystem.open_input_file(self.fs_path(rel)) as file:
+                return file.read()
+        except FileNotFoundError:
+            raise StorageError(f"{self.uri_of(rel)}: no such file") from None
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({_first_line(error)})") from None
+
+    def read_text(self, rel: str) -> str:
+        """Return a UTF-8 file's content."""
+        return self.read_bytes(rel).decode()
+
+    def read_json(self, rel: str) -> Any:
+        """Return the value that a JSON file holds."""
+        try:
+            return json.loads(self.read_bytes(rel))
+        except ValueError:
+            raise StorageError(f"{self.uri_of(rel)}: not valid JSON; delete it to have it made again") from None
+
+    def write_bytes(self, rel: str, data: bytes) -> None:
+        """Write a file, whole or not at all.
+
+        Raises:
+            StorageError: No permission, or the disk is full.
+        """
+        filesystem, target = self.filesystem, self.fs_path(rel)
+        try:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                filesystem.create_dir(str(Path(target).parent))
+                temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+                try:
+                    with open(temporary, "wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(temporary, target)
+                finally:
+                    Path(temporary).unlink(missing_ok=True)
+            else:
+                with filesystem.open_output_stream(target) as stream:
+                    stream.write(data)
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+
+    def write_text(self, rel: str, text: str) -> None:
+        """Write a UTF-8 file, whole or not at all."""
+        self.write_bytes(rel, text.encode())
+
+    def write_json(self, rel: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_text(rel, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def local(self, rel: str) -> Path:
+        """Return a local path of a file or directory: itself, or the node's copy of a remote one."""
+        return Path(localize(self.uri_of(rel)))
+
+    def publish(self, local: Path, rel: str) -> None:
+        """Put a local file or directory at `rel`, in place of what stands there.
+
+        Raises:
+            StorageError: No permission, or the disk is full.
+        """
+        filesystem, target = self.filesystem, self.fs_path(rel)
+        try:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                _publish_locally(local, Path(target))
+                return
+            self.delete(rel)
+            pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+
+    def delete(self, rel: str) -> None:
+        """Delete a file or a directory with all that it holds; nothing happens when it is missing."""
+        filesystem, target = self.filesystem, self.fs_path(rel)
+        kind = filesystem.get_file_info(target).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(target)
+        elif kind == pafs.FileType.File:
+            filesystem.delete_file(target)
+
+
+def _publish_locally(local: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        if local.is_dir():
+            shutil.copytree(local, beside)
+            if target.exists():
+                old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+                target.rename(old)
+                beside.rename(target)
+                shutil.rmtree(old)
+            else:
+                beside.rename(target)
+        else:
+            shutil.copyfile(local, beside)
+            os.replace(beside, target)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def cache_root() -> Path:
+    """Return the directory of this node's copies of remote files (`POCL_RAY_CACHE` moves it)."""
+    return Path(os.environ.get("POCL_RAY_CACHE", Path(tempfile.gettempdir()) / f"pocl-ray-{os.getuid()}"))
+
+
+def localize(uri: str) -> str:
+    """Return a local path for a URL, copied to this node once; local paths and Hub ids are returned unchanged.
+
+    Raises:
+        StorageError: The file is missing or cannot be read.
+    """
+    if not is_remote(uri):
+        return uri.removeprefix("file://")
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise StorageError(f"{uri}: no such file or directory")
+    files = [info]
+    if info.type == pafs.FileType.Directory:
+        files = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    state = sorted((f.path, f.size, str(f.mtime)) for f in files if f.type == pafs.FileType.File)
+    folder = cache_root() / fingerprint([uri, state])[:32]
+    target = folder / Path(path).name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder / ".lock")):
+        if not (folder / ".complete").exists():
+            pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
+            (folder / ".complete").touch()
+    return str(target)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
