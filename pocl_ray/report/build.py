@@ -37,6 +37,7 @@ _LABELS = {
     "ce_loss": "student CE (nats/token)",
     "teacher_ce_loss": "teacher CE (nats/token)",
     "teacher_student_kl": "KL, teacher to student (nats/token)",
+    "student_confidence": "student confidence",
     "teacher_entropy": "teacher entropy (nats/token)",
     NUM_RESPONSE_TOKENS: "response length (tokens)",
 }
@@ -90,6 +91,7 @@ def build_report(files: RunFiles) -> str:
         "missing": _missing(run),
         "warnings": _warnings(run),
         "results": results,
+        "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,
         "plots": {plot.name: plot for plot in plots},

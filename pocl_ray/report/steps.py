@@ -11,10 +11,12 @@ from pocl_ray.report.files import Rejects, as_float
 
 # In the order of the data flow, with what each of them does.
 STEPS = {
+    "tokenizer": "tokenizer fetched or trained",
     "rows": "rows read, checked and tokenized",
     "teacher": "teacher loaded or fine-tuned",
     "student": "student loaded, cut or fine-tuned",
     "scores": "difficulty and teacher cache",
+    "ranking": "signals fused into one order",
     "plan": "buckets and stages",
     "distill": "distillation, all stages",
     "control": "plain distillation as control",
@@ -34,7 +36,8 @@ class StepTime:
         seconds: Wall time.
         share_of_longest: Its time relative to that of the longest step, 0 to 1.
         num_rows: Rows that it handled.
-        num_tokens: Tokens that it handled.
+        num_steps: Optimizer steps that it took.
+        num_tokens: Tokens that it handled; in training the response tokens alone.
     """
 
     name: str
@@ -43,6 +46,7 @@ class StepTime:
     seconds: float
     share_of_longest: float
     num_rows: float
+    num_steps: float
     num_tokens: float
 
     @property
@@ -64,6 +68,7 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
             seconds=seconds[name],
             share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,
             num_rows=as_float((steps[name].get("counts") or {}).get("num_rows")),
+            num_steps=as_float((steps[name].get("counts") or {}).get("num_steps")),
             num_tokens=as_float((steps[name].get("counts") or {}).get("num_tokens")),
         )
         for name in names

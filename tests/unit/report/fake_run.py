@@ -115,13 +115,15 @@ def _steps(num_rows: int, control: bool) -> dict[str, Any]:
     plan = {
         "rows": (3.1, num_rows, num_rows * 29), "teacher": (71.4, 25_600, 742_400), "student": (10.3, 12_800, 371_200),
         "scores": (24.8, num_rows, num_rows * 29 * 2), "plan": (0.02, num_rows, None),
-        "distill": (58.6, 15_360, 15_360 * 29), "control": (39.0, 15_360, 15_360 * 29),
+        "distill": (58.6, None, 480 * 183), "control": (39.0, None, 480 * 183),
         "evaluation": (41.7, 6_000, 71_000),
     }  # fmt: skip
     return {
         name: {
             "status": "done", "fingerprint": "0" * 64, "outputs": [], "seconds": seconds,
-            "counts": {"num_rows": rows, **({"num_tokens": tokens} if tokens else {})},
+            "counts": {
+                **({"num_rows": rows} if rows else {"num_steps": 480}), **({"num_tokens": tokens} if tokens else {}),
+            },
         }
         for name, (seconds, rows, tokens) in plan.items() if control or name != "control"
     }  # fmt: skip
@@ -223,6 +225,7 @@ def _set(rng: np.random.Generator, control: bool) -> dict[str, Any]:
         model: {
             "rouge_l": _sampled(rng, base + rouge), "exact_match": _sampled(rng, base + exact),
             "greedy": {"rouge_l": base + greedy, "exact_match": base + greedy - 9},
+            "num_rows": 300, "unstopped_share": 0.04,
         }
         for model, (rouge, exact, greedy) in figures.items() if control or model != "student_kd"
     }  # fmt: skip
