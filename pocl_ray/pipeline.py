@@ -142,14 +142,14 @@ class Pipeline:
     @cached_property
     def student(self) -> Made:
         """The student before distillation."""
-        config = self.config.student
+        config, teacher = self.config.student, self.teacher
         is_made = config.path is None
 
         def work(fingerprint: str) -> StepResult:
             outputs = []
             if is_made:
                 tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-                make_student(config, self.teacher.ref, tokenizer, self.config.seed, self.run_dir)
+                make_student(config, teacher.ref, tokenizer, self.config.seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
                 return StepResult(outputs, {})
@@ -159,7 +159,7 @@ class Pipeline:
 
         depends: list[Any] = [origin_fingerprint(config), self.tokenizer, self.config.seed]
         if config.num_layers is not None:
-            depends.append(self.teacher.fingerprint)
+            depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self._rows_fingerprint, self._sft_dependencies("student")]
         fingerprint = self._step("student", depends, work)
