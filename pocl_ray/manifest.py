@@ -46,17 +46,20 @@ class Manifest:
             return False
         return all(self.run_dir.exists(rel) for rel in entry["outputs"])
 
-    def run(self, step: str, depends_on: Any, work: Callable[[str], StepResult]) -> str:
-        """Run a step unless it is done, and return its fingerprint.
+    def run(self, step: str, depends_on: Any, work: Callable[[str], StepResult]) -> tuple[str, float | None]:
+        """Run a step unless it is done.
 
         Args:
             step: Name of the step.
             depends_on: JSON-like value of all that the result depends on, fingerprints of earlier steps included.
             work: Does the step; it is given the fingerprint.
+
+        Returns:
+            The step's fingerprint, and the seconds that it took; None where it was done already.
         """
         step_fingerprint = fingerprint([step, VERSION, depends_on])
         if self.is_done(step, step_fingerprint):
-            return step_fingerprint
+            return step_fingerprint, None
         previous = self.steps.get(step, {})
         resumed = previous.get("fingerprint") == step_fingerprint and previous.get("status") == "started"
         seconds_before = previous.get("seconds", 0.0) if resumed else 0.0
@@ -76,7 +79,7 @@ class Manifest:
             "counts": result.counts,
         }
         self._save(step, entry)
-        return step_fingerprint
+        return step_fingerprint, entry["seconds"]
 
     def _save(self, step: str, entry: dict[str, Any]) -> None:
         self.steps[step] = entry

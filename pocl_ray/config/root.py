@@ -85,12 +85,17 @@ class Config(Section):
             )
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        if self.train.zero_stage == 0 and self.train.precision != "fp32":
+            raise ValueError(
+                "train.zero_stage 0 works with train.precision fp32 alone, since DeepSpeed keeps no exact master "
+                "weights there; set it to 1"
+            )
         for role in (self.teacher, self.student):
             if role.sft is not None:
                 self.sft_train(role.sft)
         return self
 
     def sft_train(self, sft: SftConfig) -> TrainConfig:
-        """Return `train` with the keys that `sft.train` sets; an unknown key is an error."""
-        merged: dict[str, Any] = {**self.train.model_dump(), **sft.train}
+        """Return `train` with the keys that `sft.train` sets."""
+        merged: dict[str, Any] = {**self.train.model_dump(), **sft.train.model_dump(exclude_none=True)}
         return TrainConfig.model_validate(merged)

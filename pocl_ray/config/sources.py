@@ -61,6 +61,8 @@ class DataConfig(Section):
     @classmethod
     def _set_names(cls, tests: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         for name in tests:
+            if name in ("train", "dev"):
+                raise ValueError(f"a test set cannot be called {name!r}, which is a set already")
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"set name {name!r} may hold letters, digits, '-' and '_' only")
         return tests
@@ -90,7 +92,7 @@ class ModelConfig(Section):
         default=None, description="model_type and sizes of a model to initialise at random"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of inference; auto: the checkpoint's on a GPU, bfloat16 or float32 on a CPU"
+        default="auto", description="of inference; auto: the one that the weights were saved in"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")

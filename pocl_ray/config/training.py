@@ -139,12 +139,31 @@ class TrainConfig(Section):
         return betas
 
 
+class TrainOverrides(Section):
+    """Keys of `train` that differ during supervised fine-tuning; those left out stay as they are there."""
+
+    global_batch_rows: int | None = Field(default=None, ge=1)
+    micro_batch_rows: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] | None = None
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    betas: tuple[float, float] | None = None
+    max_grad_norm: float | None = Field(default=None, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    eval_every_epochs: int | None = Field(default=None, ge=1)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+
+
 class SftConfig(Section):
     """Supervised fine-tuning: the same worker with one stage, all rows and kd_ratio 0."""
 
     num_epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
-    train: dict[str, Any] = Field(default_factory=dict, description="keys of `train` that differ here")
+    hand_off: Literal["best", "last"] = Field(default="last", description="which checkpoint is the result")
+    train: TrainOverrides = TrainOverrides()
 
 
 class ScalingConfig(Section):

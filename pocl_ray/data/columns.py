@@ -1,0 +1,201 @@
+"""What the columns of a source mean: from a row as the file has it to a request and its reference answers.
+
+Without a mapping (`columns` of the source) these layouts are known, tried in this order; `system` and `topic` are
+optional everywhere:
+
+    messages                             chat turns, {"role", "content"} or ShareGPT's {"from", "value"}
+    conversations                        the same
+    instruction, [input], output         Alpaca
+    instruction, [context], response     Dolly; `category` is the topic
+    prompt, response                     also `completion` or `output` for the response
+    question, answer
+
+An explicit mapping wins: its columns must exist, and only layouts that have its roles are tried for the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pocl_ray.config.sources import ColumnRole
+from pocl_ray.errors import DataError
+
+Columns = Mapping[ColumnRole, str]
+Message = dict[str, str]
+
+_EVERYWHERE: dict[ColumnRole, str] = {"system": "system", "topic": "topic"}
+_LAYOUTS: tuple[dict[ColumnRole, str], ...] = (
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"instruction": "instruction", "input": "input", "output": "output"},
+    {"instruction": "instruction", "input": "context", "output": "response", "topic": "category"},
+    {"prompt": "prompt", "output": "response"},
+    {"prompt": "prompt", "output": "completion"},
+    {"prompt": "prompt", "output": "output"},
+    {"prompt": "question", "output": "answer"},
+)
+_OPTIONAL: frozenset[ColumnRole] = frozenset({"input", "system", "topic"})
+_ROLES_OF_CHAT = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+class UnusableRowError(Exception):
+    """A row that cannot be trained on; the message is the reason in rejects.jsonl."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a row asks for, before a template makes one text of it.
+
+    Attributes:
+        instruction: The task, or the last turn of the user.
+        input: What the task is about; may be empty.
+        system: The system message; may be empty.
+        history: Chat turns before the last one of the user, as {"role", "content"}.
+        references: Accepted answers; the first is trained on, all are used in evaluation.
+        topic: Family of the task, where the source names it.
+    """
+
+    instruction: str
+    input: str
+    system: str
+    history: tuple[Message, ...]
+    references: tuple[str, ...]
+    topic: str | None
+
+
+def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole, str]:
+    """Decide which column has which role.
+
+    Args:
+        found: Columns of the source, or of its first rows.
+        mapping: Roles that the user gave.
+
+    Returns:
+        Role to column; those of optional roles may be missing (a later row may have them).
+
+    Raises:
+        DataError: A mapped column is missing, roles do not go together, or no known layout fits.
+    """
+    for role, column in mapping.items():
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(f"no column {column!r}, which `columns.{role}` names{hint}; found: {_names(found)}")
+    fitting = [layout for layout in _LAYOUTS if mapping.keys() <= {*layout, *_EVERYWHERE}]
+    if not fitting:
+        raise DataError(
+            f"`columns` gives roles that do not go together ({_names(mapping)}); give messages alone, "
+            "or instruction (input) and output, or prompt and output"
+        )
+    for layout in fitting:
+        columns: dict[ColumnRole, str] = {**_EVERYWHERE, **layout, **mapping}
+        if all(columns[role] in found for role in layout if role not in _OPTIONAL):
+            return columns
+    raise DataError(
+        f"cannot tell which columns hold the prompt and the response; found: {_names(found)}; expected messages, "
+        "instruction and output, or prompt and response, or a mapping such as columns={prompt: ..., output: ...}"
+    )
+
+
+def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
+    """Read one row.
+
+    Args:
+        values: Column to value.
+        columns: What `resolve_columns` gave.
+
+    Raises:
+        UnusableRowError: A field is missing, empty, of the wrong type or no Unicode text, or the chat turns make no
+            sense.
+    """
+    system = _optional_text(values, columns.get("system"))
+    topic = _topic(values, columns.get("topic"))
+    if "messages" in columns:
+        return _read_chat(values, columns["messages"], system, topic)
+    role: ColumnRole = "instruction" if "instruction" in columns else "prompt"
+    instruction = _text(_field(values, columns[role]), columns[role])
+    references = _references(_field(values, columns["output"]), columns["output"])
+    return Request(instruction, _optional_text(values, columns.get("input")), system, (), references, topic)
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _field(values: Mapping[str, Any], column: str) -> Any:
+    if values.get(column) is None:
+        raise UnusableRowError(f"{column} is {'empty' if column in values else 'missing'}")
+    return values[column]
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise UnusableRowError(f"{place} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise UnusableRowError(f"{place} is empty")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UnusableRowError(f"{place} holds half a surrogate pair, which is no Unicode text") from None
+    return value
+
+
+def _optional_text(values: Mapping[str, Any], column: str | None) -> str:
+    value = None if column is None else values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    return _text(value, str(column))
+
+
+def _topic(values: Mapping[str, Any], column: str | None) -> str | None:
+    value = None if column is None else values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return _text(value if isinstance(value, str) else str(value), str(column))
+
+
+def _references(value: Any, column: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        return (_text(value, column),)
+    if not value:
+        raise UnusableRowError(f"{column} is empty")
+    return tuple(_text(answer, f"{column}[{position}]") for position, answer in enumerate(value))
+
+
+def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str | None) -> Request:
+    """Take the last turn of the assistant as the response, and the turns before it as the prompt."""
+    turns = _field(values, column)
+    if not isinstance(turns, (list, tuple)):
+        raise UnusableRowError(f"{column} is {type(turns).__name__}, not a list of turns")
+    messages = [_read_turn(turn, f"{column}[{position}]") for position, turn in enumerate(turns)]
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise UnusableRowError(f"{column} has no turn of the assistant")
+    before = messages[:last]
+    if before and before[0]["role"] in ("system", "developer"):
+        system = before.pop(0)["content"]
+    if not before or before[-1]["role"] != "user":
+        raise UnusableRowError(f"{column} has no turn of the user before the last one of the assistant")
+    instruction = before[-1]["content"]
+    return Request(instruction, "", system, tuple(before[:-1]), (messages[last]["content"],), topic)
+
+
+def _read_turn(turn: Any, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UnusableRowError(f"{place} is {type(turn).__name__}, not an object")
+    role, content = ("role", "content") if "role" in turn else ("from", "value")
+    name = _text(turn.get(role, ""), f"{place}.{role}")
+    if name not in _ROLES_OF_CHAT:
+        raise UnusableRowError(f"{place}.{role} is {name!r}, not one of {', '.join(_ROLES_OF_CHAT)}")
+    return {"role": _ROLES_OF_CHAT[name], "content": _text(_field(turn, content), f"{place}.{content}")}

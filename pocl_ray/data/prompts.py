@@ -1,0 +1,130 @@
+"""Prompt templates: from a request to the text that a model continues.
+
+`alpaca` is the text of the papers (MiniLLM, DistiLLM, POCL), `chat` the tokenizer's own chat template, `plain` the
+request alone; any other text is a template of the user's with `{instruction}` and `{input}`. Braces in the data mean
+nothing, since a template is cut once and filled by joining. `{{` and `}}` stand for braces of the template itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from pocl_ray.data.columns import Columns, Request, UnusableRowError, read_request
+from pocl_ray.data.readers import SourceRow
+from pocl_ray.errors import ConfigError
+
+_PARAGRAPH = "\n\n"  # between a system message, an instruction and an input that a template has no place for
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_PLAIN = "{instruction}"
+_NAMED = ("alpaca", "chat", "plain")
+_PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[A-Za-z_][A-Za-z_0-9]*\})")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the rest of the system knows it.
+
+    Attributes:
+        prompt: Text that the model continues, from the template.
+        references: Accepted answers; the first is trained on, all are used in evaluation.
+        topic: Family of the task, where the source names it.
+        source_row: Number of the row in its source, from 1.
+    """
+
+    prompt: str
+    references: tuple[str, ...]
+    topic: str | None
+    source_row: int
+
+
+class PromptTemplate:
+    """Makes one text of a request.
+
+    Args:
+        template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`.
+        tokenizer: A Hugging Face tokenizer; its chat template is used by `chat`.
+
+    Raises:
+        ConfigError: A placeholder or the name is unknown, or the tokenizer has no chat template.
+    """
+
+    def __init__(self, template: str, tokenizer: Any) -> None:
+        self.is_chat = template == "chat"
+        self._tokenizer = tokenizer
+        if self.is_chat:
+            if not getattr(tokenizer, "chat_template", None):
+                raise ConfigError("data.prompt_template: chat, but the tokenizer has no chat template; use alpaca")
+            return
+        self._bare = _cut({"alpaca": _ALPACA, "plain": _PLAIN}.get(template, template))
+        self._with_input = _cut(_ALPACA_WITH_INPUT) if template == "alpaca" else self._bare
+
+    def render(self, request: Request) -> str:
+        """Return the prompt's text.
+
+        Where the template has no place for them, a system message goes in front of the instruction and an input
+        behind it.
+
+        Raises:
+            UnusableRowError: The request is a conversation of several turns, but the template is not `chat`; or the
+                chat template refuses it.
+        """
+        if self.is_chat:
+            return self._render_chat(request)
+        if request.history:
+            raise UnusableRowError("a conversation of several turns needs data.prompt_template: chat")
+        parts = self._with_input if request.input else self._bare
+        has_place = "{input}" in parts
+        texts = (request.system, request.instruction, "" if has_place else request.input)
+        fields = {"{instruction}": _PARAGRAPH.join(filter(None, texts)), "{input}": request.input}
+        # Odd places are placeholders, even ones the template's own text, which may look like a placeholder.
+        return "".join(fields.get(part, part[0]) if place % 2 else part for place, part in enumerate(parts))
+
+    def _render_chat(self, request: Request) -> str:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        content = _PARAGRAPH.join(filter(None, (request.instruction, request.input)))
+        messages = [*system, *request.history, {"role": "user", "content": content}]
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UnusableRowError(f"the tokenizer's chat template refuses it ({error})") from None
+
+
+def read_example(row: SourceRow, columns: Columns, template: PromptTemplate) -> Example:
+    """Read one row and put it into the template.
+
+    Raises:
+        UnusableRowError: The row cannot be used; the message says why.
+    """
+    request = read_request(row.values, columns)
+    return Example(template.render(request), request.references, request.topic, row.row)
+
+
+def _cut(template: str) -> list[str]:
+    """Cut a template into its own text (even places) and placeholders or doubled braces (odd places)."""
+    parts = _PLACEHOLDER.split(template)
+    names = [part for part in parts[1::2] if part not in ("{{", "}}")]
+    unknown = sorted(set(names) - {"{instruction}", "{input}"})
+    if unknown:
+        raise ConfigError(
+            f"data.prompt_template: unknown placeholder {', '.join(unknown)}; there are {{instruction}} and {{input}} "
+            "(write {{ and }} for braces)"
+        )
+    if "{instruction}" not in names:
+        near = difflib.get_close_matches(template, _NAMED, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"give {', '.join(_NAMED)}, or a text with {{instruction}}"
+        raise ConfigError(f"data.prompt_template: {template!r} holds no {{instruction}}; {hint}")
+    return parts

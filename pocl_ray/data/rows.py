@@ -1,0 +1,240 @@
+"""From a source to the Arrow file of prepared rows, in one streaming pass; what cannot be used is set aside.
+
+`rows/<set>.arrow` holds text and token ids of every usable row. Its bytes depend on the source, the data config and the
+tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pocl_ray.config.sources import DataConfig, SourceConfig
+from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
+from pocl_ray.data.prompts import Example, PromptTemplate
+from pocl_ray.data.readers import Reject, SourceRow
+from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, shared_prompts
+from pocl_ray.data.sources import read_source
+from pocl_ray.data.tokenization import RowTokenizer
+from pocl_ray.errors import DataError
+from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
+from pocl_ray.storage import file_digest
+
+__all__ = [
+    "RowStore",
+    "default_split",
+    "hold_out",
+    "prepare_rows",
+    "shared_prompts",
+    "summarize_rows",
+    "write_rejects",
+]
+
+_NUM_REASONS_SHOWN = 3
+
+
+def default_split(name: str) -> str:
+    """Return the split of the shipped samples that a set of this name reads, where the config names none."""
+    return name if name in ("train", "dev") else "test"
+
+
+def prepare_rows(
+    name: str, source: SourceConfig, config: DataConfig, tokenizer: Any, destination: Path
+) -> tuple[RowsSummary, list[Reject]]:
+    """Read, template and tokenise the rows of one set.
+
+    Args:
+        name: `train`, `dev`, or the name of a test set.
+        source: Where its rows are.
+        config: Template, lengths, and the share of unusable rows that is too many.
+        tokenizer: A Hugging Face tokenizer.
+        destination: Local Arrow file to write; it appears whole or not at all.
+
+    Returns:
+        What became of the set, and the rows left out, in order.
+
+    Raises:
+        DataError: The source is missing, empty or lacks a column, too many rows cannot be used, or none can.
+        ConfigError: The template does not work.
+        ModelError: The tokenizer has no end-of-sequence token.
+    """
+    template = PromptTemplate(config.prompt_template, tokenizer)
+    row_tokenizer = RowTokenizer(
+        tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
+    )
+    preparation = _Preparation(ExampleReader(source.columns, template), row_tokenizer, vocab_size=len(tokenizer))
+    with _named_errors(name), _atomic_writer(destination) as writer:
+        stream = read_source(source, default_split(name))
+        while chunk := list(islice(stream, CHUNK_ROWS)):
+            batch = preparation.prepare(chunk)
+            if batch.num_rows:
+                writer.write_batch(batch)
+        _check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
+    return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
+
+
+def summarize_rows(name: str, path: Path, num_rejected: int) -> RowsSummary:
+    """Return the figures of a file of prepared rows.
+
+    Args:
+        name: `train`, `dev`, or the name of a test set.
+        path: The Arrow file.
+        num_rejected: Rows of its source that were left out.
+    """
+    store = RowStore.open(path)
+    return RowsSummary(
+        name=name,
+        path=f"rows/{name}.arrow",
+        num_rows=len(store),
+        num_rejected=num_rejected,
+        num_prompt_tokens=int(store.prompt_lengths.sum(dtype=np.int64)),
+        num_response_tokens=int(store.response_lengths.sum(dtype=np.int64)),
+        max_response_tokens=int(store.response_lengths.max()),
+        fingerprint=file_digest(path),
+    )
+
+
+def hold_out(
+    rows: Path, num_rows: int, seed: int, train: Path, dev: Path, num_rejected: int = 0
+) -> tuple[RowsSummary, RowsSummary]:
+    """Take rows out of the training set as a dev set; both keep the order of the file and count their ids anew.
+
+    Args:
+        rows: Prepared rows of `data.train`.
+        num_rows: `data.holdout_rows`.
+        seed: Draws them.
+        train: File to write the rows that stay; may be `rows` itself.
+        dev: File to write the rows taken.
+        num_rejected: Rows of the source that were left out, for the summary of train.
+
+    Returns:
+        What train and dev are now.
+
+    Raises:
+        DataError: No row would be left to train on.
+    """
+    assert num_rows > 0, "the config asks for a dev set"
+    store = RowStore.open(rows)
+    if num_rows >= len(store):
+        raise DataError(
+            f"data.holdout_rows {num_rows} leaves nothing to train on: data.train has {len(store)} usable rows; "
+            "set it lower, or give data.dev"
+        )
+    taken = np.zeros(len(store), dtype=bool)
+    taken[np.random.default_rng(seed).choice(len(store), size=num_rows, replace=False)] = True
+    _write_selected(store, taken, dev)
+    _write_selected(store, ~taken, train)
+    return summarize_rows("train", train, num_rejected), summarize_rows("dev", dev, 0)
+
+
+def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
+    """Write rejects.jsonl: one `{"source", "row", "reason"}` a line."""
+    lines = (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+
+
+class _Preparation:
+    """The pass over a source: turns chunks of it into record batches and collects what was left out."""
+
+    def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer, vocab_size: int) -> None:
+        self.num_rows = 0
+        self.rejects: list[Reject] = []
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def prepare(self, chunk: Sequence[SourceRow | Reject]) -> pa.RecordBatch:
+        """Return the usable rows of a chunk."""
+        items = self._reader.read(chunk)
+        examples = [item for item in items if isinstance(item, Example)]
+        prompt_ids, response_ids = self._tokenizer.encode(
+            [example.prompt for example in examples], [example.references[0] for example in examples]
+        )
+        tokens = iter(zip(examples, prompt_ids, response_ids, strict=True))
+        kept: list[tuple[Example, list[int], list[int]]] = []
+        for item, origin in zip(items, chunk, strict=True):
+            if isinstance(item, Reject):
+                self.rejects.append(item)
+                continue
+            row = next(tokens)
+            if row[2]:
+                kept.append(row)
+            else:
+                self.rejects.append(Reject(origin.source, origin.row, "the response has no tokens"))
+        return self._batch(kept)
+
+    def _batch(self, kept: Sequence[tuple[Example, list[int], list[int]]]) -> pa.RecordBatch:
+        first, self.num_rows = self.num_rows, self.num_rows + len(kept)
+        columns = {
+            ID: np.arange(first, self.num_rows),
+            SOURCE_ROW: [example.source_row for example, _, _ in kept],
+            TOPIC: [example.topic for example, _, _ in kept],
+            PROMPT: [example.prompt for example, _, _ in kept],
+            REFERENCES: [example.references for example, _, _ in kept],
+            PROMPT_IDS: [prompt for _, prompt, _ in kept],
+            RESPONSE_IDS: [response for _, _, response in kept],
+        }
+        arrays = [pa.array(columns[field.name], type=field.type) for field in ROWS_SCHEMA]
+        for array in arrays[-2:]:
+            ids = array.values.to_numpy()
+            assert not ids.size or (ids.min() >= 0 and ids.max() < self._vocab_size), "id outside the vocabulary"
+        return pa.RecordBatch.from_arrays(arrays, schema=ROWS_SCHEMA)
+
+
+def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+    total = num_rows + len(rejects)
+    if num_rows and len(rejects) <= max_share * total:
+        return
+    shown = "; ".join(f"row {r.row}: {r.reason}" for r in rejects[:_NUM_REASONS_SHOWN])
+    more = " ..." if len(rejects) > _NUM_REASONS_SHOWN else ""
+    limit = f"more than data.max_reject_share {max_share:.1%}" if num_rows else "so none is left"
+    raise DataError(
+        f"{path}: {len(rejects)} of {total} rows ({len(rejects) / total:.1%}) cannot be used, {limit}; "
+        f"the first: {shown}{more}"
+    )
+
+
+def _write_selected(store: RowStore, selected: np.ndarray, path: Path) -> None:
+    """Write the selected rows with new ids, one record batch at a time."""
+    position, next_id = 0, 0
+    with _atomic_writer(path) as writer:
+        for batch in store.batches:
+            part = batch.filter(pa.array(selected[position : position + batch.num_rows]))
+            position += batch.num_rows
+            if part.num_rows:
+                writer.write_batch(part.set_column(0, ROWS_SCHEMA.field(ID), _new_ids(next_id, part.num_rows)))
+                next_id += part.num_rows
+
+
+def _new_ids(first: int, count: int) -> pa.Array:
+    return pa.array(np.arange(first, first + count), type=pa.int64())
+
+
+@contextmanager
+def _atomic_writer(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, ROWS_SCHEMA) as writer:
+            yield writer
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Let an error of a source say which set of the config it belongs to."""
+    try:
+        yield
+    except DataError as error:
+        place = f"data.{name}" if name in ("train", "dev") else f"data.tests.{name}"
+        raise DataError(f"{place}: {error}") from None

@@ -1,0 +1,147 @@
+"""Where rows come from: one stream of rows and rejects, whatever the source.
+
+Files (JSONL, JSON arrays, CSV, Parquet; single, in a folder, or by glob; local or on an object store), saved `datasets`
+directories, data sets of the Hugging Face Hub, and the rows that the project ships (`samples://instructions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from pocl_ray.config.sources import SourceConfig
+from pocl_ray.data.location import Location, SourceFile, ending_of, first_line, locate
+from pocl_ray.data.readers import Reject, SourceRow, read_file
+from pocl_ray.errors import DataError
+from pocl_ray.storage import file_digest, fingerprint, is_remote, localize
+
+_BATCH_ROWS = 1024
+
+
+def read_source(source: SourceConfig, default_split: str = "train") -> Iterator[SourceRow | Reject]:
+    """Stream the rows of a source.
+
+    Args:
+        source: Where the rows are.
+        default_split: Split of the shipped samples, where `source.split` is not given.
+
+    Returns:
+        Iterator over the first `max_rows` rows in the order of the source: a `SourceRow` each, or a `Reject` for one
+        that cannot be read.
+
+    Raises:
+        DataError: The source is missing, of unknown format, without the split or empty (the last while iterating).
+    """
+    location = locate(source)
+    rows = _stream(source, location, default_split)
+    return _refuse_empty(source, islice(rows, source.max_rows))
+
+
+def source_fingerprint(source: SourceConfig, default_split: str = "train") -> str:
+    """Return a digest of all that the rows of a source depend on, without parsing them.
+
+    Local files count by content, so a moved file keeps its digest; remote ones by URL, size and time of change; a Hub
+    data set by id and revision, so an unpinned one that changes on the Hub is not noticed.
+
+    Raises:
+        DataError: The source is missing, or its format cannot be told.
+    """
+    location = locate(source)
+    settings = source.model_dump(mode="json", exclude={"path", "format"})
+    return fingerprint([location.format, settings, _content_state(source, location, default_split)])
+
+
+def _stream(source: SourceConfig, location: Location, default_split: str) -> Iterator[SourceRow | Reject]:
+    if location.format == "samples":
+        return _number(source.path, _sample_rows(source, location, default_split))
+    if location.format == "hub":
+        return _number(source.path, _dataset_rows(_load_from_hub(source)))
+    if location.format == "dataset":
+        return _number(source.path, _dataset_rows(_load_saved(source)))
+    return chain.from_iterable(read_file(file) for file in location.files)
+
+
+def _number(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
+    return (SourceRow(name, number, values) for number, values in enumerate(rows, start=1))
+
+
+def _refuse_empty(source: SourceConfig, rows: Iterator[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
+    row = next(rows, None)
+    if row is None:
+        raise DataError(f"{source.path}: holds no rows")
+    yield row
+    yield from rows
+
+
+def _sample_rows(source: SourceConfig, location: Location, default_split: str) -> list[dict[str, Any]]:
+    from pocl_ray.data.samples import sample_rows  # built on import, so only when asked for
+
+    return sample_rows(location.path, source.split or default_split)
+
+
+def _dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    for batch in dataset.with_format(None).iter(batch_size=_BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _load_saved(source: SourceConfig) -> Any:
+    import datasets  # more than a second, and most sources are files
+
+    try:
+        loaded = datasets.load_from_disk(localize(source.path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source.path}: not a readable `datasets` directory ({first_line(error)})") from None
+    return _choose_split(source, loaded)
+
+
+def _load_from_hub(source: SourceConfig) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source.path}: cannot be loaded from the Hub ({first_line(error)}); check id, subset, split and network, "
+            "or give a local file"
+        ) from None
+    return loaded if source.split else _choose_split(source, loaded)
+
+
+def _choose_split(source: SourceConfig, loaded: Any) -> Any:
+    import datasets
+
+    if not isinstance(loaded, datasets.DatasetDict):
+        if source.split is None or str(loaded.split) == source.split:
+            return loaded
+        raise DataError(f"{source.path}: has no splits; leave out split {source.split!r}")
+    if source.split in loaded:
+        return loaded[source.split]
+    if source.split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    missing = "needs `split`" if source.split is None else f"has no split {source.split!r}"
+    raise DataError(f"{source.path}: {missing}; there are {', '.join(loaded)}")
+
+
+def _content_state(source: SourceConfig, location: Location, default_split: str) -> list[Any]:
+    if location.format == "samples":
+        return [_sample_rows(source, location, default_split)]
+    if location.format == "hub":
+        return [source.path]
+    if location.format == "dataset":
+        folder = Path(localize(source.path))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return [[path.relative_to(folder).as_posix(), file_digest(path)] for path in files]
+    return [_file_state(file) for file in location.files]
+
+
+def _file_state(file: SourceFile) -> list[Any]:
+    if is_remote(file.uri):
+        info = file.filesystem.get_file_info(file.path)
+        return [file.uri, info.size, str(info.mtime)]
+    try:
+        return [ending_of(file.path), file_digest(Path(file.path))]
+    except OSError as error:
+        raise DataError(f"{file.uri}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,100 @@
+"""From prompt and response to token ids, many rows in one call of the tokenizer.
+
+The authors tokenise prompt and response as one text and cut behind the prompt's tokens, which is right only while no
+token spans the border. Here the joined text is used where its tokens begin with the prompt's own (so the response gets
+the pieces that it has in running text, also with SentencePiece), and otherwise the response is tokenised by itself.
+Either way the prompt's ids are those that a model is given at generation.
+
+With the `alpaca` template the response begins right behind `### Response:` and a line break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pocl_ray.errors import ModelError
+
+
+class RowTokenizer:
+    """Tokenises prompts and responses, and cuts them to length.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        max_prompt_tokens: Longer prompts lose their beginning (the response marker stands at the end), save for the
+            tokens that the tokenizer puts in front.
+        max_tokens: Prompt and response together; a longer response loses its end, its end-of-sequence token with it.
+        adds_special_tokens: Whether the tokenizer puts its tokens, such as BOS, in front of the prompt. False for chat
+            templates, which write them out. A BOS that the prompt has already is not doubled.
+
+    Raises:
+        ModelError: The tokenizer has no end-of-sequence token, so a response could not end.
+    """
+
+    def __init__(self, tokenizer: Any, max_prompt_tokens: int, max_tokens: int, adds_special_tokens: bool) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"tokenizer {tokenizer.name_or_path}: has no end-of-sequence token; set its eos_token")
+        assert max_prompt_tokens < max_tokens, "no room for a response"
+        self._tokenizer = tokenizer
+        self._max_prompt_tokens = max_prompt_tokens
+        self._max_tokens = max_tokens
+        self._front = _front_tokens(tokenizer) if adds_special_tokens else []
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokenise rows.
+
+        Args:
+            prompts: Texts of prompts.
+            responses: Texts of responses, as many.
+
+        Returns:
+            Ids of the prompts, and of the responses with the end-of-sequence token (unless that was cut off); a
+            response without any token of its own gives an empty list.
+        """
+        bare_prompts = self._tokenize(prompts)
+        bare_responses = self._tokenize_behind(prompts, bare_prompts, responses)
+        prompt_ids = [self._cut_prompt(ids) for ids in bare_prompts]
+        eos = [self._tokenizer.eos_token_id]
+        response_ids = [
+            (ids + eos)[: self._max_tokens - len(prompt)] if ids else []
+            for prompt, ids in zip(prompt_ids, bare_responses, strict=True)
+        ]
+        return prompt_ids, response_ids
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    def _tokenize_behind(
+        self, prompts: Sequence[str], prompt_ids: list[list[int]], responses: Sequence[str]
+    ) -> list[list[int]]:
+        joined = self._tokenize([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        found: list[list[int] | None] = [
+            ids[len(prompt) :] if ids[: len(prompt)] == prompt else None
+            for prompt, ids in zip(prompt_ids, joined, strict=True)
+        ]
+        alone = iter(self._tokenize([text for text, ids in zip(responses, found, strict=True) if ids is None]))
+        return [next(alone) if ids is None else ids for ids in found]
+
+    def _cut_prompt(self, ids: list[int]) -> list[int]:
+        bos = self._tokenizer.bos_token_id
+        has_bos = bos is not None and ids[:1] == [bos]
+        front, body = (ids[:1], ids[1:]) if has_bos else (self._front, ids)
+        room = max(0, self._max_prompt_tokens - len(front))
+        return front + body[max(0, len(body) - room) :]
+
+
+def _front_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that the tokenizer puts in front of a text by itself."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = (start for start in range(len(full)) if full[start : start + len(bare)] == bare)
+    return list(full[: next(starts, 0)])

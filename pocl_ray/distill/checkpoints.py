@@ -1,0 +1,136 @@
+"""Checkpoints: the training state in safetensors, the exact cursor, and the metric stream so far.
+
+A checkpoint is a directory:
+
+    progress.json        cursor, best dev figure, Adam steps, loss scaler, sha256 of every other file
+    metrics.jsonl        every metric of the run so far
+    state/*.safetensors  fp32 weights and moments by parameter name
+    best/*.safetensors   the same of the best evaluation of this stage, where `hand_off` is `best`
+
+It holds neither layout nor number of workers, so a run goes on with another ZeRO stage or another number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pocl_ray.distill.state import TrainingState
+from pocl_ray.errors import StorageError
+from pocl_ray.storage import file_digest
+
+VERSION = 1
+PROGRESS, METRICS, STATE, BEST = "progress.json", "metrics.jsonl", "state", "best"
+SHARD_BYTES = 1 << 30
+
+
+@dataclass
+class Progress:
+    """Where a training run stands.
+
+    Attributes:
+        stage: Index of the current stage.
+        num_samples: Global samples consumed in this stage; the cursor into its order.
+        step: Optimizer steps over all stages.
+        num_tokens: Response tokens trained on so far.
+        best_rouge_l: Best dev ROUGE-L of this stage; None before its first evaluation.
+        num_adam_steps: Steps that the moments have seen.
+        best_adam_steps: The same at the best evaluation.
+        loss_scaler: State of the fp16 loss scaler.
+        metrics: The metric stream, one record a logged step.
+    """
+
+    stage: int = 0
+    num_samples: int = 0
+    step: int = 0
+    num_tokens: int = 0
+    best_rouge_l: float | None = None
+    num_adam_steps: int = 0
+    best_adam_steps: int = 0
+    loss_scaler: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path) -> None:
+    """Write the training state to `directory`; collective, rank 0 writes.
+
+    Tensors are gathered one at a time, and written in files of about a gibibyte.
+    """
+    writes = state.engine.rank == 0
+    if writes:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    shard: dict[str, torch.Tensor] = {}
+    num_files, num_bytes = 0, 0
+    for kind, name, tensor in state.gather(kinds):
+        if not writes:
+            continue
+        shard[f"{kind}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+        num_bytes += shard[f"{kind}/{name}"].nbytes
+        if num_bytes >= SHARD_BYTES:
+            save_file(shard, directory / f"{num_files:05d}.safetensors")
+            shard, num_files, num_bytes = {}, num_files + 1, 0
+    if writes and shard:
+        save_file(shard, directory / f"{num_files:05d}.safetensors")
+
+
+def state_reader(directory: Path | None) -> Callable[[str, str], torch.Tensor]:
+    """Return a function that reads (kind, parameter name) from what `write_state` wrote; None: never called."""
+    files: dict[str, Any] = {}
+    if directory is not None:
+        for path in sorted(directory.glob("*.safetensors")):
+            handle = safe_open(path, framework="pt")
+            files.update(dict.fromkeys(handle.keys(), handle))
+
+    def read(kind: str, name: str) -> torch.Tensor:
+        key = f"{kind}/{name}"
+        if key not in files:
+            raise StorageError(f"{directory}: the checkpoint holds no {key}; it belongs to another model")
+        return files[key].get_tensor(key)
+
+    return read
+
+
+def write_progress(progress: Progress, directory: Path) -> None:
+    """Complete a checkpoint directory with its metric stream, cursor and digests; rank 0."""
+    lines = "".join(json.dumps(record) + "\n" for record in progress.metrics)
+    (directory / METRICS).write_text(lines, encoding="utf-8")
+    digests = {str(path.relative_to(directory)): file_digest(path) for path in _files(directory)}
+    numbers = {k: v for k, v in asdict(progress).items() if k != "metrics"}
+    content = {"version": VERSION, **numbers, "sha256": digests}
+    temporary = directory / f"{PROGRESS}.tmp"
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    os.replace(temporary, directory / PROGRESS)
+
+
+def read_progress(directory: Path) -> Progress:
+    """Read a checkpoint's cursor and metric stream, and check that it is whole.
+
+    Raises:
+        StorageError: A file is missing or damaged, or another version wrote it.
+    """
+    try:
+        content = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise StorageError(f"checkpoint {directory.name}: {PROGRESS} is missing or damaged") from None
+    if content.pop("version") != VERSION:
+        raise StorageError(f"checkpoint {directory.name}: written by another version of pocl-ray")
+    for rel, digest in content.pop("sha256").items():
+        path = directory / rel
+        if not path.exists() or file_digest(path) != digest:
+            raise StorageError(f"checkpoint {directory.name}: {rel} is missing or damaged")
+    metrics = [json.loads(line) for line in (directory / METRICS).read_text(encoding="utf-8").splitlines()]
+    return Progress(**content, metrics=metrics)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != PROGRESS)

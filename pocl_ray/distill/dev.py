@@ -1,0 +1,108 @@
+"""Dev figures during training: losses on the reference responses, and ROUGE-L of generated ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pocl_ray.config import GenerationConfig
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.engine import Engine
+from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.step import StepSettings
+from pocl_ray.evaluation.generation import GenerationSettings, generate
+from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
+
+
+class DevEvaluator:
+    """Evaluates an engine's student on the dev rows; collective, every worker calls it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        feed: Feed,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: StepSettings,
+        generation: GenerationConfig,
+        max_rows: int | None,
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        """Choose the dev rows that answers are generated for.
+
+        Args:
+            engine: Holds the student.
+            feed: The dev rows, with the teacher's part where there is a teacher.
+            tokenizer: Decodes answers.
+            settings: Of the dev losses: one temperature for all stages, so that they can be compared.
+            generation: Of the answers.
+            max_rows: Rows that answers are generated for; None for all.
+            max_tokens: Prompt and answer together.
+            seed: Of sampled answers.
+        """
+        self.engine, self.feed, self.tokenizer = engine, feed, tokenizer
+        self.settings, self.generation = settings, generation
+        self.num_rows = min(len(feed.rows), max_rows or len(feed.rows))
+        self.max_tokens, self.seed = max_tokens, seed
+        self._copy: PreTrainedModel | None = None
+
+    def evaluate(self) -> dict[str, float]:
+        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100."""
+        figures = self._losses()
+        figures.update(self._answers(self.feed.rows))
+        return figures
+
+    def _losses(self) -> dict[str, float]:
+        sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        for batch, counts in self.feed.evaluation():
+            losses = self.engine.evaluate(batch, self.settings)
+            if counts:
+                sums[:3] += losses
+                sums[3] += batch.num_response_tokens
+        dist.all_reduce(sums)
+        _, ce_sum, kd_sum, num_tokens = sums.tolist()
+        figures = {"eval/dev/ce_loss": ce_sum / num_tokens}
+        if self.settings.kd_ratio > 0:
+            figures["eval/dev/kd_loss"] = kd_sum / num_tokens
+        return figures
+
+    def _answers(self, rows: RowStore) -> dict[str, float]:
+        ids = np.arange(self.engine.rank, self.num_rows, self.engine.world_size)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        model = self._inference_model()
+        if len(ids):
+            prompts, _ = rows.tokens(ids)
+            settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
+            answers = generate(model, self.tokenizer, prompts, settings, self.seed)
+            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            references = rows.references(ids)
+            sums[0] = sum(rouge_l_batch(texts, references))
+            sums[1] = sum(exact_match_batch(texts, references))
+        dist.all_reduce(sums)
+        rouge_l, exact_match = (sums / self.num_rows).tolist()
+        return {"eval/dev/rouge_l": rouge_l, "eval/dev/exact_match": exact_match}
+
+    def _inference_model(self) -> PreTrainedModel:
+        """Return a model to generate with: the student itself, or under ZeRO-3 a whole copy of it.
+
+        A partitioned student would gather every weight for every token; the copy is filled once an evaluation.
+        """
+        student = self.engine.module.student
+        if self.engine.train.zero_stage < 3:
+            student.eval()
+            return student
+        import deepspeed
+
+        if self._copy is None:
+            with torch.device(self.engine.device):
+                self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
+            self._copy.eval()
+        targets: dict[str, Any] = dict(self._copy.named_parameters())
+        for name, parameter in student.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
+                targets[name].copy_(parameter)
+        return self._copy

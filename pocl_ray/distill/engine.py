@@ -1,0 +1,233 @@
+"""The DeepSpeed engine: its configuration, and an optimizer step over the micro-batches of a global batch.
+
+Torch and DeepSpeed only, no Ray: the same engine runs under `torch.multiprocessing` in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pocl_ray.config import TrainConfig
+from pocl_ray.data.batching import MicroBatch
+from pocl_ray.distill.step import DistillationModule, StepSettings
+from pocl_ray.errors import ConfigError
+from pocl_ray.records import Stage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Means over the response tokens of one optimizer step, over all workers.
+
+    Attributes:
+        loss: What was minimised.
+        ce_loss: Cross-entropy on the reference response, in nats a token.
+        kd_loss: Distillation loss; 0 where the teacher is not used.
+        grad_norm: Norm of the gradient before clipping.
+        num_response_tokens: Tokens that the means are over.
+    """
+
+    loss: float
+    ce_loss: float
+    kd_loss: float
+    grad_norm: float
+    num_response_tokens: int
+
+
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+    """Return the micro-batches that each worker runs for one optimizer step."""
+    return math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
+
+
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration, the user's own merged in.
+
+    Raises:
+        ConfigError: The user's config sets a key that `train` decides to another value.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch_rows,
+        "gradient_accumulation_steps": accumulation_steps(train, world_size),
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+    if train.offload_optimizer == "cpu":
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        ours["zero_force_ds_cpu_optimizer"] = False  # torch's fused CPU AdamW needs no compiler
+    return _merged(ours, _users_config(train.deepspeed), "train.deepspeed")
+
+
+def _users_config(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    if given is None or isinstance(given, dict):
+        return given or {}
+    try:
+        loaded = json.loads(Path(given).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"train.deepspeed: no such file: {given}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.deepspeed: {given} is not readable JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"train.deepspeed: {given} holds no JSON object")
+    return loaded
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], place: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        where = f"{place}.{key}"
+        if key in ("optimizer", "scheduler", "train_batch_size"):
+            raise ConfigError(f"{where}: the optimizer, its schedule and the batch are set by `train`; remove the key")
+        if value == "auto" or ours.get(key) == value:
+            continue
+        if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
+            merged[key] = _merged(ours.get(key, {}), value, where)
+        elif key in ours:
+            raise ConfigError(f"{where} is {value!r}, but the keys of `train` say {ours[key]!r}; change one of them")
+        else:
+            merged[key] = value
+    return merged
+
+
+def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
+    """Return the learning rate of a step of a stage, a pure function of its arguments.
+
+    It rises over `warmup_ratio` of the schedule's steps, then falls by the schedule to `min_lr_ratio` of the peak.
+
+    Args:
+        train: Peak, shape and warm-up.
+        stage: Says which part of which schedule the stage takes.
+        step: Optimizer step within the stage, from 0.
+    """
+    position, total = stage.lr_first_step + step, stage.lr_num_steps
+    warmup = math.ceil(train.warmup_ratio * total)
+    if position < warmup:
+        return train.learning_rate * (position + 1) / warmup
+    done = (position - warmup) / max(1, total - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train.lr_schedule]
+    return train.learning_rate * (train.min_lr_ratio + (1 - train.min_lr_ratio) * shape)
+
+
+class Engine:
+    """A DistillationModule inside a DeepSpeed engine."""
+
+    def __init__(self, module: DistillationModule, train: TrainConfig, device: torch.device, timeout_s: float) -> None:
+        """Wrap the module; collective, so every worker calls it.
+
+        Args:
+            module: The student with its loss, on the CPU.
+            train: Precision, ZeRO stage, batch and optimizer.
+            device: Where this worker computes.
+            timeout_s: After so long a collective operation with a dead peer fails.
+        """
+        deepspeed = import_deepspeed(device)
+        self.train = train
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        module.to(dtype=DTYPES[train.precision], device=device)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(module, train.weight_decay),
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.eps,
+            fused=True,
+        )
+        config = deepspeed_config(train, self.world_size)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.accumulation = accumulation_steps(train, self.world_size)
+        _set_timeout_of_all_groups(timeout_s)
+
+    @property
+    def module(self) -> DistillationModule:
+        """The wrapped module."""
+        return self.deepspeed.module
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], settings: StepSettings, lr: float, num_response_tokens: int
+    ) -> StepLosses:
+        """Run one optimizer step.
+
+        The gradient is that of the summed loss over the global number of response tokens: neither accumulation nor
+        the number of workers changes it. DeepSpeed averages over workers and micro-batches, which is undone here.
+
+        Args:
+            micro_batches: This worker's share of the global batch, equally many on every worker.
+            settings: Temperature, ratio and divergence.
+            lr: Learning rate of the step.
+            num_response_tokens: Of the whole global batch.
+        """
+        assert len(micro_batches) == self.accumulation
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        scale = self.world_size * self.accumulation / num_response_tokens
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            losses = self.deepspeed(batch.to(self.device), settings)
+            self.deepspeed.backward(losses[0] * scale)
+            self.deepspeed.step()
+            sums += torch.stack([loss.detach().double() for loss in losses])
+        dist.all_reduce(sums)
+        loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
+        grad_norm = self.deepspeed.get_global_grad_norm()
+        return StepLosses(loss, ce_loss, kd_loss, float(grad_norm or 0.0), num_response_tokens)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:
+        """Return the sums (loss, ce, kd) of a micro-batch, float64, not reduced over workers."""
+        self.deepspeed.eval()
+        losses = self.deepspeed(batch.to(self.device), settings)
+        return torch.stack([loss.detach().double() for loss in losses])
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed and join its communication layer to the process group that stands already.
+
+    On a CPU its shared-memory op is left out: it is compiled at first use, and a missing compiler must not stop a
+    run. Dynamo is off during the import, which otherwise pulls in the whole of inductor.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.logger.setLevel("WARNING")
+        if device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+    return deepspeed
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [{"params": trained, "weight_decay": weight_decay}]
+
+
+def _set_timeout_of_all_groups(timeout_s: float) -> None:
+    """Give every process group our timeout; DeepSpeed's own groups otherwise wait for 30 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

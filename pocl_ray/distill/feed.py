@@ -1,0 +1,111 @@
+"""The feed: from a stage's order of rows to micro-batches with the teacher's hidden states, prepared ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.models.hidden_cache import HiddenCache
+from pocl_ray.models.live import LiveTeacher
+from pocl_ray.records import Stage
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One worker's part of an optimizer step.
+
+    Attributes:
+        micro_batches: What this worker runs.
+        num_rows: Rows over all workers.
+        num_response_tokens: Response tokens over all workers.
+    """
+
+    micro_batches: list[MicroBatch]
+    num_rows: int
+    num_response_tokens: int
+
+
+class Feed:
+    """Rows of one set as micro-batches; a thread reads one global batch ahead."""
+
+    def __init__(
+        self,
+        rows: RowStore,
+        pad_id: int,
+        micro_batch_rows: int,
+        rank: int,
+        world_size: int,
+        cache: HiddenCache | None = None,
+        live: LiveTeacher | None = None,
+    ) -> None:
+        """Set the feed up.
+
+        Args:
+            rows: The set's rows.
+            pad_id: Fills up short rows.
+            micro_batch_rows: Rows of a forward pass.
+            rank: This worker.
+            world_size: Number of workers.
+            cache: The teacher's stored hidden states.
+            live: The teacher itself, where nothing is stored. With neither, batches carry no teacher.
+        """
+        self.rows = rows
+        self.pad_id = pad_id
+        self.micro_batch_rows = micro_batch_rows
+        self.rank, self.world_size = rank, world_size
+        self.cache, self.live = cache, live
+        self.lengths = rows.prompt_lengths + rows.response_lengths
+
+    def stage(
+        self, stage: Stage, stage_rows: np.ndarray, global_batch_rows: int, seed: int, first_step: int
+    ) -> Iterator[GlobalBatch]:
+        """Yield the global batches of a stage from `first_step` on."""
+        ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            ahead: Future[GlobalBatch] | None = None
+            for batch_ids in ids:
+                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids)
+                if behind is not None:
+                    yield self._with_live_teacher(behind.result())
+            if ahead is not None:
+                yield self._with_live_teacher(ahead.result())
+
+    def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield this worker's micro-batches of the whole set, and whether each of them counts.
+
+        Every worker gets equally many, since the forward pass may be collective: those that come out short repeat
+        their last one, which does not count.
+        """
+        order = np.argsort(-self.lengths, kind="stable")
+        num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
+        mine = order[self.rank :: self.world_size]
+        for index in range(num_batches):
+            ids = mine[index * self.micro_batch_rows : (index + 1) * self.micro_batch_rows]
+            counts = len(ids) > 0
+            batch = self._micro_batch(ids if counts else order[:1])
+            yield self._taught(batch), counts
+
+    def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
+        mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
+        return GlobalBatch(
+            [self._micro_batch(part) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
+        )
+
+    def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
+        batch = collate(*self.rows.tokens(ids), self.pad_id)
+        return batch if self.cache is None else replace(batch, teacher_hidden_NK=self.cache.take(ids))
+
+    def _with_live_teacher(self, batch: GlobalBatch) -> GlobalBatch:
+        return replace(batch, micro_batches=[self._taught(b) for b in batch.micro_batches])
+
+    def _taught(self, batch: MicroBatch) -> MicroBatch:
+        if self.live is None:
+            return batch
+        hidden = self.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
+        return replace(batch, teacher_hidden_NK=hidden)

@@ -1,0 +1,184 @@
+"""The training loop: stages, steps, evaluations, checkpoints and hand-offs, in the order in which they happen.
+
+Torch and DeepSpeed only. What is done with metrics and checkpoints is up to the two functions it is given.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, write_progress, write_state
+from pocl_ray.distill.dev import DevEvaluator
+from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
+from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
+from pocl_ray.distill.step import StepSettings
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.records import Stage
+
+OnCheckpoint = Callable[[Progress, Path | None], None]
+OnStep = Callable[[Progress, dict[str, Any]], None]
+
+
+class TrainingLoop:
+    """Walks the stages of a plan; every worker runs the same one."""
+
+    def __init__(
+        self,
+        task: TrainTask,
+        engine: Engine,
+        feed: Feed,
+        dev: DevEvaluator,
+        order: np.ndarray,
+        on_checkpoint: OnCheckpoint,
+        on_step: OnStep,
+    ) -> None:
+        """Set the loop up.
+
+        Args:
+            task: The plan and its settings.
+            engine: The student.
+            feed: The training rows.
+            dev: Dev figures.
+            order: Row ids from easy to hard.
+            on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
+                checkpoint, which it takes over.
+            on_step: Called on every worker with each logged record.
+        """
+        self.task, self.engine, self.feed, self.dev, self.order = task, engine, feed, dev, order
+        self.on_checkpoint, self.on_step = on_checkpoint, on_step
+        self.state = TrainingState(engine)
+        self.progress = Progress()
+        self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
+        self._last_checkpoint_step = -1
+
+    def restore(self, progress: Progress, directory: Path) -> None:
+        """Go on from a checkpoint: weights, moments, cursor and metric stream."""
+        reads = self.engine.rank == 0
+        self.progress = progress
+        self.state.load(state_reader(directory / STATE if reads else None), KINDS, progress.num_adam_steps)
+        self.state.set_loss_scaler(progress.loss_scaler)
+        self._last_checkpoint_step = progress.step
+        if reads and (directory / BEST).exists():
+            shutil.copytree(directory / BEST, self._scratch / BEST)
+
+    def run(self) -> None:
+        """Train all stages, from wherever the progress stands; the student then holds the result."""
+        try:
+            if self.progress.step == 0 and self.progress.num_samples == 0:
+                self._evaluate()
+                self._reset_best()
+            for stage in self.task.stages[self.progress.stage :]:
+                self._run_stage(stage)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _run_stage(self, stage: Stage) -> None:
+        progress, batch_rows = self.progress, self.task.train.global_batch_rows
+        if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
+            self.state.reset_moments()
+        settings = StepSettings(stage.kd_temperature, stage.kd_ratio, self.divergence)
+        rows = self.order[stage.first_rank : stage.end_rank]
+        first_step = progress.num_samples // batch_rows
+        started = time.monotonic()
+        for step, batch in enumerate(self.feed.stage(stage, rows, batch_rows, self.task.seed, first_step), first_step):
+            self._seed_dropout()
+            lr = learning_rate(self.task.train, stage, step)
+            losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
+            progress.num_samples += batch.num_rows
+            progress.step += 1
+            progress.num_tokens += batch.num_response_tokens
+            self._log(stage, losses, lr, time.monotonic() - started)
+            started = time.monotonic()
+            if self._evaluation_is_due(stage, step + 1):
+                self._evaluate()
+                self._checkpoint()
+                started = time.monotonic()
+            elif self._checkpoint_is_due():
+                self._checkpoint()
+        self._hand_off()
+
+    def _seed_dropout(self) -> None:
+        """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
+        sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _log(self, stage: Stage, losses: StepLosses, lr: float, seconds: float) -> None:
+        figures = asdict(losses)
+        num_tokens = figures.pop("num_response_tokens")
+        record = {
+            "step": self.progress.step,
+            **{f"train/{key}": value for key, value in figures.items()},
+            "train/lr": lr,
+            "curriculum/stage": stage.index,
+            "curriculum/kd_temperature": stage.kd_temperature,
+            "curriculum/kd_ratio": stage.kd_ratio,
+            "num_response_tokens": num_tokens,
+            "step_s": round(seconds, 4),
+        }
+        if self.progress.step % self.task.train.log_every_steps == 0:
+            self.progress.metrics.append(record)
+        self.on_step(self.progress, record)
+
+    def _evaluation_is_due(self, stage: Stage, steps_done: int) -> bool:
+        if steps_done == stage.num_steps:
+            return True
+        epoch, within = divmod(steps_done, stage.steps_per_epoch)
+        return within == 0 and epoch % self.task.train.eval_every_epochs == 0
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.task.train.checkpoint_every_steps
+        return every is not None and self.progress.step % every == 0
+
+    def _evaluate(self) -> None:
+        figures = self.dev.evaluate()
+        record = {"step": self.progress.step, "curriculum/stage": self.progress.stage, **figures}
+        self.progress.metrics.append(record)
+        self.on_step(self.progress, record)
+        best = self.progress.best_rouge_l
+        if self.task.hand_off == "best" and (best is None or figures["eval/dev/rouge_l"] > best):
+            self.progress.best_rouge_l = figures["eval/dev/rouge_l"]
+            self.progress.best_adam_steps = self.state.num_adam_steps
+            write_state(self.state, self._best_kinds(), self._scratch / BEST)
+
+    def _best_kinds(self) -> tuple[str, ...]:
+        """What of the best evaluation is kept: its moments only where the next stage goes on with them."""
+        return (WEIGHT,) if all(s.restart_optimizer for s in self.task.stages) else KINDS
+
+    def _checkpoint(self) -> None:
+        """Write a checkpoint. At the end of a stage it is taken before the hand-off, which a resumed run repeats."""
+        self.progress.num_adam_steps = self.state.num_adam_steps
+        self.progress.loss_scaler = self.state.loss_scaler()
+        directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
+        write_state(self.state, KINDS, (directory or self._scratch) / STATE)
+        if directory is not None:
+            if (self._scratch / BEST).exists():
+                shutil.copytree(self._scratch / BEST, directory / BEST)
+            write_progress(self.progress, directory)
+        self._last_checkpoint_step = self.progress.step
+        self.on_checkpoint(self.progress, directory)
+
+    def _hand_off(self) -> None:
+        if self.task.hand_off == "best" and self.progress.best_rouge_l is not None:
+            reads = self.engine.rank == 0
+            kinds = self._best_kinds()
+            steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
+            self.state.load(state_reader(self._scratch / BEST if reads else None), kinds, steps)
+        self._reset_best()
+        self.progress.stage += 1
+        self.progress.num_samples = 0
+
+    def _reset_best(self) -> None:
+        self.progress.best_rouge_l = None
+        shutil.rmtree(self._scratch / BEST, ignore_errors=True)

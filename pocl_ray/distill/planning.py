@@ -1,0 +1,96 @@
+"""Training tasks from the config: the curriculum and its control, and supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pocl_ray.config import Config
+from pocl_ray.curriculum.schedule import plan_sft
+from pocl_ray.data.preparing import Rows
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.models.places import ModelRef
+from pocl_ray.records import Stage
+from pocl_ray.storage import RunDirectory
+
+
+def curriculum_task(
+    config: Config,
+    name: str,
+    fingerprint: str,
+    run_dir: RunDirectory,
+    stages: tuple[Stage, ...],
+    student: ModelRef,
+    teacher: ModelRef,
+    teacher_fingerprint: str,
+    rows: Rows,
+    output: str,
+) -> TrainTask:
+    """Return the task that distils the student through `stages`; its result goes to `output`."""
+    folder = output.removesuffix("student")
+    return TrainTask(
+        name=name,
+        fingerprint=fingerprint,
+        run_dir=run_dir,
+        stages=stages,
+        student=student,
+        teacher=teacher,
+        teacher_cache="teacher_cache" if config.distill.teacher_cache == "hidden" else None,
+        teacher_fingerprint=teacher_fingerprint,
+        tokenizer="tokenizer",
+        rows=rows.train,
+        dev_rows=rows.dev,
+        scores="scores.parquet",
+        train=config.train,
+        distill=config.distill,
+        hand_off=config.curriculum.hand_off,
+        dev_generation=config.evaluation.dev_generation,
+        max_dev_rows=config.evaluation.max_dev_rows,
+        max_tokens=config.data.max_tokens,
+        gradient_checkpointing=config.student.gradient_checkpointing,
+        seed=config.seed,
+        collective_timeout_s=config.scaling.collective_timeout_s,
+        output=output,
+        metrics=f"{folder}metrics.jsonl",
+    )
+
+
+def sft_task(
+    config: Config,
+    role: Literal["teacher", "student"],
+    start: ModelRef,
+    rows: Rows,
+    run_dir: RunDirectory,
+    fingerprint: str,
+) -> TrainTask:
+    """Return the task that fine-tunes the teacher or the student on the references, before anything else.
+
+    Raises:
+        ConfigError: There are fewer rows than one global batch holds.
+    """
+    sft = getattr(config, role).sft
+    train = config.sft_train(sft)
+    key = f"{role}.sft"
+    stages = plan_sft(rows.train.num_rows, sft.num_epochs, sft.max_steps, train.global_batch_rows, key)
+    task = curriculum_task(
+        config,
+        name=f"{role}_sft",
+        fingerprint=fingerprint,
+        run_dir=run_dir,
+        stages=stages,
+        student=start,
+        teacher=start,
+        teacher_fingerprint="",
+        rows=rows,
+        output=f"models/{role}",
+    )
+    return replace(
+        task,
+        teacher=None,
+        teacher_cache=None,
+        scores=None,
+        train=train,
+        hand_off=sft.hand_off,
+        gradient_checkpointing=config.student.gradient_checkpointing and role == "student",
+        metrics=f"models/{role}_metrics.jsonl",
+    )

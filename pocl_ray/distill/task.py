@@ -1,0 +1,73 @@
+"""What a training worker is told: the parts of the config that it needs, and where its inputs lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pocl_ray.config import DistillConfig, GenerationConfig, TrainConfig
+from pocl_ray.models.places import ModelRef
+from pocl_ray.records import RowsSummary, Stage
+from pocl_ray.storage import RunDirectory
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training run: the curriculum, its plain control, or supervised fine-tuning.
+
+    Paths are relative to the run directory.
+
+    Attributes:
+        name: `distill`, `control`, `teacher_sft` or `student_sft`.
+        fingerprint: Of all that the result depends on; names the checkpoints.
+        run_dir: The run directory.
+        stages: The plan.
+        student: What is trained, as it is before.
+        teacher: The frozen teacher; None for supervised fine-tuning.
+        teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
+        teacher_fingerprint: Of the teacher that the caches must have been made by.
+        tokenizer: Tokenizer directory.
+        rows: The training rows.
+        dev_rows: The dev rows.
+        scores: Parquet file whose `rank` orders the rows; None for file order.
+        train: Optimizer, batch and precision.
+        distill: Loss and chunking.
+        hand_off: What the next stage, and the result, starts from.
+        dev_generation: How dev answers are generated.
+        max_dev_rows: Rows of the dev ROUGE-L, at most; None for all.
+        max_tokens: Prompt and response together.
+        gradient_checkpointing: Whether the student recomputes its activations.
+        seed: Seed of the order and of dropout.
+        collective_timeout_s: After so long a dead peer is noticed.
+        output: Where the trained student goes.
+        metrics: Where the metric stream goes.
+    """
+
+    name: str
+    fingerprint: str
+    run_dir: RunDirectory
+    stages: tuple[Stage, ...]
+    student: ModelRef
+    teacher: ModelRef | None
+    teacher_cache: str | None
+    teacher_fingerprint: str
+    tokenizer: str
+    rows: RowsSummary
+    dev_rows: RowsSummary
+    scores: str | None
+    train: TrainConfig
+    distill: DistillConfig
+    hand_off: Literal["best", "last"]
+    dev_generation: GenerationConfig
+    max_dev_rows: int | None
+    max_tokens: int
+    gradient_checkpointing: bool
+    seed: int
+    collective_timeout_s: float
+    output: str
+    metrics: str
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.num_steps for stage in self.stages)

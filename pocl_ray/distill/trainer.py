@@ -1,0 +1,179 @@
+"""The driver's side of training: a Ray Train run with its failure budget, progress and errors."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import pyarrow.fs as pafs
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
+from ray.train import ScalingConfig as RayScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pocl_ray.config import ScalingConfig
+from pocl_ray.console import Bar, progress_bar
+from pocl_ray.distill.board import ProgressBoard, Standing
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.worker import train_worker
+from pocl_ray.errors import ResourceError, UserError
+
+POLL_S = 0.3
+CONTROLLER_FAILURE_LIMIT = 8
+
+RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a dead worker is seen in a second or two
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
+    """Train on the Ray cluster that is connected, going on from the last checkpoint of the same task.
+
+    Args:
+        task: What to train.
+        scaling: Workers and what they need.
+
+    Returns:
+        How the run ended: steps and tokens.
+
+    Raises:
+        UserError: A worker found the user's input wrong.
+        ResourceError: The cluster has no room for the workers.
+    """
+    use_gpu = wants_gpu(scaling)
+    wait_for_room(scaling, use_gpu)
+    for key, value in RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task, "board": board},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
+        scaling_config=RayScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources_per_worker(scaling, use_gpu),
+            placement_strategy=scaling.placement,
+            accelerator_type=scaling.accelerator_type,
+        ),
+        run_config=_run_config(task, scaling),
+    )
+    with progress_bar(task.name, task.num_steps, "steps") as bar:
+        _fit(trainer, board, bar)
+    standing: Standing = ray.get(board.read.remote())
+    ray.kill(board)
+    if standing.refusal is not None:
+        raise standing.refusal
+    return standing
+
+
+def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
+    run_dir = task.run_dir
+    remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
+    return RunConfig(
+        name=f"{task.name}-{task.fingerprint[:12]}",
+        storage_path=run_dir.fs_path("checkpoints"),
+        storage_filesystem=run_dir.filesystem if remote else None,
+        failure_config=FailureConfig(  # type: ignore[call-arg]
+            max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURE_LIMIT
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
+    )
+
+
+def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
+    """Run the trainer in a thread, and show the board's standing meanwhile."""
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, name="trainer", daemon=True)
+    thread.start()
+    num_starts = 0
+    while thread.is_alive():
+        thread.join(POLL_S)
+        standing: Standing = ray.get(board.read.remote())
+        if standing.num_starts > num_starts:
+            num_starts = standing.num_starts
+            bar.begin(standing.first_step)
+        bar.update(standing.step, note=_note(standing))
+    if failures:
+        raise _cause(failures[0])
+
+
+def _note(standing: Standing) -> str:
+    if standing.num_starts == 0:
+        return "starting workers"
+    parts = []
+    if standing.num_starts > 1:
+        parts.append(f"restarted {standing.num_starts - 1}x")
+    if standing.train:
+        parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
+    if standing.evaluation:
+        parts.append(f"dev ROUGE-L {standing.evaluation['eval/dev/rouge_l']:.1f}")
+    return "  ".join(parts)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the user's mistake behind a failed run if there is one, else the failure itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, UserError):
+            return cause
+    return error
+
+
+def wants_gpu(scaling: ScalingConfig) -> bool:
+    """Whether workers get a GPU each.
+
+    Raises:
+        ResourceError: A GPU is asked for where the cluster has none.
+    """
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    if scaling.use_gpu and not has_gpu:
+        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
+    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
+
+
+def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
+    """Return what one training worker asks the cluster for."""
+    resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
+    return {**resources, "GPU": resources.get("GPU", 1)} if use_gpu else resources
+
+
+def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
+    """Wait until the cluster has room for all workers; an autoscaling one may still be growing.
+
+    Raises:
+        ResourceError: It has not after `scaling.start_timeout_s`.
+    """
+    needed = {k: v * scaling.num_workers for k, v in resources_per_worker(scaling, use_gpu).items()}
+    deadline = time.monotonic() + scaling.start_timeout_s
+    while True:
+        total = ray.cluster_resources()
+        lacking = {k: v for k, v in needed.items() if v > total.get(k, 0)}
+        if not lacking:
+            return
+        if time.monotonic() > deadline or _is_one_machine():
+            listed = ", ".join(f"{v:g} {k} (the cluster has {total.get(k, 0):g})" for k, v in lacking.items())
+            raise ResourceError(
+                f"scaling.num_workers: {scaling.num_workers} workers need {listed}; "
+                "lower scaling.num_workers or scaling.cpus_per_worker"
+            )
+        time.sleep(1.0)
+
+
+def _is_one_machine() -> bool:
+    """Whether this process started the cluster itself, which therefore will not grow."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head

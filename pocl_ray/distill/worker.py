@@ -1,0 +1,104 @@
+"""What each Ray Train worker runs: set up the loop, go on from the last checkpoint, train, write the result."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+
+from pocl_ray.distill.checkpoints import Progress, read_progress
+from pocl_ray.distill.engine import DTYPES
+from pocl_ray.distill.loop import TrainingLoop
+from pocl_ray.distill.setup import local_ref, set_up_loop
+from pocl_ray.distill.state import WEIGHT
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.errors import UserError
+from pocl_ray.models.loading import load_model, load_tokenizer
+from pocl_ray.models.saving import save_model
+
+MIN_SHOW_INTERVAL_S = 0.25
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Run one worker of a training run; the loop of `TorchTrainer`.
+
+    A user's mistake is told to the board, not raised: Ray would try it again.
+
+    Args:
+        config: `task`, a TrainTask, and `board`, the handle of the ProgressBoard.
+    """
+    task, board = config["task"], config["board"]
+    try:
+        _train(task, board)
+    except UserError as error:
+        ray.get(board.refuse.remote(error))
+
+
+def _train(task: TrainTask, board: Any) -> None:
+    reporter = _Reporter(task, board, dist.get_rank())
+    loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            loop.restore(read_progress(Path(directory)), Path(directory))
+    if loop.engine.rank == 0:
+        board.begin.remote(task.num_steps, loop.progress.step)
+    loop.run()
+    _write_result(task, loop)
+    if loop.engine.rank == 0:
+        ray.get(board.finish.remote(loop.progress.step, loop.progress.num_tokens))
+
+
+class _Reporter:
+    """Takes checkpoints to Ray Train, and progress to the driver's board."""
+
+    def __init__(self, task: TrainTask, board: Any, rank: int) -> None:
+        self.task, self.board, self.rank = task, board, rank
+        self.last_shown = 0.0
+
+    def checkpoint(self, progress: Progress, directory: Path | None) -> None:
+        """Report a checkpoint, which Ray Train uploads; a barrier for all workers."""
+        metrics = {"step": progress.step, "stage": progress.stage, "num_samples": progress.num_samples}
+        checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
+        ray.train.report(metrics, checkpoint=checkpoint, delete_local_checkpoint_after_upload=True)
+        if self.rank == 0:
+            _write_metrics(self.task, progress)
+
+    def step(self, progress: Progress, record: dict[str, Any]) -> None:
+        """Show a record on the driver's board, a few times a second at most."""
+        now = time.monotonic()
+        is_evaluation = "train/loss" not in record
+        if self.rank == 0 and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
+            self.last_shown = now
+            self.board.show.remote(progress.step, progress.num_tokens, record)
+
+
+def _write_metrics(task: TrainTask, progress: Progress) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in progress.metrics)
+    task.run_dir.write_text(task.metrics, lines)
+
+
+def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
+    """Write the trained student as a Hugging Face directory; gathering is collective, rank 0 writes."""
+    gathered = loop.state.gather((WEIGHT,))
+    if loop.engine.rank != 0:
+        for _ in gathered:
+            pass
+        return
+    student = load_model(local_ref(task.student), dtype=torch.float32)
+    targets = dict(student.named_parameters())
+    with torch.no_grad():
+        for _, name, tensor in gathered:
+            targets[name.removeprefix("student.")].copy_(tensor)
+    torch.nn.Module.to(student, DTYPES[task.train.precision])
+    tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
+    with tempfile.TemporaryDirectory() as scratch:
+        task.run_dir.publish(save_model(student, tokenizer, Path(scratch) / "model"), task.output)
+    _write_metrics(task, loop.progress)

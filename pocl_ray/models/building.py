@@ -1,0 +1,92 @@
+"""A model made from a config, with random weights that depend on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from pocl_ray.errors import ModelError
+from pocl_ray.models.places import nearest
+
+_FROM_TOKENIZER = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def build_model(
+    architecture: Mapping[str, Any], vocab_size: int, eos_id: int, bos_id: int | None, seed: int
+) -> PreTrainedModel:
+    """Build a float32 causal language model with random weights.
+
+    The config gets no pad token: with pad = eos the embedding row of eos would never be trained (padding is told by the
+    attention mask). The generation config has both.
+
+    Args:
+        architecture: `model_type` and any keys of that type's config, such as `hidden_size`.
+        vocab_size: number of rows of the embedding; the tokenizer's size or more.
+        eos_id: token id that ends a response.
+        bos_id: token id that begins a text, if the tokenizer has one.
+        seed: of the initial weights; the global random state is left as it was.
+
+    Returns:
+        The model, in training mode on the CPU.
+
+    Raises:
+        ModelError: unknown `model_type`, unknown keys, or values that do not fit together.
+    """
+    keys = dict(architecture)
+    model_type = keys.pop("model_type", None)
+    if model_type is None:
+        raise ModelError("architecture: names no model_type, such as 'llama'")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(f"architecture.model_type: unknown {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"architecture.model_type: {model_type!r} is not a causal language model")
+    _check_keys(model_type, keys)
+    tokens = {"vocab_size": vocab_size, "eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": None}
+    try:
+        config = AutoConfig.for_model(model_type, **keys, **tokens)
+        model = model_from_config(config, seed)
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"architecture: {_last_line(error)}") from error
+    model.generation_config.eos_token_id = eos_id
+    model.generation_config.pad_token_id = eos_id
+    return model.train()
+
+
+def model_from_config(config: PreTrainedConfig, seed: int, **options: Any) -> PreTrainedModel:
+    """Make the causal language model of a config with weights drawn from `seed`, without touching global random state.
+
+    Args:
+        config: the config.
+        seed: of the weights.
+        options: passed on, such as `dtype` (float32 by default) and `attn_implementation`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, **{"dtype": torch.float32, **options})
+
+
+def _check_keys(model_type: str, keys: Mapping[str, Any]) -> None:
+    """transformers keeps unknown keys silently, so a misspelt `hidden_szie` would give the default size."""
+    for name in keys:
+        if name in _FROM_TOKENIZER:
+            raise ModelError(f"architecture.{name}: comes from the tokenizer; leave it out")
+    default = AutoConfig.for_model(model_type)
+    known = set(default.to_dict()) | set(default.attribute_map) | {"head_dim", "rope_theta"}
+    for name in keys:
+        if name not in known:
+            raise ModelError(f"architecture.{name}: {model_type!r} has no such key{nearest(name, known)}")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -1,0 +1,257 @@
+"""The teacher cache, its format and its writer: final hidden states of response tokens, by row id, in Arrow shards.
+
+On fixed data the teacher says the same in every epoch of every stage, so it is run once. What is kept is the final
+hidden state, from which its LM head gives the full distribution back exactly.
+
+A cache is a directory:
+
+    shard-<digest>.arrow   one record batch: id int64, num_tokens int32, hidden large_binary (raw little-endian)
+    index.arrow            where each row is: id, shard, row, first_token, num_tokens; sorted by id
+    meta.json              what it is, and of which teacher and rows; written last, so no meta.json means no cache
+
+The binary column of a single batch is one contiguous buffer, hence a shard is a matrix (tokens, hidden size) that can
+be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file again.
+
+Legend: N tokens of several rows in one flat axis, K the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+META_NAME = "meta.json"
+INDEX_NAME = "index.arrow"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard: its file name, rows, tokens and size of the file."""
+
+    name: str
+    num_rows: int
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """What meta.json says.
+
+    Attributes:
+        version: of the format.
+        dtype: of the hidden states: float32, bfloat16 or float16.
+        hidden_size: K.
+        num_rows: rows in all.
+        num_tokens: response tokens in all.
+        num_bytes: size of all shards.
+        teacher: fingerprint of the teacher that made them.
+        rows: fingerprint of the tokenized rows that they belong to.
+        shards: in the order of the numbers in the index.
+    """
+
+    version: int
+    dtype: str
+    hidden_size: int
+    num_rows: int
+    num_tokens: int
+    num_bytes: int
+    teacher: str
+    rows: str
+    shards: tuple[ShardInfo, ...]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that the cache stores for a dtype."""
+    names = [name for name, known in DTYPES.items() if known == dtype]
+    if not names:
+        raise ValueError(f"the teacher cache holds {', '.join(DTYPES)}, not {dtype}")
+    return names[0]
+
+
+def estimate_bytes(num_tokens: int, hidden_size: int, dtype: str) -> int:
+    """Return the size in bytes of a cache of so many response tokens (the index adds 28 bytes a row)."""
+    return num_tokens * hidden_size * DTYPES[dtype].itemsize
+
+
+def write_shard(
+    directory: str | Path,
+    ids: np.ndarray,
+    hidden: Sequence[Tensor],
+    filesystem: pafs.FileSystem | None = None,
+) -> ShardInfo:
+    """Write the hidden states of some rows as one shard, whole or not at all; doing it again changes nothing.
+
+    Args:
+        directory: of the cache, a local path or a path on `filesystem`; it is made when missing.
+        ids: row ids, int64, shape (R,).
+        hidden: R tensors of shape (tokens of the row, K), of one dtype, on any device.
+        filesystem: the local one by default.
+
+    Returns:
+        The shard's name and sizes; hand the names of all shards to `write_index`.
+    """
+    ids = np.ascontiguousarray(ids, dtype=np.int64)
+    if len(ids) != len(hidden) or not len(ids):
+        raise ValueError(f"{len(ids)} ids and {len(hidden)} tensors: give as many, and at least one")
+    if len({(tensor.dtype, tensor.shape[1]) for tensor in hidden}) != 1:
+        raise ValueError("the rows of a shard need one dtype and one hidden size")
+    hidden_NK = torch.cat([tensor.detach().cpu() for tensor in hidden]).contiguous()
+    lengths = np.array([len(tensor) for tensor in hidden], dtype=np.int32)
+    payload = _as_bytes(hidden_NK)
+    name = f"shard-{_digest(ids, lengths, payload)}.arrow"
+    data = _shard_file(ids, lengths, payload, hidden_NK)
+    num_bytes = _put(filesystem or pafs.LocalFileSystem(), str(directory), name, data)
+    return ShardInfo(name, len(ids), len(hidden_NK), num_bytes)
+
+
+def write_index(
+    directory: str | Path,
+    shard_names: Iterable[str],
+    teacher: str,
+    rows: str,
+    filesystem: pafs.FileSystem | None = None,
+) -> CacheMeta:
+    """Make a cache of the shards: write the index, then meta.json, then delete shards that are not named.
+
+    Ids and lengths are read from the shards; the hidden states are not. Unnamed shards are left-overs of attempts that
+    Ray gave up.
+
+    Args:
+        directory: where the shards are.
+        shard_names: of the shards that count; names may repeat (one per row, as a scoring job returns them).
+        teacher: fingerprint of the teacher.
+        rows: fingerprint of the rows.
+        filesystem: the local one by default.
+
+    Raises:
+        ValueError: no shard, an id in two shards, or shards of different dtype or hidden size.
+    """
+    filesystem, folder = filesystem or pafs.LocalFileSystem(), str(directory)
+    names = sorted(set(shard_names))
+    if not names:
+        raise ValueError(f"{folder}: a teacher cache needs at least one shard")
+    described = [_describe_shard(filesystem, folder, name) for name in names]
+    kinds = {(dtype, hidden_size) for _, _, dtype, hidden_size in described}
+    if len(kinds) != 1:
+        raise ValueError(f"{folder}: shards of different kinds: {sorted(kinds)}")
+    (dtype, hidden_size) = kinds.pop()
+    infos = tuple(info for info, _, _, _ in described)
+    index = _make_index([table for _, table, _, _ in described])
+    meta = CacheMeta(
+        version=FORMAT_VERSION,
+        dtype=dtype,
+        hidden_size=hidden_size,
+        num_rows=len(index),
+        num_tokens=sum(info.num_tokens for info in infos),
+        num_bytes=sum(info.num_bytes for info in infos),
+        teacher=teacher,
+        rows=rows,
+        shards=infos,
+    )
+    if filesystem.get_file_info(f"{folder}/{META_NAME}").type == pafs.FileType.File:
+        filesystem.delete_file(f"{folder}/{META_NAME}")  # the old one must not be read with the new index
+    _put(filesystem, folder, INDEX_NAME, _ipc_file(index))
+    _put(filesystem, folder, META_NAME, pa.py_buffer((json.dumps(asdict(meta), indent=2) + "\n").encode()))
+    _delete_unnamed(filesystem, folder, set(names))
+    return meta
+
+
+def _as_bytes(hidden_NK: Tensor) -> np.ndarray:
+    if sys.byteorder != "little":
+        raise ValueError("the teacher cache is little-endian; this machine is not")
+    return hidden_NK.view(torch.uint8).reshape(-1).numpy()
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:20]
+
+
+def _shard_file(ids: np.ndarray, lengths: np.ndarray, payload: np.ndarray, hidden_NK: Tensor) -> pa.Buffer:
+    hidden_size = hidden_NK.shape[1]
+    row_bytes = lengths.astype(np.int64) * hidden_size * hidden_NK.element_size()
+    offsets = np.concatenate([[0], np.cumsum(row_bytes)]).astype(np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(payload)]
+    columns = [pa.array(ids), pa.array(lengths), pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)]
+    metadata = {"version": str(FORMAT_VERSION), "dtype": dtype_name(hidden_NK.dtype), "hidden_size": str(hidden_size)}
+    schema = pa.schema(
+        [("id", pa.int64()), ("num_tokens", pa.int32()), ("hidden", pa.large_binary())], metadata=metadata
+    )
+    return _ipc_file(pa.record_batch(columns, schema=schema))
+
+
+def _ipc_file(batch: pa.RecordBatch) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _put(filesystem: pafs.FileSystem, folder: str, name: str, data: pa.Buffer) -> int:
+    """Write a file that appears whole: object stores do so by themselves, elsewhere through a temporary name."""
+    filesystem.create_dir(folder, recursive=True)
+    target = f"{folder}/{name}"
+    staging = f"{folder}/.{name}.writing-{uuid.uuid4().hex[:8]}"
+    path = target if any(kind in filesystem.type_name for kind in _OBJECT_STORES) else staging
+    with filesystem.open_output_stream(path, compression=None) as stream:
+        stream.write(data)
+    if path == staging:
+        filesystem.move(staging, target)
+    return data.size
+
+
+def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tuple[ShardInfo, pa.RecordBatch, str, int]:
+    """Read ids and lengths of a shard, leaving the hidden states where they are."""
+    with filesystem.open_input_file(f"{folder}/{name}") as file:
+        options = pa.ipc.IpcReadOptions(included_fields=[0, 1])
+        reader = pa.ipc.open_file(file, options=options)
+        table, num_bytes = reader.get_batch(0), file.size()
+        metadata: dict[bytes, bytes] = reader.schema.metadata
+    num_tokens = int(table.column("num_tokens").to_numpy().sum())
+    info = ShardInfo(name, table.num_rows, num_tokens, num_bytes)
+    return info, table, metadata[b"dtype"].decode(), int(metadata[b"hidden_size"])
+
+
+def _make_index(tables: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Where each row is, sorted by id."""
+    parts: dict[str, list[Any]] = {name: [] for name in ("id", "shard", "row", "first_token", "num_tokens")}
+    for number, table in enumerate(tables):
+        lengths = table.column("num_tokens").to_numpy()
+        parts["id"].append(table.column("id").to_numpy())
+        parts["shard"].append(np.full(len(lengths), number, dtype=np.int32))
+        parts["row"].append(np.arange(len(lengths), dtype=np.int32))
+        parts["first_token"].append(np.cumsum(lengths, dtype=np.int64) - lengths)
+        parts["num_tokens"].append(lengths)
+    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    order = np.argsort(columns["id"], kind="stable")
+    sorted_ids = columns["id"][order]
+    repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
+    if len(repeated):
+        raise ValueError(f"row {repeated[0]} is in the teacher cache twice")
+    return pa.RecordBatch.from_pydict({name: array[order] for name, array in columns.items()})
+
+
+def _delete_unnamed(filesystem: pafs.FileSystem, folder: str, names: set[str]) -> None:
+    for info in filesystem.get_file_info(pafs.FileSelector(folder)):
+        is_shard = info.base_name.startswith("shard-") and info.base_name.endswith(".arrow")
+        is_staging = info.base_name.startswith(".shard-")
+        if info.type == pafs.FileType.File and (is_staging or (is_shard and info.base_name not in names)):
+            filesystem.delete_file(info.path)

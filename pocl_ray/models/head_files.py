@@ -1,0 +1,113 @@
+"""The head of a model read straight from its safetensors: 1 GB of a 7B model instead of 15."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from pocl_ray.errors import ModelError
+from pocl_ray.models.heads import HeadWeights, LogitTransform, head_of
+from pocl_ray.models.loading import load_model
+from pocl_ray.models.places import ModelRef, check_place, find_file
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> HeadWeights:
+    """Load a model's head alone.
+
+    The names of its tensors are asked of the model's own class, made without memory (on the meta device); only these
+    tensors are then read, and of a Hub model only the shard that holds them is downloaded. The whole model is loaded
+    where that cannot tell: a class that comes with the model (`trust_remote_code`), quantized weights, or tensors
+    saved under names of an older layout.
+
+    Args:
+        ref: the model.
+        device: where to put the head.
+        dtype: overrides `ref.dtype`; with neither, the dtype that the model would be loaded in.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    check_place(ref)
+    config = AutoConfig.from_pretrained(
+        str(ref.directory or ref.path), revision=ref.revision, trust_remote_code=ref.trust_remote_code
+    )
+    wanted = dtype if dtype is not None else _dtype_of(ref, config)
+    tensors = _read_head(ref, config)
+    if tensors is None:
+        return head_of(load_model(ref, device="cpu", dtype=dtype)).to(device)
+    weight_VH, bias_V = tensors
+    return HeadWeights(weight_VH, bias_V, LogitTransform.of(config)).to(device, wanted)
+
+
+def _dtype_of(ref: ModelRef, config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that load_model would use; None is that of the stored tensor."""
+    if ref.dtype != "auto":
+        return getattr(torch, ref.dtype)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
+def _read_head(ref: ModelRef, config: PreTrainedConfig) -> tuple[Tensor, Tensor | None] | None:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not isinstance(architecture, type) or getattr(config, "quantization_config", None) is not None:
+        return None
+    with torch.device("meta"):
+        skeleton = architecture(config)
+    head = skeleton.get_output_embeddings()
+    if head is None:
+        return None
+    weight_VH = _find_tensor(ref, _names_of(skeleton, head.weight), head.weight.shape)
+    if weight_VH is None:
+        return None
+    if getattr(head, "bias", None) is None:
+        return weight_VH, None
+    bias_V = _find_tensor(ref, _names_of(skeleton, head.bias), head.bias.shape)
+    return None if bias_V is None else (weight_VH, bias_V)
+
+
+def _names_of(skeleton: PreTrainedModel, parameter: Tensor) -> list[str]:
+    """All names that a parameter may be saved under, a tied embedding's first; base models save without the prefix."""
+    names = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is parameter]
+    prefix = f"{skeleton.base_model_prefix}."
+    return names + [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _find_tensor(ref: ModelRef, names: list[str], shape: torch.Size) -> Tensor | None:
+    """Read the first of the named tensors that there is, if its shape is right."""
+    path = find_file(ref, _SINGLE)
+    if path is not None:
+        return _read_tensor(path, names, shape)
+    index_path = find_file(ref, _INDEX)
+    if index_path is None:
+        return None
+    try:
+        shard_of = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ModelError(f"{index_path}: is not an index of safetensors shards ({error})") from None
+    present = [name for name in names if name in shard_of]
+    if not present:
+        return None
+    shard = find_file(ref, shard_of[present[0]])
+    if shard is None:
+        raise ModelError(f"{ref.path}: lacks the shard {shard_of[present[0]]} that its index names")
+    return _read_tensor(shard, present, shape)
+
+
+def _read_tensor(path: Path, names: list[str], shape: torch.Size) -> Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            name = next((name for name in names if name in stored), None)
+            if name is None:
+                return None
+            tensor: Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: is not a readable safetensors file ({error})") from None
+    return tensor if tensor.shape == shape and tensor.is_floating_point() else None

@@ -1,0 +1,225 @@
+"""The two halves of a language model: the body that makes hidden states, and the head that turns them into logits.
+
+Logits are wanted at response positions only, and a cached teacher is its head alone. So a model is split where it is
+narrowest: the final hidden state, after the last norm (and after OPT-350m's projection). Logits are
+
+    logits = softcap * tanh(z / softcap),   z = multiplier / divisor * (hidden @ weight^T + bias)
+
+with each of softcap, multiplier and divisor absent in most families (Gemma caps, Cohere multiplies, Granite divides).
+
+Legend: B batch, T tokens, V vocabulary, H hidden, N response tokens in one flat axis.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pocl_ray.errors import ModelError
+
+_FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to the head's linear output.
+
+    Attributes:
+        multiplier: Cohere's `logit_scale`.
+        divisor: Granite's `logits_scaling`.
+        softcap: Gemma's `final_logit_softcapping`.
+    """
+
+    multiplier: float | None = None
+    divisor: float | None = None
+    softcap: float | None = None
+
+    @staticmethod
+    def of(config: PreTrainedConfig) -> LogitTransform:
+        """Read it from a model's config."""
+        return LogitTransform(
+            multiplier=getattr(config, "logit_scale", None),
+            divisor=getattr(config, "logits_scaling", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        """Apply it, in the order that transformers does."""
+        if self.multiplier is not None:
+            logits_NV = logits_NV * self.multiplier
+        if self.divisor is not None:
+            logits_NV = logits_NV / self.divisor
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live modules of a model; calling them goes through their hooks, which ZeRO-3 needs.
+
+    Attributes:
+        body: makes the final hidden states.
+        head: the linear layer of the vocabulary.
+        transform: what follows the linear layer.
+    """
+
+    body: nn.Module
+    head: nn.Module
+    transform: LogitTransform
+
+    def response_hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
+        """Return final hidden states (N, H) at flat positions `b * T + t` of right-padded input."""
+        output = self.body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, index_N)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Return logits (N, V) of final hidden states."""
+        return self.transform(self.head(hidden_NH))
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """The head of a frozen model by itself; picklable.
+
+    Attributes:
+        weight_VH: rows of the vocabulary, possibly padded.
+        bias_V: or None, as nearly everywhere.
+        transform: what follows the linear layer.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    transform: LogitTransform = LogitTransform()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows, padding included."""
+        return self.weight_VH.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that it takes."""
+        return self.weight_VH.shape[1]
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Return logits (N, V), in the dtype of the weight, of hidden states (N, H) of any floating dtype."""
+        hidden_NH = hidden_NH.to(self.weight_VH.dtype)
+        return self.transform(functional.linear(hidden_NH, self.weight_VH, self.bias_V))
+
+    def cut(self, vocab_size: int) -> HeadWeights:
+        """Return the head of the first `vocab_size` tokens: what padded vocabularies have in common."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> HeadWeights:
+        """Return the same head on another device or in another dtype."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device=device, dtype=dtype)
+        return replace(self, weight_VH=self.weight_VH.to(device=device, dtype=dtype), bias_V=bias_V)
+
+    def save(self, path: Path) -> Path:
+        """Write one safetensors file, whole or not at all."""
+        path = Path(path)
+        tensors = {"weight": self.weight_VH.contiguous()}
+        if self.bias_V is not None:
+            tensors["bias"] = self.bias_V.contiguous()
+        staging = path.with_name(f".{path.name}.writing-{uuid.uuid4().hex[:8]}")
+        metadata = {"version": _FORMAT_VERSION, "transform": json.dumps(asdict(self.transform))}
+        try:
+            save_file(tensors, staging, metadata=metadata)
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        return path
+
+    @staticmethod
+    def load(path: Path) -> HeadWeights:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: no such file, not a head, or one of another version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                if metadata.get("version") != _FORMAT_VERSION or "transform" not in metadata:
+                    raise ModelError(f"{path}: is not a head that this version of pocl-ray has written")
+                names = set(file.keys())
+                weight_VH = file.get_tensor("weight")
+                bias_V = file.get_tensor("bias") if "bias" in names else None
+        except FileNotFoundError:
+            raise ModelError(f"{path}: no such file") from None
+        except SafetensorError as error:
+            raise ModelError(f"{path}: is not a readable safetensors file ({error})") from None
+        return HeadWeights(weight_VH, bias_V, LogitTransform(**json.loads(metadata["transform"])))
+
+
+def split_model(model: PreTrainedModel) -> Parts:
+    """Split a causal language model into the modules that make hidden states and logits.
+
+    Raises:
+        ModelError: the model has no output layer of its own.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise ModelError(f"{type(model).__name__}: is not a causal language model with a head of its own")
+    return Parts(model.base_model, head, LogitTransform.of(model.config))
+
+
+def response_hidden(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
+    """Return the final hidden states of response positions.
+
+    Args:
+        model: a causal language model.
+        input_ids_BT: token ids, padded on the right.
+        attention_mask_BT: 1 for tokens, 0 for padding.
+        index_N: flat positions `b * T + t`.
+
+    Returns:
+        Hidden states (N, H), such that `head_of(model).logits` of them are the model's logits there.
+    """
+    return split_model(model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
+
+
+def head_of(model: PreTrainedModel) -> HeadWeights:
+    """Return the head of a loaded model; it shares the model's memory and carries no gradient."""
+    parts = split_model(model)
+    weight_VH = parts.head.weight
+    bias_V = getattr(parts.head, "bias", None)
+    assert isinstance(weight_VH, Tensor)
+    return HeadWeights(weight_VH.detach(), None if bias_V is None else bias_V.detach(), parts.transform)
+
+
+@torch.no_grad()
+def check_split(model: PreTrainedModel) -> None:
+    """Check on a few tokens that body and head together are the model.
+
+    A family whose logits take a turn that `LogitTransform` does not know must not be distilled wrongly in silence.
+
+    Raises:
+        ModelError: body and head give other logits than the model does.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
+        mask_BT = torch.ones_like(ids_BT)
+        expected_NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0].float()
+        parts = split_model(model)
+        index_N = torch.arange(4, device=model.device)
+        found_NV = parts.logits(parts.response_hidden(ids_BT, mask_BT, index_N)).float()
+    finally:
+        model.train(was_training)
+    scale = max(1.0, float(expected_NV.abs().max()))
+    if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
+        raise ModelError(f"{type(model).__name__}: its logits are not head(hidden states); this family cannot be split")

@@ -1,0 +1,163 @@
+"""Loading teachers, students and tokenizers, with one clear line when that cannot work.
+
+Only safetensors are read: a pickled `.bin` may run any code. Nothing of a model's own Python code runs unless
+`trust_remote_code` is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pocl_ray.errors import ModelError, ResourceError
+from pocl_ray.models.building import build_model
+from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
+from pocl_ray.models.saving import quiet_transformers, save_model
+
+__all__ = [
+    "Attention",
+    "Dtype",
+    "ModelRef",
+    "build_model",
+    "check_same_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "num_parameters",
+    "save_model",
+]
+
+
+def load_model(
+    ref: ModelRef,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    eval_mode: bool = True,
+) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        ref: what to load.
+        device: where to put it.
+        dtype: overrides `ref.dtype`.
+        eval_mode: switch dropout off (teachers, scoring, generation); False for a model about to be trained.
+
+    Returns:
+        The model. Its embedding passes gradients for the eos token even where that doubles as the pad token.
+
+    Raises:
+        ModelError: nothing there, weights that are unsafe, missing, damaged or of another shape than config.json
+            says, an unknown architecture, or an attention implementation that is not available.
+        ResourceError: a GPU is asked for where there is none.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(f"{ref.path}: device {device} asked for, and this machine has no usable GPU")
+    check_place(ref)
+    options: dict[str, Any] = {"dtype": dtype if dtype is not None else ref.dtype}
+    if ref.attention != "auto":
+        options["attn_implementation"] = ref.attention
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                _location(ref),
+                revision=ref.revision,
+                trust_remote_code=ref.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{ref.path}: cannot be loaded: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    _check_complete(ref, loaded[1])
+    release_eos_row(model)
+    nn.Module.to(model, device)
+    return model.eval() if eval_mode else model.train()
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has an eos and a pad token; pad becomes eos where there is none.
+
+    Args:
+        path: a local directory or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        ModelError: no tokenizer there, or one without an eos token.
+    """
+    ref = ModelRef(path, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _location(ref), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: has no tokenizer that can be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Check that each token id means the same to both models.
+
+    Embeddings may be padded to different sizes: that is a matter of the models, not of the tokenizers.
+
+    Raises:
+        ModelError: the vocabularies differ; the message names the token with the smallest id that does.
+    """
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    differing = teacher_ids.items() ^ student_ids.items()
+    if not differing:
+        return
+    token, _ = min(differing, key=lambda item: (item[1], item[0]))
+    place = f"token {token!r} is {_told(teacher_ids.get(token))} for the teacher"
+    remedy = "distillation compares token by token and needs one tokenizer"
+    raise ModelError(f"tokenizers differ: {place} and {_told(student_ids.get(token))} for the student; {remedy}")
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def release_eos_row(model: PreTrainedModel) -> None:
+    """Let the input embedding of eos be trained where eos doubles as pad.
+
+    `nn.Embedding(padding_idx=...)` gives that row no gradient. With pad = eos the row of a real token would stand still
+    for ever. The forward pass is unaffected; padding is kept out by the attention mask and the labels.
+    """
+    embedding: Any = model.get_input_embeddings()
+    eos = model.config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    if getattr(embedding, "padding_idx", None) in eos_ids:
+        embedding.padding_idx = None
+
+
+def _location(ref: ModelRef) -> str:
+    return str(ref.directory or ref.path)
+
+
+def _check_complete(ref: ModelRef, report: dict[str, Any]) -> None:
+    """transformers fills missing weights with random numbers and warns; here that is an error."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{ref.path}: its safetensors lack {missing[0]} ({len(missing)} tensors in all are missing)")
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        raise ModelError(f"{ref.path}: {mismatched[0][0]} has another shape than config.json says")
+
+
+def _told(token_id: int | None) -> str:
+    return "absent" if token_id is None else f"id {token_id}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

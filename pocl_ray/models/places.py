@@ -1,0 +1,197 @@
+"""Where a model lies: a local directory or a Hub id, what must be there, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import CONFIG_MAPPING
+
+from pocl_ray.errors import ModelError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+_READ_BYTES = 1 << 22
+_UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_hash_of: dict[tuple[str, int, int], str] = {}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model by name; plain values only, so that it travels to Ray workers and into JSON.
+
+    Attributes:
+        path: a local directory or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        dtype: the dtype to load in; `auto` is the one that the weights were saved in.
+        attention: the attention implementation; `auto` leaves the choice to transformers.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    attention: Attention = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def directory(self) -> Path | None:
+        """The local directory, or None for a Hub id."""
+        directory = Path(self.path).expanduser()
+        return directory if directory.is_dir() else None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_place(ref: ModelRef) -> None:
+    """Check that the place holds a model that may be loaded, before anything large is read.
+
+    Raises:
+        ModelError: no such directory, no config.json, no safetensors, an architecture that transformers does not
+            know or that brings its own code, or a Hub id that cannot be resolved.
+    """
+    directory = ref.directory
+    if directory is not None:
+        _check_has_safetensors(directory)
+    elif _looks_like_path(ref.path):
+        raise ModelError(f"{ref.path}: no such model directory")
+    _check_architecture(ref, read_config(ref))
+
+
+def read_config(ref: ModelRef) -> dict[str, Any]:
+    """Return config.json of the model.
+
+    Raises:
+        ModelError: the file is not there or is not JSON, or the Hub does not offer it.
+    """
+    path = find_file(ref, "config.json")
+    if path is None:
+        raise ModelError(f"{ref.path}: has no config.json; a Hugging Face model directory is needed")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return config
+
+
+def find_file(ref: ModelRef, name: str) -> Path | None:
+    """Return the local path of one file of the model, downloading it from the Hub if need be; None if it has none.
+
+    Raises:
+        ModelError: the Hub cannot be reached, or has no such model or revision.
+    """
+    if ref.directory is not None:
+        path = ref.directory / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(ref.path, name, revision=ref.revision))
+    except GatedRepoError:
+        raise ModelError(f"{ref.path}: access to this Hub model is restricted; log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{ref.path}: the Hub has no revision {ref.revision!r} of it") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(f"{ref.path}: neither a directory here nor a model on the Hub") from None
+    except LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached and its cache here does not hold it"
+        raise ModelError(f"{ref.path}: no such directory here, and {reason}") from None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{ref.path}: the Hub failed ({_first_line(error)})") from None
+
+
+def model_fingerprint(ref: ModelRef) -> str:
+    """Return what identifies the weights: hash of config and safetensors, or id and commit of a Hub model.
+
+    Tokenizer files and the place do not count: a copy of a model has the fingerprint of the original. File hashes are
+    remembered within the process by path, size and time of change.
+
+    Raises:
+        ModelError: the model is not there.
+    """
+    directory = ref.directory
+    if directory is None:
+        config_path = find_file(ref, "config.json")
+        if config_path is None:
+            raise ModelError(f"{ref.path}: has no config.json; a Hugging Face model is needed")
+        return f"hub:{ref.path}@{config_path.parent.name}"  # the Hub's cache names the folder after the commit
+    _check_has_safetensors(directory)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{ref.path}: has no config.json; a Hugging Face model directory is needed")
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        digest.update(f"{path.name}\0{_remembered_sha256(path)}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _remembered_sha256(path: Path) -> str:
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _hash_of:
+        _hash_of[key] = file_sha256(path)
+    return _hash_of[key]
+
+
+def _looks_like_path(path: str) -> bool:
+    """Tell a mistyped path from a Hub id (`name` or `owner/name`; dots are usual there)."""
+    first, _, rest = path.partition("/")
+    return path.startswith((".", "/", "~")) or "/" in rest or "\\" in path or (bool(rest) and Path(first).is_dir())
+
+
+def _check_has_safetensors(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: has no config.json; a Hugging Face model directory is needed")
+    unsafe = next((path.name for pattern in _UNSAFE_PATTERNS for path in sorted(directory.glob(pattern))), None)
+    if unsafe is not None:
+        remedy = "convert with the Hub's `safetensors/convert` or model.save_pretrained()"
+        raise ModelError(f"{directory}: only safetensors are read, and it holds {unsafe}; {remedy}")
+    raise ModelError(f"{directory}: has no weights (*.safetensors)")
+
+
+def _check_architecture(ref: ModelRef, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    brings_code = "auto_map" in config
+    if model_type in CONFIG_MAPPING or (brings_code and ref.trust_remote_code):
+        return
+    if brings_code:
+        remedy = "set trust_remote_code: true if you trust its authors"
+        raise ModelError(f"{ref.path}: brings its own Python code for {model_type!r}; {remedy}")
+    if model_type is None:
+        raise ModelError(f"{ref.path}: config.json names no model_type")
+    hint = nearest(model_type, CONFIG_MAPPING)
+    raise ModelError(f"{ref.path}: transformers knows no model_type {model_type!r}{hint}")
+
+
+def nearest(name: Any, known: Any) -> str:
+    """Return "; did you mean ...?" for the known name that is most like this one, or an empty string."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

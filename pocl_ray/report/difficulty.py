@@ -1,0 +1,233 @@
+"""What the report says about difficulty: signals by bucket, their rank correlation, topics, example rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pocl_ray.records import (
+    ID,
+    NUM_PROMPT_TOKENS,
+    NUM_RESPONSE_TOKENS,
+    PROMPT,
+    RANK,
+    REFERENCES,
+    RRF_SCORE,
+    TOPIC,
+)
+
+_NOT_SIGNALS = (ID, RRF_SCORE, RANK, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS)
+_MAX_TEXT_CHARS = 1200
+OTHER_TOPICS = "all other topics"
+NO_TOPIC = "(no topic)"
+
+
+@dataclass(frozen=True)
+class Box:
+    """Spread of a signal over the rows of a bucket; every value is NaN where no row has a finite one.
+
+    Attributes:
+        quantiles: At 5, 25, 50, 75 and 95 percent.
+        mean: Over rows with a finite value.
+        num_rows: Rows with a finite value.
+    """
+
+    quantiles: tuple[float, float, float, float, float]
+    mean: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class SignalSpread:
+    """A signal by bucket.
+
+    Attributes:
+        name: Column of scores.parquet.
+        fused: Whether the ranking was made of it.
+        boxes: One a bucket, 0 the easiest.
+        num_not_finite: Rows without a finite value, which the boxes leave out.
+    """
+
+    name: str
+    fused: bool
+    boxes: tuple[Box, ...]
+    num_not_finite: int
+
+
+@dataclass(frozen=True)
+class TopicTable:
+    """Where the rows of each topic went.
+
+    Attributes:
+        names: Topics, the easiest on average first.
+        num_rows: Rows of each topic.
+        shares: (topics, buckets), each line sums to 1.
+    """
+
+    names: tuple[str, ...]
+    num_rows: tuple[int, ...]
+    shares: np.ndarray
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training row as the report shows it."""
+
+    rank: int
+    row_id: int
+    topic: str
+    prompt: str
+    reference: str
+    num_more_references: int
+    signals: tuple[tuple[str, float], ...]
+
+
+def signal_names(scores: dict[str, np.ndarray], fused: Sequence[str]) -> list[str]:
+    """Return the signals of scores.parquet, those that were fused first."""
+    found = [name for name in scores if name not in _NOT_SIGNALS]
+    return [name for name in fused if name in found] + [name for name in found if name not in fused]
+
+
+def buckets_of(rank: np.ndarray, bucket_ends: Sequence[int]) -> np.ndarray:
+    """Return the bucket of each row.
+
+    Args:
+        rank: From 1, the easiest.
+        bucket_ends: Rows up to the end of each bucket. Rows beyond the last one, which the division into equal
+            buckets leaves over, belong to the hardest bucket.
+    """
+    return np.minimum(np.searchsorted(np.asarray(bucket_ends), rank - 1, side="right"), len(bucket_ends) - 1)
+
+
+def spread_by_bucket(
+    name: str, values: np.ndarray, buckets: np.ndarray, num_buckets: int, *, fused: bool
+) -> SignalSpread:
+    """Summarise one signal, shape (rows,), by bucket."""
+    finite = np.isfinite(values)
+    boxes = tuple(_box(values[finite & (buckets == bucket)]) for bucket in range(num_buckets))
+    return SignalSpread(name, fused, boxes, int(len(values) - finite.sum()))
+
+
+def _box(values: np.ndarray) -> Box:
+    if not len(values):
+        nan = float("nan")
+        return Box((nan, nan, nan, nan, nan), nan, 0)
+    q05, q25, q50, q75, q95 = (float(q) for q in np.percentile(values, (5, 25, 50, 75, 95)))
+    return Box((q05, q25, q50, q75, q95), float(values.mean()), len(values))
+
+
+def spearman(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return Spearman's rank correlation of each pair of columns.
+
+    Args:
+        columns: Each of shape (rows,). A row counts for a pair where both are finite; ties share their mean rank.
+
+    Returns:
+        (columns, columns); NaN for pairs of fewer than three rows or with a constant column.
+    """
+    result = np.full((len(columns), len(columns)), np.nan)
+    for i, left in enumerate(columns):
+        for j, right in enumerate(columns[: i + 1]):
+            both = np.isfinite(left) & np.isfinite(right)
+            result[i, j] = result[j, i] = _pearson(_mean_ranks(left[both]), _mean_ranks(right[both]))
+    return result
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _pearson(left: np.ndarray, right: np.ndarray) -> float:
+    if len(left) < 3 or left.std() == 0 or right.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def topics_of_rows(rows: pa.Table, ids: np.ndarray) -> np.ndarray | None:
+    """Return the topic of each scored row, or None where the rows name fewer than two."""
+    if TOPIC not in rows.column_names:
+        return None
+    column = pc.fill_null(rows.column(TOPIC).cast(pa.string()), "")
+    places = pc.index_in(pa.array(ids), value_set=rows.column(ID).cast(pa.int64()))
+    topics = pc.fill_null(column.take(places), "").to_numpy(zero_copy_only=False).astype(object)
+    if len({topic for topic in topics if topic}) < 2:
+        return None
+    topics[topics == ""] = NO_TOPIC
+    return topics
+
+
+def topic_table(topics: np.ndarray, rank: np.ndarray, buckets: np.ndarray, num_buckets: int, limit: int) -> TopicTable:
+    """Count the rows of each topic by bucket; topics beyond the `limit` largest become one line."""
+    names, codes, sizes = np.unique(topics.astype(str), return_inverse=True, return_counts=True)
+    order = np.argsort(-sizes, kind="stable")
+    kept = order if len(names) <= limit else order[: limit - 1]
+    mean_rank = np.bincount(codes, weights=rank) / sizes
+    counts = np.zeros((len(names), num_buckets))
+    np.add.at(counts, (codes, buckets), 1)
+    kept = kept[np.argsort(mean_rank[kept], kind="stable")]
+    labels, table = [str(name) for name in names[kept]], counts[kept]
+    if len(kept) < len(names):
+        labels.append(OTHER_TOPICS)
+        table = np.vstack([table, counts.sum(axis=0) - table.sum(axis=0)])
+    num_rows = table.sum(axis=1)
+    return TopicTable(tuple(labels), tuple(int(n) for n in num_rows), table / num_rows[:, None])
+
+
+def example_rows(
+    rows: pa.Table, scores: dict[str, np.ndarray], signals: Sequence[str], num_examples: int
+) -> tuple[list[Example], list[Example]]:
+    """Return the easiest rows, easiest first, and the hardest, hardest first; no row is in both."""
+    order = np.argsort(scores[RANK], kind="stable")
+    num_examples = min(num_examples, (len(order) + 1) // 2)
+    easiest, hardest = order[:num_examples], order[num_examples:][::-1][:num_examples]
+    picked = np.concatenate([easiest, hardest])
+    places = pc.index_in(pa.array(scores[ID][picked]), value_set=rows.column(ID).cast(pa.int64()))
+    found = [(int(row), place) for row, place in zip(picked, places.to_pylist(), strict=True) if place is not None]
+    texts = rows.take([place for _, place in found]).to_pylist()
+    prompts = _without_common_lines([str(text[PROMPT]) for text in texts])
+    examples = {
+        row: _example(row, text, prompt, scores, signals)
+        for (row, _), text, prompt in zip(found, texts, prompts, strict=True)
+    }
+    return [examples[r] for r in easiest if r in examples], [examples[r] for r in hardest if r in examples]
+
+
+def _without_common_lines(prompts: list[str]) -> list[str]:
+    """Cut the lines that all prompts begin with and those that all end with: a template's text, the same in each."""
+    if len(set(prompts)) < 2:
+        return prompts
+    lines = [prompt.split("\n") for prompt in prompts]
+    head = _num_common(lines)
+    tail = _num_common([part[head:][::-1] for part in lines])
+    return ["\n".join(part[head : len(part) - tail]).strip() for part in lines]
+
+
+def _num_common(lines: Sequence[Sequence[str]]) -> int:
+    columns = zip(*lines, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _example(
+    row: int, text: dict[str, object], prompt: str, scores: dict[str, np.ndarray], signals: Sequence[str]
+) -> Example:
+    references = text.get(REFERENCES)
+    answers = [str(answer) for answer in references] if isinstance(references, list) else [str(references or "")]
+    return Example(
+        rank=int(scores[RANK][row]),
+        row_id=int(scores[ID][row]),
+        topic=str(text.get(TOPIC) or ""),
+        prompt=_shorten(prompt),
+        reference=_shorten(answers[0].strip() if answers else ""),
+        num_more_references=max(0, len(answers) - 1),
+        signals=tuple((name, float(scores[name][row])) for name in signals),
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS].rstrip() + " …"

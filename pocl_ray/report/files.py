@@ -1,0 +1,245 @@
+"""The files of a run directory, read once into one frozen record; a file that is absent becomes `None` or empty."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from pydantic import ValidationError
+
+from pocl_ray.config import Config
+from pocl_ray.errors import StorageError
+from pocl_ray.records import Stage
+
+ROWS_FILE = "rows/train.arrow"
+
+
+class RunFiles(Protocol):
+    """What the report needs of a run directory; every path is relative to it."""
+
+    def exists(self, rel: str) -> bool:
+        """Whether the file is there."""
+
+    def read_bytes(self, rel: str) -> bytes:
+        """Return the file's content."""
+
+    def write_bytes(self, rel: str, data: bytes) -> None:
+        """Write the file atomically, parents included."""
+
+    def uri_of(self, rel: str) -> str:
+        """Return the file's absolute path or URL."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json.
+
+    Attributes:
+        num_rows: Training rows.
+        bucket_ends: Rows up to the end of each bucket, in the order of the ranking.
+        global_batch_rows: Rows of an optimizer step.
+        stages: The curriculum.
+    """
+
+    num_rows: int
+    bucket_ends: tuple[int, ...]
+    global_batch_rows: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """Optimizer steps done at the end of each stage, counted over all stages."""
+        return tuple(int(end) for end in np.cumsum([stage.num_steps for stage in self.stages]))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl as columns in order of the step; a value that a line lacks is NaN.
+
+    Attributes:
+        train: Column name to (number of optimizer steps logged,) float64.
+        evals: The same for the lines of dev evaluations.
+    """
+
+    train: dict[str, np.ndarray]
+    evals: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rejects:
+    """rejects.jsonl, counted.
+
+    Attributes:
+        num_rows: Lines of the file.
+        counts: (source, reason) to number of rows.
+        first_rows: (source, reason) to the first such row's number.
+    """
+
+    num_rows: int
+    counts: Counter[tuple[str, str]]
+    first_rows: dict[tuple[str, str], str]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that the report is made of."""
+
+    config: Config | None
+    config_text: str
+    environment: dict[str, Any]
+    steps: dict[str, dict[str, Any]]
+    scores: dict[str, np.ndarray] | None
+    rows: pa.Table | None
+    plan: Plan | None
+    metrics: Metrics | None
+    control: Metrics | None
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rejects: Rejects | None = None
+
+
+def read_run(files: RunFiles) -> RunData:
+    """Read what a run directory holds so far.
+
+    Raises:
+        StorageError: A file is there but cannot be understood.
+    """
+    config_text = _text(files, "config.yaml")
+    return RunData(
+        config=_read_config(config_text),
+        config_text=config_text,
+        environment=_json(files, "environment.json"),
+        steps=dict(_json(files, "manifest.json").get("steps") or {}),
+        scores=_read_scores(files),
+        rows=_read_rows(files),
+        plan=_read_plan(files),
+        metrics=_read_metrics(files, "metrics.jsonl"),
+        control=_read_metrics(files, "control/metrics.jsonl"),
+        evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
+        rejects=_read_rejects(files),
+    )
+
+
+def as_float(value: Any) -> float:
+    """Return a number as float; anything else, None and text included, is NaN."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _text(files: RunFiles, rel: str) -> str:
+    return files.read_bytes(rel).decode("utf-8", errors="replace") if files.exists(rel) else ""
+
+
+def _broken(rel: str, error: object) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(f"{rel}: cannot be read ({reason}); delete it and run the step that writes it again")
+
+
+def _json(files: RunFiles, rel: str) -> dict[str, Any]:
+    text = _text(files, rel)
+    if not text:
+        return {}
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise _broken(rel, error) from None
+    if not isinstance(data, dict):
+        raise _broken(rel, f"a JSON object was expected, not {type(data).__name__}")
+    return data
+
+
+def _read_config(text: str) -> Config | None:
+    if not text:
+        return None
+    try:
+        return Config.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise _broken("config.yaml", error) from None
+
+
+def _read_scores(files: RunFiles) -> dict[str, np.ndarray] | None:
+    rel = "scores.parquet"
+    if not files.exists(rel):
+        return None
+    try:
+        table = pq.read_table(pa.BufferReader(files.read_bytes(rel)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _broken(rel, error) from None
+    return {
+        name: table.column(name).to_numpy()
+        for name in table.column_names
+        if pa.types.is_integer(table.schema.field(name).type) or pa.types.is_floating(table.schema.field(name).type)
+    }
+
+
+def _read_rows(files: RunFiles) -> pa.Table | None:
+    if not files.exists(ROWS_FILE):
+        return None
+    try:
+        return pa.ipc.open_file(pa.BufferReader(files.read_bytes(ROWS_FILE))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _broken(ROWS_FILE, error) from None
+
+
+def _read_plan(files: RunFiles) -> Plan | None:
+    data = _json(files, "plan.json")
+    if not data:
+        return None
+    try:
+        return Plan(
+            num_rows=int(data["num_rows"]),
+            bucket_ends=tuple(int(end) for end in data["bucket_ends"]),
+            global_batch_rows=int(data["global_batch_rows"]),
+            stages=tuple(Stage.from_json(stage) for stage in data["stages"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken("plan.json", f"{type(error).__name__}: {error}") from None
+
+
+def _json_lines(files: RunFiles, rel: str) -> list[dict[str, Any]]:
+    """Read JSON lines; the last one may be torn, because a killed run stops in mid-line."""
+    lines = [line for line in _text(files, rel).splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise _broken(f"{rel}:{number}", error) from None
+        if not isinstance(row, dict):
+            raise _broken(f"{rel}:{number}", "a JSON object was expected")
+        rows.append(row)
+    return rows
+
+
+def _read_metrics(files: RunFiles, rel: str) -> Metrics | None:
+    if not files.exists(rel):
+        return None
+    lines = _json_lines(files, rel)
+    return Metrics(train=_columns(lines, "train/"), evals=_columns(lines, "eval/"))
+
+
+def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:
+    """Return lines that hold a key of `prefix` as columns; a resumed run logs a step twice, the last one counts."""
+    by_step = {as_float(line.get("step")): line for line in lines if any(key.startswith(prefix) for key in line)}
+    steps = sorted(step for step in by_step if math.isfinite(step))
+    names = dict.fromkeys(key for step in steps for key in by_step[step])
+    return {name: np.array([as_float(by_step[step].get(name)) for step in steps]) for name in names}
+
+
+def _read_rejects(files: RunFiles) -> Rejects | None:
+    if not files.exists("rejects.jsonl"):
+        return None
+    counts: Counter[tuple[str, str]] = Counter()
+    first_rows: dict[tuple[str, str], str] = {}
+    for line in _json_lines(files, "rejects.jsonl"):
+        key = (str(line.get("source", "")), str(line.get("reason", "")))
+        counts[key] += 1
+        first_rows.setdefault(key, str(line.get("row", "")))
+    return Rejects(sum(counts.values()), counts, first_rows)

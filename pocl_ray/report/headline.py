@@ -1,0 +1,172 @@
+"""The run in words and a few figures: what was distilled, and how it came out, whichever side won."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pocl_ray.config import Config
+from pocl_ray.config.sources import ModelConfig
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
+from pocl_ray.report.files import RunData
+from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_with_control
+from pocl_ray.report.steps import total_seconds
+from pocl_ray.report.text import duration, fixed, percent, signed
+
+_MAX_SENTENCE_SETS = 2
+_PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that stands large at the top, with a line below it."""
+
+    label: str
+    value: str
+    note: str
+
+
+def model_names(config: Config | None) -> dict[str, str]:
+    """Return what each model of `records` is called in the report."""
+    staged = config is None or config.curriculum.pacing == "baby_step"
+    return {
+        STUDENT_BEFORE: "undistilled student",
+        STUDENT_KD: "plain KD",
+        STUDENT: "POCL" if staged else "distilled student",
+        TEACHER: "teacher",
+    }
+
+
+def describe_models(config: Config) -> tuple[str, str]:
+    """Return teacher and student in a few words each, without the folders of this machine."""
+    teacher = _source(config.teacher)
+    layers = config.student.num_layers
+    return teacher, f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
+
+
+def _source(model: ModelConfig) -> str:
+    if model.path is not None:
+        is_folder = model.path.startswith((".", "/", "~")) or "://" in model.path
+        return model.path.rstrip("/").rsplit("/", 1)[-1] if is_folder else model.path
+    sizes = model.architecture or {}
+    depth = next((sizes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes), None)
+    width = next((sizes[key] for key in ("hidden_size", "n_embd") if key in sizes), None)
+    layers = f"{depth}-layer " if depth is not None else ""
+    wide = f" of width {width}" if width is not None else ""
+    return f"{layers}{sizes.get('model_type', 'model')}{wide}"
+
+
+def what_was_done(run: RunData, *, done: bool) -> str:
+    """Return one sentence on what the run distils, or has distilled; nothing where there is no config."""
+    if run.config is None:
+        return ""
+    teacher, student = describe_models(run.config)
+    staged = run.config.curriculum.pacing == "baby_step"
+    stages = len(run.plan.stages) if run.plan else (run.config.curriculum.num_buckets if staged else 1)
+    rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
+    how = f"in {stages} stages from easy to hard" if staged else "in one stage, without a curriculum"
+    verb = "was distilled" if done else "is to be distilled"
+    return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
+
+
+def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
+    """Return a sentence or two on each evaluation set; of many sets, on the first one and on all together."""
+    names = model_names(run.config)
+    if len(results) <= _MAX_SENTENCE_SETS:
+        return [text for result in results if (text := _set_sentence(result, names))]
+    return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
+
+
+def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
+    """Count the sets on which the student is ahead of the control, level with it and behind it."""
+    verdicts: dict[str, Counter[str]] = {}
+    for comparison in (c for result in results for c in compare_with_control(result)):
+        key = f"{comparison.decoding} {comparison.metric}"
+        verdicts.setdefault(key, Counter())[comparison.verdict] += 1
+    if not verdicts:
+        return ""
+    counted = [
+        f"{key}, {', '.join(f'{verdict} on {count[verdict]}' for verdict in ('ahead', 'level', 'behind'))}"
+        for key, count in verdicts.items()
+    ]
+    sides = f"{names[STUDENT]} against {names[STUDENT_KD]}"
+    return f"Over all {len(results)} sets, {sides}: {'; '.join(counted)}."
+
+
+def _set_sentence(result: SetResult, names: dict[str, str]) -> str:
+    student = result.model(STUDENT)
+    if student is None:
+        return ""
+    sampled = _change("sampled", student.rouge_l.mean, result, "mean", student.gap_closed)
+    greedy = _change("greedy", student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
+    parts = [part for part in (sampled, greedy) if part]
+    text = f"On {result.name}, {names[STUDENT]} {' and '.join(parts)}." if parts else ""
+    comparisons = compare_with_control(result)
+    return f"{text} {_against_control(comparisons, names)}".strip() if comparisons else text
+
+
+def _change(decoding: str, value: float, result: SetResult, kind: str, gap_closed: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    before, teacher = _score(result.model(STUDENT_BEFORE), kind), _score(result.model(TEACHER), kind)
+    text = f"reaches {decoding} ROUGE-L {fixed(value)}"
+    if math.isfinite(before):
+        verb = "raises" if value > before else "lowers"
+        text = f"{verb} {decoding} ROUGE-L from {fixed(before)} to {fixed(value)}"
+    notes = [f"teacher {fixed(teacher)}"] if math.isfinite(teacher) else []
+    notes += [f"{percent(gap_closed)} of the gap closed"] if math.isfinite(gap_closed) else []
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def _score(result: ModelResult | None, kind: str) -> float:
+    return math.nan if result is None else float(getattr(result.rouge_l, kind))
+
+
+def _against_control(comparisons: Sequence[Comparison], names: dict[str, str]) -> str:
+    parts = [f"{_verdict(c)} in {c.decoding} {c.metric}" for c in comparisons]
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"Against {names[STUDENT_KD]} at the same number of optimizer steps, {names[STUDENT]} is {listed}."
+
+
+def _verdict(comparison: Comparison) -> str:
+    size = fixed(abs(comparison.difference))
+    if comparison.verdict == "level":
+        if not math.isfinite(comparison.std):
+            return "level"
+        return f"level ({signed(comparison.difference)}, within the spread of the seeds)"
+    spread = f"{_PLUS_MINUS}{fixed(comparison.std)}" if math.isfinite(comparison.std) else ""
+    return f"{comparison.verdict} by {size}{spread}"
+
+
+def tiles(run: RunData, results: Sequence[SetResult]) -> list[Tile]:
+    """Return the figures at the top, of the first evaluation set."""
+    names = model_names(run.config)
+    found = _result_tiles(results[0], names) if results else []
+    total = total_seconds(run.steps)
+    if total > 0:
+        steps = f"{run.plan.stage_ends[-1]:,} optimizer steps" if run.plan and run.plan.stages else "all steps"
+        found.append(Tile("time", duration(total), steps))
+    return found
+
+
+def _result_tiles(result: SetResult, names: dict[str, str]) -> list[Tile]:
+    student = result.model(STUDENT)
+    if student is None:
+        return []
+    before, teacher = _score(result.model(STUDENT_BEFORE), "mean"), _score(result.model(TEACHER), "mean")
+    ends = [f"{fixed(before, 1)} before"] if math.isfinite(before) else []
+    ends += [f"teacher {fixed(teacher, 1)}"] if math.isfinite(teacher) else []
+    found = []
+    if math.isfinite(student.rouge_l.mean):
+        found.append(Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), ", ".join(ends)))
+    if math.isfinite(student.gap_closed):
+        note = f"greedy {percent(student.gap_closed_greedy)}"
+        found.append(Tile("of the teacher's gap closed", percent(student.gap_closed), note))
+    rouge = {c.decoding: c for c in compare_with_control(result) if c.metric == "ROUGE-L"}
+    if "sampled" in rouge:
+        note = f"greedy {signed(rouge['greedy'].difference, 1)}" if "greedy" in rouge else "sampled"
+        value = signed(rouge["sampled"].difference, 1)
+        found.append(Tile(f"ROUGE-L, {names[STUDENT]} less {names[STUDENT_KD]}", value, note))
+    return found

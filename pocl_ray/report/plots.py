@@ -1,0 +1,291 @@
+"""The plots: one small figure each, drawn once and rendered twice, as PNG and as SVG for the page."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
+from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, without_spikes
+from pocl_ray.report.difficulty import SignalSpread, TopicTable
+from pocl_ray.report.results import SetResult
+from pocl_ray.report.svg import inline_svg
+
+P = ParamSpec("P")
+
+INK, MUTED, LINE, PAPER = "#1c2127", "#5b646e", "#dde1e6", "#fefefe"
+# Okabe and Ito's colours, which the colour-blind tell apart; marks differ in shape as well.
+COLOURS = {STUDENT: "#0072b2", STUDENT_KD: "#d55e00", STUDENT_BEFORE: "#868e96", TEACHER: "#009e73"}
+_CSS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"} | {
+    colour: name.replace("_", "-") for name, colour in COLOURS.items()
+}
+_WIDTH_IN = 4.7
+_PNG_DPI = 180
+_STYLE: dict[Any, Any] = {
+    "font.size": 8.5, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
+    "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
+    "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+    "axes.edgecolor": LINE, "axes.linewidth": 0.8, "axes.facecolor": "none", "figure.facecolor": PAPER,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": LINE, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0,
+    "xtick.major.pad": 4, "ytick.major.pad": 4, "legend.frameon": False, "legend.borderpad": 0,
+    "legend.handlelength": 1.6, "legend.columnspacing": 1.4, "lines.solid_capstyle": "round",
+    "svg.fonttype": "none", "svg.hashsalt": "pocl", "text.parse_math": False, "axes.formatter.useoffset": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A rendered figure.
+
+    Attributes:
+        name: File name without ending.
+        title: One line for people.
+        svg: An element for the page, in its colours.
+        png: A file, on white.
+    """
+
+    name: str
+    title: str
+    svg: str
+    png: bytes
+
+
+def _plot(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in this file's style, whatever the process has set."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def render(name: str, title: str, figure: Figure) -> Plot:
+    """Render a figure of this file."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+    svg, png = io.StringIO(), io.BytesIO()
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A topic may be in a script that matplotlib's font lacks; the page's font has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+        figure.set_layout_engine("none")  # keep what was laid out; doing it again takes as long as drawing
+        figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
+    page_svg = inline_svg(svg.getvalue(), prefix=f"{name}-", label=title, css_colours=_CSS)
+    return Plot(name, title, page_svg, png.getvalue())
+
+
+def _figure(height_in: float, width_in: float = _WIDTH_IN) -> Figure:
+    return Figure(figsize=(width_in, height_in), layout="constrained")
+
+
+@_plot
+def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
+    """Box plot of one signal: quartiles, 5th to 95th percentile as whiskers, the mean as a dot."""
+    figure = _figure(2.5, 3.5)
+    ax = figure.add_subplot()
+    ax.use_sticky_edges = False
+    filled = [(place, box) for place, box in enumerate(spread.boxes) if box.num_rows]
+    for place, box in filled:
+        low, q25, median, q75, high = box.quantiles
+        ax.vlines(place, low, high, color=COLOURS[STUDENT], linewidth=1)
+        ax.bar(place, q75 - q25, bottom=q25, width=0.56, color=PAPER, linewidth=0)
+        ax.bar(place, q75 - q25, bottom=q25, width=0.56, color=COLOURS[STUDENT], alpha=0.28, linewidth=0)
+        ax.hlines(median, place - 0.28, place + 0.28, color=COLOURS[STUDENT], linewidth=2)
+        ax.plot(place, box.mean, "o", color=INK, markersize=3.2)
+    one = len(spread.boxes) == 1
+    ax.set_xlim(-0.6, len(spread.boxes) - 0.4)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    ax.set_xticks([0], ["all rows"]) if one else ax.set_xlabel("bucket (0 is the easiest)")
+    ax.set_ylabel(label)
+    ax.grid(axis="x", visible=False)
+    return figure
+
+
+@_plot
+def topics_by_bucket(table: TopicTable) -> Figure:
+    """Heat map: what share of each topic's rows lies in which bucket."""
+    num_topics, num_buckets = table.shares.shape
+    figure = _figure(0.5 + 0.24 * num_topics)
+    ax = figure.add_subplot()
+    wide = num_buckets <= 8
+    cells = [(bucket - 0.48, line - 0.45) for line in range(num_topics) for bucket in range(num_buckets)]
+    faces = [to_rgba(COLOURS[STUDENT], 0.04 + 0.72 * share) for share in table.shares.ravel()]
+    ax.add_collection(PatchCollection([Rectangle(cell, 0.96, 0.9) for cell in cells], facecolors=faces, linewidths=0))
+    for line, bucket in np.argwhere(table.shares >= 0.005) if wide else ():
+        share = table.shares[line, bucket]
+        ax.text(bucket, line, f"{100 * share:.0f} %", ha="center", va="center", fontsize=7.5)
+    names = [f"{_clip(name, 30)}  ({count:,})" for name, count in zip(table.names, table.num_rows, strict=True)]
+    ax.set_yticks(range(num_topics), names)
+    ax.tick_params(axis="y", labelcolor=INK)
+    ax.set_ylim(num_topics - 0.5, -0.5)
+    ax.set_xlim(-0.5, num_buckets - 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    ax.set_xlabel("bucket (0 is the easiest)")
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+@_plot
+def stage_settings(stages: Sequence[Stage]) -> Figure:
+    """Temperature and kd_ratio over optimizer steps."""
+    figure, axes = _stacked(2)
+    for ax, label in zip(axes, ("kd_temperature", "kd_ratio"), strict=True):
+        _stairs(ax, stages, [getattr(stage, label) for stage in stages], label)
+    _finish_stacked(figure, axes, stages)
+    return figure
+
+
+@_plot
+def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
+    """Rows admitted, and the learning rate where it was logged, over optimizer steps."""
+    figure, axes = _stacked(1 + (lr is not None))
+    _stairs(axes[0], stages, [stage.num_rows for stage in stages], "rows admitted", fill=True)
+    if lr is not None:
+        axes[1].plot(*thin(lr.steps, lr.values), color=COLOURS[STUDENT], linewidth=1.6)
+        axes[1].set_ylim(*padded(lr.values, zero=True))
+        axes[1].set_ylabel("learning rate")
+    _finish_stacked(figure, axes, stages)
+    return figure
+
+
+def _stacked(num_panels: int) -> tuple[Figure, list[Axes]]:
+    figure = _figure(2.9)
+    return figure, list(figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
+
+
+def _stairs(ax: Axes, stages: Sequence[Stage], values: Sequence[float], label: str, *, fill: bool = False) -> None:
+    edges = np.cumsum([0, *(stage.num_steps for stage in stages)])
+    ax.stairs(values, edges, baseline=None, color=COLOURS[STUDENT], linewidth=1.8)
+    if fill:
+        ax.stairs(values, edges, fill=True, color=COLOURS[STUDENT], alpha=0.15, linewidth=0)
+    ax.set_ylim(*padded(values, zero=fill))
+    ax.set_ylabel(label)
+
+
+def _finish_stacked(figure: Figure, axes: Sequence[Axes], stages: Sequence[Stage]) -> None:
+    for place, ax in enumerate(axes):
+        ax.yaxis.set_major_formatter(FuncFormatter(_short_number))
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        _stage_borders(ax, np.cumsum([stage.num_steps for stage in stages]), labels=place == 0)
+    axes[-1].set_xlabel("optimizer step")
+    figure.align_ylabels(list(axes))
+
+
+@_plot
+def curves_over_steps(
+    curves: Mapping[str, Curve], names: Mapping[str, str], label: str, stage_ends: Sequence[int], *, raw: bool
+) -> Figure:
+    """Curves of several models over optimizer steps, with the borders of the stages.
+
+    Args:
+        curves: Model to its curve.
+        names: Model to its name for people.
+        label: Of the y axis, unit included.
+        stage_ends: Steps at which the student's stages end; empty where there is no plan.
+        raw: The curve is noisy: draw it faintly, and its moving mean on top. Otherwise mark each point.
+    """
+    figure = _figure(2.9)
+    ax = figure.add_subplot()
+    for model, curve in curves.items():
+        style: dict[str, Any] = {"color": COLOURS[model], "linewidth": 1.7, "label": names[model]}
+        style["zorder"] = 4 if model == STUDENT else 3
+        if raw:
+            ax.plot(*thin(curve.steps, curve.values), color=COLOURS[model], alpha=0.22, linewidth=0.6)
+            ax.plot(*thin(curve.steps, smooth(curve, stage_ends if model == STUDENT else ())), **style)
+        else:
+            marker = {STUDENT: "o", STUDENT_KD: "s"}.get(model, "o")
+            ax.plot(curve.steps, curve.values, marker=marker, markersize=3 if len(curve.steps) < 60 else 0, **style)
+    if raw:
+        ax.set_ylim(*without_spikes(list(curves.values())))
+    _stage_borders(ax, np.asarray(stage_ends), labels=True)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(label)
+    if len(curves) > 1:
+        figure.legend(loc="outside upper left", ncols=len(curves))
+    return figure
+
+
+@_plot
+def dev_score(
+    curves: Mapping[str, Curve], names: Mapping[str, str], stage_ends: Sequence[int], *, mark_best: bool
+) -> Figure:
+    """Dev ROUGE-L over optimizer steps; `mark_best` rings the checkpoint that each stage hands on."""
+    figure = curves_over_steps(curves, names, "dev ROUGE-L (0 to 100)", stage_ends, raw=False)
+    if mark_best and stage_ends and STUDENT in curves:
+        curve = curves[STUDENT]
+        best = best_of_stages(curve, stage_ends)
+        figure.axes[0].plot(
+            curve.steps[best], curve.values[best], "o", markersize=8, markerfacecolor="none",
+            markeredgecolor=INK, markeredgewidth=1.1, zorder=6,
+        )  # fmt: skip
+    return figure
+
+
+@_plot
+def final_figures(results: Sequence[SetResult], names: Mapping[str, str]) -> Figure:
+    """ROUGE-L of each model: sampled answers with their spread over seeds, and greedy ones."""
+    heights = [len(result.models) for result in results]
+    figure = _figure(0.75 + 0.27 * sum(heights) + 0.28 * len(results))
+    axes = figure.subplots(len(results), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, result in zip(axes, results, strict=True):
+        for line, found in enumerate(result.models):
+            colour, score = COLOURS.get(found.model, INK), found.rouge_l
+            ax.errorbar(score.mean, line - 0.13, xerr=score.std, fmt="o", color=colour, markersize=5.5, capsize=2.5)
+            ax.plot(score.greedy, line + 0.16, "D", color=colour, markerfacecolor="none", markersize=4.6)
+        ax.set_yticks(range(len(result.models)), [names.get(m.model, m.model) for m in result.models])
+        ax.tick_params(axis="y", labelcolor=INK)
+        ax.set_ylim(len(result.models) - 0.5, -0.5)
+        if len(results) > 1:
+            ax.set_title(result.name, loc="left", fontsize=8.5, color=MUTED)
+    axes[-1].set_xlabel("ROUGE-L (0 to 100)" if len(results) > 1 else f"ROUGE-L on {results[0].name} (0 to 100)")
+    axes[-1].margins(x=0.08)
+    sampled = axes[0].plot([], [], "o", color=MUTED, markersize=5.5, label="sampled, mean ± sd over seeds")
+    greedy = axes[0].plot([], [], "D", color=MUTED, markerfacecolor="none", markersize=4.6, label="greedy")
+    figure.legend(handles=[*sampled, *greedy], loc="outside upper left", ncols=2)
+    return figure
+
+
+def _stage_borders(ax: Axes, stage_ends: np.ndarray, *, labels: bool) -> None:
+    if not len(stage_ends) or not stage_ends[-1]:
+        return
+    starts = np.concatenate([[0], stage_ends[:-1]])
+    ax.set_xlim(0, stage_ends[-1] * 1.01)
+    for end in stage_ends[:-1]:
+        ax.axvline(end, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+    ax.grid(axis="x", visible=False)
+    if not labels:
+        return
+    style: dict[str, Any] = {"va": "bottom", "fontsize": 7.5, "color": MUTED}
+    ax.text(-0.015, 1.03, "stage", transform=ax.transAxes, ha="right", **style)
+    for stage, (start, end) in enumerate(zip(starts, stage_ends, strict=True)):
+        if (end - start) / stage_ends[-1] > 0.03:
+            ax.text((start + end) / 2, 1.03, f"{stage}", transform=ax.get_xaxis_transform(), ha="center", **style)
+
+
+def _short_number(value: float, _: int | None = None) -> str:
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _clip(text: str, length: int) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -1,0 +1,158 @@
+"""What evaluation.json says: figures of each model, the teacher's gap, and POCL against plain distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
+from pocl_ray.report.files import as_float
+
+MODELS = (STUDENT_BEFORE, STUDENT_KD, STUDENT, TEACHER)
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
+Verdict = Literal["ahead", "behind", "level"]
+
+# Greedy answers have no spread over seeds; figures are printed to two places, and less is no difference.
+_GREEDY_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of one model on one set, sampled over seeds and greedy; NaN where it was not measured."""
+
+    mean: float
+    std: float
+    greedy: float
+    by_seed: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model on one set.
+
+    Attributes:
+        model: A model of `records`.
+        rouge_l: 0 to 100.
+        exact_match: 0 to 100.
+        gap_closed: Share of the sampled ROUGE-L between undistilled student (0) and teacher (1), or NaN.
+        gap_closed_greedy: The same of greedy answers.
+    """
+
+    model: str
+    rouge_l: Figure
+    exact_match: Figure
+    gap_closed: float
+    gap_closed_greedy: float
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One evaluation set."""
+
+    name: str
+    models: tuple[ModelResult, ...]
+
+    def model(self, name: str) -> ModelResult | None:
+        """Return a model's result, or None where it was not evaluated."""
+        return next((result for result in self.models if result.model == name), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The distilled student less the plain-KD control, in one metric.
+
+    Attributes:
+        metric: Name for people.
+        decoding: How the answers were made.
+        student: Figure of the student, 0 to 100.
+        control: Figure of the control, 0 to 100.
+        difference: Student less control.
+        std: Standard deviation of the difference over seeds; NaN for greedy answers and single seeds.
+        num_seeds: Seeds that both have; 0 for greedy answers.
+        num_won: Seeds in which the student is ahead.
+        verdict: `level` where the difference is within one standard deviation.
+    """
+
+    metric: str
+    decoding: Literal["sampled", "greedy"]
+    student: float
+    control: float
+    difference: float
+    std: float
+    num_seeds: int
+    num_won: int
+    verdict: Verdict
+
+
+def set_results(sets: Mapping[str, Any]) -> list[SetResult]:
+    """Read the sets of evaluation.json, in their order there."""
+    return [SetResult(name, _model_results(models)) for name, models in sets.items()]
+
+
+def _model_results(models: Mapping[str, Any]) -> tuple[ModelResult, ...]:
+    known = [name for name in MODELS if name in models] + [name for name in models if name not in MODELS]
+    rouge = {name: _figure(models[name], "rouge_l") for name in known}
+    return tuple(
+        ModelResult(
+            model=name,
+            rouge_l=rouge[name],
+            exact_match=_figure(models[name], "exact_match"),
+            gap_closed=_gap_closed({k: v.mean for k, v in rouge.items()}, name),
+            gap_closed_greedy=_gap_closed({k: v.greedy for k, v in rouge.items()}, name),
+        )
+        for name in known
+    )
+
+
+def _figure(result: Mapping[str, Any], metric: str) -> Figure:
+    sampled = result.get(metric) or {}
+    by_seed = {str(seed): as_float(value) for seed, value in (sampled.get("by_seed") or {}).items()}
+    return Figure(
+        mean=as_float(sampled.get("mean")),
+        std=as_float(sampled.get("std")) if len(by_seed) > 1 else math.nan,
+        greedy=as_float((result.get("greedy") or {}).get(metric)),
+        by_seed=by_seed,
+    )
+
+
+def _gap_closed(figures: Mapping[str, float], model: str) -> float:
+    before, teacher = figures.get(STUDENT_BEFORE, math.nan), figures.get(TEACHER, math.nan)
+    if model in (STUDENT_BEFORE, TEACHER) or not teacher > before:
+        return math.nan
+    return (figures[model] - before) / (teacher - before)
+
+
+def compare_with_control(result: SetResult) -> list[Comparison]:
+    """Return the student beside the plain-KD control in each metric that both have, sampled first."""
+    student, control = result.model(STUDENT), result.model(STUDENT_KD)
+    if student is None or control is None:
+        return []
+    pairs = [(label, getattr(student, metric), getattr(control, metric)) for metric, label in METRICS.items()]
+    found = [_compare_sampled(*pair) for pair in pairs] + [_compare_greedy(*pair) for pair in pairs]
+    return [comparison for comparison in found if math.isfinite(comparison.difference)]
+
+
+def _compare_sampled(metric: str, student: Figure, control: Figure) -> Comparison:
+    seeds = [seed for seed in student.by_seed if seed in control.by_seed]
+    paired = np.array([student.by_seed[seed] - control.by_seed[seed] for seed in seeds])
+    difference = student.mean - control.mean
+    std = float(paired.std(ddof=1)) if len(seeds) > 1 else math.nan
+    verdict = _verdict(difference, std if math.isfinite(std) else _GREEDY_TOLERANCE)
+    num_won = int((paired > 0).sum())
+    return Comparison(metric, "sampled", student.mean, control.mean, difference, std, len(seeds), num_won, verdict)
+
+
+def _compare_greedy(metric: str, student: Figure, control: Figure) -> Comparison:
+    difference = student.greedy - control.greedy
+    verdict = _verdict(difference, _GREEDY_TOLERANCE)
+    return Comparison(metric, "greedy", student.greedy, control.greedy, difference, math.nan, 0, 0, verdict)
+
+
+def _verdict(difference: float, tolerance: float) -> Verdict:
+    if abs(difference) <= tolerance:
+        return "level"
+    return "ahead" if difference > 0 else "behind"

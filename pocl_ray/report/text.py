@@ -1,0 +1,65 @@
+"""Numbers and foreign text as the report prints them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+NOTHING = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def fixed(value: float, places: int = 2) -> str:
+    """Return a number with a fixed number of places, or a dash where it is not finite."""
+    if not math.isfinite(value):
+        return NOTHING
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", _MINUS)  # + 0.0 takes the sign off a zero
+
+
+def correlation(value: float) -> str:
+    """Return a coefficient to two places without the zero before the point, or a dash where it is not finite."""
+    return fixed(value).replace("0.", ".") if abs(value) < 0.995 else fixed(value)
+
+
+def signed(value: float, places: int = 2) -> str:
+    """Return a difference with its sign, or a dash where it is not finite."""
+    shown = fixed(value, places)
+    return f"+{shown}" if math.isfinite(value) and round(value, places) > 0 else shown
+
+
+def percent(share: float) -> str:
+    """Return a share as percentage, or a dash where it is not finite."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%".replace("-", _MINUS) if math.isfinite(share) else NOTHING
+
+
+def count(value: float) -> str:
+    """Return a whole number with thousands separated, or a dash where it is not finite."""
+    return f"{value:,.0f}" if math.isfinite(value) else NOTHING
+
+
+def short(value: float) -> str:
+    """Return a number to three significant digits, or a dash where it is not finite."""
+    return f"{value:.3g}".replace("-", _MINUS) if math.isfinite(value) else NOTHING
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two largest of its units, or a dash where it is not finite."""
+    if not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def markdown(text: object) -> str:
+    """Return text so that Markdown shows it as it is, on one line, inside a table as well."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
+
+
+def indented(text: object) -> str:
+    """Return text as a Markdown code block, which nothing in the text can end."""
+    return "\n".join("    " + line for line in str(text).splitlines())

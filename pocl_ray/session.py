@@ -1,0 +1,51 @@
+"""The Ray session: the cluster that `RAY_ADDRESS` or a job names, else one of this machine's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pocl_ray.errors import ResourceError
+
+QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to Ray while the block runs; a cluster that was started for it ends with it.
+
+    Raises:
+        ResourceError: The cluster that `RAY_ADDRESS` names cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"worker_process_setup_hook": _know_the_cluster},
+        )
+    except (ConnectionError, TimeoutError) as error:
+        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _know_the_cluster() -> None:
+    """Tell libraries in a worker which cluster it belongs to.
+
+    They look it up in a file of the machine otherwise, which may still name a cluster that died.
+    """
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
