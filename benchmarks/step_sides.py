@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.step import DistillationModule, MicroBatch, StepSettings, response_hidden, teacher_head
+from pocl_ray.distill.step import DistillationModule, StepSettings
+from pocl_ray.models.heads import head_of, response_hidden
 
 PADDED_LENGTH = 512
 SETTINGS = StepSettings(kd_temperature=2.0, kd_ratio=0.8, kd=resolve_loss("forward_kl"))
@@ -126,13 +128,16 @@ class OurStep:
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         self.module, self.teacher = DistillationModule(student), teacher
-        self.module.attach_teacher_head(teacher_head(teacher))
+        self.module.attach_teacher_head(head_of(teacher))
         self.cache: dict[int, Tensor] = {}
 
     def prepare(self, rows: list[Row]) -> None:
         """Fill the cache for a batch; what the scoring pass does once for all epochs and stages."""
+        batch = collate(rows)
         with torch.no_grad():
-            self.cache[id(rows)] = response_hidden(self.teacher, collate(rows))
+            self.cache[id(rows)] = response_hidden(
+                self.teacher, batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
+            )
 
     def loss(self, rows: list[Row]) -> Tensor:
         """The mean over response tokens of (1 - kd_ratio) ce + kd_ratio kd."""

@@ -50,9 +50,7 @@ def main() -> int:
     parser.add_argument("--student-layers", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--bf16", action="store_true", help="bfloat16 autocast; slow on a CPU without such instructions"
-    )
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; slow on CPUs without it")
     args = parser.parse_args()
 
     bf16 = args.bf16
