@@ -167,10 +167,10 @@ def _user_error_in(error: BaseException) -> UserError | None:
         found = pending.pop()
         if found is None or id(found) in seen:
             continue
-        if isinstance(found, UserError):
-            # RayTaskError makes an instance that is also of the cause's class: the cause itself has the plain message.
-            cause = getattr(found, "cause", None)
-            return cause if isinstance(cause, UserError) else found
+        cause = getattr(found, "cause", None)
+        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
+        if isinstance(found, UserError) and not isinstance(cause, UserError):
+            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
         seen.add(id(found))
-        pending += [getattr(found, "cause", None), found.__cause__, found.__context__]
+        pending += [found.__cause__, found.__context__, cause]
     return None
