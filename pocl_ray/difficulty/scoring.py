@@ -76,7 +76,7 @@ def score_rows(
         cache: Directory of the teacher caches (one for each set), relative to the run directory; None for no cache.
         cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
-        max_tokens: `data.max_tokens`: prompt and answer together.
+        max_tokens: `data.max_tokens`.
         scaling: Actors, and what each of them asks for.
         seed: Of the answers.
         compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
@@ -87,8 +87,7 @@ def score_rows(
         a token), `num_prompt_tokens`, `num_response_tokens`. And counts for the manifest.
 
     Raises:
-        ModelError: A model cannot be loaded.
-        ResourceError: The cluster has no room for the actors.
+        UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
     sets = [rows] if cache is None else [rows, dev_rows]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
@@ -112,11 +111,14 @@ def score_rows(
     by_set = {made.name: _of_set(results, made) for made in sets}
     if cache is not None:
         for made in sets:
-            shards = by_set[made.name][SHARD].unique().to_pylist()
-            place = run_dir.fs_path(f"{cache}/{made.name}")
-            write_index(place, shards, teacher_fingerprint, made.fingerprint, run_dir.filesystem)
+            _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
     table = by_set[rows.name].drop_columns([SET, SHARD])
     return table, _counts(table, sets)
+
+
+def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
+    shards = results[SHARD].unique().to_pylist()
+    write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
 
 
 def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:

@@ -73,6 +73,12 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     return standing
 
 
+def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
+    """Run `run_training` and return its counts for the manifest."""
+    standing = run_training(task, scaling)
+    return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+
+
 def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
