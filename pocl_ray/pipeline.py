@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pocl_ray.config import Config, load_config
+from pocl_ray.config import Config
 from pocl_ray.console import console
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
@@ -37,7 +37,6 @@ from pocl_ray.models.preparing import check_student_tokenizer, make_student, mak
 from pocl_ray.records import RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
-from pocl_ray.session import ray_session
 from pocl_ray.storage import RunDirectory, localize
 
 TOKENIZER, SIGNALS, SCORES, PLAN, CACHE = (
@@ -80,7 +79,7 @@ class Pipeline:
         """Fingerprint of the tokenizer in `tokenizer/`: the teacher's, another one, or one trained on the rows."""
         config = self.config
         place = config.tokenizer.path or config.teacher.path
-        depends = [config.tokenizer.model_dump(mode="json"), place, config.teacher.revision]
+        depends: list[Any] = [config.tokenizer.model_dump(mode="json"), place, config.teacher.revision]
         if config.tokenizer.train_vocab_size is not None:
             depends.append(data_fingerprint(config.data))
 
@@ -134,7 +133,7 @@ class Pipeline:
             counts = self._train(sft_task(self.config, "teacher", start, self.rows, self.run_dir, fingerprint))
             return StepResult(["models/teacher"], counts)
 
-        depends = [origin_fingerprint(config), config.dtype]
+        depends: list[Any] = [origin_fingerprint(config), config.dtype]
         if config.architecture is not None or config.sft is not None:
             depends += [self._rows_fingerprint, self._sft_dependencies("teacher"), self.config.seed]
         fingerprint = self._step("teacher", depends, work)
@@ -143,14 +142,14 @@ class Pipeline:
     @cached_property
     def student(self) -> Made:
         """The student before distillation."""
-        config = self.config.student
+        config, teacher = self.config.student, self.teacher
         is_made = config.path is None
 
         def work(fingerprint: str) -> StepResult:
             outputs = []
             if is_made:
                 tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-                make_student(config, self.teacher.ref, tokenizer, self.config.seed, self.run_dir)
+                make_student(config, teacher.ref, tokenizer, self.config.seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
                 return StepResult(outputs, {})
@@ -160,7 +159,7 @@ class Pipeline:
 
         depends: list[Any] = [origin_fingerprint(config), self.tokenizer, self.config.seed]
         if config.num_layers is not None:
-            depends.append(self.teacher.fingerprint)
+            depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self._rows_fingerprint, self._sft_dependencies("student")]
         fingerprint = self._step("student", depends, work)
@@ -341,18 +340,3 @@ class Pipeline:
         fingerprint, seconds = self.manifest.run(name, depends, announced)
         console.print(f"  [dim]{name} is done already[/]" if seconds is None else f"  [dim]{seconds:.1f} s[/]")
         return fingerprint
-
-
-def run_until(step: str, config_path: Path, overrides: list[str], resume_with_changes: bool) -> RunDirectory:
-    """Run a step and all that it rests on, on the cluster that the environment names or on this machine.
-
-    Args:
-        step: Name of a property of `Pipeline`.
-        config_path: YAML file.
-        overrides: Dotted overrides.
-        resume_with_changes: See `Pipeline`.
-    """
-    pipeline = Pipeline(load_config(config_path, overrides), resume_with_changes)
-    with ray_session():
-        getattr(pipeline, step)
-    return pipeline.run_dir

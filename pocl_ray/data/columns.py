@@ -77,11 +77,11 @@ def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole
     """Decide which column has which role.
 
     Args:
-        found: Columns of the source.
+        found: Columns of the source, or of its first rows.
         mapping: Roles that the user gave.
 
     Returns:
-        Role to column, for the columns that are there.
+        Role to column; those of optional roles may be missing (a later row may have them).
 
     Raises:
         DataError: A mapped column is missing, roles do not go together, or no known layout fits.
@@ -100,7 +100,7 @@ def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole
     for layout in fitting:
         columns: dict[ColumnRole, str] = {**_EVERYWHERE, **layout, **mapping}
         if all(columns[role] in found for role in layout if role not in _OPTIONAL):
-            return {role: column for role, column in columns.items() if column in found}
+            return columns
     raise DataError(
         f"cannot tell which columns hold the prompt and the response; found: {_names(found)}; expected messages, "
         "instruction and output, or prompt and response, or a mapping such as columns={prompt: ..., output: ...}"

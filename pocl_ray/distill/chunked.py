@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pocl_ray.distill.heads import LogitsFunction, TeacherLogits
-
 KdFunction = Callable[[Tensor, Tensor, float], Tensor]
+LogitsFunction = Callable[[Tensor], Tensor]
+TeacherLogits = Callable[[slice], Tensor]
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Probabilities of a large vocabulary underflow in float16. Its gradients are held times this factor until backward,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
-from pocl_ray.data.rows import RowStore
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.step import StepSettings
@@ -76,15 +76,7 @@ class DevEvaluator:
         model = self._inference_model()
         if len(ids):
             prompts, _ = rows.tokens(ids)
-            limit = self.generation.max_new_tokens
-            room = [min(limit or self.max_tokens, self.max_tokens - len(p)) for p in prompts]
-            settings = GenerationSettings(
-                sampling_temperature=self.generation.sampling_temperature,
-                top_p=self.generation.top_p,
-                no_repeat_ngram_size=self.generation.no_repeat_ngram_size,
-                max_new_tokens=room,
-                batch_rows=self.generation.batch_rows,
-            )
+            settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
             answers = generate(model, self.tokenizer, prompts, settings, self.seed)
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
             references = rows.references(ids)

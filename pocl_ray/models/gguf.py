@@ -34,7 +34,9 @@ def is_imported(directory: Path, source_sha256: str) -> bool:
         record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
-    if record.get("version") != _RECORD_VERSION or record.get("source_sha256") != source_sha256:
+    if not isinstance(record, dict) or record.get("version") != _RECORD_VERSION:
+        return False
+    if record.get("source_sha256") != source_sha256:
         return False
     files = {name: directory / name for name in record["sha256"]}
     return all(path.is_file() and file_sha256(path) == record["sha256"][name] for name, path in files.items())

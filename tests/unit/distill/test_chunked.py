@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
-from pocl_ray.distill.heads import LogitsTransform, TeacherHead
 from pocl_ray.distill.losses import LOSSES, resolve_loss
+from pocl_ray.models.heads import HeadWeights, LogitTransform
 
 N, V, H, K, TEACHER_V = 23, 50, 8, 12, 46
 
@@ -28,14 +28,14 @@ def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]
         "bias_V": draw(V).requires_grad_(),
         "targets_N": torch.randint(V, (N,), generator=generator),
         "teacher_hidden_NK": draw(N, K),
-        "teacher": TeacherHead(draw(TEACHER_V, K), draw(TEACHER_V)),
+        "teacher": HeadWeights(draw(TEACHER_V, K), draw(TEACHER_V)),
     }
 
 
 def ours(x: dict[str, Any], chunk_tokens: int, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss = HeadLoss(
         x["targets_N"],
-        teacher_logits=x["teacher"].by_chunk(x["teacher_hidden_NK"]),
+        teacher_logits=lambda rows: x["teacher"].logits(x["teacher_hidden_NK"][rows]),
         chunk_bytes=chunk_tokens * V * 4,
         **settings,
     )
@@ -170,8 +170,10 @@ def test_no_tokens_give_zero_losses_and_zero_gradients() -> None:
     assert not torch.autograd.grad(loss_sum, x["weight_VH"])[0].any()
 
 
-@pytest.mark.parametrize("transform", [LogitsTransform(softcap=3.0), LogitsTransform(0.25), LogitsTransform(0.5, 2.0)])
-def test_scales_and_caps_of_a_family_are_differentiated(transform: LogitsTransform) -> None:
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(softcap=3.0), LogitTransform(0.25), LogitTransform(0.5, softcap=2.0)]
+)
+def test_scales_and_caps_of_a_family_are_differentiated(transform: LogitTransform) -> None:
     x = problem()
     settings = {"kd_ratio": 0.5, "kd": resolve_loss("forward_kl"), "transform": transform}
     expected, got = plain(x, **settings), ours(x, 7, **settings)

@@ -19,17 +19,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from pocl_ray.distill.heads import LogitsTransform
+from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.step import (
-    DistillationModule,
-    MicroBatch,
-    StepSettings,
-    check_head_split,
-    response_hidden,
-    teacher_head,
-)
+from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ModelError
+from pocl_ray.models.heads import head_of, split_model
 
 V, PAD = 61, 0
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -48,6 +42,10 @@ CONFIGS = {
 }
 every_family = pytest.mark.parametrize("family", list(CONFIGS))
 KD = StepSettings(kd_temperature=2.0, kd_ratio=0.7, kd=resolve_loss("forward_kl"))
+
+
+def response_hidden(model: PreTrainedModel, x: MicroBatch) -> Tensor:
+    return split_model(model).response_hidden(x.input_ids_BT, x.attention_mask_BT, x.response_index_N)
 
 
 def model(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
@@ -97,9 +95,8 @@ def test_head_of_selected_hidden_states_equals_the_models_own_logits(family: str
     student, x = model(family), batch(padding=2)
     with torch.no_grad():
         own_NV = student(x.input_ids_BT, attention_mask=x.attention_mask_BT).logits.flatten(0, 1)[x.response_index_N]
-        got_NV = teacher_head(student).logits(response_hidden(student, x))
+        got_NV = head_of(student).logits(response_hidden(student, x))
     torch.testing.assert_close(got_NV, own_NV, rtol=1e-5, atol=1e-5)
-    check_head_split(student)
 
 
 @every_family
@@ -107,7 +104,7 @@ def test_sums_and_weight_gradients_equal_the_full_logits_by_hand(family: str) ->
     student, teacher = model(family), model(family, seed=1)
     x = with_teacher(batch(), teacher)
     module = DistillationModule(student, chunk_bytes=5 * V * 4)
-    module.attach_teacher_head(teacher_head(teacher))
+    module.attach_teacher_head(head_of(teacher))
 
     expected = by_hand(student, teacher, x)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -153,10 +150,10 @@ def split(x: MicroBatch) -> list[MicroBatch]:
 def test_a_padded_vocabulary_of_the_student_is_cut_to_the_shared_part() -> None:
     student, teacher = model("qwen2", vocab_size=V + 3), model("qwen2", seed=1)
     module = DistillationModule(student)
-    module.attach_teacher_head(teacher_head(teacher))
+    module.attach_teacher_head(head_of(teacher))
     x = with_teacher(batch(), teacher)
-    student_NV = teacher_head(student).logits(response_hidden(student, x))[:, :V]
-    teacher_NV = teacher_head(teacher).logits(response_hidden(teacher, x))
+    student_NV = head_of(student).logits(response_hidden(student, x))[:, :V]
+    teacher_NV = head_of(teacher).logits(response_hidden(teacher, x))
     torch.testing.assert_close(module(x, KD)[2], resolve_loss("forward_kl")(student_NV, teacher_NV, 2.0).sum())
 
 
@@ -170,7 +167,7 @@ def test_rows_without_response_tokens_still_give_every_parameter_a_gradient() ->
 def test_the_teacher_head_is_no_parameter_and_in_no_state_dict() -> None:
     module = DistillationModule(model("llama_untied"))
     before = set(module.state_dict())
-    module.attach_teacher_head(teacher_head(model("llama_untied", seed=1)))
+    module.attach_teacher_head(head_of(model("llama_untied", seed=1)))
     assert set(module.state_dict()) == before
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"student"}
 
@@ -181,14 +178,8 @@ def test_a_missing_teacher_is_told_before_anything_is_computed() -> None:
 
 
 def test_a_model_without_lm_head_is_refused() -> None:
-    with pytest.raises(ModelError, match="no LM head"):
+    with pytest.raises(ModelError, match="head of its own"):
         DistillationModule(model("llama_tied").base_model)
-
-
-def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LogitsTransform, "of", lambda config: None)
-    with pytest.raises(ModelError, match="not known here"):
-        check_head_split(model("granite_scaled"))
 
 
 def test_moving_a_batch_keeps_what_is_absent_absent() -> None:

@@ -1,0 +1,135 @@
+"""Ranking of rows from easy to hard: reciprocal rank fusion of difficulty signals (POCL, section 3.2).
+
+Every signal ranks the rows on its own, 1 the easiest; a row's score is the sum over signals of `1 / (k + rank)`, and
+the ranking goes from the highest score to the lowest. Ties are decided the way the authors' code does it: all sorts are
+stable, and each of them runs on the list that the one before it left. numpy alone, so that the ranking can be
+recomputed anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pocl_ray.errors import ConfigError, DataError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One measurement of a row's difficulty.
+
+    Attributes:
+        name: Its column in scores.parquet.
+        easy: Whether a high or a low value means an easy row.
+        meaning: What it measures, in a few words.
+    """
+
+    name: str
+    easy: Literal["high", "low"]
+    meaning: str
+
+
+SIGNALS: dict[str, Signal] = {
+    signal.name: signal
+    for signal in (
+        Signal("rouge_l", "high", "ROUGE-L of the student's answer against the references, 0 to 100"),
+        Signal("ce_loss", "low", "the student's mean negative log-likelihood of the reference's tokens, in nats"),
+        Signal("student_confidence", "high", "the student's mean highest next-token probability over the reference"),
+        Signal("teacher_ce_loss", "low", "the teacher's mean negative log-likelihood of the reference, in nats"),
+        Signal("teacher_student_kl", "low", "mean KL(teacher || student) over the reference's tokens, in nats"),
+        Signal("teacher_entropy", "low", "mean entropy of the teacher's distribution over the reference, in nats"),
+        Signal("num_prompt_tokens", "low", "length of the prompt"),
+        Signal("num_response_tokens", "low", "length of the reference"),
+    )
+}
+
+
+def find_signal(name: str) -> Signal:
+    """Return a signal by its name.
+
+    Args:
+        name: A key of `SIGNALS`.
+
+    Returns:
+        The signal.
+
+    Raises:
+        ConfigError: There is none of that name; the nearest one is named.
+    """
+    if name in SIGNALS:
+        return SIGNALS[name]
+    near = difflib.get_close_matches(name, SIGNALS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIGNALS)}"
+    raise ConfigError(f"difficulty.signals: unknown signal {name!r}; {hint}")
+
+
+def rank_rows(
+    signals: Mapping[str, npt.ArrayLike],
+    rrf_k: float = 60.0,
+    tie_break: Literal["file_order", "seeded"] = "file_order",
+    seed: int = 0,
+) -> tuple[FloatArray, IntArray]:
+    """Fuse signals into one ranking, easiest row first (POCL, section 3.2).
+
+    Args:
+        signals: Signal name -> values in row order, shape (num_rows,). The order of the mapping is the order of
+            fusion; it matters for ties alone.
+        rrf_k: The constant k of `1 / (k + rank)`.
+        tie_break: What decides between rows of equal values: their order in the file (the authors' code), or an
+            order drawn by `seed`.
+        seed: Of the draw.
+
+    Returns:
+        `rrf_score` and `rank`, each of shape (num_rows,) in row order. Rank 1 is the easiest row.
+
+    Raises:
+        ConfigError: A signal is unknown.
+        DataError: A signal is not a number for some row.
+    """
+    if not signals:
+        raise ValueError("rank_rows needs at least one signal")
+    keys = [_sort_key(name, values) for name, values in signals.items()]
+    num_rows = keys[0].size
+    if any(key.size != num_rows for key in keys):
+        raise ValueError(f"signals differ in length: { {name: np.size(v) for name, v in signals.items()} }")
+    order = _initial_order(num_rows, tie_break, seed)
+    rrf_score = np.zeros(num_rows)
+    places = np.arange(1, num_rows + 1)
+    for key in keys:
+        order = order[np.argsort(key[order], kind="stable")]
+        rrf_score[order] += 1.0 / (rrf_k + places)
+    order = order[np.argsort(-rrf_score[order], kind="stable")]
+    rank = np.empty(num_rows, dtype=np.int64)
+    rank[order] = places
+    return rrf_score, rank
+
+
+def _sort_key(name: str, values: npt.ArrayLike) -> FloatArray:
+    """Values of which the smallest is the easiest row's."""
+    signal = find_signal(name)
+    key = np.asarray(values, dtype=np.float64)
+    if key.ndim != 1:
+        raise ValueError(f"signal {name} has shape {key.shape}; one number a row is needed")
+    missing = np.flatnonzero(np.isnan(key))
+    if missing.size:
+        raise DataError(
+            f"signal {name}: not a number for row {missing[0]} ({missing.size} of {key.size} rows); "
+            "leave this signal out of difficulty.signals, or the row out of the data"
+        )
+    return -key if signal.easy == "high" else key
+
+
+def _initial_order(num_rows: int, tie_break: str, seed: int) -> IntArray:
+    if tie_break == "file_order":
+        return np.arange(num_rows)
+    if tie_break == "seeded":
+        return np.random.default_rng(seed).permutation(num_rows)
+    raise ValueError(f"tie_break is file_order or seeded, not {tie_break!r}")

@@ -1,0 +1,188 @@
+"""Scoring: one streaming Ray Data job that measures every row's difficulty and fills the teacher cache.
+
+    row ids -> StudentActor pool -> TeacherActor pool -> one small row of signals for each id
+                                                      -> shards of the teacher cache
+
+The teacher also reads the dev rows in this job, for their part of the cache.
+
+Rows are sorted by length and cut into tasks and micro-batches before anything starts, by their lengths alone. Which
+rows share a batch therefore does not depend on the number of actors, and neither do the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from ray.data import Dataset
+
+from pocl_ray.config import DifficultyConfig, ScalingConfig
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.scoring_actors import (
+    ANSWER_STOPPED,
+    SET,
+    SHARD,
+    ScoringTask,
+    StudentActor,
+    TeacherActor,
+    unit_table,
+)
+from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
+from pocl_ray.models.hidden_cache import write_index
+from pocl_ray.models.places import ModelRef
+from pocl_ray.records import ID, RowsSummary
+from pocl_ray.storage import RunDirectory
+
+_MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
+_MIN_TASK_ROWS = 32
+_LENGTH_MULTIPLE = 8  # that `collate` rounds up to
+
+MicroBatches = list[npt.NDArray[np.int64]]
+"""The work of one task: the row ids of each micro-batch."""
+
+Task = tuple[str, MicroBatches]
+
+
+def score_rows(
+    rows: RowsSummary,
+    dev_rows: RowsSummary,
+    run_dir: RunDirectory,
+    tokenizer: str,
+    student: ModelRef,
+    teacher: ModelRef,
+    teacher_fingerprint: str,
+    cache: str | None,
+    cache_dtype: str,
+    difficulty: DifficultyConfig,
+    max_tokens: int,
+    scaling: ScalingConfig,
+    seed: int,
+    compare: bool = True,
+) -> tuple[pa.Table, dict[str, int]]:
+    """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
+
+    Args:
+        rows: The set to score.
+        dev_rows: Another set that the teacher cache is to hold; nothing is measured on it.
+        run_dir: Holds the rows; the cache is written there.
+        tokenizer: Tokenizer directory, relative to the run directory.
+        student: The untuned student.
+        teacher: The frozen teacher.
+        teacher_fingerprint: Of the teacher; goes into the cache.
+        cache: Directory of the teacher caches (one for each set), relative to the run directory; None for no cache.
+        cache_dtype: Of its hidden states; `auto` is the teacher's own.
+        difficulty: How answers are generated, and how much is computed at once.
+        max_tokens: `data.max_tokens`: prompt and answer together.
+        scaling: Actors, and what each of them asks for.
+        seed: Of the answers.
+        compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
+
+    Returns:
+        One row for each of `rows`, sorted by `id`: `rouge_l` (0 to 100), `answer_stopped`, `ce_loss`,
+        `student_confidence`, `teacher_ce_loss`, `teacher_student_kl` (null without `compare`), `teacher_entropy` (nats
+        a token), `num_prompt_tokens`, `num_response_tokens`. And counts for the manifest.
+
+    Raises:
+        ModelError: A model cannot be loaded.
+        ResourceError: The cluster has no room for the actors.
+    """
+    sets = [rows] if cache is None else [rows, dev_rows]
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
+    pools = plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], len(tasks))
+    task = ScoringTask(
+        run_dir=run_dir,
+        rows={made.name: made.path for made in sets},
+        student_set=rows.name,
+        tokenizer=tokenizer,
+        student=student,
+        teacher=teacher,
+        generation=difficulty.generation,
+        max_tokens=max_tokens,
+        seed=seed,
+        compare=compare,
+        cache=cache,
+        cache_dtype=cache_dtype,
+        use_gpu=pools[0].use_gpu,
+    )
+    results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
+    by_set = {made.name: _of_set(results, made) for made in sets}
+    if cache is not None:
+        for made in sets:
+            shards = by_set[made.name][SHARD].unique().to_pylist()
+            place = run_dir.fs_path(f"{cache}/{made.name}")
+            write_index(place, shards, teacher_fingerprint, made.fingerprint, run_dir.filesystem)
+    table = by_set[rows.name].drop_columns([SET, SHARD])
+    return table, _counts(table, sets)
+
+
+def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
+    with quiet_ray_data():
+        dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
+        dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
+        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+        return collect(dataset, "scores", num_rows, "rows")
+
+
+def _tasks_of(rows: RowsSummary, run_dir: RunDirectory, difficulty: DifficultyConfig) -> list[MicroBatches]:
+    store = RowStore.open(run_dir.local(rows.path))
+    return plan_tasks(store.prompt_lengths, store.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
+
+
+def plan_tasks(
+    prompt_lengths: npt.NDArray[np.integer],
+    response_lengths: npt.NDArray[np.integer],
+    shard_rows: int,
+    batch_tokens: int,
+) -> list[MicroBatches]:
+    """Cut rows into tasks, and these into micro-batches of rows of similar length.
+
+    Args:
+        prompt_lengths: Tokens of each prompt, shape (num_rows,).
+        response_lengths: Tokens of each response, shape (num_rows,).
+        shard_rows: Rows of a task, at most; fewer where there would be only a few tasks.
+        batch_tokens: Padded tokens of a micro-batch, at most, save for a single row that is longer.
+
+    Returns:
+        Tasks, the longest rows first, so that the last ones to finish are short: micro-batches of row ids.
+    """
+    lengths = np.asarray(prompt_lengths, dtype=np.int64) + response_lengths
+    order = np.argsort(-lengths, kind="stable")
+    task_rows = min(shard_rows, max(_MIN_TASK_ROWS, -(-len(order) // _MIN_TASKS)))
+    starts = range(0, len(order), task_rows)
+    return [_micro_batches(order[start : start + task_rows], lengths, batch_tokens) for start in starts]
+
+
+def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
+    """Cut rows, longest first, wherever the padded size would pass the budget."""
+    batches: MicroBatches = []
+    start = 0
+    while start < len(ids):
+        width = -(-int(lengths[ids[start]]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        end = start + max(1, batch_tokens // width)
+        batches.append(ids[start:end])
+        start = end
+    return batches
+
+
+def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
+    """The results of one set by id, each row exactly once: a lost one would shift the rank of all others in silence."""
+    table = results.filter(pc.field(SET) == rows.name).sort_by(ID)
+    ids = table[ID].to_numpy()
+    if not np.array_equal(ids, np.arange(rows.num_rows)):
+        missing = np.setdiff1d(np.arange(rows.num_rows), ids)[:5].tolist()
+        raise RuntimeError(
+            f"scoring gave {len(ids)} results for {rows.num_rows} rows of {rows.name}; missing: {missing}"
+        )
+    return table
+
+
+def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:
+    return {
+        "num_rows": sum(made.num_rows for made in sets),
+        "num_tokens": sum(made.num_prompt_tokens + made.num_response_tokens for made in sets),
+        "num_unstopped_answers": table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py()),
+    }

@@ -1,0 +1,129 @@
+"""Difficulty signals from the hidden states of response tokens: per-token values, averaged by row.
+
+With p the teacher's next-token distribution, q the student's and y the reference's tokens, a row's signals are means
+over its response tokens of
+
+    ce_loss              -log q(y)
+    student_confidence   max q
+    teacher_ce_loss      -log p(y)
+    teacher_entropy      -sum p log p
+    teacher_student_kl   sum p log(p / q), over the vocabulary that both models share
+
+Logits exist for one chunk of tokens at a time. Axes: N the response tokens of a batch in one flat axis, C those of a
+chunk, V vocabulary, H hidden, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+CHUNK_MIB = 64
+
+Signals = dict[str, npt.NDArray[np.float64]]
+LmHead = Callable[[torch.Tensor], torch.Tensor]
+"""From hidden states of shape (C, H) to logits of shape (C, V)."""
+
+
+@torch.no_grad()
+def student_signals(
+    hidden_NH: torch.Tensor, head: LmHead, targets_N: torch.Tensor, lengths_R: npt.NDArray[np.int64]
+) -> Signals:
+    """Return `ce_loss` and `student_confidence` of each row.
+
+    Args:
+        hidden_NH: The student's final hidden states at the positions that predict `targets_N`.
+        head: The student's LM head.
+        targets_N: The response's token ids, row after row, the end-of-sequence token included.
+        lengths_R: Response tokens of each row, at least 1; they sum to N.
+
+    Returns:
+        Signal name -> means, each of shape (R,), in nats (`student_confidence`: a probability).
+    """
+    ce_loss, confidence = [], []
+    for part in _chunks(hidden_NH, head, CHUNK_MIB):
+        logq_CV = head(hidden_NH[part]).float().log_softmax(dim=-1)
+        ce_loss.append(_nll(logq_CV, targets_N[part]))
+        confidence.append(logq_CV.amax(dim=-1).exp())
+    return {"ce_loss": _row_means(ce_loss, lengths_R), "student_confidence": _row_means(confidence, lengths_R)}
+
+
+@torch.no_grad()
+def teacher_signals(
+    hidden_NH: torch.Tensor,
+    head: LmHead,
+    targets_N: torch.Tensor,
+    lengths_R: npt.NDArray[np.int64],
+    student: tuple[torch.Tensor, LmHead] | None = None,
+) -> Signals:
+    """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` where the student is given.
+
+    Args:
+        hidden_NH: The teacher's final hidden states at the positions that predict `targets_N`.
+        head: The teacher's LM head.
+        targets_N: As in `student_signals`.
+        lengths_R: As in `student_signals`.
+        student: The student's hidden states at the same positions, of its own width, and its LM head.
+
+    Returns:
+        Signal name -> means, each of shape (R,), in nats.
+    """
+    ce_loss, entropy, kl = [], [], []
+    budget_mib = CHUNK_MIB if student is None else CHUNK_MIB // 2
+    for part in _chunks(hidden_NH, head, budget_mib):
+        logits_CV = head(hidden_NH[part]).float()
+        logp_CV = logits_CV.log_softmax(dim=-1)
+        ce_loss.append(_nll(logp_CV, targets_N[part]))
+        entropy.append(torch.special.entr(logp_CV.exp()).sum(dim=-1))
+        if student is not None:
+            student_hidden_NH, student_head = student
+            kl.append(forward_kl(logits_CV, student_head(student_hidden_NH[part]).float()))
+    signals = {"teacher_ce_loss": _row_means(ce_loss, lengths_R), "teacher_entropy": _row_means(entropy, lengths_R)}
+    if student is not None:
+        signals["teacher_student_kl"] = _row_means(kl, lengths_R)
+    return signals
+
+
+def forward_kl(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> torch.Tensor:
+    """Return KL(teacher || student) of each token, shape (C,), in nats.
+
+    Vocabularies padded to different sizes are cut to the shared part. Where the teacher's probability is 0 the term
+    is 0, whatever the student says.
+
+    Args:
+        teacher_logits_CV: Float32 logits.
+        student_logits_CV: Float32 logits; V may differ from the teacher's.
+    """
+    shared = min(teacher_logits_CV.shape[-1], student_logits_CV.shape[-1])
+    logp_CV = teacher_logits_CV[:, :shared].log_softmax(dim=-1)
+    logq_CV = student_logits_CV[:, :shared].log_softmax(dim=-1)
+    p_CV = logp_CV.exp()
+    return torch.where(p_CV > 0, p_CV * (logp_CV - logq_CV), 0.0).sum(dim=-1)
+
+
+def _chunks(hidden_NH: torch.Tensor, head: LmHead, budget_mib: int) -> Iterator[slice]:
+    num_tokens = hidden_NH.shape[0]
+    if num_tokens == 0:
+        return
+    vocab_size = head(hidden_NH[:1]).shape[-1]
+    size = max(1, budget_mib * 2**20 // (4 * vocab_size))
+    for start in range(0, num_tokens, size):
+        yield slice(start, start + size)
+
+
+def _nll(log_probs_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+    return -log_probs_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+
+
+def _row_means(values: list[torch.Tensor], lengths_R: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Means over each row's tokens; on the CPU, where the order of summation is fixed."""
+    assert (lengths_R > 0).all(), "a row has no response tokens"
+    lengths = torch.from_numpy(np.asarray(lengths_R, dtype=np.int64))
+    rows_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    sums_R = torch.zeros(len(lengths), dtype=torch.float64)
+    if values:
+        sums_R.index_add_(0, rows_N, torch.cat(values).double().cpu())
+    return (sums_R / lengths).numpy()

@@ -1,0 +1,216 @@
+"""Evaluation of any number of models on any number of sets: ROUGE-L and exact match of greedy and sampled answers.
+
+All of it is one Ray Data job over one pool of actors (POCL, section 4.1). An item is one batch of one set, for one
+model and one seed. Which rows share a batch depends on the lengths of the prompts alone, and what is sampled on the
+batch and the seed alone, so the figures do not depend on the number of actors.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pocl_ray.config import EvaluationConfig, GenerationConfig, ScalingConfig
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.evaluation.actors import collect, on_this_node, plan_pools, quiet_ray_data
+from pocl_ray.evaluation.generation import GenerationSettings, generate
+from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
+from pocl_ray.models.loading import load_model, load_tokenizer
+from pocl_ray.models.places import ModelRef
+from pocl_ray.records import ID, RowsSummary
+from pocl_ray.storage import RunDirectory
+
+PREDICTIONS = "predictions.parquet"
+GREEDY = -1
+"""Stands for the seed of greedy answers."""
+
+METRICS = ("rouge_l", "exact_match")
+_ORDER = [("model", "ascending"), ("set", "ascending"), ("seed", "ascending"), (ID, "ascending")]
+
+
+def evaluate_models(
+    models: Mapping[str, ModelRef],
+    sets: Mapping[str, RowsSummary],
+    run_dir: RunDirectory,
+    tokenizer: str,
+    evaluation: EvaluationConfig,
+    scaling: ScalingConfig,
+    max_tokens: int,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Generate and score the answers of all models on all sets, on the running Ray cluster.
+
+    The answers themselves are written to predictions.parquet: `model`, `set`, `id`, `seed` (-1: greedy), `text`,
+    `rouge_l`, `exact_match`, `num_tokens`, `stopped`.
+
+    Args:
+        models: Name in the result -> model.
+        sets: Name in the result -> prepared rows.
+        run_dir: Holds the rows; the predictions are written there.
+        tokenizer: Tokenizer directory of all models, relative to the run directory.
+        evaluation: Seeds, and how answers are generated.
+        scaling: Actors, and what each of them asks for.
+        max_tokens: `data.max_tokens`: prompt and answer together.
+
+    Returns:
+        `{"sets": {set: {model: {"rouge_l": {"mean", "std", "by_seed"}, "exact_match": {...}, "greedy": {"rouge_l",
+        "exact_match"}, "num_rows", "unstopped_share"}}}}`, from 0 to 100 (`unstopped_share`: 0 to 1). `std` is the
+        sample standard deviation over seeds, 0 for a single one; `greedy` is there if it is asked for. And counts for
+        the manifest: `num_rows` answers of `num_tokens` tokens.
+
+    Raises:
+        ModelError: A model cannot be loaded.
+        ResourceError: The cluster has no room for an actor.
+    """
+    seeds = (*evaluation.seeds, *((GREEDY,) if evaluation.greedy else ()))
+    items = _plan_items(models, sets, seeds, run_dir, evaluation.generation.batch_rows)
+    (pool,) = plan_pools(scaling, [scaling.evaluation_actors], len(items))
+    paths = {name: rows.path for name, rows in sets.items()}
+    task = EvaluationTask(run_dir, dict(models), paths, tokenizer, evaluation.generation, max_tokens, pool.use_gpu)
+    num_answers = len(models) * len(seeds) * sum(rows.num_rows for rows in sets.values())
+    with quiet_ray_data():
+        dataset: Dataset = ray.data.from_arrow(items)
+        dataset = dataset.map_batches(AnswerActor, fn_constructor_args=(task,), **pool.options())
+        answers = collect(dataset, "evaluate", num_answers, "answers").sort_by(_ORDER)
+    if answers.num_rows != num_answers:
+        raise RuntimeError(f"evaluation gave {answers.num_rows} answers instead of {num_answers}")
+    sink = pa.BufferOutputStream()
+    pq.write_table(answers, sink)
+    run_dir.write_bytes(PREDICTIONS, sink.getvalue().to_pybytes())
+    figures = {name: {model: _figures(answers, model, name) for model in models} for name in sets}
+    return {"sets": figures}, {"num_rows": num_answers, "num_tokens": pc.sum(answers["num_tokens"]).as_py()}
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What the actors are told.
+
+    Attributes:
+        run_dir: The run directory.
+        models: By name.
+        rows: Set -> Arrow file of its rows, relative to the run directory.
+        tokenizer: Tokenizer directory, relative to it.
+        generation: How sampled answers are generated; greedy ones differ in the temperature.
+        max_tokens: Prompt and answer together.
+        use_gpu: Whether actors run on a GPU.
+    """
+
+    run_dir: RunDirectory
+    models: dict[str, ModelRef]
+    rows: dict[str, str]
+    tokenizer: str
+    generation: GenerationConfig
+    max_tokens: int
+    use_gpu: bool
+
+
+class AnswerActor:
+    """Generates and scores the answers of one item; keeps the model of the last one."""
+
+    def __init__(self, task: EvaluationTask) -> None:
+        self.task = task
+        self._model: tuple[str, PreTrainedModel] | None = None
+        self._rows: dict[str, RowStore] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of all models."""
+        return load_tokenizer(str(self.task.run_dir.local(self.task.tokenizer)))
+
+    def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
+        """Answer the prompts of items.
+
+        Args:
+            items: `model`, `set`, `seed`, `ids`.
+
+        Yields:
+            One row for each answer, as in predictions.parquet.
+        """
+        for item in items.to_pylist():
+            yield self._answers(item["model"], item["set"], item["seed"], item["ids"])
+
+    def _answers(self, model: str, name: str, seed: int, ids: list[int]) -> pa.Table:
+        rows = self._rows_of(name)
+        prompts, _ = rows.tokens(ids)
+        references = rows.references(ids)
+        generation = self.task.generation
+        if seed == GREEDY:
+            generation = generation.model_copy(update={"sampling_temperature": 0.0})
+        settings = GenerationSettings.of(generation, self.task.max_tokens, prompts)
+        answers = generate(self._load(model), self.tokenizer, prompts, settings, seed)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        columns = {
+            "model": [model] * len(ids),
+            "set": [name] * len(ids),
+            ID: ids,
+            "seed": [seed] * len(ids),
+            "text": texts,
+            "rouge_l": rouge_l_batch(texts, references),
+            "exact_match": exact_match_batch(texts, references),
+            "num_tokens": [len(answer) for answer in answers],
+            "stopped": [len(a) < limit for a, limit in zip(answers, settings.limits(len(ids)), strict=True)],
+        }
+        return pa.table(columns)
+
+    def _rows_of(self, name: str) -> RowStore:
+        if name not in self._rows:
+            self._rows[name] = RowStore.open(self.task.run_dir.local(self.task.rows[name]))
+        return self._rows[name]
+
+    def _load(self, name: str) -> PreTrainedModel:
+        if self._model is None or self._model[0] != name:
+            self._model = None  # free the old one first: two may not fit
+            device = "cuda" if self.task.use_gpu else "cpu"
+            self._model = (name, load_model(on_this_node(self.task.models[name]), device))
+        return self._model[1]
+
+
+def _plan_items(
+    models: Mapping[str, ModelRef],
+    sets: Mapping[str, RowsSummary],
+    seeds: tuple[int, ...],
+    run_dir: RunDirectory,
+    batch_rows: int,
+) -> list[pa.Table]:
+    """One table for each batch of each model, set and seed, model by model so that actors rarely load another one."""
+    batches: dict[str, list[list[int]]] = {}
+    for name, rows in sets.items():
+        lengths = RowStore.open(run_dir.local(rows.path)).prompt_lengths
+        order = np.argsort(lengths, kind="stable").tolist()
+        batches[name] = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+    items = []
+    for model, (name, of_set), seed in product(models, batches.items(), seeds):
+        for ids in reversed(of_set):  # long prompts first: the last ones to finish are short
+            items.append(pa.table({"model": [model], "set": [name], "seed": [seed], "ids": [ids]}))
+    return items
+
+
+def _figures(answers: pa.Table, model: str, name: str) -> dict[str, Any]:
+    """The entry of one model and set in evaluation.json."""
+    mine = answers.filter((pc.field("model") == model) & (pc.field("set") == name))
+    by_seed = {seed: mine.filter(pc.field("seed") == seed) for seed in mine["seed"].unique().to_pylist()}
+    figures: dict[str, Any] = {}
+    for metric in METRICS:
+        values = {str(seed): _mean(part, metric) for seed, part in by_seed.items() if seed != GREEDY}
+        spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+        figures[metric] = {"mean": statistics.fmean(values.values()), "std": spread, "by_seed": values}
+    if GREEDY in by_seed:
+        figures["greedy"] = {metric: _mean(by_seed[GREEDY], metric) for metric in METRICS}
+    figures["num_rows"] = next(iter(by_seed.values())).num_rows
+    figures["unstopped_share"] = 1.0 - _mean(mine, "stopped")
+    return figures
+
+
+def _mean(table: pa.Table, column: str) -> float:
+    return statistics.fmean(table[column].to_numpy().astype(float).tolist())
