@@ -192,7 +192,7 @@ class Engine:
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
 
     def _plain_grad_norm(self) -> float | None:
-        """Return the norm under ZeRO-0, of which DeepSpeed does not tell it; after the last backward, before the step."""
+        """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
         if self.train.zero_stage > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
