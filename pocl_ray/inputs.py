@@ -104,7 +104,7 @@ class Inputs:
         depends: list[Any] = [origin_fingerprint(config), config.dtype]
         if config.architecture is not None or config.sft is not None:
             depends += [self.rows_fingerprint, self._sft_dependencies("teacher"), self.config.seed]
-        fingerprint = self.steps.run("teacher", depends, work)
+        fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
 
     @cached_property
@@ -132,7 +132,7 @@ class Inputs:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self.rows_fingerprint, self._sft_dependencies("student")]
-        fingerprint = self.steps.run("student", depends, work)
+        fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
         return Made(reference(config, self._made(name) if name else None), fingerprint)
 
