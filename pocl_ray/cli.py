@@ -12,8 +12,10 @@ from typing import Annotated
 
 import typer
 
+from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import UserError
+from pocl_ray.storage import RunDirectory
 
 app = typer.Typer(
     help="Distil large language models into small ones by progressive overload, on Ray.",
@@ -37,9 +39,7 @@ WithChanges = Annotated[
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
     """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
-    from pocl_ray.pipeline import run_until
-
-    run_dir = run_until("report", config, overrides or [], resume_with_changes)
+    run_dir = _run_until("report", config, overrides, resume_with_changes)
     console.print(f"student  {run_dir.uri_of('student')}\nreport   {run_dir.uri_of('report.html')}")
 
 
@@ -52,7 +52,6 @@ def plan(
     ] = None,
 ) -> None:
     """Print the stages of the curriculum and the size of the teacher cache, without starting Ray."""
-    from pocl_ray.config import load_config
     from pocl_ray.preview import print_plan
 
     print_plan(load_config(config, overrides or []), num_rows)
@@ -61,18 +60,14 @@ def plan(
 @app.command()
 def score(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
     """Score and rank the rows, and write the teacher cache."""
-    from pocl_ray.pipeline import run_until
-
-    run_dir = run_until("ranking", config, overrides or [], resume_with_changes)
+    run_dir = _run_until("ranking", config, overrides, resume_with_changes)
     console.print(f"scores   {run_dir.uri_of('scores.parquet')}")
 
 
 @app.command()
 def distill(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
     """Train the student through the stages."""
-    from pocl_ray.pipeline import run_until
-
-    run_dir = run_until("distilled", config, overrides or [], resume_with_changes)
+    run_dir = _run_until("distilled", config, overrides, resume_with_changes)
     console.print(f"student  {run_dir.uri_of('student')}")
 
 
@@ -92,18 +87,14 @@ def evaluate(
         return
     if config is None or predictions is not None or references is not None:
         raise typer.BadParameter("give either CONFIG, or both --predictions and --references")
-    from pocl_ray.pipeline import run_until
-
-    run_dir = run_until("evaluation", config, overrides or [], resume_with_changes)
+    run_dir = _run_until("evaluation", config, overrides, resume_with_changes)
     print(run_dir.read_text("evaluation.json"))
 
 
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report again from what the run directory holds."""
-    from pocl_ray.config import load_config
     from pocl_ray.report.build import build_report
-    from pocl_ray.storage import RunDirectory
 
     loaded = load_config(config, overrides or [])
     run_dir = RunDirectory.open(loaded.storage_path, loaded.name, create=False)
@@ -124,6 +115,18 @@ def fetch(
     if model != "smollm2":
         raise UserError(f"fetch {model}: unknown; there is smollm2")
     fetch_smollm2(directory / model, console)
+
+
+def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
+    """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
+    config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
+    from pocl_ray.pipeline import Pipeline
+    from pocl_ray.session import ray_session
+
+    pipeline = Pipeline(config, resume_with_changes)
+    with ray_session():
+        getattr(pipeline, step)
+    return pipeline.run_dir
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import ray
 from pocl_ray.errors import ResourceError
 
 QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+QUIET_HERE = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # of a cluster of our own; a shared one keeps its logs
 
 
 @contextmanager
@@ -27,6 +28,9 @@ def ray_session() -> Iterator[None]:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        for key, value in QUIET_HERE.items():
+            os.environ.setdefault(key, value)
     try:
         ray.init(
             address=address or "local",

@@ -219,8 +219,15 @@ def _publish_locally(local: Path, target: Path) -> None:
 
 
 def cache_root() -> Path:
-    """Return the directory of this node's copies of remote files (`POCL_RAY_CACHE` moves it)."""
-    return Path(os.environ.get("POCL_RAY_CACHE", Path(tempfile.gettempdir()) / f"pocl-ray-{os.getuid()}"))
+    """Return the directory of this node's copies of remote files (`POCL_RAY_CACHE` moves it).
+
+    Raises:
+        StorageError: Somebody else owns it, so what lies there cannot be trusted.
+    """
+    root = Path(os.environ.get("POCL_RAY_CACHE", Path(tempfile.gettempdir()) / f"pocl-ray-{os.getuid()}"))
+    if root.exists() and root.stat().st_uid != os.getuid():
+        raise StorageError(f"{root}: belongs to another user; set POCL_RAY_CACHE to a directory of your own")
+    return root
 
 
 def localize(uri: str) -> str:
@@ -241,7 +248,8 @@ def localize(uri: str) -> str:
     state = sorted((f.path, f.size, str(f.mtime)) for f in files if f.type == pafs.FileType.File)
     folder = cache_root() / fingerprint([uri, state])[:32]
     target = folder / Path(path).name
-    folder.mkdir(parents=True, exist_ok=True)
+    cache_root().mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True)
     with FileLock(str(folder / ".lock")):
         if not (folder / ".complete").exists():
             pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)

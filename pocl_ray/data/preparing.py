@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.columns import UnusableRowError
-from pocl_ray.data.prompts import PromptTemplate, read_example
-from pocl_ray.data.readers import Reject, SourceRow
+from pocl_ray.data.examples import read_examples
+from pocl_ray.data.prompts import Example, PromptTemplate
+from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore, shared_prompts
 from pocl_ray.data.rows import default_split, hold_out, prepare_rows, write_rejects
 from pocl_ray.data.sources import read_source, source_fingerprint
@@ -58,15 +58,10 @@ def training_texts(config: DataConfig) -> Iterator[str]:
         ConfigError: The chat template is asked for, which a tokenizer to be trained cannot have.
     """
     template = PromptTemplate(config.prompt_template, None)
-    for row in read_source(config.train, default_split("train")):
-        if not isinstance(row, SourceRow):
-            continue
-        try:
-            example = read_example(row, config.train.columns, template)
-        except UnusableRowError:
-            continue
-        yield example.prompt
-        yield example.references[0]
+    for item in read_examples(config.train, template, default_split("train")):
+        if isinstance(item, Example):
+            yield item.prompt
+            yield item.references[0]
 
 
 def prepare_all(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory) -> Rows:
@@ -106,7 +101,7 @@ def read_summary(run_dir: RunDirectory) -> Rows:
 
 
 def count_rows(config: DataConfig) -> int:
-    """Return the training rows of the source, unusable ones included, without a tokenizer."""
+    """Return the readable training rows of the source, without a tokenizer; a few may turn out unusable later."""
     total = sum(1 for row in read_source(config.train, default_split("train")) if not isinstance(row, Reject))
     return total - config.holdout_rows
 

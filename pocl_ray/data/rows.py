@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pocl_ray.config.sources import ColumnRole, DataConfig, SourceConfig
-from pocl_ray.data.columns import UnusableRowError, resolve_columns
-from pocl_ray.data.prompts import Example, PromptTemplate, read_example
+from pocl_ray.config.sources import DataConfig, SourceConfig
+from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
+from pocl_ray.data.prompts import Example, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, shared_prompts
 from pocl_ray.data.sources import read_source
@@ -38,7 +38,6 @@ __all__ = [
     "write_rejects",
 ]
 
-_CHUNK_ROWS = 2048  # rows tokenised at once, and of a record batch
 _NUM_REASONS_SHOWN = 3
 
 
@@ -71,10 +70,10 @@ def prepare_rows(
     row_tokenizer = RowTokenizer(
         tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
     )
-    preparation = _Preparation(source.columns, template, row_tokenizer, vocab_size=len(tokenizer))
+    preparation = _Preparation(ExampleReader(source.columns, template), row_tokenizer, vocab_size=len(tokenizer))
     with _named_errors(name), _atomic_writer(destination) as writer:
         stream = read_source(source, default_split(name))
-        while chunk := list(islice(stream, _CHUNK_ROWS)):
+        while chunk := list(islice(stream, CHUNK_ROWS)):
             batch = preparation.prepare(chunk)
             if batch.num_rows:
                 writer.write_batch(batch)
@@ -145,20 +144,16 @@ def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
 class _Preparation:
     """The pass over a source: turns chunks of it into record batches and collects what was left out."""
 
-    def __init__(
-        self, mapping: dict[ColumnRole, str], template: PromptTemplate, tokenizer: RowTokenizer, vocab_size: int
-    ) -> None:
+    def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer, vocab_size: int) -> None:
         self.num_rows = 0
         self.rejects: list[Reject] = []
-        self._mapping = mapping
-        self._columns: dict[ColumnRole, str] | None = None
-        self._template = template
+        self._reader = reader
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
 
     def prepare(self, chunk: Sequence[SourceRow | Reject]) -> pa.RecordBatch:
         """Return the usable rows of a chunk."""
-        items = self._read(chunk)
+        items = self._reader.read(chunk)
         examples = [item for item in items if isinstance(item, Example)]
         prompt_ids, response_ids = self._tokenizer.encode(
             [example.prompt for example in examples], [example.references[0] for example in examples]
@@ -176,23 +171,6 @@ class _Preparation:
                 self.rejects.append(Reject(origin.source, origin.row, "the response has no tokens"))
         return self._batch(kept)
 
-    def _read(self, chunk: Sequence[SourceRow | Reject]) -> list[Example | Reject]:
-        if self._columns is None:
-            found = {column for item in chunk if isinstance(item, SourceRow) for column in item.values}
-            if not found:  # nothing but unreadable rows so far
-                return [item if isinstance(item, Reject) else _reject(item, "has no columns") for item in chunk]
-            self._columns = resolve_columns(found, self._mapping)
-        items: list[Example | Reject] = []
-        for item in chunk:
-            if isinstance(item, Reject):
-                items.append(item)
-                continue
-            try:
-                items.append(read_example(item, self._columns, self._template))
-            except UnusableRowError as unusable:
-                items.append(_reject(item, str(unusable)))
-        return items
-
     def _batch(self, kept: Sequence[tuple[Example, list[int], list[int]]]) -> pa.RecordBatch:
         first, self.num_rows = self.num_rows, self.num_rows + len(kept)
         columns = {
@@ -209,10 +187,6 @@ class _Preparation:
             ids = array.values.to_numpy()
             assert not ids.size or (ids.min() >= 0 and ids.max() < self._vocab_size), "id outside the vocabulary"
         return pa.RecordBatch.from_arrays(arrays, schema=ROWS_SCHEMA)
-
-
-def _reject(row: SourceRow, reason: str) -> Reject:
-    return Reject(row.source, row.row, reason)
 
 
 def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:

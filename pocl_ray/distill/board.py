@@ -55,6 +55,10 @@ class ProgressBoard:
         else:
             self.standing.evaluation = record
 
+    def finish(self, step: int, num_tokens: int) -> None:
+        """The result is written."""
+        self.standing.step, self.standing.num_tokens = step, num_tokens
+
     def refuse(self, error: UserError) -> None:
         """A worker met a user's mistake."""
         self.standing.refusal = error

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
-from pocl_ray.data.rows import RowStore
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.step import StepSettings
@@ -76,7 +76,7 @@ class DevEvaluator:
         model = self._inference_model()
         if len(ids):
             prompts, _ = rows.tokens(ids)
-            settings = GenerationSettings.of(self.generation, self.max_tokens)
+            settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
             answers = generate(model, self.tokenizer, prompts, settings, self.seed)
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
             references = rows.references(ids)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
-from pocl_ray.data.rows import RowStore
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.records import Stage

@@ -51,7 +51,7 @@ class TrainingState:
             self.wrapper._lazy_init_hp_params_optimizer_state()
 
     @property
-    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def parameters(self) -> list[tuple[str, Any]]:
         """The trained parameters by name, tied ones once."""
         return [(n, p) for n, p in self.engine.module.named_parameters() if p.requires_grad]
 
@@ -125,7 +125,7 @@ class TrainingState:
         for partition in self._partitions():
             self.adam.state[partition]["step"].fill_(value)
 
-    def _get(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    def _get(self, parameter: Any, kind: str) -> torch.Tensor:
         if self.stage == 0:
             return (parameter if kind == WEIGHT else self.adam.state[parameter][kind]).detach()
         key = None if kind == WEIGHT else kind
@@ -133,7 +133,7 @@ class TrainingState:
             return self.wrapper.get_full_hp_param(parameter, key)
         return parameter.get_full_hp_param(key)
 
-    def _set(self, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    def _set(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
         if self.stage == 0:
             (parameter.data if kind == WEIGHT else self.adam.state[parameter][kind]).copy_(value)
         elif self.stage < 3:

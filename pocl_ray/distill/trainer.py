@@ -50,7 +50,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     wait_for_room(scaling, use_gpu)
     for key, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    board = ProgressBoard.remote()
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task, "board": board},
@@ -73,6 +73,12 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     return standing
 
 
+def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
+    """Run `run_training` and return its counts for the manifest."""
+    standing = run_training(task, scaling)
+    return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+
+
 def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
@@ -80,7 +86,7 @@ def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
         name=f"{task.name}-{task.fingerprint[:12]}",
         storage_path=run_dir.fs_path("checkpoints"),
         storage_filesystem=run_dir.filesystem if remote else None,
-        failure_config=FailureConfig(
+        failure_config=FailureConfig(  # type: ignore[call-arg]
             max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURE_LIMIT
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),

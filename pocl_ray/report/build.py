@@ -33,19 +33,20 @@ if TYPE_CHECKING:
 
 _MAX_TOPICS = 26
 _LABELS = {
-    "rouge_l": "ROUGE-L of the student's answer",
-    "ce_loss": "student CE (nats per token)",
-    "teacher_ce_loss": "teacher CE (nats per token)",
-    "teacher_student_kl": "KL teacher‖student (nats per token)",
-    "teacher_entropy": "teacher entropy (nats per token)",
+    "rouge_l": "student ROUGE-L",
+    "ce_loss": "student CE (nats/token)",
+    "teacher_ce_loss": "teacher CE (nats/token)",
+    "teacher_student_kl": "KL, teacher to student (nats/token)",
+    "student_confidence": "student confidence",
+    "teacher_entropy": "teacher entropy (nats/token)",
     NUM_RESPONSE_TOKENS: "response length (tokens)",
 }
 _LOSSES = {
-    "train/loss": "training loss (nats per token)",
-    "train/kd_loss": "KD loss (nats per token)",
-    "train/ce_loss": "CE loss (nats per token)",
+    "train/loss": "training loss (nats/token)",
+    "train/kd_loss": "KD loss (nats/token)",
+    "train/ce_loss": "CE loss (nats/token)",
 }
-_DEV_LOSSES = {"eval/dev/ce_loss": "dev CE (nats per token)", "eval/dev/kd_loss": "dev KD loss (nats per token)"}
+_DEV_LOSSES = {"eval/dev/ce_loss": "dev CE (nats/token)", "eval/dev/kd_loss": "dev KD loss (nats/token)"}
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,13 @@ def build_report(files: RunFiles) -> str:
         "name": run.config.name if run.config else "run",
         "run": run,
         "names": model_names(run.config),
-        "intro": what_was_done(run),
+        "intro": what_was_done(run, done=is_done(run.steps, "distill")),
         "sentences": result_sentences(run, results),
         "tiles": tiles(run, results),
         "missing": _missing(run),
         "warnings": _warnings(run),
         "results": results,
+        "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,
         "plots": {plot.name: plot for plot in plots},
@@ -118,8 +120,10 @@ def _plots(run: RunData) -> Iterator[Plot]:
         yield plots.render("evaluation", "ROUGE-L of each model", figure)
     if run.plan and run.plan.stages and ends[-1] > 0:
         lr = curve_of(run.metrics.train, "train/lr") if run.metrics else None
-        figure = plots.stage_timeline(run.plan.stages, lr)
-        yield plots.render("stages", "Rows, temperature, kd_ratio and learning rate over the stages", figure)
+        title = "Rows admitted and learning rate over the stages"
+        yield plots.render("stage_rows", title, plots.stage_rows(run.plan.stages, lr))
+        title = "Temperature and kd_ratio over the stages"
+        yield plots.render("stage_settings", title, plots.stage_settings(run.plan.stages))
     if scores := _curves(run, "evals", "eval/dev/rouge_l"):
         mark = run.config is not None and run.config.curriculum.hand_off == "best"
         yield plots.render("dev_rouge_l", "Dev ROUGE-L", plots.dev_score(scores, names, ends, mark_best=mark))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def smooth(curve: Curve, stage_ends: Sequence[int]) -> np.ndarray:
     """
     borders = [0, *np.searchsorted(curve.steps, np.asarray(stage_ends), side="right").tolist(), len(curve.steps)]
     smoothed = np.empty_like(curve.values)
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         if end > start:
             smoothed[start:end] = _moving_mean(curve.values[start:end], window=max(1, (end - start) // 12) | 1)
     return smoothed
@@ -59,9 +60,9 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     half = window // 2
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    # Near an end the window shrinks on both sides, so that a slope is not bent.
-    reach = np.minimum(np.minimum(places, len(values) - 1 - places), half)
-    return (total[places + reach + 1] - total[places - reach]) / (2 * reach + 1)
+    # Near an end the window loses its outer part only: one that shrank to a point would end in noise.
+    start, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (total[end] - total[start]) / (end - start)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, max_points: int = 1200) -> tuple[np.ndarray, np.ndarray]:
@@ -83,3 +84,18 @@ def best_of_stages(curve: Curve, stage_ends: Sequence[int]) -> list[int]:
         members = np.flatnonzero(stages == stage)
         places.append(int(members[curve.values[members].argmax()]))
     return places
+
+
+def padded(values: Sequence[float] | np.ndarray, *, zero: bool) -> tuple[float, float]:
+    """Return limits of an axis with room around the values; `zero` starts it there."""
+    low, high = (0.0 if zero else float(min(values))), float(max(values))
+    pad = 0.14 * (high - low) or 0.14 * abs(high) or 1.0
+    return (low if zero else low - pad), high + pad
+
+
+def without_spikes(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return limits of an axis that a few outliers among the values do not decide."""
+    values = np.concatenate([curve.values for curve in curves])
+    low, high = np.percentile(values, (0.2, 99.5))
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return float(low - pad), float(high + pad)

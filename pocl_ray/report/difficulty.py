@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import pyarrow as pa
@@ -190,22 +190,31 @@ def example_rows(
     places = pc.index_in(pa.array(scores[ID][picked]), value_set=rows.column(ID).cast(pa.int64()))
     found = [(int(row), place) for row, place in zip(picked, places.to_pylist(), strict=True) if place is not None]
     texts = rows.take([place for _, place in found]).to_pylist()
-    preamble = _common_preamble([str(text[PROMPT]) for text in texts])
+    prompts = _without_common_lines([str(text[PROMPT]) for text in texts])
     examples = {
-        row: _example(row, text, scores, signals, preamble) for (row, _), text in zip(found, texts, strict=True)
+        row: _example(row, text, prompt, scores, signals)
+        for (row, _), text, prompt in zip(found, texts, prompts, strict=True)
     }
     return [examples[r] for r in easiest if r in examples], [examples[r] for r in hardest if r in examples]
 
 
-def _common_preamble(prompts: Sequence[str]) -> int:
-    """Return how many characters of whole lines all prompts begin with: a template's text, the same in each."""
-    if len(prompts) < 2:
-        return 0
-    return os.path.commonprefix(list(prompts)).rfind("\n") + 1
+def _without_common_lines(prompts: list[str]) -> list[str]:
+    """Cut the lines that all prompts begin with and those that all end with: a template's text, the same in each."""
+    if len(set(prompts)) < 2:
+        return prompts
+    lines = [prompt.split("\n") for prompt in prompts]
+    head = _num_common(lines)
+    tail = _num_common([part[head:][::-1] for part in lines])
+    return ["\n".join(part[head : len(part) - tail]).strip() for part in lines]
+
+
+def _num_common(lines: Sequence[Sequence[str]]) -> int:
+    columns = zip(*lines, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _example(
-    row: int, text: dict[str, object], scores: dict[str, np.ndarray], signals: Sequence[str], preamble: int
+    row: int, text: dict[str, object], prompt: str, scores: dict[str, np.ndarray], signals: Sequence[str]
 ) -> Example:
     references = text.get(REFERENCES)
     answers = [str(answer) for answer in references] if isinstance(references, list) else [str(references or "")]
@@ -213,7 +222,7 @@ def _example(
         rank=int(scores[RANK][row]),
         row_id=int(scores[ID][row]),
         topic=str(text.get(TOPIC) or ""),
-        prompt=_shorten(str(text[PROMPT])[preamble:].strip()),
+        prompt=_shorten(prompt),
         reference=_shorten(answers[0].strip() if answers else ""),
         num_more_references=max(0, len(answers) - 1),
         signals=tuple((name, float(scores[name][row])) for name in signals),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
 from pocl_ray.report.files import RunData
 from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_with_control
-from pocl_ray.report.steps import is_done, total_seconds
+from pocl_ray.report.steps import total_seconds
 from pocl_ray.report.text import duration, fixed, percent, signed
 
-_MAX_SENTENCE_SETS = 6
+_MAX_SENTENCE_SETS = 2
+_PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,23 @@ def describe_models(config: Config) -> tuple[str, str]:
     """Return teacher and student in a few words each, without the folders of this machine."""
     teacher = _source(config.teacher)
     layers = config.student.num_layers
-    return teacher, f"{layers} of its layers" if layers is not None else _source(config.student)
+    return teacher, f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
 
 
 def _source(model: ModelConfig) -> str:
     if model.path is not None:
         is_folder = model.path.startswith((".", "/", "~")) or "://" in model.path
         return model.path.rstrip("/").rsplit("/", 1)[-1] if is_folder else model.path
-    kind = (model.architecture or {}).get("model_type", "a model")
-    return f"{kind} trained for this run" if model.sft is not None else f"{kind} initialised at random"
+    sizes = model.architecture or {}
+    depth = next((sizes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes), None)
+    width = next((sizes[key] for key in ("hidden_size", "n_embd") if key in sizes), None)
+    layers = f"{depth}-layer " if depth is not None else ""
+    wide = f" of width {width}" if width is not None else ""
+    return f"{layers}{sizes.get('model_type', 'model')}{wide}"
 
 
-def what_was_done(run: RunData) -> str:
-    """Return one sentence on what the run distils, or nothing where there is no config."""
+def what_was_done(run: RunData, *, done: bool) -> str:
+    """Return one sentence on what the run distils, or has distilled; nothing where there is no config."""
     if run.config is None:
         return ""
     teacher, student = describe_models(run.config)
@@ -61,41 +67,57 @@ def what_was_done(run: RunData) -> str:
     stages = len(run.plan.stages) if run.plan else (run.config.curriculum.num_buckets if staged else 1)
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
     how = f"in {stages} stages from easy to hard" if staged else "in one stage, without a curriculum"
-    verb = "was distilled" if is_done(run.steps, "distill") else "is to be distilled"
-    into = f"into {student}" if run.config.student.num_layers is None else f"into a student of {student}"
-    return f"The teacher, {teacher}, {verb} {into}{rows} with {run.config.distill.loss}, {how}."
+    verb = "was distilled" if done else "is to be distilled"
+    return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
 
 
 def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
-    """Return a sentence or two on each evaluation set."""
+    """Return a sentence or two on each evaluation set; of many sets, on the first one and on all together."""
     names = model_names(run.config)
-    return [text for result in results[:_MAX_SENTENCE_SETS] if (text := _set_sentence(result, names))]
+    if len(results) <= _MAX_SENTENCE_SETS:
+        return [text for result in results if (text := _set_sentence(result, names))]
+    return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
+
+
+def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
+    """Count the sets on which the student is ahead of the control, level with it and behind it."""
+    verdicts: dict[str, Counter[str]] = {}
+    for comparison in (c for result in results for c in compare_with_control(result)):
+        key = f"{comparison.decoding} {comparison.metric}"
+        verdicts.setdefault(key, Counter())[comparison.verdict] += 1
+    if not verdicts:
+        return ""
+    counted = [
+        f"{key}, {', '.join(f'{verdict} on {count[verdict]}' for verdict in ('ahead', 'level', 'behind'))}"
+        for key, count in verdicts.items()
+    ]
+    sides = f"{names[STUDENT]} against {names[STUDENT_KD]}"
+    return f"Over all {len(results)} sets, {sides}: {'; '.join(counted)}."
 
 
 def _set_sentence(result: SetResult, names: dict[str, str]) -> str:
     student = result.model(STUDENT)
     if student is None:
         return ""
-    sampled = _change(student.rouge_l.mean, result, "mean", student.gap_closed)
-    greedy = _change(student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
-    seeds = len(student.rouge_l.by_seed)
-    parts = [f"sampled ({seeds} seed{'s' * (seeds != 1)}) {sampled}"] if sampled else []
-    parts += [f"greedy {greedy}"] if greedy else []
-    text = f"{result.name}: ROUGE-L of {names[STUDENT]}, {'; '.join(parts)}." if parts else ""
+    sampled = _change("sampled", student.rouge_l.mean, result, "mean", student.gap_closed)
+    greedy = _change("greedy", student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
+    parts = [part for part in (sampled, greedy) if part]
+    text = f"On {result.name}, {names[STUDENT]} {' and '.join(parts)}." if parts else ""
     comparisons = compare_with_control(result)
     return f"{text} {_against_control(comparisons, names)}".strip() if comparisons else text
 
 
-def _change(value: float, result: SetResult, kind: str, gap_closed: float) -> str:
+def _change(decoding: str, value: float, result: SetResult, kind: str, gap_closed: float) -> str:
     if not math.isfinite(value):
         return ""
     before, teacher = _score(result.model(STUDENT_BEFORE), kind), _score(result.model(TEACHER), kind)
-    text = f"{fixed(value)}"
+    text = f"reaches {decoding} ROUGE-L {fixed(value)}"
     if math.isfinite(before):
-        text += f" after {fixed(before)} before distillation"
-    if math.isfinite(teacher):
-        text += f", teacher {fixed(teacher)}"
-    return f"{text} ({percent(gap_closed)} of the gap closed)" if math.isfinite(gap_closed) else text
+        verb = "raises" if value > before else "lowers"
+        text = f"{verb} {decoding} ROUGE-L from {fixed(before)} to {fixed(value)}"
+    notes = [f"teacher {fixed(teacher)}"] if math.isfinite(teacher) else []
+    notes += [f"{percent(gap_closed)} of the gap closed"] if math.isfinite(gap_closed) else []
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def _score(result: ModelResult | None, kind: str) -> float:
@@ -114,7 +136,7 @@ def _verdict(comparison: Comparison) -> str:
         if not math.isfinite(comparison.std):
             return "level"
         return f"level ({signed(comparison.difference)}, within the spread of the seeds)"
-    spread = f" ± {fixed(comparison.std)}" if math.isfinite(comparison.std) else ""
+    spread = f"{_PLUS_MINUS}{fixed(comparison.std)}" if math.isfinite(comparison.std) else ""
     return f"{comparison.verdict} by {size}{spread}"
 
 
@@ -134,14 +156,11 @@ def _result_tiles(result: SetResult, names: dict[str, str]) -> list[Tile]:
     if student is None:
         return []
     before, teacher = _score(result.model(STUDENT_BEFORE), "mean"), _score(result.model(TEACHER), "mean")
-    ends = [
-        f"{fixed(before, 1)} before" * math.isfinite(before),
-        f"teacher {fixed(teacher, 1)}" * math.isfinite(teacher),
-    ]
+    ends = [f"{fixed(before, 1)} before"] if math.isfinite(before) else []
+    ends += [f"teacher {fixed(teacher, 1)}"] if math.isfinite(teacher) else []
     found = []
     if math.isfinite(student.rouge_l.mean):
-        score = Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), " · ".join(filter(None, ends)))
-        found.append(score)
+        found.append(Tile(f"ROUGE-L, {result.name}, sampled", fixed(student.rouge_l.mean, 1), ", ".join(ends)))
     if math.isfinite(student.gap_closed):
         note = f"greedy {percent(student.gap_closed_greedy)}"
         found.append(Tile("of the teacher's gap closed", percent(student.gap_closed), note))

@@ -22,6 +22,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         fixed=text.fixed,
+        correlation=text.correlation,
         signed=text.signed,
         percent=text.percent,
         count=text.count,

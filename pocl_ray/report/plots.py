@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
-from pocl_ray.report.curves import Curve, best_of_stages, smooth, thin
+from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, without_spikes
 from pocl_ray.report.difficulty import SignalSpread, TopicTable
 from pocl_ray.report.results import SetResult
 from pocl_ray.report.svg import inline_svg
@@ -32,7 +35,7 @@ _CSS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"} | {
 }
 _WIDTH_IN = 4.7
 _PNG_DPI = 180
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8.5, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
     "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
@@ -80,8 +83,9 @@ def render(name: str, title: str, figure: Figure) -> Plot:
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         # A topic may be in a script that matplotlib's font lacks; the page's font has it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
         figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+        figure.set_layout_engine("none")  # keep what was laid out; doing it again takes as long as drawing
+        figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
     page_svg = inline_svg(svg.getvalue(), prefix=f"{name}-", label=title, css_colours=_CSS)
     return Plot(name, title, page_svg, png.getvalue())
 
@@ -95,6 +99,7 @@ def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
     """Box plot of one signal: quartiles, 5th to 95th percentile as whiskers, the mean as a dot."""
     figure = _figure(2.5, 3.5)
     ax = figure.add_subplot()
+    ax.use_sticky_edges = False
     filled = [(place, box) for place, box in enumerate(spread.boxes) if box.num_rows]
     for place, box in filled:
         low, q25, median, q75, high = box.quantiles
@@ -119,11 +124,12 @@ def topics_by_bucket(table: TopicTable) -> Figure:
     figure = _figure(0.5 + 0.24 * num_topics)
     ax = figure.add_subplot()
     wide = num_buckets <= 8
-    for line, shares in enumerate(table.shares):
-        for bucket, share in enumerate(shares):
-            ax.barh(line, 0.96, left=bucket - 0.48, height=0.9, color=COLOURS[STUDENT], alpha=0.04 + 0.72 * share)
-            if wide and share >= 0.005:
-                ax.text(bucket, line, f"{100 * share:.0f} %", ha="center", va="center", fontsize=7.5)
+    cells = [(bucket - 0.48, line - 0.45) for line in range(num_topics) for bucket in range(num_buckets)]
+    faces = [to_rgba(COLOURS[STUDENT], 0.04 + 0.72 * share) for share in table.shares.ravel()]
+    ax.add_collection(PatchCollection([Rectangle(cell, 0.96, 0.9) for cell in cells], facecolors=faces, linewidths=0))
+    for line, bucket in np.argwhere(table.shares >= 0.005) if wide else ():
+        share = table.shares[line, bucket]
+        ax.text(bucket, line, f"{100 * share:.0f} %", ha="center", va="center", fontsize=7.5)
     names = [f"{_clip(name, 30)}  ({count:,})" for name, count in zip(table.names, table.num_rows, strict=True)]
     ax.set_yticks(range(num_topics), names)
     ax.tick_params(axis="y", labelcolor=INK)
@@ -137,36 +143,49 @@ def topics_by_bucket(table: TopicTable) -> Figure:
 
 
 @_plot
-def stage_timeline(stages: Sequence[Stage], lr: Curve | None) -> Figure:
-    """Rows admitted, temperature, kd_ratio and learning rate over optimizer steps."""
-    ends = np.cumsum([stage.num_steps for stage in stages])
-    edges = np.concatenate([[0], ends])
-    lines = {
-        "rows admitted": [stage.num_rows for stage in stages],
-        "kd_temperature": [stage.kd_temperature for stage in stages],
-        "kd_ratio": [stage.kd_ratio for stage in stages],
-    }
-    figure = _figure(1.05 * (len(lines) + (lr is not None)) + 0.4)
-    axes = figure.subplots(len(lines) + (lr is not None), sharex=True, squeeze=False)[:, 0]
-    for ax, (label, values) in zip(axes, lines.items(), strict=False):
-        ax.stairs(values, edges, baseline=None, color=COLOURS[STUDENT], linewidth=1.8)
-        if label == "rows admitted":
-            ax.stairs(values, edges, fill=True, color=COLOURS[STUDENT], alpha=0.15, linewidth=0)
-        ax.set_ylim(*_padded(values, zero=label == "rows admitted"))
-        ax.set_ylabel(label)
+def stage_settings(stages: Sequence[Stage]) -> Figure:
+    """Temperature and kd_ratio over optimizer steps."""
+    figure, axes = _stacked(2)
+    for ax, label in zip(axes, ("kd_temperature", "kd_ratio"), strict=True):
+        _stairs(ax, stages, [getattr(stage, label) for stage in stages], label)
+    _finish_stacked(figure, axes, stages)
+    return figure
+
+
+@_plot
+def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
+    """Rows admitted, and the learning rate where it was logged, over optimizer steps."""
+    figure, axes = _stacked(1 + (lr is not None))
+    _stairs(axes[0], stages, [stage.num_rows for stage in stages], "rows admitted", fill=True)
+    if lr is not None:
+        axes[1].plot(*thin(lr.steps, lr.values), color=COLOURS[STUDENT], linewidth=1.6)
+        axes[1].set_ylim(*padded(lr.values, zero=True))
+        axes[1].set_ylabel("learning rate")
+    _finish_stacked(figure, axes, stages)
+    return figure
+
+
+def _stacked(num_panels: int) -> tuple[Figure, list[Axes]]:
+    figure = _figure(2.9)
+    return figure, list(figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
+
+
+def _stairs(ax: Axes, stages: Sequence[Stage], values: Sequence[float], label: str, *, fill: bool = False) -> None:
+    edges = np.cumsum([0, *(stage.num_steps for stage in stages)])
+    ax.stairs(values, edges, baseline=None, color=COLOURS[STUDENT], linewidth=1.8)
+    if fill:
+        ax.stairs(values, edges, fill=True, color=COLOURS[STUDENT], alpha=0.15, linewidth=0)
+    ax.set_ylim(*padded(values, zero=fill))
+    ax.set_ylabel(label)
+
+
+def _finish_stacked(figure: Figure, axes: Sequence[Axes], stages: Sequence[Stage]) -> None:
+    for place, ax in enumerate(axes):
         ax.yaxis.set_major_formatter(FuncFormatter(_short_number))
         ax.yaxis.set_major_locator(MaxNLocator(4))
-    if lr is not None:
-        axes[-1].plot(*thin(lr.steps, lr.values), color=COLOURS[STUDENT], linewidth=1.6)
-        axes[-1].set_ylim(*_padded(lr.values, zero=True))
-        axes[-1].set_ylabel("learning rate")
-        axes[-1].yaxis.set_major_formatter(FuncFormatter(_short_number))
-        axes[-1].yaxis.set_major_locator(MaxNLocator(4))
-    for place, ax in enumerate(axes):
-        _stage_borders(ax, ends, labels=place == 0)
+        _stage_borders(ax, np.cumsum([stage.num_steps for stage in stages]), labels=place == 0)
     axes[-1].set_xlabel("optimizer step")
     figure.align_ylabels(list(axes))
-    return figure
 
 
 @_plot
@@ -185,7 +204,8 @@ def curves_over_steps(
     figure = _figure(2.9)
     ax = figure.add_subplot()
     for model, curve in curves.items():
-        style = {"color": COLOURS[model], "linewidth": 1.7, "label": names[model], "zorder": 3 + (model == STUDENT)}
+        style: dict[str, Any] = {"color": COLOURS[model], "linewidth": 1.7, "label": names[model]}
+        style["zorder"] = 4 if model == STUDENT else 3
         if raw:
             ax.plot(*thin(curve.steps, curve.values), color=COLOURS[model], alpha=0.22, linewidth=0.6)
             ax.plot(*thin(curve.steps, smooth(curve, stage_ends if model == STUDENT else ())), **style)
@@ -193,7 +213,7 @@ def curves_over_steps(
             marker = {STUDENT: "o", STUDENT_KD: "s"}.get(model, "o")
             ax.plot(curve.steps, curve.values, marker=marker, markersize=3 if len(curve.steps) < 60 else 0, **style)
     if raw:
-        ax.set_ylim(*_without_spikes(list(curves.values())))
+        ax.set_ylim(*without_spikes(list(curves.values())))
     _stage_borders(ax, np.asarray(stage_ends), labels=True)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(label)
@@ -232,8 +252,9 @@ def final_figures(results: Sequence[SetResult], names: Mapping[str, str]) -> Fig
         ax.set_yticks(range(len(result.models)), [names.get(m.model, m.model) for m in result.models])
         ax.tick_params(axis="y", labelcolor=INK)
         ax.set_ylim(len(result.models) - 0.5, -0.5)
-        ax.set_title(result.name, loc="left", fontsize=8.5, color=MUTED)
-    axes[-1].set_xlabel("ROUGE-L (0 to 100)")
+        if len(results) > 1:
+            ax.set_title(result.name, loc="left", fontsize=8.5, color=MUTED)
+    axes[-1].set_xlabel("ROUGE-L (0 to 100)" if len(results) > 1 else f"ROUGE-L on {results[0].name} (0 to 100)")
     axes[-1].margins(x=0.08)
     sampled = axes[0].plot([], [], "o", color=MUTED, markersize=5.5, label="sampled, mean ± sd over seeds")
     greedy = axes[0].plot([], [], "D", color=MUTED, markerfacecolor="none", markersize=4.6, label="greedy")
@@ -249,28 +270,13 @@ def _stage_borders(ax: Axes, stage_ends: np.ndarray, *, labels: bool) -> None:
     for end in stage_ends[:-1]:
         ax.axvline(end, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     ax.grid(axis="x", visible=False)
+    if not labels:
+        return
+    style: dict[str, Any] = {"va": "bottom", "fontsize": 7.5, "color": MUTED}
+    ax.text(-0.015, 1.03, "stage", transform=ax.transAxes, ha="right", **style)
     for stage, (start, end) in enumerate(zip(starts, stage_ends, strict=True)):
-        share = (end - start) / stage_ends[-1]
-        if labels and share > 0.04:
-            text = f"stage {stage}" if share > 0.11 else f"{stage}"
-            ax.text(
-                (start + end) / 2, 1.03, text, transform=ax.get_xaxis_transform(), ha="center", va="bottom",
-                fontsize=7.5, color=MUTED,
-            )  # fmt: skip
-
-
-def _padded(values: Sequence[float] | np.ndarray, *, zero: bool) -> tuple[float, float]:
-    low, high = (0.0 if zero else float(min(values))), float(max(values))
-    pad = 0.14 * (high - low) or 0.14 * abs(high) or 1.0
-    return (low if zero else low - pad), high + pad
-
-
-def _without_spikes(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits that a few outliers among the raw values do not decide."""
-    values = np.concatenate([curve.values for curve in curves])
-    low, high = np.percentile(values, (0.2, 99.5))
-    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return float(low - pad), float(high + pad)
+        if (end - start) / stage_ends[-1] > 0.03:
+            ax.text((start + end) / 2, 1.03, f"{stage}", transform=ax.get_xaxis_transform(), ha="center", **style)
 
 
 def _short_number(value: float, _: int | None = None) -> str:

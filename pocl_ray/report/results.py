@@ -40,6 +40,7 @@ class ModelResult:
         exact_match: 0 to 100.
         gap_closed: Share of the sampled ROUGE-L between undistilled student (0) and teacher (1), or NaN.
         gap_closed_greedy: The same of greedy answers.
+        unstopped_share: Share of answers that reached the length limit, 0 to 1, or NaN.
     """
 
     model: str
@@ -47,6 +48,7 @@ class ModelResult:
     exact_match: Figure
     gap_closed: float
     gap_closed_greedy: float
+    unstopped_share: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def _model_results(models: Mapping[str, Any]) -> tuple[ModelResult, ...]:
             exact_match=_figure(models[name], "exact_match"),
             gap_closed=_gap_closed({k: v.mean for k, v in rouge.items()}, name),
             gap_closed_greedy=_gap_closed({k: v.greedy for k, v in rouge.items()}, name),
+            unstopped_share=as_float(models[name].get("unstopped_share")),
         )
         for name in known
     )

@@ -11,10 +11,12 @@ from pocl_ray.report.files import Rejects, as_float
 
 # In the order of the data flow, with what each of them does.
 STEPS = {
+    "tokenizer": "tokenizer fetched or trained",
     "rows": "rows read, checked and tokenized",
     "teacher": "teacher loaded or fine-tuned",
     "student": "student loaded, cut or fine-tuned",
     "scores": "difficulty and teacher cache",
+    "ranking": "signals fused into one order",
     "plan": "buckets and stages",
     "distill": "distillation, all stages",
     "control": "plain distillation as control",
@@ -32,17 +34,19 @@ class StepTime:
         what: What it does.
         status: As in manifest.json.
         seconds: Wall time.
-        share: Of the time of all steps, 0 to 1.
+        share_of_longest: Its time relative to that of the longest step, 0 to 1.
         num_rows: Rows that it handled.
-        num_tokens: Tokens that it handled.
+        num_steps: Optimizer steps that it took.
+        num_tokens: Tokens that it handled; in training the response tokens alone.
     """
 
     name: str
     what: str
     status: str
     seconds: float
-    share: float
+    share_of_longest: float
     num_rows: float
+    num_steps: float
     num_tokens: float
 
     @property
@@ -52,18 +56,19 @@ class StepTime:
 
 
 def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
-    """Return the steps of the manifest in the order of the data flow; the report itself, still under way, is not one."""
+    """Return the steps of the manifest in the order of the data flow, less the report, which is still under way."""
     names = [name for name in STEPS if name in steps] + [name for name in steps if name not in STEPS]
     seconds = {name: as_float(steps[name].get("seconds")) for name in names}
-    total = total_seconds(steps)
+    longest = max((s for name, s in seconds.items() if name != "report" and math.isfinite(s)), default=0.0)
     return [
         StepTime(
             name=name,
             what=STEPS.get(name, ""),
             status=str(steps[name].get("status", "")),
             seconds=seconds[name],
-            share=seconds[name] / total if total > 0 and math.isfinite(seconds[name]) else 0.0,
+            share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,
             num_rows=as_float((steps[name].get("counts") or {}).get("num_rows")),
+            num_steps=as_float((steps[name].get("counts") or {}).get("num_steps")),
             num_tokens=as_float((steps[name].get("counts") or {}).get("num_tokens")),
         )
         for name in names

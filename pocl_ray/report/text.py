@@ -5,23 +5,31 @@ from __future__ import annotations
 import math
 import re
 
-NOTHING = "–"
-_MINUS = "−"
+NOTHING = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
 
 
 def fixed(value: float, places: int = 2) -> str:
     """Return a number with a fixed number of places, or a dash where it is not finite."""
-    return f"{value:,.{places}f}".replace("-", _MINUS) if math.isfinite(value) else NOTHING
+    if not math.isfinite(value):
+        return NOTHING
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", _MINUS)  # + 0.0 takes the sign off a zero
+
+
+def correlation(value: float) -> str:
+    """Return a coefficient to two places without the zero before the point, or a dash where it is not finite."""
+    return fixed(value).replace("0.", ".") if abs(value) < 0.995 else fixed(value)
 
 
 def signed(value: float, places: int = 2) -> str:
     """Return a difference with its sign, or a dash where it is not finite."""
-    return f"{value:+,.{places}f}".replace("-", _MINUS) if math.isfinite(value) else NOTHING
+    shown = fixed(value, places)
+    return f"+{shown}" if math.isfinite(value) and round(value, places) > 0 else shown
 
 
 def percent(share: float) -> str:
     """Return a share as percentage, or a dash where it is not finite."""
-    return f"{100 * share:.0f} %".replace("-", _MINUS) if math.isfinite(share) else NOTHING
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%".replace("-", _MINUS) if math.isfinite(share) else NOTHING
 
 
 def count(value: float) -> str:
@@ -49,7 +57,7 @@ def markdown(text: object) -> str:
     """Return text so that Markdown shows it as it is, on one line, inside a table as well."""
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#|~$!])", r"\\\1", line)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 
 
 def indented(text: object) -> str:

@@ -19,22 +19,7 @@ TOPICS = (
     "subtract", "unit conversion", "find the name", "extract a date", "classify sentiment", "shorten a sentence",
 )  # fmt: skip
 EVIL = "<script>alert('x')</script> | `a` **b** $x_{$ & \"q\""
-_WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "green",
-    "seven",
-    "market",
-    "window",
-    "silver",
-    "garden",
-    "morning",
-    "paper",
-    "bridge",
-    "table",
-]
+_WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "market", "window", "silver", "garden", "bridge")
 _SEEDS = (10, 20, 30, 40, 50)
 
 CONFIG = """\
@@ -90,9 +75,8 @@ def make_run(
     """Write a whole run; tests take files away from it."""
     files, rng = LocalFiles(root), np.random.default_rng(seed)
     topic_codes = rng.integers(len(TOPICS), size=num_rows)
-    files.write_text(
-        "config.yaml", CONFIG.replace("interval_epochs: 3", f"interval_epochs: 3, num_buckets: {num_stages}")
-    )
+    curriculum = f"interval_epochs: 3, num_buckets: {num_stages}"
+    files.write_text("config.yaml", CONFIG.replace("interval_epochs: 3", curriculum))
     files.write_json("environment.json", _environment())
     files.write_json("manifest.json", {"version": 1, "steps": _steps(num_rows, control)})
     scores = _scores(rng, topic_codes)
@@ -131,12 +115,15 @@ def _steps(num_rows: int, control: bool) -> dict[str, Any]:
     plan = {
         "rows": (3.1, num_rows, num_rows * 29), "teacher": (71.4, 25_600, 742_400), "student": (10.3, 12_800, 371_200),
         "scores": (24.8, num_rows, num_rows * 29 * 2), "plan": (0.02, num_rows, None),
-        "distill": (58.6, 15_360, 15_360 * 29), "control": (39.0, 15_360, 15_360 * 29), "evaluation": (41.7, 6_000, 71_000),
+        "distill": (58.6, None, 480 * 183), "control": (39.0, None, 480 * 183),
+        "evaluation": (41.7, 6_000, 71_000),
     }  # fmt: skip
     return {
         name: {
             "status": "done", "fingerprint": "0" * 64, "outputs": [], "seconds": seconds,
-            "counts": {"num_rows": rows, **({"num_tokens": tokens} if tokens else {})},
+            "counts": {
+                **({"num_rows": rows} if rows else {"num_steps": 480}), **({"num_tokens": tokens} if tokens else {}),
+            },
         }
         for name, (seconds, rows, tokens) in plan.items() if control or name != "control"
     }  # fmt: skip
@@ -186,10 +173,11 @@ def _write_plan(files: LocalFiles, num_rows: int, num_stages: int) -> list[Stage
     size, batch = num_rows // num_stages, 32
     ends = [*(size * (k + 1) for k in range(num_stages - 1)), num_rows]
     steps = [end // batch for end in ends]
+    ramp = [k / max(1, num_stages - 1) for k in range(num_stages)]
     stages = [
         Stage(
-            index=k, buckets=tuple(range(k + 1)), first_rank=0, end_rank=ends[k], num_epochs=3, steps_per_epoch=steps[k],
-            kd_temperature=round(1 + k / max(1, num_stages - 1), 2), kd_ratio=round(0.7 + 0.3 * k / max(1, num_stages - 1), 2),
+            index=k, buckets=tuple(range(k + 1)), first_rank=0, end_rank=ends[k], num_epochs=3,
+            steps_per_epoch=steps[k], kd_temperature=round(1 + ramp[k], 2), kd_ratio=round(0.7 + 0.3 * ramp[k], 2),
             restart_optimizer=False, lr_first_step=3 * sum(steps[:k]), lr_num_steps=3 * sum(steps),
         )
         for k in range(num_stages)
@@ -217,7 +205,7 @@ def _write_metrics(files: LocalFiles, rel: str, rng: np.random.Generator, stages
                 "train/grad_norm": float(rng.uniform(0.3, 1.2)), "num_response_tokens": int(rng.integers(150, 220)),
                 "curriculum/kd_temperature": stage.kd_temperature, "curriculum/kd_ratio": stage.kd_ratio,
             })  # fmt: skip
-            if (within + 1) % max(1, stage.num_steps // 3) == 0:
+            if (within + 1) % max(1, stage.num_steps // (3 if len(stages) > 1 else 12)) == 0:
                 score = best - (best - 33) * np.exp(-5 * done) + rng.normal(0, 0.9)
                 dev = 0.8 + 0.7 * np.exp(-4 * done)
                 lines.append({
@@ -237,6 +225,7 @@ def _set(rng: np.random.Generator, control: bool) -> dict[str, Any]:
         model: {
             "rouge_l": _sampled(rng, base + rouge), "exact_match": _sampled(rng, base + exact),
             "greedy": {"rouge_l": base + greedy, "exact_match": base + greedy - 9},
+            "num_rows": 300, "unstopped_share": 0.04,
         }
         for model, (rouge, exact, greedy) in figures.items() if control or model != "student_kd"
     }  # fmt: skip

@@ -1,0 +1,72 @@
+# What one types to work on pocl-ray. Every target that needs the virtual environment depends on its stamp,
+# so each sets up what it needs, once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ROWS   := ../shared/data
+ARGS   ?=
+
+BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py
+# The tools that build the package, pinned in constraints.txt like all the rest.
+BUILD_TOOLS := pip setuptools wheel
+
+# PYTHON if it is 3.10 to 3.12, else the first of the three that this machine has and that runs; empty if none does.
+# A name on PATH may be a shim of a version that is not active, so each is asked, not only looked up.
+SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+FIND_PYTHON = for python in "$(PYTHON)" python3.11 python3.12 python3.10; do \
+    if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart smollm2 test check benchmark clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with everything pinned in constraints.txt
+
+# The stamp goes before the work and comes back only after all of it, so an interrupted install is never taken
+# for a finished one. Without ensurepip (Debian splits it off) virtualenv stands in where it is there.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	    echo "pocl-ray needs Python 3.10, 3.11 or 3.12, and '$(PYTHON)' is none of them: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	    exit 2; \
+	fi; \
+	if ! $(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    echo "making $(VENV) with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear $(VENV) >/dev/null 2>&1 \
+	        || "$$python" -m virtualenv --quiet --clear $(VENV) 2>/dev/null \
+	        || { echo "$$python has neither ensurepip nor virtualenv: install python3-venv (Debian) or virtualenv" >&2; exit 2; }; \
+	fi
+	@echo "installing the packages pinned in constraints.txt (minutes, the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	    --build-constraint constraints.txt -e '.[dev,s3]'
+	@touch $@
+
+quickstart: $(STAMP)  ## teach a tiny student the whole curriculum, in minutes, on a laptop
+	@$(BIN)/pocl-ray run configs/quickstart.yaml $(ARGS)
+
+# The real rows where they lie beside the checkout, else the ones the package ships.
+smollm2: $(STAMP)  ## distil SmolLM2-135M into 6 of its layers
+	@$(BIN)/pocl-ray fetch smollm2
+	@$(BIN)/pocl-ray run configs/smollm2.yaml $(if $(wildcard $(ROWS)/s_ni_short_train.jsonl),\
+	    data.train.path=$(ROWS)/s_ni_short_train.jsonl data.dev.path=$(ROWS)/s_ni_dev.jsonl) $(ARGS)
+
+test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+benchmark: $(STAMP)  ## speed and memory of a distillation step
+	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:  ## remove .venv and the caches; runs stay
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

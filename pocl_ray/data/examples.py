@@ -1,0 +1,72 @@
+"""The rows of a source as examples, before any tokenizer: columns are told from the first rows, bad rows set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from pocl_ray.config.sources import ColumnRole, SourceConfig
+from pocl_ray.data.columns import Columns, UnusableRowError, resolve_columns
+from pocl_ray.data.prompts import Example, PromptTemplate, read_example
+from pocl_ray.data.readers import Reject, SourceRow
+from pocl_ray.data.sources import read_source
+
+CHUNK_ROWS = 2048
+
+
+def read_examples(source: SourceConfig, template: PromptTemplate, default_split: str) -> Iterator[Example | Reject]:
+    """Stream the rows of a source as examples.
+
+    Args:
+        source: Where the rows are, and what their columns mean.
+        template: Makes the prompts.
+        default_split: Split of the shipped samples, where the source names none.
+
+    Yields:
+        An `Example` for each usable row and a `Reject` for each other one, in order.
+
+    Raises:
+        DataError: The source is missing or empty, or lacks a column.
+    """
+    stream = read_source(source, default_split)
+    reader = ExampleReader(source.columns, template)
+    while chunk := list(islice(stream, CHUNK_ROWS)):
+        yield from reader.read(chunk)
+
+
+class ExampleReader:
+    """Turns chunks of a source into examples; the first chunk that has columns decides what they mean.
+
+    Args:
+        mapping: Role to column, as far as the user gave it.
+        template: Makes the prompts.
+    """
+
+    def __init__(self, mapping: Columns, template: PromptTemplate) -> None:
+        self._mapping = mapping
+        self._template = template
+        self._columns: dict[ColumnRole, str] | None = None
+
+    def read(self, chunk: Sequence[SourceRow | Reject]) -> list[Example | Reject]:
+        """Return an example or a reject for each row of the chunk.
+
+        Raises:
+            DataError: The columns needed are not there.
+        """
+        if self._columns is None:
+            found = {column for item in chunk if isinstance(item, SourceRow) for column in item.values}
+            if not found:  # nothing but unreadable rows so far
+                return [_reject(item, "has no columns") for item in chunk]
+            self._columns = resolve_columns(found, self._mapping)
+        columns = self._columns
+        return [item if isinstance(item, Reject) else self._read_row(item, columns) for item in chunk]
+
+    def _read_row(self, row: SourceRow, columns: Columns) -> Example | Reject:
+        try:
+            return read_example(row, columns, self._template)
+        except UnusableRowError as unusable:
+            return _reject(row, str(unusable))
+
+
+def _reject(row: SourceRow | Reject, reason: str) -> Reject:
+    return row if isinstance(row, Reject) else Reject(row.source, row.row, reason)

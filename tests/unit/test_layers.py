@@ -1,0 +1,132 @@
+"""Imports run downward only, and the pure rooms stay pure (DESIGN.md), held by walking the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
+
+# From the bottom up. A room may import rooms of its own layer and of those below, but no circle may close.
+LAYERS = (
+    {"config", "records", "storage", "errors", "console", "identity", "manifest", "session", "steps"},
+    {"curriculum", "data", "models"},
+    {"difficulty", "distill", "evaluation"},
+    {"inputs", "pipeline", "preview", "tuning", "report"},
+    {"cli", "__main__"},
+)
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+
+# What these modules may not import, whether directly, inside a function, or through a module they load.
+NEVER_IMPORTS = {
+    "curriculum": {"torch", "ray"},
+    "difficulty/ranking.py": {"torch", "ray"},
+    "distill/losses.py": {"ray"},
+    "distill/step.py": {"ray"},
+    "distill/chunked.py": {"ray"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def named_by(node: ast.AST, module: str) -> list[str]:
+    """The modules that one import statement may load, as absolute names; of `from a import b` both a and a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    source = node.module or ""
+    if node.level:
+        is_package = MODULES[module].name == "__init__.py"
+        package = module.split(".")[: None if is_package and node.level == 1 else -(node.level - is_package)]
+        source = ".".join([*package, *([source] if source else [])])
+    return [source, *(f"{source}.{alias.name}" for alias in node.names)]
+
+
+def imports_of(module: str) -> set[str]:
+    """Every import in the file, those inside functions and under TYPE_CHECKING too."""
+    return {name for node in ast.walk(syntax_tree(MODULES[module])) for name in named_by(node, module)}
+
+
+def loaded_with(module: str) -> set[str]:
+    """What importing the module runs at once: its imports outside functions, and its parent packages."""
+    parents = module.split(".")
+    loaded = {".".join(parents[:end]) for end in range(1, len(parents))}
+    waiting: list[ast.AST] = [syntax_tree(MODULES[module])]
+    while waiting:
+        node = waiting.pop()
+        loaded.update(named_by(node, module))
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting.extend(ast.iter_child_nodes(node))
+    return loaded
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pocl_ray" and len(parts) > 1 else None
+
+
+def room_imports() -> dict[str, dict[str, str]]:
+    """Of each room, the rooms it imports, each with one module that does so."""
+    edges: dict[str, dict[str, str]] = {}
+    for module in MODULES:
+        room = room_of(module)
+        if room is None:
+            continue
+        targets = {room_of(name) for name in imports_of(module)} & set(LAYER_OF) - {room}
+        edges.setdefault(room, {}).update({target: module for target in targets if target})
+    return edges
+
+
+def test_every_room_has_its_layer() -> None:
+    rooms = {room for room in map(room_of, MODULES) if room}
+    assert rooms <= set(LAYER_OF), f"give these a layer: {sorted(rooms - set(LAYER_OF))}"
+
+
+def test_imports_run_downward_only() -> None:
+    upward = [
+        f"{module} imports {target}, of a higher layer"
+        for room, targets in room_imports().items()
+        for target, module in targets.items()
+        if LAYER_OF[target] > LAYER_OF[room]
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_circle_of_rooms() -> None:
+    try:
+        TopologicalSorter({room: set(targets) for room, targets in room_imports().items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"rooms import each other: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("place", NEVER_IMPORTS)
+def test_pure_rooms_never_import_the_heavy_ones(place: str) -> None:
+    path = PACKAGE / place
+    assert path.exists(), f"{place} is gone: correct NEVER_IMPORTS"
+    inside = [module for module, file in MODULES.items() if path in (file, *file.parents)]
+    came_from = dict.fromkeys(inside, place)
+    waiting = list(inside)
+    while waiting:
+        module = waiting.pop()
+        names = imports_of(module) if module in inside else loaded_with(module)
+        heavy = {name.split(".")[0] for name in names} & NEVER_IMPORTS[place]
+        assert not heavy, f"{module} (reached from {came_from[module]}) imports {', '.join(sorted(heavy))}"
+        for name in names & set(MODULES) - set(came_from):
+            came_from[name] = module
+            waiting.append(name)
