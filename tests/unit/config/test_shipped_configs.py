@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,12 @@ def test_smollm2_takes_other_rows_by_the_overrides_of_the_makefile(tmp_path: Pat
     config = load_config(SMOLLM2, overrides)
     assert [locate(source).format for source in sources_of(config)] == ["jsonl", "jsonl"]
     assert all(source.split is None and not source.columns for source in sources_of(config))
+
+
+def test_the_config_reference_is_what_its_script_writes() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_config_reference.py"))
+    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert written == script["render"](), "run python docs/make_config_reference.py"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids_of(DOCUMENTS))
