@@ -21,6 +21,8 @@ from pocl_ray.storage import RunDirectory
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
 
+COSTLY = ("checkpoints", "scores", "scores.parquet", "teacher_cache")
+
 # Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
 NEUTRAL = (
     "storage_path",
@@ -52,10 +54,12 @@ def neutral_free(config: Config) -> dict[str, Any]:
 def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
     """Take a run directory for this config, or refuse.
 
+    A directory in which nothing costly was begun is taken over: a path that was mistyped and put right is no other run.
+
     Raises:
         StorageError: It belongs to a run with another config; the message says what differs.
     """
-    if run_dir.exists(CONFIG) and not resume_with_changes:
+    if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
         try:
             earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
         except (ValueError, yaml.YAMLError):

@@ -25,7 +25,7 @@ from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.identity import claim, neutral_free
-from pocl_ray.inputs import TOKENIZER, Inputs, Made
+from pocl_ray.inputs import TOKENIZER, Inputs, Made, check_inputs
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.preparing import reference
 from pocl_ray.records import RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
@@ -48,8 +48,9 @@ class Pipeline:
             resume_with_changes: Go on in a directory whose config differs; the steps concerned run again.
 
         Raises:
-            StorageError: It cannot be written, or belongs to another config.
+            UserError: An input is missing or does not fit, or the directory belongs to another config.
         """
+        check_inputs(config)  # before anything is written
         self.config = config
         self.run_dir = RunDirectory.open(config.storage_path, config.name)
         claim(self.run_dir, config, resume_with_changes)

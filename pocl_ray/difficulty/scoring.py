@@ -69,13 +69,10 @@ def score_rows(
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student.
-        teacher: The frozen teacher; its fingerprint goes into the cache.
-        cache: None for no cache.
+        teacher: The frozen teacher; its fingerprint goes into the cache (None for no cache).
         cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
-        max_tokens: `data.max_tokens`.
         scaling: Actors, and what each of them asks for.
-        seed: Of the answers.
         compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
 
     Returns:
