@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from filelock import FileLock
 
 from pocl_ray.errors import StorageError
+from pocl_ray.stores import check_bucket, is_remote, reason, resolve
 
 _LOCAL = pafs.LocalFileSystem()
 
@@ -39,25 +40,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def is_remote(path: str) -> bool:
-    """Whether the path names an object store rather than a local file."""
-    return "://" in path and not path.startswith("file://")
-
-
-def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a path or URL, and the path on it.
-
-    Raises:
-        StorageError: The scheme is unknown, or the store cannot be reached.
-    """
-    if not is_remote(path):
-        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).expanduser().absolute())
-    try:
-        return pafs.FileSystem.from_uri(path)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: cannot be opened ({_first_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,8 @@ class RunDirectory:
             StorageError: It cannot be made or written.
         """
         if is_remote(storage_path):
+            if create:
+                check_bucket(storage_path)
             return cls(f"{storage_path.rstrip('/')}/{name}")
         path = Path(storage_path.removeprefix("file://")).expanduser().absolute() / name
         if create:
@@ -104,8 +88,15 @@ class RunDirectory:
         return f"{self.uri}/{rel}"
 
     def exists(self, rel: str) -> bool:
-        """Whether a file or directory is there."""
-        return self.filesystem.get_file_info(self.fs_path(rel)).type != pafs.FileType.NotFound
+        """Whether a file or directory is there.
+
+        Raises:
+            StorageError: The store cannot be reached, or does not let us look.
+        """
+        try:
+            return self.filesystem.get_file_info(self.fs_path(rel)).type != pafs.FileType.NotFound
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be looked up ({reason(error)})") from None
 
     def read_bytes(self, rel: str) -> bytes:
         """Return a file's content.
@@ -119,7 +110,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise StorageError(f"{self.uri_of(rel)}: no such file") from None
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({reason(error)})") from None
 
     def read_text(self, rel: str) -> str:
         """Return a UTF-8 file's content."""
@@ -155,7 +146,7 @@ class RunDirectory:
                 with filesystem.open_output_stream(target) as stream:
                     stream.write(data)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def write_text(self, rel: str, text: str) -> None:
         """Write a UTF-8 file, whole or not at all."""
@@ -183,7 +174,7 @@ class RunDirectory:
             self.delete(rel)
             pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def delete(self, rel: str) -> None:
         """Delete a file or a directory with all that it holds; nothing happens when it is missing."""
@@ -239,23 +230,35 @@ def localize(uri: str) -> str:
     if not is_remote(uri):
         return uri.removeprefix("file://")
     filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.NotFound:
-        raise StorageError(f"{uri}: no such file or directory")
-    files = [info]
-    if info.type == pafs.FileType.Directory:
-        files = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    state = sorted((f.path, f.size, str(f.mtime)) for f in files if f.type == pafs.FileType.File)
-    folder = cache_root() / fingerprint([uri, state])[:32]
-    target = folder / Path(path).name
-    cache_root().mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True)
-    with FileLock(str(folder / ".lock")):
-        if not (folder / ".complete").exists():
-            pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
-            (folder / ".complete").touch()
+    try:
+        files = _files_of(filesystem, path)
+        if not files:
+            raise StorageError(f"{uri}: no such file or directory")
+        state = sorted((file.path, file.size, str(file.mtime)) for file in files)
+        folder = cache_root() / fingerprint([uri, state])[:32]
+        target = folder / Path(path).name
+        cache_root().mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True)
+        with FileLock(str(folder / ".lock")):
+            if not (folder / ".complete").exists():
+                _fetch(filesystem, path, files, target)
+                (folder / ".complete").touch()
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be copied to this node ({reason(error)})") from None
     return str(target)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    else:
+        found = [info]
+    return [info for info in found if info.type == pafs.FileType.File]
+
+
+def _fetch(filesystem: pafs.FileSystem, path: str, files: list[pafs.FileInfo], target: Path) -> None:
+    """Copy to local disk, with the folders that `copy_files` leaves to the caller."""
+    for file in files:
+        (target / file.path.removeprefix(path).lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
