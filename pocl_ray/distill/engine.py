@@ -135,6 +135,7 @@ class Engine:
             timeout_s: After so long a collective operation with a dead peer fails.
         """
         deepspeed = import_deepspeed(device)
+        check_precision(train.precision, deepspeed.get_accelerator())
         self.train = train
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -177,16 +178,24 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums, grad_norm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
         for batch in micro_batches:
             losses = self.deepspeed(batch.to(self.device), settings)
             self.deepspeed.backward(losses[0] * scale)
+            if self.train.zero_stage == 0:
+                grad_norm = self._grad_norm()  # the last one, of the accumulated gradient, is the step's
             self.deepspeed.step()
             sums += torch.stack([loss.detach().double() for loss in losses])
         dist.all_reduce(sums)
         loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
-        grad_norm = self.deepspeed.get_global_grad_norm()
-        return StepLosses(loss, ce_loss, kd_loss, float(grad_norm or 0.0), num_response_tokens)
+        if self.train.zero_stage > 0:
+            grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
+
+    def _grad_norm(self) -> float:
+        """Return the norm of unpartitioned gradients, which DeepSpeed knows under ZeRO alone."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:
@@ -194,6 +203,24 @@ class Engine:
         self.deepspeed.eval()
         losses = self.deepspeed(batch.to(self.device), settings)
         return torch.stack([loss.detach().double() for loss in losses])
+
+
+def check_precision(precision: str, accelerator: Any) -> None:
+    """Refuse a precision that DeepSpeed cannot train in on this device.
+
+    Raises:
+        ConfigError: It is fp16 or bf16, and the device lacks it.
+    """
+    supported = {
+        "fp32": lambda: True,
+        "bf16": accelerator.is_bf16_supported,
+        "fp16": accelerator.is_fp16_supported,
+    }[precision]
+    if not supported():
+        others = " or ".join(name for name in ("bf16", "fp32") if name != precision)
+        raise ConfigError(
+            f"train.precision: {precision} cannot be trained in on {accelerator.device_name()}; set {others}"
+        )
 
 
 def import_deepspeed(device: torch.device) -> Any:
