@@ -22,6 +22,8 @@ from pocl_ray.storage import RunDirectory, is_remote
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
 
+COSTLY = ("checkpoints", "scores", "scores.parquet", "teacher_cache")
+
 # Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
 NEUTRAL = (
     "storage_path",
@@ -87,7 +89,8 @@ class Claim:
 
 
 def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
-    if run_dir.exists(CONFIG) and not resume_with_changes:
+    """Refuse a directory in which work under another config lies; one in which nothing costly was begun is free."""
+    if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
         try:
             earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
         except (ValueError, yaml.YAMLError):

@@ -30,7 +30,7 @@ from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.preparing import reference
-from pocl_ray.preflight import check_room, check_settings
+from pocl_ray.preflight import check_inputs, check_room, check_settings
 from pocl_ray.records import RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
@@ -53,8 +53,9 @@ class Pipeline:
             connect: Connects to Ray; without it, Ray must be connected already.
 
         Raises:
-            StorageError: It cannot be written, or belongs to another config.
+            UserError: An input is missing or does not fit, or the directory belongs to another config.
         """
+        check_inputs(config)  # before anything is written
         self.config = config
         self._claim = Claim(config, resume_with_changes)
         self.run_dir = self._claim.run_dir

@@ -1,5 +1,5 @@
-"""What can be found wrong before anything expensive: it is checked once the rows are prepared, and the cluster's room
-as soon as Ray is connected."""
+"""What can be found wrong before anything expensive: inputs before anything is written, settings once the rows are
+prepared, and the cluster's room as soon as Ray is connected."""
 
 from __future__ import annotations
 
@@ -8,12 +8,30 @@ from transformers import PreTrainedTokenizerBase
 from pocl_ray.config import Config, ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import plan_sft
-from pocl_ray.difficulty.ranking import find_signal
+from pocl_ray.data.preparing import data_fingerprint
+from pocl_ray.data.prompts import PromptTemplate
+from pocl_ray.difficulty.ranking import check_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room, wants_gpu
 from pocl_ray.evaluation.actors import plan_pools
-from pocl_ray.models.preparing import check_models
+from pocl_ray.models.preparing import check_models, origin_fingerprint
+
+
+def check_inputs(config: Config) -> None:
+    """Check what needs neither rows nor a cluster: that files, models, names and templates are there and fit.
+
+    Raises:
+        UserError: A file or model is missing, or a name is unknown.
+    """
+    data_fingerprint(config.data)
+    check_signals(config.difficulty.signals)
+    resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
+    deepspeed_config(config.train, config.scaling.num_workers)
+    if config.data.prompt_template != "chat":
+        PromptTemplate(config.data.prompt_template, None)
+    for model in (config.teacher, config.student):
+        origin_fingerprint(model)
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -25,14 +43,9 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
         tokenizer: The run's; gives the vocabulary of models that are made.
 
     Raises:
-        ConfigError: Fewer rows than a global batch holds, an unknown signal or loss, or a DeepSpeed config at odds
-            with `train`.
-        ModelError: A model is not there, has no weights, or cannot be made.
+        ConfigError: Fewer rows than a global batch holds.
+        ModelError: A model has no weights, or cannot be made.
     """
-    for name in config.difficulty.signals:
-        find_signal(name)
-    resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
-    deepspeed_config(config.train, config.scaling.num_workers)
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:
             batch_rows = config.sft_train(model.sft).global_batch_rows
