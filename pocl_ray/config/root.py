@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,7 +40,9 @@ class DevGenerationConfig(GenerationConfig):
 class EvaluationConfig(Section):
     """How the distilled student is compared with where it came from (POCL, section 4.1)."""
 
-    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each"
+    )
     greedy: bool = Field(default=True, description="greedy answers as well")
     generation: FinalGenerationConfig = FinalGenerationConfig()
     dev_generation: DevGenerationConfig = DevGenerationConfig()
