@@ -19,6 +19,7 @@ from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.worker import train_worker
 from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
 CONTROLLER_FAILURE_LIMIT = 8
@@ -46,7 +47,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
     """
-    use_gpu = wants_gpu(scaling)
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
     for key, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -137,18 +138,6 @@ def _cause(error: BaseException) -> BaseException:
         if isinstance(cause, UserError):
             return cause
     return error
-
-
-def wants_gpu(scaling: ScalingConfig) -> bool:
-    """Whether workers get a GPU each.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
 
 
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
