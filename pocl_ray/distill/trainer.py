@@ -12,9 +12,10 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.console import Bar, progress_bar
+from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.worker import train_worker
@@ -106,13 +107,16 @@ def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
-    num_starts = 0
+    num_starts, num_warnings = 0, 0
     while thread.is_alive():
         thread.join(POLL_S)
         standing: Standing = ray.get(board.read.remote())
         if standing.num_starts > num_starts:
             num_starts = standing.num_starts
             bar.begin(standing.first_step)
+        for warning in standing.warnings[num_warnings:]:
+            console.print(f"[yellow]warning:[/] {escape(warning)}")
+        num_warnings = len(standing.warnings)
         bar.update(standing.step, note=_note(standing))
     if failures:
         raise _cause(failures[0])
