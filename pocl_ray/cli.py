@@ -124,8 +124,12 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
     from pocl_ray.session import ray_session
 
     pipeline = Pipeline(config, resume_with_changes)
-    with ray_session():
-        getattr(pipeline, step)
+    try:
+        with ray_session():
+            getattr(pipeline, step)
+    except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        raise typer.Exit(1) from None
     return pipeline.run_dir
 
 
@@ -136,9 +140,6 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(1)
 
 
 def _plain(text: str) -> str:
