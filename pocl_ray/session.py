@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,19 +33,34 @@ def ray_session() -> Iterator[None]:
         for key, value in QUIET_HERE.items():
             os.environ.setdefault(key, value)
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"worker_process_setup_hook": _know_the_cluster},
-        )
+        with _muted_stderr():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"worker_process_setup_hook": _know_the_cluster},
+            )
     except (ConnectionError, TimeoutError) as error:
         raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Keep the lines that Ray's C++ core writes while it starts off the terminal; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _know_the_cluster() -> None:

@@ -39,6 +39,8 @@ from pocl_ray.storage import RunDirectory
 
 _MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
 _MIN_TASK_ROWS = 32
+_MIN_FILL = 0.75  # of its width that each row of a micro-batch fills,
+_MIN_BATCH_ROWS = 4  # beyond its first few rows
 _LENGTH_MULTIPLE = 8  # that `collate` rounds up to
 
 MicroBatches = list[npt.NDArray[np.int64]]
@@ -66,29 +68,21 @@ def score_rows(
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        rows: The set to score.
-        dev_rows: Another set that the teacher cache is to hold; nothing is measured on it.
-        run_dir: Holds the rows; the cache is written there.
-        tokenizer: Tokenizer directory, relative to the run directory.
+        rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
+        run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student.
-        teacher: The frozen teacher.
-        teacher_fingerprint: Of the teacher; goes into the cache.
-        cache: Directory of the teacher caches (one for each set), relative to the run directory; None for no cache.
+        teacher: The frozen teacher; its fingerprint goes into the cache (None for no cache).
         cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
-        max_tokens: `data.max_tokens`: prompt and answer together.
         scaling: Actors, and what each of them asks for.
-        seed: Of the answers.
         compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
 
     Returns:
-        One row for each of `rows`, sorted by `id`: `rouge_l` (0 to 100), `answer_stopped`, `ce_loss`,
-        `student_confidence`, `teacher_ce_loss`, `teacher_student_kl` (null without `compare`), `teacher_entropy` (nats
-        a token), `num_prompt_tokens`, `num_response_tokens`. And counts for the manifest.
+        One row for each of `rows`, sorted by `id`: the signals, `answer_stopped`, `num_prompt_tokens` and
+        `num_response_tokens`; ROUGE-L from 0 to 100, losses in nats a token. And counts for the manifest.
 
     Raises:
-        ModelError: A model cannot be loaded.
-        ResourceError: The cluster has no room for the actors.
+        UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
     sets = [rows] if cache is None else [rows, dev_rows]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
@@ -112,11 +106,14 @@ def score_rows(
     by_set = {made.name: _of_set(results, made) for made in sets}
     if cache is not None:
         for made in sets:
-            shards = by_set[made.name][SHARD].unique().to_pylist()
-            place = run_dir.fs_path(f"{cache}/{made.name}")
-            write_index(place, shards, teacher_fingerprint, made.fingerprint, run_dir.filesystem)
+            _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
     table = by_set[rows.name].drop_columns([SET, SHARD])
     return table, _counts(table, sets)
+
+
+def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
+    shards = results[SHARD].unique().to_pylist()
+    write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
 
 
 def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
@@ -157,14 +154,16 @@ def plan_tasks(
 
 
 def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
-    """Cut rows, longest first, wherever the padded size would pass the budget."""
+    """Cut rows, longest first, where the padded size would pass the budget or padding would become a large share."""
     batches: MicroBatches = []
     start = 0
     while start < len(ids):
-        width = -(-int(lengths[ids[start]]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        end = start + max(1, batch_tokens // width)
-        batches.append(ids[start:end])
-        start = end
+        longest = int(lengths[ids[start]])
+        width = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        fitting = ids[start : start + max(1, batch_tokens // width)]
+        num_alike = int(np.count_nonzero(lengths[fitting] >= _MIN_FILL * longest))
+        batches.append(fitting[: max(_MIN_BATCH_ROWS, num_alike)])
+        start += len(batches[-1])
     return batches
 
 

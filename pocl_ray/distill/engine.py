@@ -178,24 +178,26 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
-        sums, grad_norm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        grad_norm: float | None = None
         for batch in micro_batches:
             losses = self.deepspeed(batch.to(self.device), settings)
             self.deepspeed.backward(losses[0] * scale)
-            if self.train.zero_stage == 0:
-                grad_norm = self._grad_norm()  # the last one, of the accumulated gradient, is the step's
+            grad_norm = self._plain_grad_norm()
             self.deepspeed.step()
             sums += torch.stack([loss.detach().double() for loss in losses])
         dist.all_reduce(sums)
         loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
-        if self.train.zero_stage > 0:
-            grad_norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
 
-    def _grad_norm(self) -> float:
-        """Return the norm of unpartitioned gradients, which DeepSpeed knows under ZeRO alone."""
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+    def _plain_grad_norm(self) -> float | None:
+        """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
+        if self.train.zero_stage > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:

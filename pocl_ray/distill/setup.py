@@ -18,7 +18,7 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.head_files import load_head
-from pocl_ray.models.heads import HeadWeights
+from pocl_ray.models.heads import HeadWeights, check_split
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -39,6 +39,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     head, live = _teacher(task, device)  # before the engine: ZeRO-3 must not partition it
     student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
+    check_split(student)
     if task.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)

@@ -19,6 +19,7 @@ from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.worker import train_worker
 from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
 CONTROLLER_FAILURE_LIMIT = 8
@@ -46,7 +47,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
     """
-    use_gpu = wants_gpu(scaling)
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
     for key, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -71,6 +72,12 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     if standing.refusal is not None:
         raise standing.refusal
     return standing
+
+
+def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
+    """Run `run_training` and return its counts for the manifest."""
+    standing = run_training(task, scaling)
+    return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
 
 
 def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
@@ -133,18 +140,6 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def wants_gpu(scaling: ScalingConfig) -> bool:
-    """Whether workers get a GPU each.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
-
-
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
     """Return what one training worker asks the cluster for."""
     resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
@@ -157,20 +152,31 @@ def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
     Raises:
         ResourceError: It has not after `scaling.start_timeout_s`.
     """
-    needed = {k: v * scaling.num_workers for k, v in resources_per_worker(scaling, use_gpu).items()}
+    needed = resources_per_worker(scaling, use_gpu)
     deadline = time.monotonic() + scaling.start_timeout_s
     while True:
-        total = ray.cluster_resources()
-        lacking = {k: v for k, v in needed.items() if v > total.get(k, 0)}
-        if not lacking:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = _room(nodes, needed, scaling.placement)
+        if room >= scaling.num_workers:
             return
         if time.monotonic() > deadline or _is_one_machine():
-            listed = ", ".join(f"{v:g} {k} (the cluster has {total.get(k, 0):g})" for k, v in lacking.items())
+            each = ", ".join(f"{v:g} {k}" for k, v in needed.items())
+            listed = "; ".join(", ".join(f"{node.get(k, 0):g} {k}" for k in needed) for node in nodes)
             raise ResourceError(
-                f"scaling.num_workers: {scaling.num_workers} workers need {listed}; "
-                "lower scaling.num_workers or scaling.cpus_per_worker"
+                f"scaling.num_workers: the cluster has room for {room} of {scaling.num_workers} workers of {each} each "
+                f"(its nodes have {listed}); lower scaling.num_workers or scaling.cpus_per_worker"
             )
         time.sleep(1.0)
+
+
+def _room(nodes: list[dict[str, float]], needed: dict[str, float], placement: str) -> int:
+    """How many workers fit, none of them cut across nodes."""
+    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
+    if placement == "STRICT_PACK":
+        return max(fits, default=0)
+    if placement == "STRICT_SPREAD":
+        return sum(fit > 0 for fit in fits)
+    return sum(fits)
 
 
 def _is_one_machine() -> bool:

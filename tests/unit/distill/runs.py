@@ -32,7 +32,24 @@ from pocl_ray.models.saving import save_model
 from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "red", "green", "blue", "quick"]
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "red",
+    "green",
+    "blue",
+    "tall",
+    "small",
+    "quick",
+]
 TRAIN = TrainConfig(
     global_batch_rows=8, micro_batch_rows=4, learning_rate=1e-2, precision="fp32", zero_stage=1, max_grad_norm=0.5
 )
