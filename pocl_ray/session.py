@@ -39,7 +39,7 @@ def ray_session() -> Iterator[None]:
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": _know_the_cluster},
+                runtime_env={"worker_process_setup_hook": know_the_cluster},
             )
     except (ConnectionError, TimeoutError) as error:
         raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
@@ -63,7 +63,7 @@ def _muted_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _know_the_cluster() -> None:
+def know_the_cluster() -> None:
     """Tell libraries in a worker which cluster it belongs to.
 
     They look it up in a file of the machine otherwise, which may still name a cluster that died.
