@@ -126,6 +126,7 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
 
     with ExitStack() as stack:
         pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        stack.callback(pipeline.close)
         try:
             getattr(pipeline, step)
         except UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -14,10 +15,13 @@ from typing import Any
 
 import yaml
 
+from pocl_ray import lease
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
+from pocl_ray.console import console
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory, is_remote
+from pocl_ray.storage import RunDirectory
+from pocl_ray.stores import is_remote
 
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
@@ -57,21 +61,29 @@ class Claim:
 
     Attributes:
         run_dir: The run directory.
+        lease: Keeps other runs out until it is released, at the latest when the claim is gone.
     """
 
     def __init__(self, config: Config, resume_with_changes: bool) -> None:
         """Take the directory, or refuse.
 
         Raises:
-            StorageError: It cannot be written, or belongs to a run with another config; the message says what differs.
+            StorageError: It cannot be written, another run writes there, or it belongs to a run with another config;
+                the message says what differs.
         """
         self.run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
-        _check_owner(self.run_dir, config, resume_with_changes)
         self._existed = self.run_dir.exists("")
-        self._before = self.run_dir.read_text(CONFIG) if self.run_dir.exists(CONFIG) else None
         self._storage_existed = is_remote(config.storage_path) or Path(self.run_dir.uri).parent.exists()
         RunDirectory.open(config.storage_path, config.name)
-        self.run_dir.write_text(CONFIG, dump_config(config))
+        self.lease = lease.take(self.run_dir, console.print)
+        weakref.finalize(self, self.lease.release)
+        try:
+            _check_owner(self.run_dir, config, resume_with_changes)
+            self._before = self.run_dir.read_text(CONFIG) if self.run_dir.exists(CONFIG) else None
+            self.run_dir.write_text(CONFIG, dump_config(config))
+        except StorageError:
+            self.lease.release()
+            raise
 
     def undo(self, keep_config: bool) -> None:
         """Give the directory back: a new one is deleted, an old one gets its config back.
@@ -79,6 +91,9 @@ class Claim:
         Args:
             keep_config: In an old directory steps were done under the new config, which therefore stays.
         """
+        self.lease.release()
+        if self.lease.lost_to is not None:
+            return
         if not self._existed:
             self.run_dir.delete("")
             if not self._storage_existed:

@@ -27,6 +27,7 @@ from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.identity import Claim, neutral_free
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
+from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.preparing import reference
@@ -66,6 +67,16 @@ class Pipeline:
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)
+
+    def close(self) -> None:
+        """Give the run directory back to other runs.
+
+        Raises:
+            StorageError: Another run took it over meanwhile.
+        """
+        self._claim.lease.release()
+        if self._claim.lease.lost_to is not None:
+            raise refusal(self.run_dir, self._claim.lease.lost_to)
 
     def withdraw(self) -> None:
         """After a user's mistake, leave everything as it was, unless work worth keeping was done since."""

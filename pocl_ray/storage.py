@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from filelock import FileLock
 
 from pocl_ray.errors import StorageError
+from pocl_ray.stores import check_bucket, is_remote, reason, resolve
 
 _LOCAL = pafs.LocalFileSystem()
 
@@ -39,25 +40,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def is_remote(path: str) -> bool:
-    """Whether the path names an object store rather than a local file."""
-    return "://" in path and not path.startswith("file://")
-
-
-def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a path or URL, and the path on it.
-
-    Raises:
-        StorageError: The scheme is unknown, or the store cannot be reached.
-    """
-    if not is_remote(path):
-        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).expanduser().absolute())
-    try:
-        return pafs.FileSystem.from_uri(path)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: cannot be opened ({_first_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,8 @@ class RunDirectory:
             StorageError: It cannot be made or written.
         """
         if is_remote(storage_path):
+            if create:
+                check_bucket(storage_path)
             return cls(f"{storage_path.rstrip('/')}/{name}")
         path = Path(storage_path.removeprefix("file://")).expanduser().absolute() / name
         if create:
@@ -123,7 +107,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise StorageError(f"{self.uri_of(rel)}: no such file") from None
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({reason(error)})") from None
 
     def read_text(self, rel: str) -> str:
         """Return a UTF-8 file's content."""
@@ -159,7 +143,7 @@ class RunDirectory:
                 with filesystem.open_output_stream(target) as stream:
                     stream.write(data)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def write_text(self, rel: str, text: str) -> None:
         """Write a UTF-8 file, whole or not at all."""
@@ -187,7 +171,7 @@ class RunDirectory:
             self.delete(rel)
             pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def delete(self, rel: str) -> None:
         """Delete a file or a directory with all that it holds; nothing happens when it is missing.
@@ -203,14 +187,14 @@ class RunDirectory:
             elif kind == pafs.FileType.File:
                 filesystem.delete_file(target)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be deleted ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be deleted ({reason(error)})") from None
 
 
 def _info(filesystem: pafs.FileSystem, path: str, uri: str) -> pafs.FileInfo:
     try:
         return filesystem.get_file_info(path)
     except OSError as error:
-        raise StorageError(f"{uri}: cannot be reached ({_first_line(error)})") from None
+        raise StorageError(f"{uri}: cannot be reached ({reason(error)})") from None
 
 
 def _publish_locally(local: Path, target: Path) -> None:
@@ -266,7 +250,7 @@ def localize(uri: str) -> str:
     try:
         return str(_copied(uri, filesystem, path, info))
     except OSError as error:
-        raise StorageError(f"{uri}: cannot be copied to this node ({_first_line(error)})") from None
+        raise StorageError(f"{uri}: cannot be copied to this node ({reason(error)})") from None
 
 
 def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInfo) -> Path:
@@ -285,5 +269,17 @@ def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInf
     return target
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    else:
+        found = [info]
+    return [info for info in found if info.type == pafs.FileType.File]
+
+
+def _fetch(filesystem: pafs.FileSystem, path: str, files: list[pafs.FileInfo], target: Path) -> None:
+    """Copy to local disk, with the folders that `copy_files` leaves to the caller."""
+    for file in files:
+        (target / file.path.removeprefix(path).lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
