@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
+from pocl_ray.curriculum.schedule import check_curriculum
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.data.tokenizer_training import train_tokenizer
@@ -45,6 +46,7 @@ def check_inputs(config: Config) -> None:
     """
     data_fingerprint(config.data)
     check_signals(config.difficulty.signals)
+    check_curriculum(config.curriculum)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
     if config.data.prompt_template != "chat":

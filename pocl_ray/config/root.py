@@ -73,11 +73,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        stages = self.curriculum.num_buckets if self.curriculum.pacing == "baby_step" else 1
-        for key in ("kd_temperature", "kd_ratio"):
-            values = getattr(self.curriculum, key).values
-            if values is not None and len(values) != stages:
-                raise ValueError(f"curriculum.{key} lists {len(values)} values, but there are {stages} stages")
         if self.train.global_batch_rows % self.scaling.num_workers:
             raise ValueError(
                 f"train.global_batch_rows ({self.train.global_batch_rows}) must be a multiple of "

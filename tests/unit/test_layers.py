@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 
 # From the bottom up. A room may import rooms of its own layer and of those below, but no circle may close.
 LAYERS = (
-    {"config", "records", "storage", "errors", "console", "identity", "manifest", "session", "steps"},
+    {"config", "records", "storage", "errors", "console", "identity", "manifest", "plugins", "session", "steps"},
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation"},
     {"inputs", "pipeline", "preview", "tuning", "report"},
