@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -123,9 +124,13 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.session import ray_session
 
-    pipeline = Pipeline(config, resume_with_changes)
-    with ray_session():
-        getattr(pipeline, step)
+    with ExitStack() as stack:
+        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        try:
+            getattr(pipeline, step)
+        except UserError:
+            pipeline.withdraw()
+            raise
     return pipeline.run_dir
 
 

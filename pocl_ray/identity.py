@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.storage import RunDirectory, is_remote
 
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
@@ -51,14 +52,44 @@ def neutral_free(config: Config) -> dict[str, Any]:
     return tree
 
 
-def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
-    """Take a run directory for this config, or refuse.
+class Claim:
+    """A run directory taken for a config, which a user's mistake found early gives back as it was.
 
-    A directory in which nothing costly was begun is taken over: a path that was mistyped and put right is no other run.
-
-    Raises:
-        StorageError: It belongs to a run with another config; the message says what differs.
+    Attributes:
+        run_dir: The run directory.
     """
+
+    def __init__(self, config: Config, resume_with_changes: bool) -> None:
+        """Take the directory, or refuse.
+
+        Raises:
+            StorageError: It cannot be written, or belongs to a run with another config; the message says what differs.
+        """
+        self.run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
+        _check_owner(self.run_dir, config, resume_with_changes)
+        self._existed = self.run_dir.exists("")
+        self._before = self.run_dir.read_text(CONFIG) if self.run_dir.exists(CONFIG) else None
+        self._storage_existed = is_remote(config.storage_path) or Path(self.run_dir.uri).parent.exists()
+        RunDirectory.open(config.storage_path, config.name)
+        self.run_dir.write_text(CONFIG, dump_config(config))
+
+    def undo(self, keep_config: bool) -> None:
+        """Give the directory back: a new one is deleted, an old one gets its config back.
+
+        Args:
+            keep_config: In an old directory steps were done under the new config, which therefore stays.
+        """
+        if not self._existed:
+            self.run_dir.delete("")
+            if not self._storage_existed:
+                with suppress(OSError):  # somebody else may use it by now
+                    Path(self.run_dir.uri).parent.rmdir()
+        elif not keep_config and self._before is not None:
+            self.run_dir.write_text(CONFIG, self._before)
+
+
+def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
+    """Refuse a directory in which work under another config lies; one in which nothing costly was begun is free."""
     if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
         try:
             earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
@@ -72,7 +103,6 @@ def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> N
                 f"{run_dir.uri}: belongs to a run with another config: {'; '.join(changes)}. Choose another name, or "
                 "pass --resume-with-changes to run the steps that this concerns again"
             )
-    run_dir.write_text(CONFIG, dump_config(config))
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

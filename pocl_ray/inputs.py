@@ -10,13 +10,8 @@ from typing import Any, Literal
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
-from pocl_ray.curriculum.schedule import check_curriculum
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
-from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.difficulty.ranking import check_signals
-from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.planning import sft_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.identity import neutral_free
@@ -36,23 +31,6 @@ class Made:
 
     ref: ModelRef
     fingerprint: str
-
-
-def check_inputs(config: Config) -> None:
-    """Look for what a user can get wrong and what can be told before anything is written or started.
-
-    Raises:
-        UserError: A file or model is missing, or a name is unknown.
-    """
-    data_fingerprint(config.data)
-    check_signals(config.difficulty.signals)
-    check_curriculum(config.curriculum)
-    resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
-    deepspeed_config(config.train, config.scaling.num_workers)
-    if config.data.prompt_template != "chat":
-        PromptTemplate(config.data.prompt_template, None)
-    for model in (config.teacher, config.student):
-        origin_fingerprint(model)
 
 
 class Inputs:
@@ -126,7 +104,7 @@ class Inputs:
         depends: list[Any] = [origin_fingerprint(config), config.dtype]
         if config.architecture is not None or config.sft is not None:
             depends += [self.rows_fingerprint, self._sft_dependencies("teacher"), self.config.seed]
-        fingerprint = self.steps.run("teacher", depends, work)
+        fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
 
     @cached_property
@@ -154,7 +132,7 @@ class Inputs:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self.rows_fingerprint, self._sft_dependencies("student")]
-        fingerprint = self.steps.run("student", depends, work)
+        fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
         return Made(reference(config, self._made(name) if name else None), fingerprint)
 

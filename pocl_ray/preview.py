@@ -36,7 +36,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.train.global_batch_rows} rows"
     )
     if config.control is not None:
-        control = plan_control(config, num_rows, num_steps, config.control)
+        control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
     console.print(_cache_line(config, prepared))
 

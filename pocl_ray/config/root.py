@@ -73,22 +73,25 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.train.global_batch_rows % self.scaling.num_workers:
-            raise ValueError(
-                f"train.global_batch_rows ({self.train.global_batch_rows}) must be a multiple of "
-                f"scaling.num_workers ({self.scaling.num_workers})"
-            )
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
-        if self.train.zero_stage == 0 and self.train.precision != "fp32":
+        self._check_training("train", self.train)
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            if model.sft is not None:
+                self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
+        return self
+
+    def _check_training(self, key: str, train: TrainConfig) -> None:
+        if train.global_batch_rows % self.scaling.num_workers:
             raise ValueError(
-                "train.zero_stage 0 works with train.precision fp32 alone, since DeepSpeed keeps no exact master "
+                f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
+                f"scaling.num_workers ({self.scaling.num_workers})"
+            )
+        if train.zero_stage == 0 and train.precision != "fp32":
+            raise ValueError(
+                f"{key}.zero_stage 0 works with {key}.precision fp32 alone, since DeepSpeed keeps no exact master "
                 "weights there; set it to 1"
             )
-        for role in (self.teacher, self.student):
-            if role.sft is not None:
-                self.sft_train(role.sft)
-        return self
 
     def sft_train(self, sft: SftConfig) -> TrainConfig:
         """Return `train` with the keys that `sft.train` sets."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Section):
@@ -54,8 +56,10 @@ class ScheduleConfig(Section):
         return self
 
     def bounds(self) -> tuple[float, float]:
-        """Return the smallest and the largest value that the schedule can take."""
+        """Return the smallest and the largest value that the schedule can take, rounded as the stages' values are."""
         numbers = self.values or tuple(x for x in (self.start, self.end) if x is not None)
+        if self.values is None and self.decimals is not None:
+            numbers = tuple(round(x, self.decimals) for x in numbers)
         return min(numbers), max(numbers)
 
 
@@ -149,7 +153,7 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the LR rises")
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="LR at the end, relative to the peak")
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -165,13 +169,6 @@ class TrainConfig(Section):
     num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     log_every_steps: int = Field(default=1, ge=1)
 
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError("betas lie between 0 and 1")
-        return betas
-
 
 class TrainOverrides(Section):
     """Keys of `train` that differ during supervised fine-tuning; those left out stay as they are there."""
@@ -183,7 +180,7 @@ class TrainOverrides(Section):
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
     weight_decay: float | None = Field(default=None, ge=0)
-    betas: tuple[float, float] | None = None
+    betas: tuple[Beta, Beta] | None = None
     max_grad_norm: float | None = Field(default=None, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None

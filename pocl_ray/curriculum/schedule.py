@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from pocl_ray.config import Config, ControlConfig, CurriculumConfig, ScheduleConfig
+from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
 from pocl_ray.errors import ConfigError
@@ -67,9 +67,10 @@ def check_curriculum(curriculum: CurriculumConfig) -> None:
         scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
 
 
-def plan_control(config: Config, num_rows: int, num_steps: int, control: ControlConfig) -> tuple[Stage, ...]:
+def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:
     """Return plain distillation on all rows, at the number of optimizer steps that the curriculum takes."""
-    batch_rows = config.train.global_batch_rows
+    control, batch_rows = config.control, config.train.global_batch_rows
+    assert control is not None, "the config asks for a control"
     plain = _one_stage(num_rows, batch_rows, "control", control.kd_temperature, control.kd_ratio)
     plain = replace(plain, buckets=tuple(range(config.curriculum.num_buckets)))
     return (replace(_with_steps(plain, num_steps), lr_num_steps=num_steps),)
@@ -88,7 +89,7 @@ def plan_sft(
     return (replace(stage, lr_num_steps=stage.num_steps),)
 
 
-def scheduled(schedule: ScheduleConfig, num_stages: int, key: str) -> tuple[float, ...]:
+def scheduled(schedule: ScheduleConfig, num_stages: int, key: str = "a schedule") -> tuple[float, ...]:
     """Return a schedule's value for each stage; one that moves by step gives that of the run's first step.
 
     With stage k of n and s = k / (n - 1): linear is start + s (end - start), cosine is

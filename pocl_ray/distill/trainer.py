@@ -163,20 +163,31 @@ def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
     Raises:
         ResourceError: It has not after `scaling.start_timeout_s`.
     """
-    needed = {k: v * scaling.num_workers for k, v in resources_per_worker(scaling, use_gpu).items()}
+    needed = resources_per_worker(scaling, use_gpu)
     deadline = time.monotonic() + scaling.start_timeout_s
     while True:
-        total = ray.cluster_resources()
-        lacking = {k: v for k, v in needed.items() if v > total.get(k, 0)}
-        if not lacking:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = _room(nodes, needed, scaling.placement)
+        if room >= scaling.num_workers:
             return
         if time.monotonic() > deadline or _is_one_machine():
-            listed = ", ".join(f"{v:g} {k} (the cluster has {total.get(k, 0):g})" for k, v in lacking.items())
+            each = ", ".join(f"{v:g} {k}" for k, v in needed.items())
+            listed = "; ".join(", ".join(f"{node.get(k, 0):g} {k}" for k in needed) for node in nodes)
             raise ResourceError(
-                f"scaling.num_workers: {scaling.num_workers} workers need {listed}; "
-                "lower scaling.num_workers or scaling.cpus_per_worker"
+                f"scaling.num_workers: the cluster has room for {room} of {scaling.num_workers} workers of {each} each "
+                f"(its nodes have {listed}); lower scaling.num_workers or scaling.cpus_per_worker"
             )
         time.sleep(1.0)
+
+
+def _room(nodes: list[dict[str, float]], needed: dict[str, float], placement: str) -> int:
+    """How many workers fit, none of them cut across nodes."""
+    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
+    if placement == "STRICT_PACK":
+        return max(fits, default=0)
+    if placement == "STRICT_SPREAD":
+        return sum(fit > 0 for fit in fits)
+    return sum(fits)
 
 
 def _is_one_machine() -> bool:

@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "records", "storage", "errors", "console", "identity", "manifest", "plugins", "session", "steps"},
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation"},
-    {"inputs", "pipeline", "preview", "tuning", "report"},
+    {"inputs", "pipeline", "preflight", "preview", "tuning", "report"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
