@@ -103,7 +103,7 @@ def test_a_bucket_that_is_closed_to_us_is_named(s3_bucket: str, guarded: None) -
 
 
 def test_a_missing_object_is_named_in_one_line(run_dir: RunDirectory) -> None:
-    with pytest.raises(StorageError, match="s3://.*/nothing: no such file") as caught:
+    with pytest.raises(StorageError, match=r"s3://.*/nothing: no such file") as caught:
         run_dir.read_bytes("nothing")
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError, match="no such file or directory"):
