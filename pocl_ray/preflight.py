@@ -3,6 +3,7 @@ prepared, and the cluster's room as soon as Ray is connected."""
 
 from __future__ import annotations
 
+import ray
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, ScalingConfig
@@ -13,8 +14,8 @@ from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.ranking import check_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.trainer import wait_for_room, wants_gpu
-from pocl_ray.evaluation.actors import plan_pools
+from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_models, origin_fingerprint
 
 
@@ -61,5 +62,5 @@ def check_room(scaling: ScalingConfig) -> None:
     Raises:
         ResourceError: It has not, or has no GPU where one is asked for.
     """
-    wait_for_room(scaling, wants_gpu(scaling))
+    wait_for_room(scaling, wants_gpu(scaling, ray.cluster_resources()))
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)

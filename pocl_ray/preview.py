@@ -27,7 +27,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         num_rows = prepared["train"].num_rows if "train" in prepared else _count(config)
     stages = plan_stages(config, num_rows)
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("stage", "buckets", "rows", "epochs", "steps", "kd_temperature", "kd_ratio", "optimizer"):
+    for name in ("stage", "buckets", "rows", "epochs", "steps", "temperature", "kd_ratio", "optimizer"):
         table.add_column(name, justify="right")
     for stage in stages:
         first, last = stage.buckets[0], stage.buckets[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,15 +25,27 @@ class ControlConfig(Section):
     kd_ratio: float = Field(default=1.0, ge=0, le=1)
 
 
+class FinalGenerationConfig(GenerationConfig):
+    """How answers are generated in the final evaluation: sampled, as the authors do."""
+
+    no_repeat_ngram_size: int = Field(default=6, ge=0, description="0: repetition is allowed")
+
+
+class DevGenerationConfig(GenerationConfig):
+    """How dev answers are generated during training: greedy."""
+
+    sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
+
+
 class EvaluationConfig(Section):
     """How the distilled student is compared with where it came from (POCL, section 4.1)."""
 
-    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
-    greedy: bool = Field(default=True, description="greedy answers as well")
-    generation: GenerationConfig = GenerationConfig(no_repeat_ngram_size=6)
-    dev_generation: GenerationConfig = Field(
-        default=GenerationConfig(sampling_temperature=0.0), description="of the dev ROUGE-L during training"
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each"
     )
+    greedy: bool = Field(default=True, description="greedy answers as well")
+    generation: FinalGenerationConfig = FinalGenerationConfig()
+    dev_generation: DevGenerationConfig = DevGenerationConfig()
     max_dev_rows: int | None = Field(default=None, ge=1, description="rows of the dev ROUGE-L during training")
     teacher: bool = Field(default=True, description="evaluate the teacher as well")
     student_before: bool = Field(default=True, description="evaluate the student before distillation as well")

@@ -173,7 +173,9 @@ class ScalingConfig(Section):
     teacher_actors: int = Field(default=1, ge=1, description="actors that run the teacher while scoring, at most")
     evaluation_actors: int = Field(default=2, ge=1, description="actors that generate answers in evaluation, at most")
     cpus_per_actor: float = Field(default=1.0, gt=0)
-    gpus_per_actor: float = Field(default=1.0, ge=0, description="where GPUs are used")
+    gpus_per_actor: float | None = Field(
+        default=None, gt=0, description="where GPUs are used; null: one each, or a share where there are too few"
+    )
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -13,7 +13,7 @@ from pocl_ray.records import Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum (POCL, algorithm 1 and equations 6 to 8).
+    """Return the stages of the curriculum (POCL, section 3.3).
 
     Raises:
         ConfigError: There are more buckets than rows, or a stage is too small for one global batch.

@@ -39,6 +39,8 @@ from pocl_ray.storage import RunDirectory
 
 _MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
 _MIN_TASK_ROWS = 32
+_MIN_FILL = 0.75  # of its width that each row of a micro-batch fills,
+_MIN_BATCH_ROWS = 4  # beyond its first few rows
 _LENGTH_MULTIPLE = 8  # that `collate` rounds up to
 
 MicroBatches = list[npt.NDArray[np.int64]]
@@ -152,14 +154,16 @@ def plan_tasks(
 
 
 def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
-    """Cut rows, longest first, wherever the padded size would pass the budget."""
+    """Cut rows, longest first, where the padded size would pass the budget or padding would become a large share."""
     batches: MicroBatches = []
     start = 0
     while start < len(ids):
-        width = -(-int(lengths[ids[start]]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        end = start + max(1, batch_tokens // width)
-        batches.append(ids[start:end])
-        start = end
+        longest = int(lengths[ids[start]])
+        width = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        fitting = ids[start : start + max(1, batch_tokens // width)]
+        num_alike = int(np.count_nonzero(lengths[fitting] >= _MIN_FILL * longest))
+        batches.append(fitting[: max(_MIN_BATCH_ROWS, num_alike)])
+        start += len(batches[-1])
     return batches
 
 

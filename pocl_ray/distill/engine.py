@@ -135,6 +135,7 @@ class Engine:
             timeout_s: After so long a collective operation with a dead peer fails.
         """
         deepspeed = import_deepspeed(device)
+        check_precision(train.precision, deepspeed.get_accelerator())
         self.train = train
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -204,6 +205,24 @@ class Engine:
         self.deepspeed.eval()
         losses = self.deepspeed(batch.to(self.device), settings)
         return torch.stack([loss.detach().double() for loss in losses])
+
+
+def check_precision(precision: str, accelerator: Any) -> None:
+    """Refuse a precision that DeepSpeed cannot train in on this device.
+
+    Raises:
+        ConfigError: It is fp16 or bf16, and the device lacks it.
+    """
+    supported = {
+        "fp32": lambda: True,
+        "bf16": accelerator.is_bf16_supported,
+        "fp16": accelerator.is_fp16_supported,
+    }[precision]
+    if not supported():
+        others = " or ".join(name for name in ("bf16", "fp32") if name != precision)
+        raise ConfigError(
+            f"train.precision: {precision} cannot be trained in on {accelerator.device_name()}; set {others}"
+        )
 
 
 def import_deepspeed(device: torch.device) -> Any:

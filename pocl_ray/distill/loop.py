@@ -61,7 +61,6 @@ class TrainingLoop:
         self.progress = Progress()
         self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
-        self._last_checkpoint_step = -1
 
     def restore(self, progress: Progress, directory: Path) -> None:
         """Go on from a checkpoint: weights, moments, cursor and metric stream."""
@@ -69,7 +68,6 @@ class TrainingLoop:
         self.progress = progress
         self.state.load(state_reader(directory / STATE if reads else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
-        self._last_checkpoint_step = progress.step
         if reads and (directory / BEST).exists():
             shutil.copytree(directory / BEST, self._scratch / BEST)
 
@@ -166,7 +164,6 @@ class TrainingLoop:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
             write_progress(self.progress, directory)
-        self._last_checkpoint_step = self.progress.step
         self.on_checkpoint(self.progress, directory)
 
     def _hand_off(self) -> None:

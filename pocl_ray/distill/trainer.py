@@ -12,6 +12,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, progress_bar
@@ -19,6 +20,7 @@ from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.worker import train_worker
 from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
 CONTROLLER_FAILURE_LIMIT = 8
@@ -30,6 +32,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
@@ -46,14 +49,15 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
     """
-    use_gpu = wants_gpu(scaling)
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
-    for key, value in RAY_TRAIN_ENVIRONMENT.items():
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if _is_one_machine() else {})}.items():
         os.environ.setdefault(key, value)
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
-        train_loop_config={"task": task, "board": board},
+        # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
+        train_loop_config={"task": ray.put(task), "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
@@ -77,6 +81,19 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     """Run `run_training` and return its counts for the manifest."""
     standing = run_training(task, scaling)
     return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+
+
+class _Trainer(TorchTrainer):
+    """Does without the watchdog of placement groups where the cluster ends with this process: a process less to start.
+
+    The watchdog asks the State API, which a cluster without a dashboard lacks; `fit` would wait for it at the end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if not _is_one_machine():
+            return callbacks
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
@@ -137,18 +154,6 @@ def _cause(error: BaseException) -> BaseException:
         if isinstance(cause, UserError):
             return cause
     return error
-
-
-def wants_gpu(scaling: ScalingConfig) -> bool:
-    """Whether workers get a GPU each.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
 
 
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:

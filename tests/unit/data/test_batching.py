@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import functools
+import operator
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -50,9 +52,9 @@ def test_an_epoch_shows_each_row_at_most_once_and_skips_the_rest() -> None:
     made = batches()
     assert len(made) == 18 and all(len(ids) == 8 for ids in made)
     for epoch in range(3):
-        shown = sum(made[epoch * 6 : (epoch + 1) * 6], [])
+        shown = functools.reduce(operator.iadd, made[epoch * 6 : (epoch + 1) * 6], [])
         assert len(set(shown)) == 48
-    assert len(set(sum(made, []))) == 53, "another epoch skips other rows"
+    assert len(set(functools.reduce(operator.iadd, made, []))) == 53, "another epoch skips other rows"
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 6, 7, 12, 17, 18])
@@ -88,7 +90,7 @@ def test_rows_of_similar_length_share_a_micro_batch() -> None:
     ids = np.arange(32)
     parts = rank_micro_batches(ids, LENGTHS[ids], 0, 2, 4)
     lengths = [LENGTHS[part] for part in parts]
-    assert all(longer.min() >= shorter.max() for longer, shorter in zip(lengths, lengths[1:], strict=False))
+    assert all(longer.min() >= shorter.max() for longer, shorter in pairwise(lengths))
 
 
 # The tensors
