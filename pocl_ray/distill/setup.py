@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
@@ -23,7 +24,7 @@ from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK, RowsSummary
+from pocl_ray.records import RANK, Order, RowsSummary
 from pocl_ray.storage import localize
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
@@ -57,7 +58,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
     )
-    return TrainingLoop(task, engine, feed, dev, _order(task, len(stores[0])), on_checkpoint, on_step)
+    return TrainingLoop(task, engine, feed, dev, _orders(task, len(stores[0])), on_checkpoint, on_step)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:
@@ -83,10 +84,11 @@ def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:
     return HiddenCache.open(directory, task.teacher_fingerprint, made.fingerprint, made.num_rows)
 
 
-def _order(task: TrainTask, num_rows: int) -> np.ndarray:
-    """Return the row ids from easy to hard."""
-    if task.scores is None:
-        return np.arange(num_rows)
-    rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
-    assert len(rank) == num_rows, "scores.parquet belongs to other rows"
-    return np.argsort(rank, kind="stable")
+def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
+    """Return the row ids in each order that a stage may be a slice of."""
+    ranked: np.ndarray = np.arange(num_rows)
+    if task.scores is not None:
+        rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
+        assert len(rank) == num_rows, "scores.parquet belongs to other rows"
+        ranked = np.argsort(rank, kind="stable")
+    return {"rank": ranked, "random": random_order(num_rows, task.seed)}

@@ -34,9 +34,9 @@ def train_worker(config: dict[str, Any]) -> None:
     A user's mistake is told to the board, not raised: Ray would try it again.
 
     Args:
-        config: `task`, a TrainTask, and `board`, the handle of the ProgressBoard.
+        config: `task`, the reference of a TrainTask, and `board`, the handle of the ProgressBoard.
     """
-    task, board = config["task"], config["board"]
+    task, board = ray.get(config["task"]), config["board"]
     try:
         _train(task, board)
     except UserError as error:

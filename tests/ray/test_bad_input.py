@@ -17,6 +17,7 @@ from pocl_ray import cli as command_line
 from pocl_ray import session
 from pocl_ray.config import Config
 from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.distill.trainer import room_for
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model
@@ -79,8 +80,8 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("curriculum.num_buckets", f"{NUM_ROWS} or less"),
     ),
     "stage smaller than a global batch": (
-        {"train__global_batch_rows": 48},
-        ("stage 0 has 32 rows", "lower train.global_batch_rows"),
+        {"train__global_batch_rows": 64},
+        ("stage 0 has 48 rows", "lower train.global_batch_rows"),
     ),
     "fine-tuning on fewer rows than a global batch": (
         {"student__sft": {"train": {"global_batch_rows": 128}}},
@@ -125,11 +126,14 @@ def rename_output(row: dict[str, str]) -> dict[str, str]:
 
 # How the training file is spoilt, and what the line must say.
 DATA_CASES: dict[str, tuple[Callable[[list[dict[str, str]]], list[dict[str, str]]], tuple[str, ...]]] = {
-    "a missing column": (lambda rows: [rename_output(row) for row in rows], ("output", "answer", "data.train.columns")),
+    "a missing column": (
+        lambda rows: [rename_output(row) for row in rows],
+        ("data.train:", "found: answer, input, instruction", "columns: {prompt"),
+    ),
     "no rows": (lambda rows: [], ("train.jsonl", "no rows")),
     "too many unusable rows": (
         lambda rows: [row if i % 4 else {**row, "output": ""} for i, row in enumerate(rows)],
-        ("data.max_reject_share", "16"),
+        ("data.max_reject_share", "24 of 96"),
     ),
 }
 
@@ -159,7 +163,7 @@ MODEL_CASES = {
     "different tokenizers": ("teacher", "foreign", ("tokenizers differ", "needs one tokenizer")),
     "a teacher without weights": ("empty", "student", ("empty", "has no weights")),
     "a student without weights": ("teacher", "empty", ("empty", "has no weights")),
-    "no such directory": ("teacher", "nowhere", ("nowhere", "no such model directory")),
+    "no such directory": ("teacher", "nowhere", ("nowhere", "neither a directory")),
 }
 
 
@@ -197,14 +201,21 @@ def test_a_place_that_cannot_be_written_is_refused(
     assert tree_digest(tmp_path) == before
 
 
+def prepared_run(folder: Path) -> Path:
+    """A run whose rows are prepared and whose training has begun."""
+    pipeline = Pipeline(Config.model_validate(config_tree(folder)))
+    assert pipeline.stages
+    pipeline.run_dir.write_text("checkpoints/begun", "")
+    return write_config(folder)
+
+
 def test_the_name_of_another_run_is_refused_and_says_what_differs(
     tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
-    path = write_config(tmp_path)
+    path = prepared_run(tmp_path)
     before = tree_digest(tmp_path)
     line = refused(path, capsys, "curriculum.interval_epochs=3")
-    assert "curriculum.interval_epochs: 1 -> 3" in line
+    assert "curriculum.interval_epochs: 4 -> 3" in line
     assert "another name" in line
     assert tree_digest(tmp_path) == before
 
@@ -212,8 +223,7 @@ def test_the_name_of_another_run_is_refused_and_says_what_differs(
 def test_a_refused_change_leaves_the_config_of_the_run(
     tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
-    path = write_config(tmp_path)
+    path = prepared_run(tmp_path)
     before = tree_digest(tmp_path)
     assert "unknown signal" in refused(path, capsys, "difficulty.signals=[luck]", "--resume-with-changes")
     assert tree_digest(tmp_path) == before
@@ -222,8 +232,16 @@ def test_a_refused_change_leaves_the_config_of_the_run(
 def test_the_corrected_config_may_use_the_name(
     tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(write_config(tmp_path), capsys, "train.global_batch_rows=48")
+    refused(write_config(tmp_path), capsys, "train.global_batch_rows=64")
     assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_workers"), [("PACK", 3), ("SPREAD", 3), ("STRICT_PACK", 2), ("STRICT_SPREAD", 2)]
+)
+def test_a_worker_is_not_cut_across_nodes(placement: str, num_workers: int) -> None:
+    nodes = [{"CPU": 5.0, "GPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 8.0}]
+    assert room_for({"CPU": 2.0, "GPU": 1.0}, nodes, placement) == num_workers
 
 
 @pytest.mark.ray

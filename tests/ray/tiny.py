@@ -6,17 +6,21 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from pocl_ray.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
-NUM_ROWS = 64
+NUM_ROWS = 96
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
 GENERATION = {"sampling_temperature": 0.0, "max_new_tokens": 6}
@@ -34,8 +38,15 @@ CONFIG: dict[str, Any] = {
         "sft": {"max_steps": 2},
     },
     "difficulty": {"generation": {**GENERATION, "sampling_temperature": 0.01}, "shard_rows": 32},
-    "curriculum": {"num_buckets": 2, "interval_epochs": 1},
-    "train": {"global_batch_rows": 16, "micro_batch_rows": 4, "learning_rate": 5e-3, "precision": "fp32"},
+    "curriculum": {"num_buckets": 2, "interval_epochs": 4},  # 36 steps: enough to kill a worker among them
+    "train": {
+        "global_batch_rows": 16,
+        "micro_batch_rows": 4,
+        "learning_rate": 5e-3,
+        "precision": "fp32",
+        "eval_every_epochs": 2,
+        "checkpoint_every_steps": 3,
+    },
     "control": {},
     "scaling": {"num_workers": 2},
     "evaluation": {"seeds": [10], "generation": {"max_new_tokens": 6}, "dev_generation": GENERATION, "max_dev_rows": 8},
@@ -94,7 +105,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pocl_ray", *arguments]
 
 
-def cli(*arguments: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
     """Run `pocl-ray` to its end."""
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=cli_environment(), capture_output=True, text=True, timeout=timeout_s
@@ -123,3 +134,21 @@ def manifest(run: Path) -> dict[str, Any]:
     """The steps of a run's manifest."""
     steps: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["steps"]
     return steps
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """A finished run: where its rows lie, its config file, and its directory."""
+
+    folder: Path
+    config: Path
+    run: Path
+
+    def copy(self, storage: Path, without: tuple[str, ...] = (), **changes: Any) -> tuple[Config, Path]:
+        """Copy the run to another storage, less some outputs and their checkpoints; return its config and directory."""
+        run = storage / self.run.name
+        shutil.copytree(self.run, run)
+        for pattern in without:
+            for path in run.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Config.model_validate(config_tree(self.folder, storage_path=str(storage), **changes)), run

@@ -23,6 +23,7 @@ LAYERS = (
         "console",
         "identity",
         "manifest",
+        "plugins",
         "session",
         "steps",
     },

@@ -186,14 +186,6 @@ def test_a_value_out_of_range_names_its_key(file: Path, override: str, place: st
     assert message.startswith((f"{file}: {place}", f"{file}: missing key {place}"))
 
 
-@pytest.mark.parametrize("key", ["kd_temperature", "kd_ratio"])
-def test_a_list_schedule_has_one_value_a_stage(file: Path, key: str) -> None:
-    message = refusal(file, f"curriculum.{key}=[0.5, 1.0, 1.0]")
-    assert f"curriculum.{key} lists 3 values, but there are 4 stages" in message
-    assert "but there are 1 stages" in refusal(file, f"curriculum.{key}=[0.5, 1.0]", "curriculum.pacing=none")
-    assert load_config(file, [f"curriculum.{key}=[0.5, 1.0, 1.0]", "curriculum.num_buckets=3"])
-
-
 # Keys that do not go together
 
 

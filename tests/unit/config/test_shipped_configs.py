@@ -51,8 +51,9 @@ def test_every_config_is_valid_and_can_be_planned(path: Path) -> None:
     assert [stage.index for stage in stages] == list(range(config.curriculum.num_buckets))
     assert stages[-1].num_rows == TYPICAL_ROWS.get(path, 2_000)
     if config.control is not None:
-        (control,) = plan_control(stages, config.control)
-        assert control.num_steps == sum(stage.num_steps for stage in stages)
+        num_steps = sum(stage.num_steps for stage in stages)
+        (control,) = plan_control(config, stages[-1].end_rank, num_steps)
+        assert control.num_steps == num_steps
     for role in ("teacher", "student"):
         sft = getattr(config, role).sft
         if sft is not None:

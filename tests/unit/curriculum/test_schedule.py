@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from pocl_ray.config import Config, ControlConfig, ScheduleConfig
+from pocl_ray.config import Config, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
-from pocl_ray.curriculum.pacing import PACINGS, baby_step
-from pocl_ray.curriculum.schedule import plan_control, plan_sft, plan_stages, scheduled
+from pocl_ray.curriculum.schedule import check_curriculum, plan_control, plan_sft, plan_stages, scheduled
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Stage
 
 DOLLY_ROWS = 11435
 
 
-def config(global_batch_rows: int = 64, **curriculum: Any) -> Config:
+def config(global_batch_rows: int = 64, control: dict[str, float] | None = None, **curriculum: Any) -> Config:
     return Config.model_validate(
         {
             "name": "run",
@@ -27,6 +26,7 @@ def config(global_batch_rows: int = 64, **curriculum: Any) -> Config:
             "teacher": {"path": "teacher"},
             "student": {"path": "student"},
             "curriculum": curriculum,
+            "control": control,
             "train": {"global_batch_rows": global_batch_rows},
         }
     )
@@ -69,14 +69,11 @@ def test_more_buckets_than_rows_are_refused(num_rows: int) -> None:
         plan_stages(config(num_buckets=4), num_rows)
 
 
-def test_baby_step_admits_one_bucket_a_stage_and_none_admits_all_at_once() -> None:
-    assert baby_step(3) == [(0,), (0, 1), (0, 1, 2)]
-    assert PACINGS["none"](3) == [(0, 1, 2)]
-
-
-def test_without_pacing_there_is_one_stage_on_all_rows() -> None:
+def test_without_pacing_there_is_one_stage_on_all_rows_at_the_steps_of_baby_step() -> None:
     (stage,) = plan_stages(config(pacing="none", kd_ratio=[0.5]), DOLLY_ROWS)
-    assert (stage.num_rows, stage.num_steps, stage.kd_ratio, stage.kd_temperature) == (DOLLY_ROWS, 1424, 0.5, 1.0)
+    assert (stage.num_rows, stage.num_steps, stage.kd_ratio, stage.kd_temperature) == (DOLLY_ROWS, 3552, 0.5, 1.0)
+    assert stage.buckets == (0, 1, 2, 3)
+    assert stage.lr_num_steps == 3552
 
 
 @pytest.mark.parametrize(("num_buckets", "stage"), [(4, 0), (1, 0)])
@@ -122,6 +119,50 @@ def test_a_list_of_another_length_is_refused() -> None:
         scheduled(ScheduleConfig.model_validate([1, 2]), 3)
 
 
+@pytest.mark.parametrize("key", ["kd_temperature", "kd_ratio"])
+def test_a_list_has_one_value_a_stage_and_the_message_names_the_key(key: str) -> None:
+    for pacing, num_stages in (("baby_step", 4), ("none", 1), ("competence", 8)):
+        curriculum = config(pacing=pacing, **{key: [0.5, 1.0, 1.0]}).curriculum
+        with pytest.raises(ConfigError, match=f"curriculum.{key} lists 3 values, but there are {num_stages} stages"):
+            check_curriculum(curriculum)
+    check_curriculum(config(num_buckets=3, **{key: [0.5, 1.0, 1.0]}).curriculum)
+
+
+# Values that move by step
+
+
+def over_all_steps(stages: tuple[Stage, ...], key: str) -> list[float]:
+    return [getattr(stage, f"{key}_at")(step) for stage in stages for step in range(stage.num_steps)]
+
+
+def test_by_step_a_linear_value_moves_evenly_over_the_whole_run_whatever_the_stages() -> None:
+    stages = plan_stages(config(kd_temperature={"start": 2, "end": 1, "by": "step"}), DOLLY_ROWS)
+    values = over_all_steps(stages, "kd_temperature")
+    assert values == pytest.approx([2 - step / 3551 for step in range(3552)])
+    assert [stage.kd_temperature for stage in stages] == pytest.approx([2 - s / 3551 for s in (0, 352, 1064, 2128)])
+    assert {stage.kd_ratio_ramp for stage in stages} == {None}
+
+
+def test_by_step_a_cosine_is_slow_at_both_ends_and_a_list_is_a_line_through_its_points() -> None:
+    curriculum = {"kd_temperature": {"shape": "cosine", "start": 1, "end": 3, "by": "step"}}
+    curriculum["kd_ratio"] = {"values": [0, 1, 0.5], "by": "step"}
+    stages = plan_stages(config(num_buckets=2, interval_epochs=1, global_batch_rows=8, **curriculum), 24)
+    num_steps = sum(stage.num_steps for stage in stages)
+    assert num_steps == 4
+    cosine = [2 - math.cos(math.pi * step / 3) for step in range(4)]
+    assert over_all_steps(stages, "kd_temperature") == pytest.approx(cosine)
+    assert over_all_steps(stages, "kd_ratio") == pytest.approx([0, 2 / 3, 5 / 6, 0.5])
+
+
+def test_by_step_a_constant_and_a_single_step_stay_where_they_are() -> None:
+    steady = {"shape": "constant", "start": 1.5, "by": "step"}
+    assert set(over_all_steps(plan_stages(config(kd_temperature=steady), DOLLY_ROWS), "kd_temperature")) == {1.5}
+    moving = {"start": 1, "end": 2, "by": "step"}
+    curriculum = {"num_buckets": 1, "interval_epochs": 1, "kd_temperature": moving}
+    (stage,) = plan_stages(config(global_batch_rows=8, **curriculum), 8)
+    assert stage.kd_temperature_at(0) == 1.0
+
+
 # The learning rate's place in its schedule
 
 
@@ -143,7 +184,8 @@ def test_continuous_lays_one_schedule_over_all_stages() -> None:
 @pytest.mark.parametrize("optimizer", ["restart", "continuous"])
 def test_the_control_takes_as_many_steps_on_all_rows_in_one_schedule(optimizer: str) -> None:
     stages = plan_stages(config(optimizer=optimizer), DOLLY_ROWS)
-    (control,) = plan_control(stages, ControlConfig(kd_temperature=1.5, kd_ratio=0.9))
+    asked = config(optimizer=optimizer, control={"kd_temperature": 1.5, "kd_ratio": 0.9})
+    (control,) = plan_control(asked, DOLLY_ROWS, sum(s.num_steps for s in stages))
     assert control.num_steps == control.lr_num_steps == sum(s.num_steps for s in stages) == 3552
     assert (control.index, control.first_rank, control.end_rank) == (0, 0, DOLLY_ROWS)
     assert (control.kd_temperature, control.kd_ratio, control.restart_optimizer) == (1.5, 0.9, True)
@@ -168,5 +210,7 @@ def test_fine_tuning_on_too_few_rows_names_its_section() -> None:
 
 
 def test_a_stage_comes_back_from_json_as_it_was() -> None:
-    for stage in (*plan_stages(config(), DOLLY_ROWS), *plan_sft(100, 3, 5, 8, "student.sft")):
+    moving = {"start": 1, "end": 2, "by": "step"}
+    ramped = plan_stages(config(kd_temperature=moving, advance="plateau"), DOLLY_ROWS)
+    for stage in (*plan_stages(config(), DOLLY_ROWS), *ramped, *plan_sft(100, 3, 5, 8, "student.sft")):
         assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage
