@@ -1,0 +1,83 @@
+"""The tiny flow as a job on two nodes that ask for a token, submitted by both commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import config_tree
+from two_nodes import TwoNodes, two_nodes
+
+from pocl_ray.submit import EXCLUDES
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
+SCALING = {"num_workers": 2, "placement": "STRICT_SPREAD", "evaluation_actors": 1, "start_timeout_s": 300}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout: the package, and a config; results go elsewhere."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(PACKAGE, folder / "pocl_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    shared = tmp_path_factory.mktemp("shared")
+    tree = config_tree(shared, control=None, curriculum__interval_epochs=1, student__sft=None, scaling=SCALING)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return folder
+
+
+def command(nodes: TwoNodes, words: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=folder, env={**nodes.env, **env}, capture_output=True, text=True
+    )
+
+
+def submit(nodes: TwoNodes, folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    line = ["pocl_ray", "submit", "run.yaml", *words, "--address", nodes.address, "--env", "OMP_NUM_THREADS=1"]
+    return command(nodes, line, folder, **env)
+
+
+def test_a_wrong_token_is_told_in_one_line(nodes: TwoNodes, working_dir: Path) -> None:
+    done = submit(nodes, working_dir, RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode == 2
+    assert "refuses ours" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_mistake_that_the_job_finds_comes_back_as_its_exit_code(nodes: TwoNodes, working_dir: Path) -> None:
+    done = submit(nodes, working_dir, "data.train.path=nowhere.jsonl")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "nowhere.jsonl" in done.stdout
+
+
+def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes, working_dir: Path) -> None:
+    done = submit(nodes, working_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ray job stop" in done.stderr
+    storage = Path(yaml.safe_load((working_dir / "run.yaml").read_text(encoding="utf-8"))["storage_path"])
+    run = storage / "tiny"
+    assert (run / "student" / "model.safetensors").exists()
+    assert (run / "report.html").exists()
+    assert len(json.loads((run / "environment.json").read_text(encoding="utf-8"))["nodes"]) == 2
+    assert not (run / "lease.json").exists()
+
+    excludes = yaml.safe_dump({"excludes": list(EXCLUDES)})
+    (working_dir / "runtime_env.yaml").write_text(excludes, encoding="utf-8")
+    line = ["ray.scripts.scripts", "job", "submit", "--address", nodes.address, "--working-dir", "."]
+    line += ["--runtime-env", "runtime_env.yaml", "--", "python", "-m", "pocl_ray", "run", "run.yaml"]
+    again = command(nodes, line, working_dir)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "distill is done already" in again.stdout + again.stderr
