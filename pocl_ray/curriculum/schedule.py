@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
@@ -164,7 +164,8 @@ def _with_ramps(stages: Sequence[Stage], curriculum: CurriculumConfig) -> tuple[
             schedule = getattr(curriculum, key)
             if schedule.by == "step":
                 ramp = Ramp(_points(schedule), _shape(schedule), total, done)
-                stage = replace(stage, **{key: ramp.at(0), f"{key}_ramp": ramp})
+                changes: dict[str, Any] = {key: ramp.at(0), f"{key}_ramp": ramp}
+                stage = replace(stage, **changes)
         placed.append(stage)
         done += stage.num_steps
     return tuple(placed)

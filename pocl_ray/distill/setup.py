@@ -86,7 +86,7 @@ def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:
 
 def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
     """Return the row ids in each order that a stage may be a slice of."""
-    ranked = np.arange(num_rows)
+    ranked: np.ndarray = np.arange(num_rows)
     if task.scores is not None:
         rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
         assert len(rank) == num_rows, "scores.parquet belongs to other rows"
