@@ -118,6 +118,35 @@ def fetch(
     fetch_smollm2(directory / model, console)
 
 
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+            help="dashboard of the cluster's head node, such as http://HEAD:8265",
+        ),
+    ] = "",
+    wait: Annotated[bool, typer.Option(help="follow the job and return its exit code")] = True,
+    working_dir: Annotated[Path, typer.Option(help="what travels with the job; CONFIG lies in it")] = Path(),
+    env: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the job and its workers; KEY alone: its value here")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="more of Ray's runtime environment, as in cluster/runtime_env.yaml")
+    ] = None,
+) -> None:
+    """Run on a Ray cluster, as a job."""
+    from pocl_ray.submit import Submission, parse_env, submit
+
+    if not address:
+        raise UserError("submit: no cluster is named; give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS")
+    submission = Submission(config, overrides or [], address, working_dir, parse_env(env or []), runtime_env)
+    sys.exit(submit(submission, wait))
+
+
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
     """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
     config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once

@@ -13,6 +13,7 @@ import ray
 from pocl_ray.errors import ResourceError
 
 QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+START_ATTEMPTS = 3
 QUIET_HERE = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # of a cluster of our own; a shared one keeps its logs
 
 
@@ -34,6 +35,19 @@ def ray_session() -> Iterator[None]:
             os.environ.setdefault(key, value)
     try:
         with _muted_stderr():
+            _connect(address)
+    except (ConnectionError, TimeoutError) as error:
+        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Connect, or start a cluster; Ray gives a new node half a minute, which is not enough on a machine under load."""
+    for attempt in range(START_ATTEMPTS):
+        try:
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
@@ -41,12 +55,11 @@ def ray_session() -> Iterator[None]:
                 logging_level=logging.ERROR,
                 runtime_env={"worker_process_setup_hook": know_the_cluster},
             )
-    except (ConnectionError, TimeoutError) as error:
-        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            return
+        except Exception as error:  # Ray raises nothing more special
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
+            ray.shutdown()
 
 
 @contextmanager

@@ -15,6 +15,11 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
+def outlives_job(path: str) -> bool:
+    """Whether the path is still there after a Ray job, whose copy of the working directory is deleted."""
+    return is_remote(path) or Path(path.removeprefix("file://")).expanduser().is_absolute()
+
+
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of a path or URL, and the path on it.
 

@@ -23,6 +23,7 @@ class Standing:
         evaluation: The last dev figures.
         refusal: The user's mistake that ended the run.
         num_starts: How often the workers began; more than once after a failure.
+        warnings: What the user should know of, each once.
     """
 
     num_steps: int | None = None
@@ -33,6 +34,7 @@ class Standing:
     evaluation: dict[str, Any] = field(default_factory=dict)
     refusal: UserError | None = None
     num_starts: int = 0
+    warnings: list[str] = field(default_factory=list)
 
 
 @ray.remote(num_cpus=0)
@@ -62,6 +64,11 @@ class ProgressBoard:
     def refuse(self, error: UserError) -> None:
         """A worker met a user's mistake."""
         self.standing.refusal = error
+
+    def warn(self, text: str) -> None:
+        """The user should know of something that the run goes on in spite of."""
+        if text not in self.standing.warnings:
+            self.standing.warnings.append(text)
 
     def read(self) -> Standing:
         """Return the standing."""

@@ -64,14 +64,14 @@ class TrainingLoop:
         self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
-    def restore(self, progress: Progress, directory: Path) -> None:
-        """Go on from a checkpoint: weights, moments, cursor and metric stream."""
-        reads = self.engine.rank == 0
+    def restore(self, progress: Progress, directory: Path | None) -> None:
+        """Go on from a checkpoint: weights, moments, cursor and metric stream; collective, rank 0 reads `directory`."""
+        source = directory if self.engine.rank == 0 else None
         self.progress = progress
-        self.state.load(state_reader(directory / STATE if reads else None), KINDS, progress.num_adam_steps)
+        self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
-        if reads and (directory / BEST).exists():
-            shutil.copytree(directory / BEST, self._scratch / BEST)
+        if source is not None and (source / BEST).exists():
+            shutil.copytree(source / BEST, self._scratch / BEST)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""

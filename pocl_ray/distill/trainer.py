@@ -12,9 +12,12 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.console import Bar, progress_bar
+from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.worker import train_worker
@@ -23,6 +26,7 @@ from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
 CONTROLLER_FAILURE_LIMIT = 8
+REFUSAL_PATIENCE_S = 15.0  # the others may wait for the worker that refused until their collective times out
 
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -31,6 +35,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
@@ -49,12 +54,14 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     """
     use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
-    for key, value in RAY_TRAIN_ENVIRONMENT.items():
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if _is_one_machine() else {})}.items():
         os.environ.setdefault(key, value)
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    trainer = _Trainer(
         train_worker,
-        train_loop_config={"task": task, "board": board},
+        # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
+        train_loop_config={"task": ray.put(task), "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
@@ -66,11 +73,8 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         run_config=_run_config(task, scaling),
     )
     with progress_bar(task.name, task.num_steps, "steps") as bar:
-        _fit(trainer, board, bar)
-    standing: Standing = ray.get(board.read.remote())
+        standing = _fit(trainer, board, bar)
     ray.kill(board)
-    if standing.refusal is not None:
-        raise standing.refusal
     return standing
 
 
@@ -78,6 +82,19 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     """Run `run_training` and return its counts for the manifest."""
     standing = run_training(task, scaling)
     return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+
+
+class _Trainer(TorchTrainer):
+    """Does without the watchdog of placement groups where the cluster ends with this process: a process less to start.
+
+    The watchdog asks the State API, which a cluster without a dashboard lacks; `fit` would wait for it at the end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if not _is_one_machine():
+            return callbacks
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
@@ -94,8 +111,8 @@ def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
-    """Run the trainer in a thread, and show the board's standing meanwhile."""
+def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> Standing:
+    """Run the trainer in a thread, show the board's standing meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -106,16 +123,25 @@ def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
-    num_starts = 0
-    while thread.is_alive():
+    num_starts, num_warnings, refused_at = 0, 0, float("inf")
+    while thread.is_alive() and time.monotonic() < refused_at + REFUSAL_PATIENCE_S:
         thread.join(POLL_S)
         standing: Standing = ray.get(board.read.remote())
         if standing.num_starts > num_starts:
             num_starts = standing.num_starts
             bar.begin(standing.first_step)
+        for warning in standing.warnings[num_warnings:]:
+            console.print(f"[yellow]warning:[/] {escape(warning)}")
+        num_warnings = len(standing.warnings)
         bar.update(standing.step, note=_note(standing))
+        if standing.refusal is not None:
+            refused_at = min(refused_at, time.monotonic())
+    standing = ray.get(board.read.remote())
+    if standing.refusal is not None:
+        raise standing.refusal
     if failures:
         raise _cause(failures[0])
+    return standing
 
 
 def _note(standing: Standing) -> str:
@@ -156,7 +182,7 @@ def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
     deadline = time.monotonic() + scaling.start_timeout_s
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = _room(nodes, needed, scaling.placement)
+        room = room_for(needed, nodes, scaling.placement)
         if room >= scaling.num_workers:
             return
         if time.monotonic() > deadline or _is_one_machine():
@@ -169,8 +195,14 @@ def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
         time.sleep(1.0)
 
 
-def _room(nodes: list[dict[str, float]], needed: dict[str, float], placement: str) -> int:
-    """How many workers fit, none of them cut across nodes."""
+def room_for(needed: dict[str, float], nodes: list[dict[str, float]], placement: str) -> int:
+    """Return how many workers fit, none of them cut across nodes.
+
+    Args:
+        needed: What one worker asks for.
+        nodes: What each node has.
+        placement: Ray's placement strategy.
+    """
     fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
     if placement == "STRICT_PACK":
         return max(fits, default=0)

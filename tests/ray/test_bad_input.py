@@ -17,6 +17,7 @@ from pocl_ray import cli as command_line
 from pocl_ray import session
 from pocl_ray.config import Config
 from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.distill.trainer import room_for
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model
@@ -233,6 +234,14 @@ def test_the_corrected_config_may_use_the_name(
 ) -> None:
     refused(write_config(tmp_path), capsys, "train.global_batch_rows=64")
     assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_workers"), [("PACK", 3), ("SPREAD", 3), ("STRICT_PACK", 2), ("STRICT_SPREAD", 2)]
+)
+def test_a_worker_is_not_cut_across_nodes(placement: str, num_workers: int) -> None:
+    nodes = [{"CPU": 5.0, "GPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 8.0}]
+    assert room_for({"CPU": 2.0, "GPU": 1.0}, nodes, placement) == num_workers
 
 
 @pytest.mark.ray

@@ -105,7 +105,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pocl_ray", *arguments]
 
 
-def cli(*arguments: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
     """Run `pocl-ray` to its end."""
     return subprocess.run(
         command(*arguments), cwd=ROOT, env=cli_environment(), capture_output=True, text=True, timeout=timeout_s

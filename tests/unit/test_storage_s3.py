@@ -93,17 +93,17 @@ def test_a_finished_step_is_known_to_the_next_process(run_dir: RunDirectory) -> 
 
 
 def test_a_missing_bucket_is_named(s3_bucket: str) -> None:
-    with pytest.raises(StorageError, match="s3://no-such-bucket-here: there is no such bucket"):
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket-here: there is no such bucket"):
         RunDirectory.open("s3://no-such-bucket-here/runs", "tiny")
 
 
 def test_a_bucket_that_is_closed_to_us_is_named(s3_bucket: str, guarded: None) -> None:
-    with pytest.raises(StorageError, match=f"{s3_bucket}: cannot be used .*credentials"):
+    with pytest.raises(StorageError, match=rf"{s3_bucket}: cannot be used .*credentials"):
         RunDirectory.open(f"{s3_bucket}/runs", "tiny")
 
 
 def test_a_missing_object_is_named_in_one_line(run_dir: RunDirectory) -> None:
-    with pytest.raises(StorageError, match="s3://.*/nothing: no such file") as caught:
+    with pytest.raises(StorageError, match=r"s3://.*/nothing: no such file") as caught:
         run_dir.read_bytes("nothing")
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError, match="no such file or directory"):
