@@ -3,6 +3,8 @@ prepared, and the cluster's room as soon as Ray is connected."""
 
 from __future__ import annotations
 
+import os
+
 import ray
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +19,10 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_models, origin_fingerprint
+from pocl_ray.stores import check_lasts
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the environment of a submitted job."""
 
 
 def check_inputs(config: Config) -> None:
@@ -25,6 +31,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         UserError: A file or model is missing, or a name is unknown.
     """
+    if RAY_JOB in os.environ:
+        check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
     check_curriculum(config.curriculum)

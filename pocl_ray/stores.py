@@ -15,9 +15,17 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
-def outlives_job(path: str) -> bool:
-    """Whether the path is still there after a Ray job, whose copy of the working directory is deleted."""
-    return is_remote(path) or Path(path.removeprefix("file://")).expanduser().is_absolute()
+def check_lasts(storage_path: str) -> None:
+    """Refuse a storage path inside a Ray job's copy of the working directory, which Ray deletes after the job.
+
+    Raises:
+        StorageError: It is relative.
+    """
+    if not is_remote(storage_path) and not Path(storage_path.removeprefix("file://")).expanduser().is_absolute():
+        raise StorageError(
+            f"storage_path: {storage_path} is relative, and a job's working directory is deleted after it; give "
+            "s3://bucket/runs or the absolute path of a disk that all nodes share"
+        )
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:

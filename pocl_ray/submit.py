@@ -23,8 +23,8 @@ from requests.exceptions import RequestException
 
 from pocl_ray.config import load_config
 from pocl_ray.console import console
-from pocl_ray.errors import ConfigError, ResourceError, StorageError
-from pocl_ray.stores import outlives_job
+from pocl_ray.errors import ConfigError, ResourceError
+from pocl_ray.stores import check_lasts
 
 # What a checkout holds and a job does not need, beside what .gitignore names. A leading slash is the top alone:
 # `pocl_ray/models` is code.
@@ -145,19 +145,6 @@ def runtime_environment(submission: Submission) -> dict[str, Any]:
         "excludes": [*EXCLUDES, *given.get("excludes", [])],
         "env_vars": {**given.get("env_vars", {}), **submission.env},
     }
-
-
-def check_lasts(storage_path: str) -> None:
-    """Refuse a storage path inside the job's copy of the working directory, which Ray deletes after the job.
-
-    Raises:
-        StorageError: It is relative.
-    """
-    if not outlives_job(storage_path):
-        raise StorageError(
-            f"storage_path: {storage_path} is relative, and a job's working directory is deleted after it; give "
-            "s3://bucket/runs or the absolute path of a disk that all nodes share"
-        )
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
