@@ -68,16 +68,18 @@ class Inputs:
     def rows(self) -> Rows:
         """The prepared sets."""
         config = self.config
+        numbers = list(config.difficulty.columns)
 
         def work(_: str) -> StepResult:
             tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
             check_student_tokenizer(config.student, tokenizer)
-            rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir)
+            rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir, numbers)
             tokens = sum(made.num_prompt_tokens + made.num_response_tokens for made in rows)
             counts = {"num_rows": sum(made.num_rows for made in rows), "num_tokens": tokens}
             return StepResult([SUMMARY, "rejects.jsonl", *(made.path for made in rows)], counts)
 
-        self.steps.run("rows", [self.tokenizer, data_fingerprint(config.data), config.seed], work)
+        depends = [self.tokenizer, data_fingerprint(config.data), config.seed, *([numbers] if numbers else [])]
+        self.steps.run("rows", depends, work)
         rows = read_summary(self.run_dir)
         for name, num_leaks in rows.leaks.items():
             if num_leaks:

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.difficulty.ranking import rank_rows
 from pocl_ray.difficulty.scoring import score_rows
 from pocl_ray.distill.planning import curriculum_task
@@ -32,7 +34,7 @@ from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.preparing import reference
 from pocl_ray.preflight import check_inputs, check_room, check_settings
-from pocl_ray.records import RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
+from pocl_ray.records import COLUMN, RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
@@ -111,6 +113,7 @@ class Pipeline:
         config, inputs, _ = self.config, self.inputs, self.stages
         student, teacher = inputs.student, inputs.teacher
         cache = CACHE if config.distill.teacher_cache == "hidden" else None
+        chosen = choose_signals(config.difficulty)
 
         def work(_: str) -> StepResult:
             table, counts = score_rows(
@@ -127,28 +130,37 @@ class Pipeline:
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
                 seed=config.seed,
+                plugins=chosen.plugins,
             )
             self._publish_table(table, SIGNALS)
             return StepResult([SIGNALS, *([cache] if cache else [])], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
         models = [student.fingerprint, teacher.fingerprint, cache, config.distill.cache_dtype]
-        return self.steps.run("scores", [inputs.rows_fingerprint, models, settings, config.seed], work, on_cluster=True)
+        depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
+        return self.steps.run("scores", depends, work, on_cluster=True)
 
     @cached_property
     def ranking(self) -> str:
         """Fingerprint of `scores.parquet`: the signals, and the rank that they give each row."""
-        difficulty = self.config.difficulty
+        difficulty, seed = self.config.difficulty, self.config.seed
 
         def work(_: str) -> StepResult:
             table = pq.read_table(self.run_dir.local(SIGNALS))
+            rows = RowStore.open(self.run_dir.local(self.inputs.rows.train.path))
+            for name in difficulty.columns:
+                table = table.append_column(f"{COLUMN}{name}", pa.array(rows.numbers(name)))
             chosen = {name: table[name].to_numpy() for name in difficulty.signals}
-            rrf_score, rank = rank_rows(chosen, difficulty.rrf_k, difficulty.tie_break, self.config.seed)
+            easy = choose_signals(difficulty).easy
+            rrf_score, rank = rank_rows(
+                chosen, difficulty.rrf_k, difficulty.tie_break, seed, weights=difficulty.signals, easy=easy
+            )
             table = table.append_column(RRF_SCORE, pa.array(rrf_score)).append_column(RANK, pa.array(rank))
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 
-        settings = difficulty.model_dump(mode="json", include={"signals", "rrf_k", "tie_break"})
+        settings = difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
+        settings["signals"] = list(difficulty.signals.items())  # their order breaks ties
         return self.steps.run("ranking", [self.signals, settings, self.config.seed], work)
 
     @cached_property

@@ -13,7 +13,7 @@ from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
-from pocl_ray.difficulty.ranking import check_signals
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
@@ -34,7 +34,7 @@ def check_inputs(config: Config) -> None:
     if RAY_JOB in os.environ:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
-    check_signals(config.difficulty.signals)
+    choose_signals(config.difficulty)
     check_curriculum(config.curriculum)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)

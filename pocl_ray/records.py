@@ -15,6 +15,9 @@ REFERENCES = "references"
 PROMPT_IDS = "prompt_ids"
 RESPONSE_IDS = "response_ids"
 
+# A numeric column of the user's own, carried along as a difficulty signal, is called `column:NAME`.
+COLUMN = "column:"
+
 # Columns of scores.parquet, beside one column per signal.
 NUM_PROMPT_TOKENS = "num_prompt_tokens"
 NUM_RESPONSE_TOKENS = "num_response_tokens"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
+from pocl_ray.records import COLUMN
+
+SIGNAL_ALIASES = {"response_tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
 
 ColumnRole = Literal["prompt", "instruction", "input", "output", "messages", "system", "topic"]
 
@@ -144,7 +147,14 @@ class ScoringGenerationConfig(GenerationConfig):
 class DifficultyConfig(Section):
     """Which signals say how hard a row is, and how they are fused (POCL, section 3.2)."""
 
-    signals: tuple[str, ...] = Field(default=("rouge_l", "ce_loss"), min_length=1, description="in fusion order")
+    signals: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={"rouge_l": 1.0, "ce_loss": 1.0},
+        min_length=1,
+        description="signal -> weight, in fusion order, or a list of them; `column:NAME` is a column of the rows",
+    )
+    columns: dict[str, Literal["high", "low"]] = Field(
+        default_factory=dict, description="NAME of each `column:NAME` -> which of its values mean an easy row"
+    )
     rrf_k: float = Field(default=60.0, ge=0, description="constant of reciprocal rank fusion")
     tie_break: Literal["file_order", "seeded"] = Field(
         default="file_order", description="order of equally hard rows: the file's (the authors'), or drawn by seed"
@@ -152,3 +162,28 @@ class DifficultyConfig(Section):
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
     shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")
+
+    @field_validator("signals", mode="before")
+    @classmethod
+    def _weighted(cls, signals: Any) -> Any:
+        if isinstance(signals, (list, tuple)):
+            if len(set(map(str, signals))) != len(signals):
+                raise ValueError("a signal stands twice in the list; give it a weight instead")
+            signals = dict.fromkeys(signals, 1.0)
+        if not isinstance(signals, dict):
+            return signals
+        if not all(isinstance(name, str) for name in signals):
+            raise ValueError("names of signals are text")
+        named = {SIGNAL_ALIASES.get(name, name): weight for name, weight in signals.items()}
+        if len(named) != len(signals):
+            raise ValueError("a signal stands twice, once under another name")
+        return named
+
+    @model_validator(mode="after")
+    def _directions(self) -> DifficultyConfig:
+        used = {name.removeprefix(COLUMN) for name in self.signals if name.startswith(COLUMN)}
+        for name in sorted(used ^ set(self.columns)):
+            if name in used:
+                raise ValueError(f"{COLUMN}{name} needs columns.{name}: high or low, the values that mean an easy row")
+            raise ValueError(f"columns.{name} is not among the signals; add {COLUMN}{name} to signals, or remove it")
+        return self

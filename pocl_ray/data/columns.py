@@ -16,7 +16,8 @@ An explicit mapping wins: its columns must exist, and only layouts that have its
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,36 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
     instruction = _text(_field(values, columns[role]), columns[role])
     references = _references(_field(values, columns["output"]), columns["output"])
     return Request(instruction, _optional_text(values, columns.get("input")), system, (), references, topic)
+
+
+def check_numbers(found: Collection[str], columns: Sequence[str]) -> None:
+    """Check that the columns that are carried along are there.
+
+    Raises:
+        DataError: One is not.
+    """
+    for name in columns:
+        if name not in found:
+            near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(f"no column {name!r}, which difficulty.signals names{hint}; found: {_names(found)}")
+
+
+def read_numbers(values: Mapping[str, Any], columns: Sequence[str]) -> tuple[float, ...]:
+    """Read numeric columns of one row.
+
+    Raises:
+        UnusableRowError: One is missing, or no finite number.
+    """
+    return tuple(_number(_field(values, column), column) for column in columns)
+
+
+def _number(value: Any, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnusableRowError(f"{place} is {type(value).__name__}, not a number")
+    if not math.isfinite(value):
+        raise UnusableRowError(f"{place} is {value}, not a finite number")
+    return float(value)
 
 
 def _names(names: Collection[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from pocl_ray.config.sources import ColumnRole, SourceConfig
-from pocl_ray.data.columns import Columns, UnusableRowError, resolve_columns
+from pocl_ray.data.columns import Columns, UnusableRowError, check_numbers, resolve_columns
 from pocl_ray.data.prompts import Example, PromptTemplate, read_example
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.sources import read_source
@@ -41,10 +41,12 @@ class ExampleReader:
     Args:
         mapping: Role to column, as far as the user gave it.
         template: Makes the prompts.
+        numbers: Numeric columns that are carried along.
     """
 
-    def __init__(self, mapping: Columns, template: PromptTemplate) -> None:
+    def __init__(self, mapping: Columns, template: PromptTemplate, numbers: Sequence[str] = ()) -> None:
         self._mapping = mapping
+        self._numbers = numbers
         self._template = template
         self._columns: dict[ColumnRole, str] | None = None
 
@@ -60,6 +62,7 @@ class ExampleReader:
                 return [_reject(item, "has no columns") for item in chunk]
             try:
                 self._columns = resolve_columns(found, self._mapping)
+                check_numbers(found, self._numbers)
             except DataError as error:
                 raise DataError(
                     f"{next(item.source for item in chunk if isinstance(item, SourceRow))}: {error}"
@@ -69,7 +72,7 @@ class ExampleReader:
 
     def _read_row(self, row: SourceRow, columns: Columns) -> Example | Reject:
         try:
-            return read_example(row, columns, self._template)
+            return read_example(row, columns, self._template, self._numbers)
         except UnusableRowError as unusable:
             return _reject(row, str(unusable))
 

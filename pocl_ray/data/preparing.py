@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,8 +65,21 @@ def training_texts(config: DataConfig) -> Iterator[str]:
                 yield item.references[0]
 
 
-def prepare_all(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory) -> Rows:
+def prepare_all(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    run_dir: RunDirectory,
+    numbers: Sequence[str] = (),
+) -> Rows:
     """Write the rows of every set, `rejects.jsonl` and a summary into the run directory.
+
+    Args:
+        config: Sources, template and lengths.
+        tokenizer: The run's.
+        seed: Draws the rows that are held out.
+        run_dir: Where they go.
+        numbers: Numeric columns of the training rows that are carried along, as difficulty signals.
 
     Raises:
         DataError: A source is missing or unusable, or too many of its rows are.
@@ -76,7 +89,8 @@ def prepare_all(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name, source in _sources(config):
-            made[name], left_out = prepare_rows(name, source, config, tokenizer, folder / f"{name}.arrow")
+            own = numbers if name == "train" else ()
+            made[name], left_out = prepare_rows(name, source, config, tokenizer, folder / f"{name}.arrow", own)
             rejects.extend(left_out)
         if config.dev is None:
             train, dev = folder / "train.arrow", folder / "dev.arrow"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from pocl_ray.data.columns import Columns, Request, UnusableRowError, read_request
+from pocl_ray.data.columns import Columns, Request, UnusableRowError, read_numbers, read_request
 from pocl_ray.data.readers import SourceRow
 from pocl_ray.errors import ConfigError
 
@@ -43,12 +44,14 @@ class Example:
         references: Accepted answers; the first is trained on, all are used in evaluation.
         topic: Family of the task, where the source names it.
         source_row: Number of the row in its source, from 1.
+        numbers: Of the row's own columns that are difficulty signals.
     """
 
     prompt: str
     references: tuple[str, ...]
     topic: str | None
     source_row: int
+    numbers: tuple[float, ...] = ()
 
 
 class PromptTemplate:
@@ -103,14 +106,16 @@ class PromptTemplate:
             raise UnusableRowError(f"the tokenizer's chat template refuses it ({error})") from None
 
 
-def read_example(row: SourceRow, columns: Columns, template: PromptTemplate) -> Example:
-    """Read one row and put it into the template.
+def read_example(row: SourceRow, columns: Columns, template: PromptTemplate, numbers: Sequence[str] = ()) -> Example:
+    """Read one row and put it into the template; `numbers` are columns that are carried along.
 
     Raises:
         UnusableRowError: The row cannot be used; the message says why.
     """
     request = read_request(row.values, columns)
-    return Example(template.render(request), request.references, request.topic, row.row)
+    return Example(
+        template.render(request), request.references, request.topic, row.row, read_numbers(row.values, numbers)
+    )
 
 
 def _cut(template: str) -> list[str]:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pocl_ray.data.location import first_line
 from pocl_ray.errors import DataError
-from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC
+from pocl_ray.records import COLUMN, ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -27,6 +27,13 @@ ROWS_SCHEMA = pa.schema(
         pa.field(RESPONSE_IDS, pa.list_(pa.int32()), nullable=False),
     ]
 )
+
+
+def rows_schema(numbers: Sequence[str] = ()) -> pa.Schema:
+    """Return the schema of a file of rows with these numeric columns of the user's."""
+    fields = [pa.field(f"{COLUMN}{name}", pa.float64(), nullable=False) for name in numbers]
+    return pa.schema([*ROWS_SCHEMA, *fields])
+
 
 Int32Array = npt.NDArray[np.int32]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -58,8 +65,10 @@ class RowStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if not reader.schema.equals(ROWS_SCHEMA):
+        own = [name.removeprefix(COLUMN) for name in reader.schema.names[len(ROWS_SCHEMA) :]]
+        if not reader.schema.equals(rows_schema(own)):
             raise DataError(f"{path}: is not a file of prepared rows (its columns differ); delete it to make it anew")
+        self.schema = reader.schema
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
@@ -111,6 +120,14 @@ class RowStore:
     def source_rows(self, ids: Ids) -> list[int]:
         """Return the numbers of the rows in their source, from 1."""
         return self._values(SOURCE_ROW, ids)
+
+    def numbers(self, name: str) -> npt.NDArray[np.float64]:
+        """Return a numeric column of the user's, shape (rows,).
+
+        Raises:
+            KeyError: The file was prepared without it.
+        """
+        return np.concatenate([batch.column(f"{COLUMN}{name}").to_numpy() for batch in self._batches])
 
     def tokens(self, ids: Ids) -> tuple[list[Int32Array], list[Int32Array]]:
         """Return token ids of prompts and responses, one int32 array a row.

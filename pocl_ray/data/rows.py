@@ -21,7 +21,7 @@ from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
 from pocl_ray.data.prompts import Example, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
-from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, shared_prompts
+from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
 from pocl_ray.data.sources import read_source
 from pocl_ray.data.tokenization import RowTokenizer
 from pocl_ray.errors import DataError
@@ -47,7 +47,12 @@ def default_split(name: str) -> str:
 
 
 def prepare_rows(
-    name: str, source: SourceConfig, config: DataConfig, tokenizer: Any, destination: Path
+    name: str,
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: Any,
+    destination: Path,
+    numbers: Sequence[str] = (),
 ) -> tuple[RowsSummary, list[Reject]]:
     """Read, template and tokenise the rows of one set.
 
@@ -57,6 +62,7 @@ def prepare_rows(
         config: Template, lengths, and the share of unusable rows that is too many.
         tokenizer: A Hugging Face tokenizer.
         destination: Local Arrow file to write; it appears whole or not at all.
+        numbers: Numeric columns of the source that are carried along, as difficulty signals.
 
     Returns:
         What became of the set, and the rows left out, in order.
@@ -70,8 +76,9 @@ def prepare_rows(
     row_tokenizer = RowTokenizer(
         tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
     )
-    preparation = _Preparation(ExampleReader(source.columns, template), row_tokenizer, vocab_size=len(tokenizer))
-    with named_errors(name), _atomic_writer(destination) as writer:
+    reader = ExampleReader(source.columns, template, numbers)
+    preparation = _Preparation(reader, row_tokenizer, len(tokenizer), rows_schema(numbers))
+    with named_errors(name), _atomic_writer(destination, rows_schema(numbers)) as writer:
         stream = read_source(source, default_split(name))
         while chunk := list(islice(stream, CHUNK_ROWS)):
             batch = preparation.prepare(chunk)
@@ -144,12 +151,13 @@ def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
 class _Preparation:
     """The pass over a source: turns chunks of it into record batches and collects what was left out."""
 
-    def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer, vocab_size: int) -> None:
+    def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer, vocab_size: int, schema: pa.Schema) -> None:
         self.num_rows = 0
         self.rejects: list[Reject] = []
         self._reader = reader
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._schema = schema
 
     def prepare(self, chunk: Sequence[SourceRow | Reject]) -> pa.RecordBatch:
         """Return the usable rows of a chunk."""
@@ -182,11 +190,13 @@ class _Preparation:
             PROMPT_IDS: [prompt for _, prompt, _ in kept],
             RESPONSE_IDS: [response for _, _, response in kept],
         }
-        arrays = [pa.array(columns[field.name], type=field.type) for field in ROWS_SCHEMA]
-        for array in arrays[-2:]:
-            ids = array.values.to_numpy()
+        own = self._schema.names[len(columns) :]
+        columns.update({name: [e.numbers[place] for e, _, _ in kept] for place, name in enumerate(own)})
+        arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
+        for name in (PROMPT_IDS, RESPONSE_IDS):
+            ids = arrays[self._schema.get_field_index(name)].values.to_numpy()
             assert not ids.size or (ids.min() >= 0 and ids.max() < self._vocab_size), "id outside the vocabulary"
-        return pa.RecordBatch.from_arrays(arrays, schema=ROWS_SCHEMA)
+        return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
 
 def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
@@ -205,7 +215,7 @@ def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_shar
 def _write_selected(store: RowStore, selected: np.ndarray, path: Path) -> None:
     """Write the selected rows with new ids, one record batch at a time."""
     position, next_id = 0, 0
-    with _atomic_writer(path) as writer:
+    with _atomic_writer(path, store.schema) as writer:
         for batch in store.batches:
             part = batch.filter(pa.array(selected[position : position + batch.num_rows]))
             position += batch.num_rows
@@ -219,11 +229,11 @@ def _new_ids(first: int, count: int) -> pa.Array:
 
 
 @contextmanager
-def _atomic_writer(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+def _atomic_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, ROWS_SCHEMA) as writer:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             yield writer
         temporary.replace(path)
     finally:

@@ -1,9 +1,9 @@
 """Ranking of rows from easy to hard: reciprocal rank fusion of difficulty signals (POCL, section 3.2).
 
-Every signal ranks the rows on its own, 1 the easiest; a row's score is the sum over signals of `1 / (k + rank)`, and
-the ranking goes from the highest score to the lowest. Ties are decided the way the authors' code does it: all sorts are
-stable, and each of them runs on the list that the one before it left. numpy alone, so that the ranking can be
-recomputed anywhere.
+Every signal ranks the rows on its own, 1 the easiest; a row's score is the sum over signals of `w / (k + rank)`, the
+weight w being 1 in the paper, and the ranking goes from the highest score to the lowest. Ties are decided the way the
+authors' code does it: all sorts are stable, and each of them runs on the list that the one before it left. numpy alone,
+so that the ranking can be recomputed anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pocl_ray.errors import ConfigError, DataError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Easy = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Signal:
     """
 
     name: str
-    easy: Literal["high", "low"]
+    easy: Easy
     meaning: str
 
 
@@ -52,33 +53,12 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def find_signal(name: str) -> Signal:
-    """Return a signal by its name.
-
-    Args:
-        name: A key of `SIGNALS`.
-
-    Returns:
-        The signal.
-
-    Raises:
-        ConfigError: There is none of that name; the nearest one is named.
-    """
-    if name in SIGNALS:
-        return SIGNALS[name]
-    near = difflib.get_close_matches(name, SIGNALS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIGNALS)}"
-    raise ConfigError(f"difficulty.signals: unknown signal {name!r}; {hint}")
-
-
-def check_signals(names: Iterable[str]) -> None:
-    """Look up signals before anything is scored.
-
-    Raises:
-        ConfigError: One of them is unknown.
-    """
-    for name in names:
-        find_signal(name)
+def unknown_signal(name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a signal that nothing measures; the nearest known one is named."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}, or column:NAME"
+    return ConfigError(f"difficulty.signals: unknown signal {name!r}; {hint}")
 
 
 def rank_rows(
@@ -86,6 +66,8 @@ def rank_rows(
     rrf_k: float = 60.0,
     tie_break: Literal["file_order", "seeded"] = "file_order",
     seed: int = 0,
+    weights: Mapping[str, float] | None = None,
+    easy: Mapping[str, Easy] | None = None,
 ) -> tuple[FloatArray, IntArray]:
     """Fuse signals into one ranking, easiest row first (POCL, section 3.2).
 
@@ -96,6 +78,8 @@ def rank_rows(
         tie_break: What decides between rows of equal values: their order in the file (the authors' code), or an
             order drawn by `seed`.
         seed: Of the draw.
+        weights: Signal name -> w of its part `w / (k + rank)` of the score; 1 for those left out.
+        easy: Signal name -> which of its values are easy, for signals that are not in `SIGNALS`.
 
     Returns:
         `rrf_score` and `rank`, each of shape (num_rows,) in row order. Rank 1 is the easiest row.
@@ -104,27 +88,30 @@ def rank_rows(
         ConfigError: A signal is unknown.
         DataError: A signal is not a number for some row.
     """
+    weights, directions = weights or {}, {**{name: signal.easy for name, signal in SIGNALS.items()}, **(easy or {})}
+    for name in signals:
+        if name not in directions:
+            raise unknown_signal(name, directions)
     if not signals:
         raise ValueError("rank_rows needs at least one signal")
-    keys = [_sort_key(name, values) for name, values in signals.items()]
-    num_rows = keys[0].size
-    if any(key.size != num_rows for key in keys):
+    keys = {name: _sort_key(name, directions[name], values) for name, values in signals.items()}
+    num_rows = next(iter(keys.values())).size
+    if any(key.size != num_rows for key in keys.values()):
         raise ValueError(f"signals differ in length: { {name: np.size(v) for name, v in signals.items()} }")
     order = _initial_order(num_rows, tie_break, seed)
     rrf_score = np.zeros(num_rows)
     places = np.arange(1, num_rows + 1)
-    for key in keys:
+    for name, key in keys.items():
         order = order[np.argsort(key[order], kind="stable")]
-        rrf_score[order] += 1.0 / (rrf_k + places)
+        rrf_score[order] += weights.get(name, 1.0) / (rrf_k + places)
     order = order[np.argsort(-rrf_score[order], kind="stable")]
     rank = np.empty(num_rows, dtype=np.int64)
     rank[order] = places
     return rrf_score, rank
 
 
-def _sort_key(name: str, values: npt.ArrayLike) -> FloatArray:
+def _sort_key(name: str, easy: Easy, values: npt.ArrayLike) -> FloatArray:
     """Values of which the smallest is the easiest row's."""
-    signal = find_signal(name)
     key = np.asarray(values, dtype=np.float64)
     if key.ndim != 1:
         raise ValueError(f"signal {name} has shape {key.shape}; one number a row is needed")
@@ -134,7 +121,7 @@ def _sort_key(name: str, values: npt.ArrayLike) -> FloatArray:
             f"signal {name}: not a number for row {missing[0]} ({missing.size} of {key.size} rows); "
             "leave this signal out of difficulty.signals, or the row out of the data"
         )
-    return -key if signal.easy == "high" else key
+    return -key if easy == "high" else key
 
 
 def _initial_order(num_rows: int, tie_break: str, seed: int) -> IntArray:

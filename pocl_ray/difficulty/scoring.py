@@ -64,22 +64,23 @@ def score_rows(
     scaling: ScalingConfig,
     seed: int,
     compare: bool = True,
+    plugins: tuple[str, ...] = (),
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
-        student: The untuned student.
-        teacher: The frozen teacher; its fingerprint goes into the cache (None for no cache).
+        student: The untuned student; `teacher` is the frozen one, whose fingerprint goes into the cache (None: none).
         cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
         scaling: Actors, and what each of them asks for.
-        compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
+        compare: Whether signals of both models are measured; without it no hidden states pass between actors.
+        plugins: Signals that plug-ins measure, which must be installed on every node.
 
     Returns:
-        One row for each of `rows`, sorted by `id`: the signals, `answer_stopped`, `num_prompt_tokens` and
-        `num_response_tokens`; ROUGE-L from 0 to 100, losses in nats a token. And counts for the manifest.
+        One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
+        `answer_stopped` and the numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
@@ -98,17 +99,16 @@ def score_rows(
         max_tokens=max_tokens,
         seed=seed,
         compare=compare,
+        plugins=plugins,
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
     results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
     by_set = {made.name: _of_set(results, made) for made in sets}
-    if cache is not None:
-        for made in sets:
-            _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    table = by_set[rows.name].drop_columns([SET, SHARD])
-    return table, _counts(table, sets)
+    for made in sets if cache is not None else ():
+        _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+    return (table := by_set[rows.name].drop_columns([SET, SHARD])), _counts(table, sets)
 
 
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import MicroBatch, collate
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
 from pocl_ray.evaluation.actors import on_this_node
 from pocl_ray.evaluation.generation import GenerationSettings, generate
@@ -65,10 +66,11 @@ class ScoringTask:
         generation: Of the student's answers.
         max_tokens: Prompt and answer together.
         seed: Of the answers.
-        compare: Whether `teacher_student_kl` is measured.
+        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured.
         cache: Directory of the teacher caches, one for each set; None for no cache.
         cache_dtype: Of their hidden states; `auto` is the teacher's own.
         use_gpu: Whether actors run on a GPU.
+        plugins: Signals that plug-ins measure.
     """
 
     run_dir: RunDirectory
@@ -84,6 +86,7 @@ class ScoringTask:
     cache: str | None
     cache_dtype: str
     use_gpu: bool
+    plugins: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -176,6 +179,11 @@ class TeacherActor(_Reader):
         self._head: HeadWeights | None = None
 
     @cached_property
+    def plugins(self) -> dict[str, TokenSignal]:
+        """Signals of plug-ins, by name."""
+        return load_signals(self.task.plugins)
+
+    @cached_property
     def model(self) -> FrozenModel:
         """The teacher."""
         return FrozenModel(on_this_node(self.task.teacher), self.task.device)
@@ -197,9 +205,14 @@ class TeacherActor(_Reader):
             hidden_NH = unit.hidden_of(self.model)
             student = self._student_part(units, index)
             signals = teacher_signals(
-                hidden_NH, self.model.head.logits, unit.batch.targets_N, unit.response_lengths_R, student
+                hidden_NH,
+                self.model.head.logits,
+                unit.batch.targets_N,
+                unit.response_lengths_R,
+                student,
+                self.plugins if student is not None else {},
             )
-            scored.append(_row_table(unit, signals, units, index))
+            scored.append(_row_table(unit, signals, units, index, (*TEACHER_SIGNALS, *self.task.plugins)))
             hidden += self._kept(hidden_NH).split(unit.response_lengths_R.tolist())
             if sum(part.nbytes for part in hidden) >= _MAX_SHARD_BYTES:
                 yield self._finish(name, scored, hidden)
@@ -262,12 +275,12 @@ def _student_unit(
     return table.append_column(_DTYPE, pa.array([dtype], pa.string()))
 
 
-def _row_table(unit: _Unit, signals: Signals, units: pa.Table, index: int) -> pa.Table:
+def _row_table(unit: _Unit, signals: Signals, units: pa.Table, index: int, names: Sequence[str]) -> pa.Table:
     columns = {ID: pa.array(unit.ids)}
     for name, value_type in STUDENT_COLUMNS.items():
         values = units[name][index]
         columns[name] = values.values if values.is_valid else pa.nulls(len(unit.ids), value_type)
-    for name in TEACHER_SIGNALS:
+    for name in names:
         values = signals.get(name)
         columns[name] = pa.nulls(len(unit.ids), pa.float64()) if values is None else pa.array(values)
     columns[NUM_PROMPT_TOKENS] = pa.array(unit.prompt_lengths_R)

@@ -15,11 +15,14 @@ chunk, V vocabulary, H hidden, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from pocl_ray.difficulty.choice import TokenSignal, measure
 
 CHUNK_MIB = 64
 
@@ -58,6 +61,7 @@ def teacher_signals(
     targets_N: torch.Tensor,
     lengths_R: npt.NDArray[np.int64],
     student: tuple[torch.Tensor, LmHead] | None = None,
+    extra: Mapping[str, TokenSignal] = MappingProxyType({}),
 ) -> Signals:
     """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` where the student is given.
 
@@ -67,11 +71,14 @@ def teacher_signals(
         targets_N: As in `student_signals`.
         lengths_R: As in `student_signals`.
         student: The student's hidden states at the same positions, of its own width, and its LM head.
+        extra: Signals of plug-ins, which need the student.
 
     Returns:
         Signal name -> means, each of shape (R,), in nats.
     """
+    assert student is not None or not extra, "a plug-in's signal compares the two models"
     ce_loss, entropy, kl = [], [], []
+    others: dict[str, list[torch.Tensor]] = {name: [] for name in extra}
     budget_mib = CHUNK_MIB if student is None else CHUNK_MIB // 2
     for part in _chunks(hidden_NH, head, budget_mib):
         logits_CV = head(hidden_NH[part]).float()
@@ -80,11 +87,16 @@ def teacher_signals(
         entropy.append(torch.special.entr(logp_CV.exp()).sum(dim=-1))
         if student is not None:
             student_hidden_NH, student_head = student
-            kl.append(forward_kl(logits_CV, student_head(student_hidden_NH[part]).float()))
+            student_CV = student_head(student_hidden_NH[part]).float()
+            kl.append(forward_kl(logits_CV, student_CV))
+            shared = min(logits_CV.shape[-1], student_CV.shape[-1])
+            for name, signal in extra.items():
+                logits = (student_CV[:, :shared], logits_CV[:, :shared])
+                others[name].append(measure(name, signal.function, *logits, targets_N[part]))
     signals = {"teacher_ce_loss": _row_means(ce_loss, lengths_R), "teacher_entropy": _row_means(entropy, lengths_R)}
     if student is not None:
         signals["teacher_student_kl"] = _row_means(kl, lengths_R)
-    return signals
+    return {**signals, **{name: _row_means(values, lengths_R) for name, values in others.items()}}
 
 
 def forward_kl(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def _difficulty(run: RunData) -> DifficultySection | None:
     from pocl_ray.report import plots  # see _plots
 
     scores = run.scores
-    fused = run.config.difficulty.signals if run.config else ()
+    fused = tuple(run.config.difficulty.signals) if run.config else ()
     signals = signal_names(scores, fused)
     ends = run.plan.bucket_ends if run.plan else (len(scores[RANK]),)
     buckets = buckets_of(scores[RANK], ends)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,6 +111,7 @@ def read_run(files: RunFiles) -> RunData:
         StorageError: A file is there but cannot be understood.
     """
     config_text = _text(files, "config.yaml")
+    metrics = _read_metrics(files, "metrics.jsonl")
     return RunData(
         config=_read_config(config_text),
         config_text=config_text,
@@ -118,8 +119,8 @@ def read_run(files: RunFiles) -> RunData:
         steps=dict(_json(files, "manifest.json").get("steps") or {}),
         scores=_read_scores(files),
         rows=_read_rows(files),
-        plan=_read_plan(files),
-        metrics=_read_metrics(files, "metrics.jsonl"),
+        plan=_as_taken(_read_plan(files), metrics),
+        metrics=metrics,
         control=_read_metrics(files, "control/metrics.jsonl"),
         evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
         rejects=_read_rejects(files),
@@ -199,6 +200,22 @@ def _read_plan(files: RunFiles) -> Plan | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _broken("plan.json", f"{type(error).__name__}: {error}") from None
+
+
+def _as_taken(plan: Plan | None, metrics: Metrics | None) -> Plan | None:
+    """The plan with the steps that stages which end on convergence have taken; each ends with an evaluation."""
+    if plan is None or metrics is None or "curriculum/stage" not in metrics.evals:
+        return plan
+    of_stage, steps = metrics.evals["curriculum/stage"], metrics.evals["step"]
+    start, stages = 0, []
+    for stage in plan.stages:
+        own = steps[of_stage == stage.index]
+        if stage.min_epochs is not None and len(own) and own[-1] > start:
+            taken = int(own[-1]) - start
+            stage = replace(stage, max_steps=taken, num_epochs=math.ceil(taken / stage.steps_per_epoch))
+        start += stage.num_steps
+        stages.append(stage)
+    return replace(plan, stages=tuple(stages))
 
 
 def _json_lines(files: RunFiles, rel: str) -> list[dict[str, Any]]:

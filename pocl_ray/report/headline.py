@@ -18,6 +18,14 @@ from pocl_ray.report.text import duration, fixed, percent, signed
 _MAX_SENTENCE_SETS = 2
 _PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 
+_WAYS = {
+    "baby_step": "from easy to hard",
+    "one_pass": "from easy to hard, each row in one of them",
+    "competence": "from easy to hard, by competence",
+    "anti": "from hard to easy",
+    "random": "in random order",
+}
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,11 +38,11 @@ class Tile:
 
 def model_names(config: Config | None) -> dict[str, str]:
     """Return what each model of `records` is called in the report."""
-    staged = config is None or config.curriculum.pacing == "baby_step"
+    is_pocl = config is None or config.curriculum.pacing == "baby_step"
     return {
         STUDENT_BEFORE: "undistilled student",
         STUDENT_KD: "plain KD",
-        STUDENT: "POCL" if staged else "distilled student",
+        STUDENT: "POCL" if is_pocl else "distilled student",
         TEACHER: "teacher",
     }
 
@@ -63,10 +71,11 @@ def what_was_done(run: RunData, *, done: bool) -> str:
     if run.config is None:
         return ""
     teacher, student = describe_models(run.config)
-    staged = run.config.curriculum.pacing == "baby_step"
-    stages = len(run.plan.stages) if run.plan else (run.config.curriculum.num_buckets if staged else 1)
+    pacing = run.config.curriculum.pacing
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
-    how = f"in {stages} stages from easy to hard" if staged else "in one stage, without a curriculum"
+    stages = f"{len(run.plan.stages)} stages" if run.plan else "stages"
+    way = _WAYS.get(pacing, f"by the pacing rule {pacing}")
+    how = "in one stage, without a curriculum" if pacing == "none" else f"in {stages} {way}"
     verb = "was distilled" if done else "is to be distilled"
     return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
 

@@ -27,6 +27,7 @@ def _environment() -> Environment:
         percent=text.percent,
         count=text.count,
         short=text.short,
+        setting=text.setting,
         duration=text.duration,
         md=text.markdown,
         indented=text.indented,

@@ -147,7 +147,13 @@ def stage_settings(stages: Sequence[Stage]) -> Figure:
     """Temperature and kd_ratio over optimizer steps."""
     figure, axes = _stacked(2)
     for ax, label in zip(axes, ("kd_temperature", "kd_ratio"), strict=True):
-        _stairs(ax, stages, [getattr(stage, label) for stage in stages], label)
+        if all(getattr(stage, f"{label}_ramp") is None for stage in stages):
+            _stairs(ax, stages, [getattr(stage, label) for stage in stages], label)
+            continue
+        values = np.array([getattr(stage, f"{label}_at")(step) for stage in stages for step in range(stage.num_steps)])
+        ax.plot(*thin(np.arange(1, len(values) + 1), values), color=COLOURS[STUDENT], linewidth=1.8)
+        ax.set_ylim(*padded(values, zero=False))
+        ax.set_ylabel(label)
     _finish_stacked(figure, axes, stages)
     return figure
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from pocl_ray.records import Stage
+
 NOTHING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
@@ -63,3 +65,9 @@ def markdown(text: object) -> str:
 def indented(text: object) -> str:
     """Return text as a Markdown code block, which nothing in the text can end."""
     return "\n".join("    " + line for line in str(text).splitlines())
+
+
+def setting(stage: Stage, key: str) -> str:
+    """Return a stage's `kd_temperature` or `kd_ratio`, from the first step to the last where it moves."""
+    first, last = getattr(stage, key), getattr(stage, f"{key}_at")(stage.num_steps - 1)
+    return short(first) if first == last else f"{short(first)} to {short(last)}"

@@ -64,7 +64,7 @@ def test_plan_prints_the_stages_of_the_paper_without_touching_anything(call: Cal
     assert [line[4] for line in stages] == ["352", "712", "1064", "1424"]
     assert [line[5] for line in stages] == ["1", "1.33", "1.67", "2"]
     assert [line[6] for line in stages] == ["0.7", "0.8", "0.9", "1"]
-    assert "11435 rows, 3552 optimizer steps of 64 rows" in out
+    assert "11435 rows" in out and "3552 optimizer steps of 64 rows" in out
     assert not (tmp_path / "runs").exists()
 
 
@@ -123,6 +123,9 @@ def test_an_interrupted_run_says_how_to_go_on(call: Call, config: str, monkeypat
 
     class Interrupted:
         def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def close(self) -> None:
             pass
 
         @property

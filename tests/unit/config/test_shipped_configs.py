@@ -111,7 +111,7 @@ def test_the_paper_config_has_the_papers_settings() -> None:
     )
     assert (train.weight_decay, train.max_grad_norm, train.precision, train.zero_stage) == (0.01, 1.0, "fp16", 1)
     assert (config.data.prompt_template, config.data.max_prompt_tokens, config.data.max_tokens) == ("alpaca", 256, 512)
-    assert (config.difficulty.signals, config.difficulty.rrf_k) == (("rouge_l", "ce_loss"), 60)
+    assert (config.difficulty.signals, config.difficulty.rrf_k) == ({"rouge_l": 1.0, "ce_loss": 1.0}, 60)
     assert (config.difficulty.generation.sampling_temperature, config.difficulty.generation.no_repeat_ngram_size) == (
         0.01,
         6,

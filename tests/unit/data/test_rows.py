@@ -164,3 +164,39 @@ def test_real_rows_are_prepared_whole(shared: Path, tmp_path: Path, name: str) -
             assert tokenizer.decode(response[:-1]) == references[0]
         else:
             assert len(prompt) + len(response) == 512
+
+
+# Columns of the user's own
+
+
+def test_numeric_columns_are_carried_along_and_rows_without_a_number_are_set_aside(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "response": "r", "score": i / 2} for i in range(6)]
+    bad = [{"score": None}, {"score": "high"}, {"score": True}, {"score": float("inf")}, {}]
+    path = tmp_path / "rows.jsonl"
+    lines = [*rows, *({"prompt": "p", "response": "r", **values} for values in bad)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    source = SourceConfig(path=str(path))
+    config = DataConfig(train=source, holdout_rows=2, max_reject_share=0.5, prompt_template="plain")
+    file = tmp_path / "train.arrow"
+    _, rejects = prepare_rows("train", source, config, TOKENIZER, file, numbers=["score"])
+    assert [reject.reason for reject in rejects] == [
+        "score is empty",
+        "score is str, not a number",
+        "score is bool, not a number",
+        "score is inf, not a finite number",
+        "score is missing",
+    ]
+    assert RowStore.open(file).numbers("score").tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    hold_out(file, 2, 0, file, tmp_path / "dev.arrow")
+    kept, held = RowStore.open(file), RowStore.open(tmp_path / "dev.arrow")
+    assert sorted([*kept.numbers("score"), *held.numbers("score")]) == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [f"p{int(2 * score)}" for score in kept.numbers("score")] == kept.prompts(range(len(kept)))
+
+
+def test_a_column_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "response": "r", "my_scores": 1}\n', encoding="utf-8")
+    source = SourceConfig(path=str(path))
+    config = DataConfig(train=source, holdout_rows=1)
+    with pytest.raises(DataError, match=r"no column 'my_score', which difficulty.signals names \(did you mean 'my_s"):
+        prepare_rows("train", source, config, TOKENIZER, tmp_path / "train.arrow", numbers=["my_score"])

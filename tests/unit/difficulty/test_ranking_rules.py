@@ -81,3 +81,24 @@ def test_a_million_rows_take_about_a_second() -> None:
     started = time.perf_counter()
     rank_rows(signals)
     assert time.perf_counter() - started < 5, "about 0.5 s on one idle core"
+
+
+def test_a_weight_multiplies_a_signals_part_of_the_score() -> None:
+    signals = {"rouge_l": [10.0, 30.0], "ce_loss": [0.5, 0.7]}
+    score, rank = rank_rows(signals, rrf_k=1, weights={"ce_loss": 3.0})
+    assert score.tolist() == [1 / 3 + 3 / 2, 1 / 2 + 3 / 3]
+    assert rank.tolist() == [1, 2]
+    assert rank_rows(signals, rrf_k=1, weights={"ce_loss": 0.5})[1].tolist() == [2, 1]
+
+
+def test_weights_of_one_change_nothing_to_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    signals = {"rouge_l": rng.random(500), "ce_loss": rng.random(500)}
+    plain, weighted = rank_rows(signals), rank_rows(signals, weights={"rouge_l": 1.0, "ce_loss": 1.0})
+    assert all(np.array_equal(a, b) for a, b in zip(plain, weighted, strict=True))
+
+
+def test_a_signal_of_somebody_else_brings_its_direction() -> None:
+    values = {"column:mine": [1.0, 2.0, 3.0]}
+    assert rank_rows(values, easy={"column:mine": "high"})[1].tolist() == [3, 2, 1]
+    assert rank_rows(values, easy={"column:mine": "low"})[1].tolist() == [1, 2, 3]
