@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pocl_ray.config import EvaluationConfig, GenerationConfig, ScalingConfig
+from pocl_ray.config import EvaluationConfig, ScalingConfig
+from pocl_ray.config.root import FinalGenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.evaluation.evaluate import GREEDY, evaluate_models
 from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
@@ -17,7 +18,9 @@ from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
 pytestmark = pytest.mark.ray
 
 SEEDS = (10, 20)
-EVALUATION = EvaluationConfig(seeds=SEEDS, generation=GenerationConfig(max_new_tokens=10, batch_rows=8))
+EVALUATION = EvaluationConfig(
+    seeds=SEEDS, generation=FinalGenerationConfig(max_new_tokens=10, batch_rows=8, no_repeat_ngram_size=0)
+)
 
 
 def evaluate(run: Any, num_actors: int, **changes: Any) -> tuple[dict[str, Any], dict[str, int], pa.Table]:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pocl_ray.config import DifficultyConfig, GenerationConfig, ScalingConfig
+from pocl_ray.config import DifficultyConfig, ScalingConfig
+from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.scoring import score_rows
 from pocl_ray.errors import ModelError, ResourceError
@@ -27,7 +28,7 @@ from pocl_ray.models.places import ModelRef
 pytestmark = pytest.mark.ray
 
 DIFFICULTY = DifficultyConfig(
-    generation=GenerationConfig(sampling_temperature=0.01, no_repeat_ngram_size=6, max_new_tokens=12),
+    generation=ScoringGenerationConfig(sampling_temperature=0.01, no_repeat_ngram_size=6, max_new_tokens=12),
     batch_tokens=256,
     shard_rows=40,
 )
