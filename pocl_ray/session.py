@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -14,7 +15,14 @@ from pocl_ray.errors import ResourceError
 
 QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 START_ATTEMPTS = 3
-QUIET_HERE = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # of a cluster of our own; a shared one keeps its logs
+# Of a cluster of our own; a shared one keeps its logs, and its idea of when a node is dead: the only node of ours is
+# never dead, however long a machine under load leaves it without an answer. Ray would end this process without a word.
+HERE = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
 
 
 @contextmanager
@@ -30,12 +38,9 @@ def ray_session() -> Iterator[None]:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        for key, value in QUIET_HERE.items():
-            os.environ.setdefault(key, value)
     try:
         with _muted_stderr():
-            _connect(address)
+            connect(address)
     except (ConnectionError, TimeoutError) as error:
         raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
     try:
@@ -44,8 +49,17 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
-    """Connect, or start a cluster; Ray gives a new node half a minute, which is not enough on a machine under load."""
+def connect(address: str | None, **options: Any) -> None:
+    """Connect to a cluster, or start one.
+
+    Ray gives a new node half a minute to stand, which is not enough on a machine under load: then it is tried again.
+
+    Args:
+        address: Of the cluster; None starts one.
+        options: More of `ray.init`, such as `num_cpus`.
+    """
+    for key, value in ({} if address else HERE).items():
+        os.environ.setdefault(key, value)
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -53,7 +67,7 @@ def _connect(address: str | None) -> None:
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": know_the_cluster},
+                **{"runtime_env": {"worker_process_setup_hook": know_the_cluster}, **options},
             )
             return
         except Exception as error:  # Ray raises nothing more special

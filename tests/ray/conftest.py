@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary
-from pocl_ray.session import know_the_cluster
+from pocl_ray.session import connect, know_the_cluster
 from pocl_ray.storage import RunDirectory
 
 MAX_TOKENS = 48
@@ -33,12 +32,9 @@ _SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 def cluster() -> Iterator[None]:
     """A cluster of four logical CPUs; `RAY_ADDRESS` lets workers find it, not one that died."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ray.init(
-        address="local",
+    connect(
+        None,
         num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
         runtime_env={
             "env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},  # this checkout, not an installed one
             "worker_process_setup_hook": know_the_cluster,
