@@ -90,7 +90,7 @@ def config_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 def write_config(folder: Path, **changes: Any) -> Path:
     """Write the tiny config to `folder/tiny.yaml`."""
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config_tree(folder, **changes)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config_tree(folder, **changes), sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -146,7 +146,8 @@ def test_differences_reach_every_depth() -> None:
     assert list(differences(before, before)) == []
 
 
-def test_the_environment_names_versions_without_a_cluster() -> None:
+def test_the_environment_names_versions_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the tests of Ray may have left their cluster standing
     found = environment()
     assert found["nodes"] == []
     assert {"python", "ray", "torch", "deepspeed", "transformers"} <= set(found["versions"])

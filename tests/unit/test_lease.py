@@ -60,12 +60,13 @@ def test_a_run_in_another_process_of_this_machine_is_refused_at_once(run_dir: Ru
             take(run_dir, pytest.fail)
         other.kill()
         other.wait()
-        start = time.monotonic()
-        take(run_dir, pytest.fail).release()  # a killed run does not hold its restart up
-        assert time.monotonic() - start < lease.LEASE_S
+        take(run_dir, pytest.fail).release()  # a killed run does not hold its restart up: nobody is told to wait
 
 
-def test_a_holder_elsewhere_that_renews_is_refused_whatever_its_clock_says(run_dir: RunDirectory) -> None:
+def test_a_holder_elsewhere_that_renews_is_refused_whatever_its_clock_says(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 60.0)  # a renewal may come late on a machine under load
     for skew in (-250.0, 5000.0):
         present = elsewhere(renewed_at=time.time() + skew)
         write(run_dir, present)
