@@ -88,7 +88,7 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 class _Trainer(TorchTrainer):
     """Does without the watchdog of placement groups where the cluster ends with this process: a process less to start.
 
-    The watchdog asks the State API, which a cluster without a dashboard lacks; `fit` would wait for it at the end.
+    The watchdog also asks the State API once a second, which a cluster without a dashboard lacks.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
