@@ -92,6 +92,15 @@ def evaluate(
 
 
 @app.command()
+def tune(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Search the curriculum: rows are scored once, and many trials train on them."""
+    loaded = load_config(config, overrides or [])
+    from pocl_ray.tuning.search import tune_config_file
+
+    tune_config_file(loaded, resume_with_changes)
+
+
+@app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report again from what the run directory holds."""
     from pocl_ray.report.build import build_report

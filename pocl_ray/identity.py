@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
 from pocl_ray.errors import StorageError
+from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
 
 CONFIG = "config.yaml"
@@ -26,6 +27,7 @@ NEUTRAL = (
     "storage_path",
     "scaling",
     "report",
+    "tune",
     "distill.chunk_mib",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",
@@ -47,6 +49,38 @@ def neutral_free(config: Config) -> dict[str, Any]:
             node = node[parent]
         node.pop(leaf)
     return tree
+
+
+def ranking_dependencies(config: Config, signals: str) -> list[Any]:
+    """Return all that the ranking depends on, given the fingerprint of the signals."""
+    settings = config.difficulty.model_dump(mode="json", include={"signals", "rrf_k", "tie_break"})
+    return [signals, settings, config.seed]
+
+
+def distill_dependencies(config: Config, ranking: str, student: str, stages: Sequence[Stage]) -> list[Any]:
+    """Return all that a distilled student depends on, given the fingerprints of the ranking and of its start."""
+    train = neutral_free(config)["train"]
+    seed = train.pop("seed")
+    return [
+        ranking,
+        student,
+        [stage.to_json() for stage in stages],
+        train,
+        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
+        config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
+        config.curriculum.hand_off,
+        config.seed if seed is None else seed,
+    ]
+
+
+def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
+    """Return what supervised fine-tuning of a model adds to its dependencies; None where there is none."""
+    sft = getattr(config, role).sft
+    if sft is None:
+        return None
+    merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
+    del merged["seed"]
+    return [sft.model_dump(mode="json", exclude={"train"}), merged]
 
 
 def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:

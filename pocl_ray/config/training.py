@@ -60,6 +60,12 @@ class CurriculumConfig(Section):
     )
     num_buckets: int = Field(default=4, ge=1)
     interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage")
+    num_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps of all stages together: the last stage takes what the others leave; "
+        "null: each stage has its interval",
+    )
     kd_temperature: ScheduleConfig = ScheduleConfig(start=1.0, end=2.0)
     kd_ratio: ScheduleConfig = ScheduleConfig(start=0.7, end=1.0)
     optimizer: Literal["restart", "continuous"] = Field(
@@ -130,6 +136,9 @@ class TrainConfig(Section):
     )
     num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     log_every_steps: int = Field(default=1, ge=1)
+    seed: int | None = Field(
+        default=None, ge=0, description="of the order of rows and of dropout in distillation; null: the run's"
+    )
 
     @field_validator("betas")
     @classmethod

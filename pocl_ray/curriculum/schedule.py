@@ -16,7 +16,8 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     """Return the stages of the curriculum (POCL, algorithm 1 and equations 6 to 8).
 
     Raises:
-        ConfigError: There are more buckets than rows, or a stage is too small for one global batch.
+        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or the stages before
+            the last take all of `curriculum.num_steps`.
     """
     curriculum = config.curriculum
     ends = bucket_ends(num_rows, curriculum.num_buckets)
@@ -41,6 +42,8 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
                 lr_num_steps=0,
             )
         )
+    if curriculum.num_steps is not None:
+        stages[-1] = _fill(stages, curriculum.num_steps)
     return _with_lr(stages, curriculum)
 
 
@@ -111,6 +114,19 @@ def scheduled(schedule: ScheduleConfig, num_stages: int) -> tuple[float, ...]:
         value = start + share * (end - start)
         values.append(value if schedule.decimals is None else round(value, schedule.decimals))
     return tuple(values)
+
+
+def _fill(stages: list[Stage], num_steps: int) -> Stage:
+    """Return the last stage, as long as it takes to make `num_steps` of all stages."""
+    *earlier, last = stages
+    taken = sum(stage.num_steps for stage in earlier)
+    left = num_steps - taken
+    if left < 1:
+        raise ConfigError(
+            f"curriculum.num_steps: the stages before the last take {taken} optimizer steps, which leaves it none of "
+            f"{num_steps}; raise it, or lower curriculum.num_buckets or curriculum.interval_epochs"
+        )
+    return replace(last, num_epochs=math.ceil(left / last.steps_per_epoch), max_steps=left)
 
 
 def _steps_per_epoch(num_rows: int, global_batch_rows: int, where: str) -> int:

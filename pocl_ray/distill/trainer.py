@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -12,15 +13,17 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import remove_placement_group
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, progress_bar
-from pocl_ray.distill.board import ProgressBoard, Standing
+from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.distill.worker import train_worker
 from pocl_ray.errors import ResourceError, UserError
 
 POLL_S = 0.3
+ABORT_S = 20.0
+CHECKPOINTS = "checkpoints"
 CONTROLLER_FAILURE_LIMIT = 8
 
 RAY_TRAIN_ENVIRONMENT = {
@@ -30,6 +33,9 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+
+
+Watch = Callable[[Standing], None]
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
@@ -46,13 +52,28 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
     """
+    with progress_bar(task.name, task.num_steps, "steps") as bar:
+        return train_watched(task, scaling, _show_on(bar))
+
+
+def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards: Any) -> Standing:
+    """Do what `run_training` does, and give `watch` the standing a few times a second.
+
+    What `watch` raises ends the run: its workers are freed, and the exception goes on.
+
+    Args:
+        task: What to train.
+        scaling: Workers and what they need.
+        watch: Called with the standing; the last time when the run is over.
+        *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it.
+    """
     use_gpu = wants_gpu(scaling)
     wait_for_room(scaling, use_gpu)
     for key, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
-        train_worker,
+        _train_worker,
         train_loop_config={"task": task, "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
@@ -62,15 +83,21 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
             placement_strategy=scaling.placement,
             accelerator_type=scaling.accelerator_type,
         ),
-        run_config=_run_config(task, scaling),
+        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
     )
-    with progress_bar(task.name, task.num_steps, "steps") as bar:
-        _fit(trainer, board, bar)
+    _fit(trainer, board, watch)
     standing: Standing = ray.get(board.read.remote())
     ray.kill(board)
     if standing.refusal is not None:
         raise standing.refusal
     return standing
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """Run a worker; only there are torch and all that comes with it imported."""
+    from pocl_ray.distill.worker import train_worker
+
+    train_worker(config)
 
 
 def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
@@ -79,22 +106,28 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
+def checkpoint_folder(task: TrainTask) -> str:
+    """Return where the checkpoints of a task lie, relative to the run directory."""
+    return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
+
+
+def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     return RunConfig(
-        name=f"{task.name}-{task.fingerprint[:12]}",
-        storage_path=run_dir.fs_path("checkpoints"),
+        name=checkpoint_folder(task).rpartition("/")[2],
+        storage_path=run_dir.fs_path(CHECKPOINTS),
         storage_filesystem=run_dir.filesystem if remote else None,
         failure_config=FailureConfig(  # type: ignore[call-arg]
             max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURE_LIMIT
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
+        callbacks=[tell],  # type: ignore[list-item]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
-    """Run the trainer in a thread, and show the board's standing meanwhile."""
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> None:
+    """Run the trainer in a thread, and have the board's standing watched meanwhile."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -105,16 +138,45 @@ def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> None:
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            watch(ray.get(board.read.remote()))
+    except BaseException:
+        _abort(thread, board)
+        raise
+    if failures:
+        raise _cause(failures[0])
+
+
+def _abort(thread: threading.Thread, board: Any) -> None:
+    """End a run that is under way, and free its workers."""
+    deadline = time.monotonic() + ABORT_S
+    controller, group = ray.get(board.held.remote())
+    while controller is None and thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        controller, group = ray.get(board.held.remote())
+    if controller is not None:
+        controller.abort.remote()
+        thread.join(ABORT_S)
+        if thread.is_alive():
+            ray.kill(controller)
+            if group is not None:
+                remove_placement_group(group)
+    ray.kill(board)
+
+
+def _show_on(bar: Bar) -> Watch:
     num_starts = 0
-    while thread.is_alive():
-        thread.join(POLL_S)
-        standing: Standing = ray.get(board.read.remote())
+
+    def watch(standing: Standing) -> None:
+        nonlocal num_starts
         if standing.num_starts > num_starts:
             num_starts = standing.num_starts
             bar.begin(standing.first_step)
         bar.update(standing.step, note=_note(standing))
-    if failures:
-        raise _cause(failures[0])
+
+    return watch
 
 
 def _note(standing: Standing) -> str:
@@ -125,8 +187,8 @@ def _note(standing: Standing) -> str:
         parts.append(f"restarted {standing.num_starts - 1}x")
     if standing.train:
         parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
-    if standing.evaluation:
-        parts.append(f"dev ROUGE-L {standing.evaluation['eval/dev/rouge_l']:.1f}")
+    if standing.evaluations:
+        parts.append(f"dev ROUGE-L {standing.evaluations[-1]['eval/dev/rouge_l']:.1f}")
     return "  ".join(parts)
 
 

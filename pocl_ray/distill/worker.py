@@ -49,7 +49,8 @@ def _train(task: TrainTask, board: Any) -> None:
         with checkpoint.as_directory() as directory:
             loop.restore(read_progress(Path(directory)), Path(directory))
     if loop.engine.rank == 0:
-        board.begin.remote(task.num_steps, loop.progress.step)
+        evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
+        board.begin.remote(task.num_steps, loop.progress.step, evaluations)
     loop.run()
     _write_result(task, loop)
     if loop.engine.rank == 0:
