@@ -95,9 +95,13 @@ def evaluate(
 def tune(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
     """Search the curriculum: rows are scored once, and many trials train on them."""
     loaded = load_config(config, overrides or [])
-    from pocl_ray.tuning.search import tune_config_file
+    from pocl_ray.tuning.search import search_until_end
 
-    tune_config_file(loaded, resume_with_changes)
+    run_dir, sentence = search_until_end(loaded, resume_with_changes)
+    console.print(
+        f"{sentence}\nbest     {run_dir.uri_of('tune/best.yaml')}\nstudent  {run_dir.uri_of('tune/best')}"
+        f"\nreport   {run_dir.uri_of('tune/report.html')}"
+    )
 
 
 @app.command()

@@ -24,7 +24,7 @@ from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
 from pocl_ray.storage import RunDirectory, fingerprint, is_remote
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable
-from pocl_ray.tuning.page import write_page
+from pocl_ray.tuning.page import headline, write_page
 from pocl_ray.tuning.ray_parts import DrawingSearcher, Holdings, make_scheduler
 from pocl_ray.tuning.records import TRIALS
 from pocl_ray.tuning.results import Outcome, best_first, decide, table_rows, write_tables, write_winner
@@ -110,7 +110,7 @@ class Search:
             name = f"confirm-{fingerprint([own, [c.to_json() for c in candidates]])[:12]}"
             with self.watch.phase("confirm", len(candidates)):
                 self._run_tune(name, candidates)
-        return self._write()
+        return self._write(len(drawing.skipped))
 
     def _to_confirm(self) -> list[Candidate]:
         """Return the best trials, and the control, on each of the new seeds."""
@@ -151,9 +151,7 @@ class Search:
         self.watch.note_all([result.config for result in grid if result.config])
         return grid
 
-    def _tune_config(
-        self, what: Drawing | Sequence[Candidate], searcher: DrawingSearcher | None
-    ) -> tune.TuneConfig:
+    def _tune_config(self, what: Drawing | Sequence[Candidate], searcher: DrawingSearcher | None) -> tune.TuneConfig:
         common: dict[str, Any] = {
             "max_concurrent_trials": self.num_at_once,
             "reuse_actors": True,
@@ -178,13 +176,13 @@ class Search:
             return self.tune.budget.steps * self.config.train.global_batch_rows
         return self.planner.plan(Candidate("control", -1, {})).num_samples
 
-    def _write(self) -> Outcome:
+    def _write(self, num_skipped: int) -> Outcome:
         outcome = decide(list(self.watch.records.values()), self.tune)
         rows = table_rows(outcome, self.tune)
         write_tables(self.run_dir, rows)
         if outcome.winner is not None:
             write_winner(self.run_dir, outcome.winner, self.planner.plan(outcome.winner.record.candidate))
-        write_page(self.run_dir, self.config, outcome)
+        write_page(self.run_dir, self.config, outcome, self.planner, num_skipped)
         return outcome
 
 
@@ -199,8 +197,11 @@ def _trial_name(trial: Any) -> str:
     return f"{candidate.label}_{trial.trial_id}"
 
 
-def tune_config_file(config: Config, resume_with_changes: bool) -> tuple[RunDirectory, Outcome]:
+def search_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDirectory, str]:
     """Run the search of a config, on the cluster that the environment names or on this machine.
+
+    Returns:
+        The run directory, and the result in one sentence.
 
     Raises:
         UserError: The search cannot work, or no trial of it reached its end.
@@ -218,4 +219,4 @@ def tune_config_file(config: Config, resume_with_changes: bool) -> tuple[RunDire
     if outcome.winner is None:
         reasons = "; ".join(sorted({r.reason for r in outcome.records if r.reason})) or "none was long enough"
         raise UserError(f"{pipeline.run_dir.uri_of(TRIALS)}: no trial reached its end: {reasons}")
-    return pipeline.run_dir, outcome
+    return pipeline.run_dir, headline(outcome, config)
