@@ -42,8 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 	        || { echo "$$python has neither ensurepip nor virtualenv: install python3-venv (Debian) or virtualenv" >&2; exit 2; }; \
 	fi
 	@echo "installing the packages pinned in constraints.txt (minutes, the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    --build-constraint constraints.txt -e '.[dev,s3]'
 	@touch $@
 

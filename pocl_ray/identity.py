@@ -5,22 +5,28 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from pocl_ray import lease
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
+from pocl_ray.console import console
 from pocl_ray.errors import StorageError
-from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
+from pocl_ray.stores import is_remote
 
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
+
+COSTLY = ("checkpoints", "scores", "scores.parquet", "teacher_cache")
 
 # Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
 NEUTRAL = (
@@ -51,45 +57,56 @@ def neutral_free(config: Config) -> dict[str, Any]:
     return tree
 
 
-def ranking_dependencies(config: Config, signals: str) -> list[Any]:
-    """Return all that the ranking depends on, given the fingerprint of the signals."""
-    settings = config.difficulty.model_dump(mode="json", include={"signals", "rrf_k", "tie_break"})
-    return [signals, settings, config.seed]
+class Claim:
+    """A run directory taken for a config, which a user's mistake found early gives back as it was.
 
-
-def distill_dependencies(config: Config, ranking: str, student: str, stages: Sequence[Stage]) -> list[Any]:
-    """Return all that a distilled student depends on, given the fingerprints of the ranking and of its start."""
-    train = neutral_free(config)["train"]
-    seed = train.pop("seed")
-    return [
-        ranking,
-        student,
-        [stage.to_json() for stage in stages],
-        train,
-        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
-        config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
-        config.curriculum.hand_off,
-        config.seed if seed is None else seed,
-    ]
-
-
-def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
-    """Return what supervised fine-tuning of a model adds to its dependencies; None where there is none."""
-    sft = getattr(config, role).sft
-    if sft is None:
-        return None
-    merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
-    del merged["seed"]
-    return [sft.model_dump(mode="json", exclude={"train"}), merged]
-
-
-def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
-    """Take a run directory for this config, or refuse.
-
-    Raises:
-        StorageError: It belongs to a run with another config; the message says what differs.
+    Attributes:
+        run_dir: The run directory.
+        lease: Keeps other runs out until it is released, at the latest when the claim is gone.
     """
-    if run_dir.exists(CONFIG) and not resume_with_changes:
+
+    def __init__(self, config: Config, resume_with_changes: bool) -> None:
+        """Take the directory, or refuse.
+
+        Raises:
+            StorageError: It cannot be written, another run writes there, or it belongs to a run with another config;
+                the message says what differs.
+        """
+        self.run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
+        self._existed = self.run_dir.exists("")
+        self._storage_existed = is_remote(config.storage_path) or Path(self.run_dir.uri).parent.exists()
+        RunDirectory.open(config.storage_path, config.name)
+        self.lease = lease.take(self.run_dir, console.print)
+        weakref.finalize(self, self.lease.release)
+        try:
+            _check_owner(self.run_dir, config, resume_with_changes)
+            self._before = self.run_dir.read_text(CONFIG) if self.run_dir.exists(CONFIG) else None
+            self.run_dir.write_text(CONFIG, dump_config(config))
+        except StorageError:
+            self.lease.release()
+            raise
+
+    def undo(self, keep_config: bool) -> None:
+        """Give the directory back: a new one is deleted, an old one gets its config back.
+
+        Args:
+            keep_config: In an old directory steps were done under the new config, which therefore stays.
+        """
+        self.lease.release()
+        if self.lease.lost_to is not None:
+            return
+        if not self._existed:
+            self.run_dir.delete("")
+            if not self._storage_existed:
+                with suppress(OSError):  # somebody else may use it by now
+                    Path(self.run_dir.uri).parent.rmdir()
+        elif not keep_config and self._before is not None:
+            self.run_dir.write_text(CONFIG, self._before)
+
+
+def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
+    """Refuse a directory in which work under another config lies; one in which nothing costly was begun is free."""
+    if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
         try:
             earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
         except (ValueError, yaml.YAMLError):
@@ -102,7 +119,6 @@ def claim(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> N
                 f"{run_dir.uri}: belongs to a run with another config: {'; '.join(changes)}. Choose another name, or "
                 "pass --resume-with-changes to run the steps that this concerns again"
             )
-    run_dir.write_text(CONFIG, dump_config(config))
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -12,9 +12,9 @@ from pocl_ray.config import Config
 from pocl_ray.console import console
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
 from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.dependencies import sft_dependencies
 from pocl_ray.distill.planning import sft_task
 from pocl_ray.distill.trainer import train_counted
-from pocl_ray.identity import sft_dependencies
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
@@ -104,7 +104,7 @@ class Inputs:
         depends: list[Any] = [origin_fingerprint(config), config.dtype]
         if config.architecture is not None or config.sft is not None:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "teacher"), self.config.seed]
-        fingerprint = self.steps.run("teacher", depends, work)
+        fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
 
     @cached_property
@@ -132,7 +132,7 @@ class Inputs:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
-        fingerprint = self.steps.run("student", depends, work)
+        fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
         return Made(reference(config, self._made(name) if name else None), fingerprint)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pocl_ray.errors import StorageError
 from pocl_ray.storage import RunDirectory, fingerprint
 
 FILE = "manifest.json"
@@ -39,10 +40,20 @@ class Manifest:
     """The state of a run's steps, in `manifest.json`; written after every change."""
 
     def __init__(self, run_dir: RunDirectory) -> None:
+        """Read the manifest where there is one.
+
+        Raises:
+            StorageError: It is damaged, or another version wrote it.
+        """
         self.run_dir = run_dir
         self.steps: dict[str, dict[str, Any]] = {}
         if run_dir.exists(FILE):
-            self.steps = run_dir.read_json(FILE)["steps"]
+            content = run_dir.read_json(FILE)
+            if not isinstance(content, dict) or content.get("version") != VERSION:
+                raise StorageError(
+                    f"{run_dir.uri_of(FILE)}: written by another version of pocl-ray; choose another name"
+                )
+            self.steps = content["steps"]
 
     def is_done(self, step: str, expected: str) -> bool:
         """Whether the step was finished under this fingerprint and its outputs are still there."""

@@ -3,11 +3,12 @@
     rows -> teacher, student -> scores + teacher cache -> ranking -> plan -> distilled student -> evaluation -> report
 
 Each step is a property: asking for it does it, and first whatever it rests on. A step that the manifest knows as done
-is not done again. The cluster is whatever Ray is connected to.
+is not done again. Ray is connected when the first step that needs it is to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,20 +19,23 @@ import pyarrow.parquet as pq
 from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.ranking import rank_rows
 from pocl_ray.difficulty.scoring import score_rows
 from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
-from pocl_ray.identity import claim, distill_dependencies, ranking_dependencies
+from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
+from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
+from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.preparing import reference
+from pocl_ray.preflight import check_inputs, check_room, check_settings
 from pocl_ray.records import RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
-from pocl_ray.storage import RunDirectory
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
 
@@ -39,27 +43,52 @@ SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan
 class Pipeline:
     """One run in its directory, from scoring to the report; what comes before is in `inputs`."""
 
-    def __init__(self, config: Config, resume_with_changes: bool = False) -> None:
+    def __init__(
+        self, config: Config, resume_with_changes: bool = False, connect: Callable[[], object] = lambda: None
+    ) -> None:
         """Open the run directory.
 
         Args:
             config: The run.
             resume_with_changes: Go on in a directory whose config differs; the steps concerned run again.
+            connect: Connects to Ray; without it, Ray must be connected already.
 
         Raises:
-            StorageError: It cannot be written, or belongs to another config.
+            UserError: An input is missing or does not fit, or the directory belongs to another config.
         """
+        check_inputs(config)  # before anything is written
         self.config = config
-        self.run_dir = RunDirectory.open(config.storage_path, config.name)
-        claim(self.run_dir, config, resume_with_changes)
-        self.steps = Steps(self.run_dir)
+        self._claim = Claim(config, resume_with_changes)
+        self.run_dir = self._claim.run_dir
+
+        def connect_and_check() -> None:
+            connect()
+            check_room(config.scaling)
+
+        self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)
+
+    def close(self) -> None:
+        """Give the run directory back to other runs.
+
+        Raises:
+            StorageError: Another run took it over meanwhile.
+        """
+        self._claim.lease.release()
+        if self._claim.lease.lost_to is not None:
+            raise refusal(self.run_dir, self._claim.lease.lost_to)
+
+    def withdraw(self) -> None:
+        """After a user's mistake, leave everything as it was, unless work worth keeping was done since."""
+        if not self.steps.has_cluster:
+            self._claim.undo(keep_config=self.steps.num_done > 0)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The curriculum, written to `plan.json`; asked for early, since it may not fit the rows."""
+        """The curriculum, written to `plan.json`; asked for early, with all that may not fit."""
         config, num_rows = self.config, self.inputs.rows.train.num_rows
         stages = plan_stages(config, num_rows)
+        check_settings(config, num_rows, load_tokenizer(str(self.run_dir.local(TOKENIZER))))
         content = {
             "num_rows": num_rows,
             "num_buckets": config.curriculum.num_buckets,
@@ -104,7 +133,7 @@ class Pipeline:
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
         models = [student.fingerprint, teacher.fingerprint, cache, config.distill.cache_dtype]
-        return self.steps.run("scores", [inputs.rows_fingerprint, models, settings, config.seed], work)
+        return self.steps.run("scores", [inputs.rows_fingerprint, models, settings, config.seed], work, on_cluster=True)
 
     @cached_property
     def ranking(self) -> str:
@@ -129,9 +158,15 @@ class Pipeline:
     @cached_property
     def control(self) -> Made | None:
         """The student after plain distillation, at the same number of optimizer steps."""
-        if self.config.control is None:
+        config, stages = self.config, self.stages
+        if config.control is None:
             return None
-        return self._distill("control", plan_control(self.stages, self.config.control), "control/student")
+        num_steps = sum(stage.num_steps for stage in stages)
+        if config.curriculum.advance == "plateau":  # how many they were is known once they are done
+            _ = self.distilled
+            num_steps = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
+        plan = plan_control(config, self.inputs.rows.train.num_rows, num_steps)
+        return self._distill("control", plan, "control/student")
 
     @cached_property
     def evaluation(self) -> str:
@@ -160,7 +195,7 @@ class Pipeline:
 
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
         fingerprints = {name: made.fingerprint for name, made in models.items()}
-        return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work)
+        return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work, on_cluster=True)
 
     @cached_property
     def report(self) -> str:
@@ -193,7 +228,7 @@ class Pipeline:
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
-        fingerprint = self.steps.run(name, depends, work)
+        fingerprint = self.steps.run(name, depends, work, on_cluster=True)
         return Made(reference(config.student, self.run_dir.uri_of(output)), fingerprint)
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.records import RowsSummary
+from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
 
 
@@ -26,8 +27,27 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if num_rows is None:
         num_rows = prepared["train"].num_rows if "train" in prepared else _count(config)
     stages = plan_stages(config, num_rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("stage", "buckets", "rows", "epochs", "steps", "kd_temperature", "kd_ratio", "optimizer"):
+    num_steps = sum(stage.num_steps for stage in stages)
+    at_most = "at most " if config.curriculum.advance == "plateau" else ""
+    console.print(_stage_table(stages))
+    order = f"in an order drawn by seed {config.seed}" if stages[0].order == "random" else "by rank"
+    console.print(
+        f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
+        f"{config.train.global_batch_rows} rows"
+    )
+    if config.control is not None:
+        control = plan_control(config, num_rows, num_steps)
+        console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
+    console.print(_cache_line(config, prepared))
+
+
+def _stage_table(stages: Sequence[Stage]) -> Table:
+    """One line a stage; the places of its rows only where a stage does not begin with the first one."""
+    shows_places = any(stage.first_rank for stage in stages)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name in ("stage", "buckets", "rows", *(["places"] if shows_places else []), "epochs", "steps"):
+        table.add_column(name, justify="right")
+    for name in ("kd_temperature", "kd_ratio", "optimizer"):
         table.add_column(name, justify="right")
     for stage in stages:
         first, last = stage.buckets[0], stage.buckets[-1]
@@ -35,21 +55,18 @@ def print_plan(config: Config, num_rows: int | None) -> None:
             str(stage.index),
             str(first) if first == last else f"{first}-{last}",
             str(stage.num_rows),
-            str(stage.num_epochs),
-            str(stage.num_steps),
-            f"{stage.kd_temperature:g}",
-            f"{stage.kd_ratio:g}",
+            *([f"{stage.first_rank + 1}-{stage.end_rank}"] if shows_places else []),
+            str(stage.num_epochs) if stage.min_epochs is None else f"{stage.min_epochs}-{stage.num_epochs}",
+            str(stage.num_steps) if stage.min_epochs is None else f"<= {stage.num_steps}",
+            _moving(stage.kd_temperature, stage.kd_temperature_at(stage.num_steps - 1)),
+            _moving(stage.kd_ratio, stage.kd_ratio_at(stage.num_steps - 1)),
             "fresh" if stage.restart_optimizer else "goes on",
         )
-    console.print(table)
-    console.print(
-        f"{num_rows} rows, {sum(s.num_steps for s in stages)} optimizer steps of {config.train.global_batch_rows} rows"
-    )
-    if config.control is not None:
-        console.print(
-            f"control: plain distillation, {sum(s.num_steps for s in plan_control(stages, config.control))} steps"
-        )
-    console.print(_cache_line(config, prepared))
+    return table
+
+
+def _moving(first: float, last: float) -> str:
+    return f"{first:g}" if first == last else f"{first:.3g}..{last:.3g}"
 
 
 def _prepared(config: Config) -> dict[str, RowsSummary]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import ray
 from pocl_ray.errors import ResourceError
 
 QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+START_ATTEMPTS = 3
 QUIET_HERE = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # of a cluster of our own; a shared one keeps its logs
 
 
@@ -32,13 +34,8 @@ def ray_session() -> Iterator[None]:
         for key, value in QUIET_HERE.items():
             os.environ.setdefault(key, value)
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"worker_process_setup_hook": _know_the_cluster},
-        )
+        with _muted_stderr():
+            _connect(address)
     except (ConnectionError, TimeoutError) as error:
         raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
     try:
@@ -47,7 +44,39 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def _know_the_cluster() -> None:
+def _connect(address: str | None) -> None:
+    """Connect, or start a cluster; Ray gives a new node half a minute, which is not enough on a machine under load."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"worker_process_setup_hook": know_the_cluster},
+            )
+            return
+        except Exception as error:  # Ray raises nothing more special
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
+            ray.shutdown()
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Keep the lines that Ray's C++ core writes while it starts off the terminal; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def know_the_cluster() -> None:
     """Tell libraries in a worker which cluster it belongs to.
 
     They look it up in a file of the machine otherwise, which may still name a cluster that died.

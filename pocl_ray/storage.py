@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from filelock import FileLock
 
 from pocl_ray.errors import StorageError
+from pocl_ray.stores import check_bucket, is_remote, reason, resolve
 
 _LOCAL = pafs.LocalFileSystem()
 
@@ -39,25 +40,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def is_remote(path: str) -> bool:
-    """Whether the path names an object store rather than a local file."""
-    return "://" in path and not path.startswith("file://")
-
-
-def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a path or URL, and the path on it.
-
-    Raises:
-        StorageError: The scheme is unknown, or the store cannot be reached.
-    """
-    if not is_remote(path):
-        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).expanduser().absolute())
-    try:
-        return pafs.FileSystem.from_uri(path)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path}: cannot be opened ({_first_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,8 @@ class RunDirectory:
             StorageError: It cannot be made or written.
         """
         if is_remote(storage_path):
+            if create:
+                check_bucket(storage_path)
             return cls(f"{storage_path.rstrip('/')}/{name}")
         path = Path(storage_path.removeprefix("file://")).expanduser().absolute() / name
         if create:
@@ -104,8 +88,12 @@ class RunDirectory:
         return f"{self.uri}/{rel}"
 
     def exists(self, rel: str) -> bool:
-        """Whether a file or directory is there."""
-        return self.filesystem.get_file_info(self.fs_path(rel)).type != pafs.FileType.NotFound
+        """Whether a file or directory is there.
+
+        Raises:
+            StorageError: The store does not say.
+        """
+        return _info(self.filesystem, self.fs_path(rel), self.uri_of(rel)).type != pafs.FileType.NotFound
 
     def read_bytes(self, rel: str) -> bytes:
         """Return a file's content.
@@ -119,7 +107,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise StorageError(f"{self.uri_of(rel)}: no such file") from None
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be read ({reason(error)})") from None
 
     def read_text(self, rel: str) -> str:
         """Return a UTF-8 file's content."""
@@ -155,7 +143,7 @@ class RunDirectory:
                 with filesystem.open_output_stream(target) as stream:
                     stream.write(data)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def write_text(self, rel: str, text: str) -> None:
         """Write a UTF-8 file, whole or not at all."""
@@ -183,16 +171,30 @@ class RunDirectory:
             self.delete(rel)
             pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({_first_line(error)})") from None
+            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def delete(self, rel: str) -> None:
-        """Delete a file or a directory with all that it holds; nothing happens when it is missing."""
+        """Delete a file or a directory with all that it holds; nothing happens when it is missing.
+
+        Raises:
+            StorageError: No permission.
+        """
         filesystem, target = self.filesystem, self.fs_path(rel)
-        kind = filesystem.get_file_info(target).type
-        if kind == pafs.FileType.Directory:
-            filesystem.delete_dir(target)
-        elif kind == pafs.FileType.File:
-            filesystem.delete_file(target)
+        kind = _info(filesystem, target, self.uri_of(rel)).type
+        try:
+            if kind == pafs.FileType.Directory:
+                filesystem.delete_dir(target)
+            elif kind == pafs.FileType.File:
+                filesystem.delete_file(target)
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(rel)}: cannot be deleted ({reason(error)})") from None
+
+
+def _info(filesystem: pafs.FileSystem, path: str, uri: str) -> pafs.FileInfo:
+    try:
+        return filesystem.get_file_info(path)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be reached ({reason(error)})") from None
 
 
 def _publish_locally(local: Path, target: Path) -> None:
@@ -201,21 +203,24 @@ def _publish_locally(local: Path, target: Path) -> None:
     try:
         if local.is_dir():
             shutil.copytree(local, beside)
-            if target.exists():
-                old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-                target.rename(old)
-                beside.rename(target)
-                shutil.rmtree(old)
-            else:
-                beside.rename(target)
         else:
             shutil.copyfile(local, beside)
+        if target.is_dir() or (local.is_dir() and target.exists()):  # a rename replaces nothing but a file by a file
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+            target.rename(old)
+            beside.rename(target)
+            _remove(old)
+        else:
             os.replace(beside, target)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:
@@ -234,28 +239,47 @@ def localize(uri: str) -> str:
     """Return a local path for a URL, copied to this node once; local paths and Hub ids are returned unchanged.
 
     Raises:
-        StorageError: The file is missing or cannot be read.
+        StorageError: The file is missing or cannot be read, or the disk of this node is full.
     """
     if not is_remote(uri):
         return uri.removeprefix("file://")
     filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
+    info = _info(filesystem, path, uri)
     if info.type == pafs.FileType.NotFound:
         raise StorageError(f"{uri}: no such file or directory")
-    files = [info]
-    if info.type == pafs.FileType.Directory:
-        files = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    try:
+        return str(_copied(uri, filesystem, path, info))
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be copied to this node ({reason(error)})") from None
+
+
+def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInfo) -> Path:
+    is_directory = info.type == pafs.FileType.Directory
+    files = filesystem.get_file_info(pafs.FileSelector(path, recursive=True)) if is_directory else [info]
     state = sorted((f.path, f.size, str(f.mtime)) for f in files if f.type == pafs.FileType.File)
-    folder = cache_root() / fingerprint([uri, state])[:32]
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = root / fingerprint([uri, state])[:32]
     target = folder / Path(path).name
-    cache_root().mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True)
+    (target if is_directory else folder).mkdir(parents=True, exist_ok=True)  # copy_files makes subdirectories alone
     with FileLock(str(folder / ".lock")):
         if not (folder / ".complete").exists():
             pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
             (folder / ".complete").touch()
-    return str(target)
+    return target
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    else:
+        found = [info]
+    return [info for info in found if info.type == pafs.FileType.File]
+
+
+def _fetch(filesystem: pafs.FileSystem, path: str, files: list[pafs.FileInfo], target: Path) -> None:
+    """Copy to local disk, with the folders that `copy_files` leaves to the caller."""
+    for file in files:
+        (target / file.path.removeprefix(path).lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)

@@ -20,6 +20,7 @@ from pocl_ray.config.sources import (
 from pocl_ray.config.training import (
     CurriculumConfig,
     DistillConfig,
+    PlateauConfig,
     ScalingConfig,
     ScheduleConfig,
     SftConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "GenerationConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "PlateauConfig",
     "ReportConfig",
     "ScalingConfig",
     "ScheduleConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,15 +26,27 @@ class ControlConfig(Section):
     kd_ratio: float = Field(default=1.0, ge=0, le=1)
 
 
+class FinalGenerationConfig(GenerationConfig):
+    """How answers are generated in the final evaluation: sampled, as the authors do."""
+
+    no_repeat_ngram_size: int = Field(default=6, ge=0, description="0: repetition is allowed")
+
+
+class DevGenerationConfig(GenerationConfig):
+    """How dev answers are generated during training: greedy."""
+
+    sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
+
+
 class EvaluationConfig(Section):
     """How the distilled student is compared with where it came from (POCL, section 4.1)."""
 
-    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
-    greedy: bool = Field(default=True, description="greedy answers as well")
-    generation: GenerationConfig = GenerationConfig(no_repeat_ngram_size=6)
-    dev_generation: GenerationConfig = Field(
-        default=GenerationConfig(sampling_temperature=0.0), description="of the dev ROUGE-L during training"
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each"
     )
+    greedy: bool = Field(default=True, description="greedy answers as well")
+    generation: FinalGenerationConfig = FinalGenerationConfig()
+    dev_generation: DevGenerationConfig = DevGenerationConfig()
     max_dev_rows: int | None = Field(default=None, ge=1, description="rows of the dev ROUGE-L during training")
     teacher: bool = Field(default=True, description="evaluate the teacher as well")
     student_before: bool = Field(default=True, description="evaluate the student before distillation as well")
@@ -75,27 +87,25 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        stages = self.curriculum.num_buckets if self.curriculum.pacing == "baby_step" else 1
-        for key in ("kd_temperature", "kd_ratio"):
-            values = getattr(self.curriculum, key).values
-            if values is not None and len(values) != stages:
-                raise ValueError(f"curriculum.{key} lists {len(values)} values, but there are {stages} stages")
-        if self.train.global_batch_rows % self.scaling.num_workers:
-            raise ValueError(
-                f"train.global_batch_rows ({self.train.global_batch_rows}) must be a multiple of "
-                f"scaling.num_workers ({self.scaling.num_workers})"
-            )
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
-        if self.train.zero_stage == 0 and self.train.precision != "fp32":
+        self._check_training("train", self.train)
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            if model.sft is not None:
+                self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
+        return self
+
+    def _check_training(self, key: str, train: TrainConfig) -> None:
+        if train.global_batch_rows % self.scaling.num_workers:
             raise ValueError(
-                "train.zero_stage 0 works with train.precision fp32 alone, since DeepSpeed keeps no exact master "
+                f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
+                f"scaling.num_workers ({self.scaling.num_workers})"
+            )
+        if train.zero_stage == 0 and train.precision != "fp32":
+            raise ValueError(
+                f"{key}.zero_stage 0 works with {key}.precision fp32 alone, since DeepSpeed keeps no exact master "
                 "weights there; set it to 1"
             )
-        for role in (self.teacher, self.student):
-            if role.sft is not None:
-                self.sft_train(role.sft)
-        return self
 
     def sft_train(self, sft: SftConfig) -> TrainConfig:
         """Return `train` with the keys that `sft.train` sets."""

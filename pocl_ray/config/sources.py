@@ -134,6 +134,13 @@ class GenerationConfig(Section):
     batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
 
 
+class ScoringGenerationConfig(GenerationConfig):
+    """How the student answers while difficulty is scored: nearly greedy, as the authors do."""
+
+    sampling_temperature: float = Field(default=0.01, ge=0, description="0: greedy")
+    no_repeat_ngram_size: int = Field(default=6, ge=0, description="0: repetition is allowed")
+
+
 class DifficultyConfig(Section):
     """Which signals say how hard a row is, and how they are fused (POCL, section 3.2)."""
 
@@ -142,6 +149,6 @@ class DifficultyConfig(Section):
     tie_break: Literal["file_order", "seeded"] = Field(
         default="file_order", description="order of equally hard rows: the file's (the authors'), or drawn by seed"
     )
-    generation: GenerationConfig = GenerationConfig(sampling_temperature=0.01, no_repeat_ngram_size=6)
+    generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
     shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ScheduleConfig(Section):
-    """A value for each stage: from `start` to `end`, or `values` one by one.
+    """A value that moves, up or down, from `start` to `end` or through `values`.
 
     In YAML a number stands for a constant and a list for `values`.
     """
 
     shape: Literal["linear", "cosine", "constant", "list"] = "linear"
+    by: Literal["stage", "step"] = Field(
+        default="stage", description="stage: one value a stage; step: moving over the optimizer steps of the whole run"
+    )
     start: float | None = None
     end: float | None = None
-    values: tuple[float, ...] | None = Field(default=None, min_length=1, description="one value a stage")
-    decimals: int | None = Field(default=2, ge=0, le=9, description="the paper rounds to two places; null: not at all")
+    values: tuple[float, ...] | None = Field(
+        default=None, min_length=1, description="one a stage; by step: points, evenly spaced over the run"
+    )
+    decimals: int | None = Field(
+        default=2, ge=0, le=9, description="of a stage's value: the paper rounds to two places; null: not at all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -47,19 +56,39 @@ class ScheduleConfig(Section):
         return self
 
     def bounds(self) -> tuple[float, float]:
-        """Return the smallest and the largest value that the schedule can take."""
+        """Return the smallest and the largest value that the schedule can take, rounded as the stages' values are."""
         numbers = self.values or tuple(x for x in (self.start, self.end) if x is not None)
+        if self.values is None and self.decimals is not None:
+            numbers = tuple(round(x, self.decimals) for x in numbers)
         return min(numbers), max(numbers)
+
+
+class PlateauConfig(Section):
+    """When a stage that ends on convergence has converged."""
+
+    metric: Literal["rouge_l", "kd_loss", "ce_loss"] = Field(
+        default="rouge_l", description="dev figure that is watched"
+    )
+    patience: int = Field(default=2, ge=1, description="evaluations without a better figure that end the stage")
+    min_epochs: int = Field(default=1, ge=1, description="of a stage; the most are curriculum.interval_epochs")
 
 
 class CurriculumConfig(Section):
     """Buckets, pacing, and what changes from stage to stage (POCL, section 3.3)."""
 
-    pacing: Literal["baby_step", "none"] = Field(
-        default="baby_step", description="baby_step: stage k trains on buckets 0..k; none: one stage on everything"
+    pacing: str = Field(
+        default="baby_step",
+        description="baby_step, one_pass, competence, anti, random, none (plain distillation), or a plug-in's",
+    )
+    pacing_args: dict[str, int | float] = Field(
+        default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
     num_buckets: int = Field(default=4, ge=1)
-    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage")
+    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage; with advance plateau, the most")
+    advance: Literal["interval", "plateau"] = Field(
+        default="interval", description="a stage ends after interval_epochs, or when the dev figure stops improving"
+    )
+    plateau: PlateauConfig = PlateauConfig()
     num_steps: int | None = Field(
         default=None,
         ge=1,
@@ -75,6 +104,17 @@ class CurriculumConfig(Section):
     hand_off: Literal["best", "last"] = Field(
         default="best", description="what the next stage starts from: the best checkpoint by dev ROUGE-L, or the last"
     )
+
+    @model_validator(mode="after")
+    def _interval(self) -> CurriculumConfig:
+        if self.advance == "plateau" and self.num_steps is not None:
+            raise ValueError("num_steps fixes the length, which advance plateau leaves open; set advance to interval")
+        if self.advance == "plateau" and self.plateau.min_epochs > self.interval_epochs:
+            raise ValueError(
+                f"plateau.min_epochs ({self.plateau.min_epochs}) is above interval_epochs ({self.interval_epochs}), "
+                "the most epochs of a stage"
+            )
+        return self
 
     @field_validator("kd_temperature")
     @classmethod
@@ -121,7 +161,7 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the LR rises")
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="LR at the end, relative to the peak")
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -140,13 +180,6 @@ class TrainConfig(Section):
         default=None, ge=0, description="of the order of rows and of dropout in distillation; null: the run's"
     )
 
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError("betas lie between 0 and 1")
-        return betas
-
 
 class TrainOverrides(Section):
     """Keys of `train` that differ during supervised fine-tuning; those left out stay as they are there."""
@@ -158,7 +191,7 @@ class TrainOverrides(Section):
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
     weight_decay: float | None = Field(default=None, ge=0)
-    betas: tuple[float, float] | None = None
+    betas: tuple[Beta, Beta] | None = None
     max_grad_norm: float | None = Field(default=None, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -185,7 +218,9 @@ class ScalingConfig(Section):
     teacher_actors: int = Field(default=1, ge=1, description="actors that run the teacher while scoring, at most")
     evaluation_actors: int = Field(default=2, ge=1, description="actors that generate answers in evaluation, at most")
     cpus_per_actor: float = Field(default=1.0, gt=0)
-    gpus_per_actor: float = Field(default=1.0, ge=0, description="where GPUs are used")
+    gpus_per_actor: float | None = Field(
+        default=None, gt=0, description="where GPUs are used; null: one each, or a share where there are too few"
+    )
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -1,24 +1,180 @@
-"""Pacing: the rule that says which buckets each stage trains on.
+"""Pacing: the rule that says which rows each stage trains on.
 
-A rule is a function of the number of buckets that returns, stage by stage, the buckets that the stage trains on;
-they must be neighbours in the ranking. A new rule is one function and one line in `PACINGS`.
+A rule is a function of the buckets' ends (cumulative row counts in an order of the rows, the last one the number of all
+rows) and of its parameters. It returns, stage by stage, the slice `(first, end)` of that order to train on. A new rule
+is one function and one line in `PACINGS`; other packages bring theirs through the entry-point group `pocl_ray.pacings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-Pacing = Callable[[int], list[tuple[int, ...]]]
+from pocl_ray import plugins
+from pocl_ray.errors import ConfigError, UserError
+from pocl_ray.records import Order
+
+GROUP = "pocl_ray.pacings"
+
+Slice = tuple[int, int]
+Rule = Callable[..., Sequence[Slice]]
 
 
-def baby_step(num_buckets: int) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class Pacing:
+    """A rule, and what it counts in.
+
+    Attributes:
+        rule: From the buckets' ends and the parameters to a slice for each stage.
+        order: The order that the slices are of: the ranking from easy to hard, or one drawn by the seed.
+        steps_of: For a rule of one stage: another rule whose number of optimizer steps, all stages together, this
+            stage takes; None: it takes `interval_epochs`.
+    """
+
+    rule: Rule
+    order: Order = "rank"
+    steps_of: Rule | None = None
+
+
+def baby_step(ends: Sequence[int]) -> list[Slice]:
     """Admit one more bucket a stage and keep those before it (Bengio et al. 2009; POCL, algorithm 1)."""
-    return [tuple(range(stage + 1)) for stage in range(num_buckets)]
+    return [(0, end) for end in ends]
 
 
-def none(num_buckets: int) -> list[tuple[int, ...]]:
+def one_pass(ends: Sequence[int]) -> list[Slice]:
+    """Train on each bucket once, the easiest first, and leave it (Bengio et al. 2009)."""
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def anti(ends: Sequence[int]) -> list[Slice]:
+    """Baby Step from the hardest row down; each stage has as many rows as Baby Step's, hence as many steps."""
+    return [(ends[-1] - end, ends[-1]) for end in ends]
+
+
+def competence(ends: Sequence[int], root: float = 2.0, start: float = 0.1, num_stages: int = 8) -> list[Slice]:
+    """Admit the share c(t) of the easiest rows (Platanios et al. 2019, arXiv 1903.09848), whatever their buckets.
+
+    c(t) = min(1, (t/T (1 - c0^p) + c0^p)^(1/p)), evaluated at the start of each stage, T being the start of the last
+    one; a stage has ceil(c N) rows.
+
+    Args:
+        ends: The last one is N.
+        root: p; 1 grows linearly, larger ones fast at first.
+        start: c0, the share of the first stage.
+        num_stages: How often c is evaluated.
+
+    Raises:
+        ConfigError: A parameter is out of range.
+    """
+    for name, value, fits, needed in (
+        ("root", root, root > 0, "above 0"),
+        ("start", start, 0 < start <= 1, "above 0 and at most 1"),
+        ("num_stages", num_stages, num_stages >= 1 and num_stages == int(num_stages), "a whole number from 1"),
+    ):
+        if not fits:
+            raise ConfigError(f"curriculum.pacing_args.{name} must be {needed}, not {value!r}")
+    admitted = []
+    for stage in range(int(num_stages)):
+        share = stage / (num_stages - 1) if num_stages > 1 else 1.0
+        at_start = start**root
+        competent = min(1.0, (share * (1 - at_start) + at_start) ** (1 / root))
+        # The root of a power is off by an ulp, which `ceil` would make a whole row of.
+        admitted.append((0, math.ceil(round(competent * ends[-1], 6))))
+    return admitted
+
+
+def none(ends: Sequence[int]) -> list[Slice]:
     """Train on everything in one stage: no curriculum."""
-    return [tuple(range(num_buckets))]
+    return [(0, ends[-1])]
 
 
-PACINGS: dict[str, Pacing] = {"baby_step": baby_step, "none": none}
+PACINGS: dict[str, Pacing] = {
+    "baby_step": Pacing(baby_step),
+    "one_pass": Pacing(one_pass),
+    "competence": Pacing(competence),
+    "anti": Pacing(anti),
+    "random": Pacing(baby_step, order="random"),
+    "none": Pacing(none, steps_of=baby_step),
+}
+
+
+def find_pacing(name: str) -> Pacing:
+    """Look a rule up by name, first here, then among installed plug-ins.
+
+    Raises:
+        ConfigError: There is none of that name; the nearest one is named.
+        UserError: A plug-in cannot be imported, or is neither a function nor a `Pacing`.
+    """
+    if name in PACINGS:
+        return PACINGS[name]
+    others = plugins.installed(GROUP)
+    if name not in others:
+        near = difflib.get_close_matches(name, [*PACINGS, *others], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join([*PACINGS, *others])}"
+        raise ConfigError(f"curriculum.pacing: unknown rule {name!r}; {hint}")
+    found = plugins.load("pacing", others[name])
+    if not isinstance(found, Pacing) and not callable(found):
+        raise UserError(f"pacing plug-in '{name}' is {type(found).__name__}; it must be a function or a Pacing")
+    return found if isinstance(found, Pacing) else Pacing(found)
+
+
+def admitted_rows(name: str, pacing: Pacing, args: Mapping[str, Any], ends: Sequence[int]) -> list[Slice]:
+    """Call a rule, and check what it returns.
+
+    Args:
+        name: Of the rule, for messages.
+        pacing: The rule.
+        args: Its parameters.
+        ends: Where each bucket ends, as cumulative row counts.
+
+    Returns:
+        The slice `(first, end)` of each stage.
+
+    Raises:
+        ConfigError: A parameter is unknown or out of range.
+        UserError: A plug-in raises, or returns something other than slices of the rows.
+    """
+    _check_args(name, pacing.rule, args)
+    try:
+        slices = pacing.rule(tuple(ends), **args)
+    except ConfigError:
+        raise
+    except Exception as error:  # code of others: every failure is reported under the plug-in's name
+        raise UserError(f"pacing plug-in '{name}' fails when called: {plugins.reason(error)}") from error
+    try:
+        checked = [(operator.index(first), operator.index(end)) for first, end in slices]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"pacing plug-in '{name}' returns {_short(slices)}; a rule returns a list of (first, end), one a stage"
+        ) from None
+    wrong = [(first, end) for first, end in checked if not 0 <= first < end <= ends[-1]]
+    if wrong or not checked:
+        found = f"the slice {wrong[0]}" if wrong else "no stage"
+        raise UserError(
+            f"pacing plug-in '{name}' returns {found} for {ends[-1]} rows; it must be 0 <= first < end <= {ends[-1]}"
+        )
+    if pacing.steps_of is not None and len(checked) > 1:
+        raise UserError(f"pacing plug-in '{name}' has steps_of and {len(checked)} stages; steps_of is for one stage")
+    return checked
+
+
+def _check_args(name: str, rule: Rule, args: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(rule)
+    except ValueError:  # a built-in of C has none; calling it tells
+        return
+    try:
+        signature.bind((), **args)
+    except TypeError as error:
+        known = ", ".join(list(signature.parameters)[1:]) or "none"
+        raise ConfigError(f"curriculum.pacing_args: {error}; pacing '{name}' takes: {known}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -3,69 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
-from pocl_ray.config import Config, ControlConfig, CurriculumConfig, ScheduleConfig
+from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
-from pocl_ray.curriculum.pacing import PACINGS
+from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
 from pocl_ray.errors import ConfigError
-from pocl_ray.records import Stage
+from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum (POCL, algorithm 1 and equations 6 to 8).
+    """Return the stages of the curriculum (POCL, section 3.3).
 
     Raises:
-        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or the stages before
-            the last take all of `curriculum.num_steps`.
+        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
+            has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
+        UserError: A plug-in's rule fails or returns no slices of the rows.
     """
-    curriculum = config.curriculum
+    curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
     ends = bucket_ends(num_rows, curriculum.num_buckets)
-    admitted = PACINGS[curriculum.pacing](curriculum.num_buckets)
-    temperatures = scheduled(curriculum.kd_temperature, len(admitted))
-    ratios = scheduled(curriculum.kd_ratio, len(admitted))
-    stages = []
-    for index, buckets in enumerate(admitted):
-        first, end = (ends[buckets[0] - 1] if buckets[0] else 0), ends[buckets[-1]]
-        stages.append(
-            Stage(
-                index=index,
-                buckets=buckets,
-                first_rank=first,
-                end_rank=end,
-                num_epochs=curriculum.interval_epochs,
-                steps_per_epoch=_steps_per_epoch(end - first, config.train.global_batch_rows, f"stage {index}"),
-                kd_temperature=temperatures[index],
-                kd_ratio=ratios[index],
-                restart_optimizer=True,
-                lr_first_step=0,
-                lr_num_steps=0,
-            )
-        )
-    if curriculum.num_steps is not None:
-        stages[-1] = _fill(stages, curriculum.num_steps)
-    return _with_lr(stages, curriculum)
-
-
-def plan_control(stages: tuple[Stage, ...], control: ControlConfig) -> tuple[Stage, ...]:
-    """Return plain distillation on all rows, at the number of optimizer steps that `stages` take together."""
-    last = max(stages, key=lambda s: s.end_rank)
-    num_steps = sum(s.num_steps for s in stages)
-    num_epochs = math.ceil(num_steps / last.steps_per_epoch)
-    return (
-        replace(
-            last,
-            index=0,
-            first_rank=0,
-            num_epochs=num_epochs,
-            max_steps=num_steps,
-            kd_temperature=control.kd_temperature,
-            kd_ratio=control.kd_ratio,
+    pacing = find_pacing(curriculum.pacing)
+    slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
+    temperatures = scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
+    ratios = scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+    stages = [
+        Stage(
+            index=index,
+            buckets=_buckets_of(first, end, ends),
+            first_rank=first,
+            end_rank=end,
+            num_epochs=curriculum.interval_epochs,
+            steps_per_epoch=_steps_per_epoch(end - first, batch_rows, f"stage {index}"),
+            kd_temperature=temperatures[index],
+            kd_ratio=ratios[index],
             restart_optimizer=True,
             lr_first_step=0,
-            lr_num_steps=num_steps,
-        ),
-    )
+            lr_num_steps=0,
+            order=pacing.order,
+            min_epochs=curriculum.plateau.min_epochs if curriculum.advance == "plateau" else None,
+        )
+        for index, (first, end) in enumerate(slices)
+    ]
+    if pacing.steps_of is not None:
+        sizes = [end - first for first, end in pacing.steps_of(ends)]
+        num_steps = sum(size // batch_rows for size in sizes) * curriculum.interval_epochs
+        stages = [_with_steps(stage, num_steps) for stage in stages]
+    if curriculum.num_steps is not None:
+        stages[-1] = _fill(stages, curriculum.num_steps)
+    return _with_ramps(_with_lr(stages, curriculum), curriculum)
+
+
+def check_curriculum(curriculum: CurriculumConfig) -> None:
+    """Try the curriculum on made-up rows, before anything is prepared.
+
+    Raises:
+        UserError: The rule is unknown or does not work, or a list of values has not one for each stage.
+    """
+    ends = tuple(1000 * (bucket + 1) for bucket in range(curriculum.num_buckets))
+    pacing = find_pacing(curriculum.pacing)
+    slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
+    if curriculum.pacing in PACINGS:  # a plug-in's number of stages may depend on the rows
+        scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
+        scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+
+
+def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:
+    """Return plain distillation on all rows, at the number of optimizer steps that the curriculum takes."""
+    control, batch_rows = config.control, config.train.global_batch_rows
+    assert control is not None, "the config asks for a control"
+    plain = _one_stage(num_rows, batch_rows, "control", control.kd_temperature, control.kd_ratio)
+    plain = replace(plain, buckets=tuple(range(config.curriculum.num_buckets)))
+    return (replace(_with_steps(plain, num_steps), lr_num_steps=num_steps),)
 
 
 def plan_sft(
@@ -76,44 +86,62 @@ def plan_sft(
     Raises:
         ConfigError: There are fewer rows than one global batch holds; `key` names the section at fault.
     """
-    per_epoch = _steps_per_epoch(num_rows, global_batch_rows, key)
-    stage = Stage(
+    stage = _one_stage(num_rows, global_batch_rows, key, kd_temperature=1.0, kd_ratio=0.0)
+    stage = replace(stage, num_epochs=num_epochs, max_steps=max_steps)
+    return (replace(stage, lr_num_steps=stage.num_steps),)
+
+
+def scheduled(schedule: ScheduleConfig, num_stages: int, key: str = "a schedule") -> tuple[float, ...]:
+    """Return a schedule's value for each stage; one that moves by step gives that of the run's first step.
+
+    With stage k of n and s = k / (n - 1): linear is start + s (end - start), cosine is
+    start + (1 - cos(pi s)) / 2 (end - start). A single stage takes the start of a linear or cosine schedule.
+
+    Raises:
+        ConfigError: A list has not one value for each stage; `key` names it.
+    """
+    if schedule.by == "step":
+        return (_points(schedule)[0],) * num_stages
+    if schedule.values is not None:
+        if len(schedule.values) != num_stages:
+            raise ConfigError(f"{key} lists {len(schedule.values)} values, but there are {num_stages} stages")
+        return schedule.values
+    ramp = Ramp(_points(schedule), _shape(schedule), num_stages)
+    values = [ramp.at(stage) for stage in range(num_stages)]
+    return tuple(value if schedule.decimals is None else round(value, schedule.decimals) for value in values)
+
+
+def _points(schedule: ScheduleConfig) -> tuple[float, ...]:
+    if schedule.values is not None:
+        return schedule.values
+    assert schedule.start is not None
+    return (schedule.start,) if schedule.end is None else (schedule.start, schedule.end)
+
+
+def _shape(schedule: ScheduleConfig) -> Literal["linear", "cosine"]:
+    return "cosine" if schedule.shape == "cosine" else "linear"
+
+
+def _buckets_of(first: int, end: int, ends: Sequence[int]) -> tuple[int, ...]:
+    """The buckets that a slice has rows of."""
+    starts = [0, *ends[:-1]]
+    return tuple(b for b, (low, high) in enumerate(zip(starts, ends, strict=True)) if low < end and first < high)
+
+
+def _one_stage(num_rows: int, batch_rows: int, where: str, kd_temperature: float, kd_ratio: float) -> Stage:
+    return Stage(
         index=0,
         buckets=(0,),
         first_rank=0,
         end_rank=num_rows,
-        num_epochs=num_epochs,
-        steps_per_epoch=per_epoch,
-        kd_temperature=1.0,
-        kd_ratio=0.0,
+        num_epochs=1,
+        steps_per_epoch=_steps_per_epoch(num_rows, batch_rows, where),
+        kd_temperature=kd_temperature,
+        kd_ratio=kd_ratio,
         restart_optimizer=True,
         lr_first_step=0,
         lr_num_steps=0,
-        max_steps=max_steps,
     )
-    return (replace(stage, lr_num_steps=stage.num_steps),)
-
-
-def scheduled(schedule: ScheduleConfig, num_stages: int) -> tuple[float, ...]:
-    """Return a schedule's value for each stage.
-
-    With stage k of n and s = k / (n - 1): linear is start + s (end - start), cosine is
-    start + (1 - cos(pi s)) / 2 (end - start). A single stage takes the start of a linear or cosine schedule.
-    """
-    if schedule.values is not None:
-        if len(schedule.values) != num_stages:
-            raise ConfigError(f"a schedule lists {len(schedule.values)} values, but there are {num_stages} stages")
-        return schedule.values
-    assert schedule.start is not None
-    start, end = schedule.start, schedule.start if schedule.end is None else schedule.end
-    values = []
-    for stage in range(num_stages):
-        share = stage / (num_stages - 1) if num_stages > 1 else 0.0
-        if schedule.shape == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        value = start + share * (end - start)
-        values.append(value if schedule.decimals is None else round(value, schedule.decimals))
-    return tuple(values)
 
 
 def _fill(stages: list[Stage], num_steps: int) -> Stage:
@@ -126,7 +154,7 @@ def _fill(stages: list[Stage], num_steps: int) -> Stage:
             f"curriculum.num_steps: the stages before the last take {taken} optimizer steps, which leaves it none of "
             f"{num_steps}; raise it, or lower curriculum.num_buckets or curriculum.interval_epochs"
         )
-    return replace(last, num_epochs=math.ceil(left / last.steps_per_epoch), max_steps=left)
+    return _with_steps(last, left)
 
 
 def _steps_per_epoch(num_rows: int, global_batch_rows: int, where: str) -> int:
@@ -136,6 +164,26 @@ def _steps_per_epoch(num_rows: int, global_batch_rows: int, where: str) -> int:
             "lower train.global_batch_rows or curriculum.num_buckets"
         )
     return num_rows // global_batch_rows
+
+
+def _with_steps(stage: Stage, num_steps: int) -> Stage:
+    """The stage, repeated until it has taken so many steps."""
+    return replace(stage, num_epochs=math.ceil(num_steps / stage.steps_per_epoch), max_steps=num_steps)
+
+
+def _with_ramps(stages: Sequence[Stage], curriculum: CurriculumConfig) -> tuple[Stage, ...]:
+    """The stages, those values moving by step that are to; over the steps that the plan has, and no fewer."""
+    total, done, placed = sum(stage.num_steps for stage in stages), 0, []
+    for stage in stages:
+        for key in ("kd_temperature", "kd_ratio"):
+            schedule = getattr(curriculum, key)
+            if schedule.by == "step":
+                ramp = Ramp(_points(schedule), _shape(schedule), total, done)
+                changes: dict[str, Any] = {key: ramp.at(0), f"{key}_ramp": ramp}
+                stage = replace(stage, **changes)
+        placed.append(stage)
+        done += stage.num_steps
+    return tuple(placed)
 
 
 def _with_lr(stages: list[Stage], curriculum: CurriculumConfig) -> tuple[Stage, ...]:

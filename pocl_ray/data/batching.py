@@ -54,6 +54,12 @@ class MicroBatch:
         return self.targets_N.numel()
 
 
+def random_order(num_rows: int, seed: int) -> np.ndarray:
+    """Return all row ids in an order drawn by the seed; independent of the orders of the epochs."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(1,))
+    return np.random.Generator(np.random.PCG64(sequence)).permutation(num_rows)
+
+
 def epoch_order(stage_rows: np.ndarray, seed: int, stage: int, epoch: int) -> np.ndarray:
     """Return the stage's row ids in the order of one epoch; a function of (seed, stage, epoch)."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])))
@@ -67,7 +73,7 @@ def global_batches(
 
     Args:
         stage: The stage.
-        stage_rows: Its row ids, from easy to hard.
+        stage_rows: Its row ids.
         global_batch_rows: Rows of a step; those left over at the end of an epoch are skipped in it.
         seed: Seed of the run.
         first_step: Optimizer steps of the stage that are already done.

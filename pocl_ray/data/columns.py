@@ -103,7 +103,7 @@ def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole
             return columns
     raise DataError(
         f"cannot tell which columns hold the prompt and the response; found: {_names(found)}; expected messages, "
-        "instruction and output, or prompt and response, or a mapping such as columns={prompt: ..., output: ...}"
+        "instruction and output, or prompt and response, or a mapping such as `columns: {prompt: ..., output: ...}`"
     )
 
 

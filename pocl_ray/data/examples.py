@@ -10,6 +10,7 @@ from pocl_ray.data.columns import Columns, UnusableRowError, resolve_columns
 from pocl_ray.data.prompts import Example, PromptTemplate, read_example
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.sources import read_source
+from pocl_ray.errors import DataError
 
 CHUNK_ROWS = 2048
 
@@ -57,7 +58,12 @@ class ExampleReader:
             found = {column for item in chunk if isinstance(item, SourceRow) for column in item.values}
             if not found:  # nothing but unreadable rows so far
                 return [_reject(item, "has no columns") for item in chunk]
-            self._columns = resolve_columns(found, self._mapping)
+            try:
+                self._columns = resolve_columns(found, self._mapping)
+            except DataError as error:
+                raise DataError(
+                    f"{next(item.source for item in chunk if isinstance(item, SourceRow))}: {error}"
+                ) from None
         columns = self._columns
         return [item if isinstance(item, Reject) else self._read_row(item, columns) for item in chunk]
 

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from pocl_ray.config.sources import SourceConfig
 from pocl_ray.errors import DataError
-from pocl_ray.storage import is_remote, resolve
+from pocl_ray.stores import is_remote, resolve
 
 Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]

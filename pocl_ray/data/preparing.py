@@ -14,7 +14,7 @@ from pocl_ray.data.examples import read_examples
 from pocl_ray.data.prompts import Example, PromptTemplate
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore, shared_prompts
-from pocl_ray.data.rows import default_split, hold_out, prepare_rows, write_rejects
+from pocl_ray.data.rows import default_split, hold_out, named_errors, prepare_rows, write_rejects
 from pocl_ray.data.sources import read_source, source_fingerprint
 from pocl_ray.records import RowsSummary
 from pocl_ray.storage import RunDirectory
@@ -58,10 +58,11 @@ def training_texts(config: DataConfig) -> Iterator[str]:
         ConfigError: The chat template is asked for, which a tokenizer to be trained cannot have.
     """
     template = PromptTemplate(config.prompt_template, None)
-    for item in read_examples(config.train, template, default_split("train")):
-        if isinstance(item, Example):
-            yield item.prompt
-            yield item.references[0]
+    with named_errors("train"):
+        for item in read_examples(config.train, template, default_split("train")):
+            if isinstance(item, Example):
+                yield item.prompt
+                yield item.references[0]
 
 
 def prepare_all(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory) -> Rows:

@@ -71,7 +71,7 @@ def prepare_rows(
         tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
     )
     preparation = _Preparation(ExampleReader(source.columns, template), row_tokenizer, vocab_size=len(tokenizer))
-    with _named_errors(name), _atomic_writer(destination) as writer:
+    with named_errors(name), _atomic_writer(destination) as writer:
         stream = read_source(source, default_split(name))
         while chunk := list(islice(stream, CHUNK_ROWS)):
             batch = preparation.prepare(chunk)
@@ -231,7 +231,7 @@ def _atomic_writer(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
 
 
 @contextmanager
-def _named_errors(name: str) -> Iterator[None]:
+def named_errors(name: str) -> Iterator[None]:
     """Let an error of a source say which set of the config it belongs to."""
     try:
         yield

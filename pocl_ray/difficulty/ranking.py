@@ -9,7 +9,7 @@ recomputed anywhere.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +69,16 @@ def find_signal(name: str) -> Signal:
     near = difflib.get_close_matches(name, SIGNALS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIGNALS)}"
     raise ConfigError(f"difficulty.signals: unknown signal {name!r}; {hint}")
+
+
+def check_signals(names: Iterable[str]) -> None:
+    """Look up signals before anything is scored.
+
+    Raises:
+        ConfigError: One of them is unknown.
+    """
+    for name in names:
+        find_signal(name)
 
 
 def rank_rows(

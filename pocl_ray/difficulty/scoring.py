@@ -39,6 +39,8 @@ from pocl_ray.storage import RunDirectory
 
 _MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
 _MIN_TASK_ROWS = 32
+_MIN_FILL = 0.75  # of its width that each row of a micro-batch fills,
+_MIN_BATCH_ROWS = 4  # beyond its first few rows
 _LENGTH_MULTIPLE = 8  # that `collate` rounds up to
 
 MicroBatches = list[npt.NDArray[np.int64]]
@@ -69,13 +71,10 @@ def score_rows(
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student.
-        teacher: The frozen teacher; its fingerprint goes into the cache.
-        cache: None for no cache.
+        teacher: The frozen teacher; its fingerprint goes into the cache (None for no cache).
         cache_dtype: Of its hidden states; `auto` is the teacher's own.
         difficulty: How answers are generated, and how much is computed at once.
-        max_tokens: `data.max_tokens`.
         scaling: Actors, and what each of them asks for.
-        seed: Of the answers.
         compare: Whether `teacher_student_kl` is measured; without it no hidden states pass between actors.
 
     Returns:
@@ -155,14 +154,16 @@ def plan_tasks(
 
 
 def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
-    """Cut rows, longest first, wherever the padded size would pass the budget."""
+    """Cut rows, longest first, where the padded size would pass the budget or padding would become a large share."""
     batches: MicroBatches = []
     start = 0
     while start < len(ids):
-        width = -(-int(lengths[ids[start]]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        end = start + max(1, batch_tokens // width)
-        batches.append(ids[start:end])
-        start = end
+        longest = int(lengths[ids[start]])
+        width = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        fitting = ids[start : start + max(1, batch_tokens // width)]
+        num_alike = int(np.count_nonzero(lengths[fitting] >= _MIN_FILL * longest))
+        batches.append(fitting[: max(_MIN_BATCH_ROWS, num_alike)])
+        start += len(batches[-1])
     return batches
 
 

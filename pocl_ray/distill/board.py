@@ -28,6 +28,7 @@ class Standing:
         evaluations: The dev figures so far, those of an earlier start included.
         refusal: The user's mistake that ended the run.
         num_starts: How often the workers began; more than once after a failure.
+        warnings: What the user should know of, each once.
         is_finished: Whether the result is written.
     """
 
@@ -39,6 +40,7 @@ class Standing:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     refusal: UserError | None = None
     num_starts: int = 0
+    warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
 
 
@@ -73,6 +75,11 @@ class ProgressBoard:
         """A worker met a user's mistake."""
         self.standing.refusal = error
 
+    def warn(self, text: str) -> None:
+        """The user should know of something that the run goes on in spite of."""
+        if text not in self.standing.warnings:
+            self.standing.warnings.append(text)
+
     def read(self) -> Standing:
         """Return the standing."""
         return self.standing
@@ -103,4 +110,5 @@ class TellBoards(ControllerCallback, WorkerGroupCallback):
 
     def _tell(self, group: PlacementGroup | None) -> None:
         me = ray.get_runtime_context().current_actor
-        ray.get([board.holds.remote(self.name, me, group) for board in self.boards])
+        for board in self.boards:
+            board.holds.remote(self.name, me, group)

@@ -33,6 +33,10 @@ PROGRESS, METRICS, STATE, BEST = "progress.json", "metrics.jsonl", "state", "bes
 SHARD_BYTES = 1 << 30
 
 
+class DamagedCheckpointError(StorageError):
+    """A checkpoint that is not as it was written."""
+
+
 @dataclass
 class Progress:
     """Where a training run stands.
@@ -116,18 +120,21 @@ def read_progress(directory: Path) -> Progress:
     """Read a checkpoint's cursor and metric stream, and check that it is whole.
 
     Raises:
-        StorageError: A file is missing or damaged, or another version wrote it.
+        DamagedCheckpointError: A file is missing, cut short or changed.
+        StorageError: Another version wrote it.
     """
+    place = f"checkpoint {directory.name}"
     try:
         content = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise StorageError(f"checkpoint {directory.name}: {PROGRESS} is missing or damaged") from None
-    if content.pop("version") != VERSION:
-        raise StorageError(f"checkpoint {directory.name}: written by another version of pocl-ray")
-    for rel, digest in content.pop("sha256").items():
+        version, digests = content.pop("version"), content.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise DamagedCheckpointError(f"{place}: {PROGRESS} is missing or damaged") from None
+    if version != VERSION:
+        raise StorageError(f"{place}: written by another version of pocl-ray")
+    for rel, digest in digests.items():
         path = directory / rel
         if not path.exists() or file_digest(path) != digest:
-            raise StorageError(f"checkpoint {directory.name}: {rel} is missing or damaged")
+            raise DamagedCheckpointError(f"{place}: {rel} is missing or damaged")
     metrics = [json.loads(line) for line in (directory / METRICS).read_text(encoding="utf-8").splitlines()]
     return Progress(**content, metrics=metrics)
 

@@ -114,7 +114,7 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
         step: Optimizer step within the stage, from 0.
     """
     position, total = stage.lr_first_step + step, stage.lr_num_steps
-    warmup = math.ceil(train.warmup_ratio * total)
+    warmup = math.ceil(round(train.warmup_ratio * total, 6))  # 0.07 * 100 is a little more than 7 in floating point
     if position < warmup:
         return train.learning_rate * (position + 1) / warmup
     done = (position - warmup) / max(1, total - warmup)
@@ -135,6 +135,7 @@ class Engine:
             timeout_s: After so long a collective operation with a dead peer fails.
         """
         deepspeed = import_deepspeed(device)
+        check_precision(train.precision, deepspeed.get_accelerator())
         self.train = train
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -178,15 +179,25 @@ class Engine:
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        grad_norm: float | None = None
         for batch in micro_batches:
             losses = self.deepspeed(batch.to(self.device), settings)
             self.deepspeed.backward(losses[0] * scale)
+            grad_norm = self._plain_grad_norm()
             self.deepspeed.step()
             sums += torch.stack([loss.detach().double() for loss in losses])
         dist.all_reduce(sums)
         loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
-        grad_norm = self.deepspeed.get_global_grad_norm()
-        return StepLosses(loss, ce_loss, kd_loss, float(grad_norm or 0.0), num_response_tokens)
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
+
+    def _plain_grad_norm(self) -> float | None:
+        """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
+        if self.train.zero_stage > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:
@@ -194,6 +205,24 @@ class Engine:
         self.deepspeed.eval()
         losses = self.deepspeed(batch.to(self.device), settings)
         return torch.stack([loss.detach().double() for loss in losses])
+
+
+def check_precision(precision: str, accelerator: Any) -> None:
+    """Refuse a precision that DeepSpeed cannot train in on this device.
+
+    Raises:
+        ConfigError: It is fp16 or bf16, and the device lacks it.
+    """
+    supported = {
+        "fp32": lambda: True,
+        "bf16": accelerator.is_bf16_supported,
+        "fp16": accelerator.is_fp16_supported,
+    }[precision]
+    if not supported():
+        others = " or ".join(name for name in ("bf16", "fp32") if name != precision)
+        raise ConfigError(
+            f"train.precision: {precision} cannot be trained in on {accelerator.device_name()}; set {others}"
+        )
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -64,8 +64,8 @@ class Feed:
 
     def stage(
         self, stage: Stage, stage_rows: np.ndarray, global_batch_rows: int, seed: int, first_step: int
-    ) -> Iterator[GlobalBatch]:
-        """Yield the global batches of a stage from `first_step` on."""
+    ) -> Generator[GlobalBatch, None, None]:
+        """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead."""
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None

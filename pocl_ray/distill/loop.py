@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, write_progress, write_state
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
-from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.feed import Feed, GlobalBatch
 from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.plateau import has_converged
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.records import Stage
+from pocl_ray.records import Order, Stage
 
 OnCheckpoint = Callable[[Progress, Path | None], None]
 OnStep = Callable[[Progress, dict[str, Any]], None]
@@ -39,7 +41,7 @@ class TrainingLoop:
         engine: Engine,
         feed: Feed,
         dev: DevEvaluator,
-        order: np.ndarray,
+        orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
     ) -> None:
@@ -50,28 +52,26 @@ class TrainingLoop:
             engine: The student.
             feed: The training rows.
             dev: Dev figures.
-            order: Row ids from easy to hard.
+            orders: Row ids in each order that a stage may be a slice of.
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
             on_step: Called on every worker with each logged record.
         """
-        self.task, self.engine, self.feed, self.dev, self.order = task, engine, feed, dev, order
+        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, orders
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
         self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
-        self._last_checkpoint_step = -1
 
-    def restore(self, progress: Progress, directory: Path) -> None:
-        """Go on from a checkpoint: weights, moments, cursor and metric stream."""
-        reads = self.engine.rank == 0
+    def restore(self, progress: Progress, directory: Path | None) -> None:
+        """Go on from a checkpoint: weights, moments, cursor and metric stream; collective, rank 0 reads `directory`."""
+        source = directory if self.engine.rank == 0 else None
         self.progress = progress
-        self.state.load(state_reader(directory / STATE if reads else None), KINDS, progress.num_adam_steps)
+        self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
-        self._last_checkpoint_step = progress.step
-        if reads and (directory / BEST).exists():
-            shutil.copytree(directory / BEST, self._scratch / BEST)
+        if source is not None and (source / BEST).exists():
+            shutil.copytree(source / BEST, self._scratch / BEST)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""
@@ -88,33 +88,47 @@ class TrainingLoop:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
-        settings = StepSettings(stage.kd_temperature, stage.kd_ratio, self.divergence)
-        rows = self.order[stage.first_rank : stage.end_rank]
-        first_step = progress.num_samples // batch_rows
+        rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
+        step = progress.num_samples // batch_rows
         started = time.monotonic()
-        for step, batch in enumerate(self.feed.stage(stage, rows, batch_rows, self.task.seed, first_step), first_step):
-            self._seed_dropout()
-            lr = learning_rate(self.task.train, stage, step)
-            losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
-            progress.num_samples += batch.num_rows
-            progress.step += 1
-            progress.num_tokens += batch.num_response_tokens
-            self._log(stage, losses, lr, time.monotonic() - started)
-            started = time.monotonic()
-            if self._evaluation_is_due(stage, step + 1):
-                self._evaluate()
-                self._checkpoint()
+        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step)) as batches:
+            while not self._is_over(stage, step):
+                batch = next(batches)
+                self._step(stage, step, batch, started)
+                step += 1
                 started = time.monotonic()
-            elif self._checkpoint_is_due():
-                self._checkpoint()
+                if self._evaluation_is_due(stage, step):
+                    self._evaluate()
+                    self._checkpoint()
+                    started = time.monotonic()
+                elif self._checkpoint_is_due():
+                    self._checkpoint()
         self._hand_off()
+
+    def _is_over(self, stage: Stage, steps_done: int) -> bool:
+        """Whether the stage ends here; known from the progress alone, so that a resumed run decides the same."""
+        if steps_done == stage.num_steps:
+            return True
+        is_evaluated = steps_done > 0 and self._evaluation_is_due(stage, steps_done)
+        return is_evaluated and has_converged(stage, steps_done, self.progress.metrics, self.task.plateau)
+
+    def _step(self, stage: Stage, step: int, batch: GlobalBatch, started: float) -> None:
+        progress = self.progress
+        self._seed_dropout()
+        lr = learning_rate(self.task.train, stage, step)
+        settings = StepSettings(stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence)
+        losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
+        progress.num_samples += batch.num_rows
+        progress.step += 1
+        progress.num_tokens += batch.num_response_tokens
+        self._log(stage, settings, losses, lr, time.monotonic() - started)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
         sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _log(self, stage: Stage, losses: StepLosses, lr: float, seconds: float) -> None:
+    def _log(self, stage: Stage, settings: StepSettings, losses: StepLosses, lr: float, seconds: float) -> None:
         figures = asdict(losses)
         num_tokens = figures.pop("num_response_tokens")
         record = {
@@ -122,8 +136,8 @@ class TrainingLoop:
             **{f"train/{key}": value for key, value in figures.items()},
             "train/lr": lr,
             "curriculum/stage": stage.index,
-            "curriculum/kd_temperature": stage.kd_temperature,
-            "curriculum/kd_ratio": stage.kd_ratio,
+            "curriculum/kd_temperature": settings.kd_temperature,
+            "curriculum/kd_ratio": settings.kd_ratio,
             "num_response_tokens": num_tokens,
             "step_s": round(seconds, 4),
         }
@@ -168,7 +182,6 @@ class TrainingLoop:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
             write_progress(self.progress, directory)
-        self._last_checkpoint_step = self.progress.step
         self.on_checkpoint(self.progress, directory)
 
     def _hand_off(self) -> None:

@@ -44,6 +44,7 @@ def curriculum_task(
         train=config.train,
         distill=config.distill,
         hand_off=config.curriculum.hand_off,
+        plateau=config.curriculum.plateau,
         dev_generation=config.evaluation.dev_generation,
         max_dev_rows=config.evaluation.max_dev_rows,
         max_tokens=config.data.max_tokens,

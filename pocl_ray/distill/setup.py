@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
@@ -18,12 +19,12 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.head_files import load_head
-from pocl_ray.models.heads import HeadWeights
+from pocl_ray.models.heads import HeadWeights, check_split
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK, RowsSummary
+from pocl_ray.records import RANK, Order, RowsSummary
 from pocl_ray.storage import localize
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
@@ -39,6 +40,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     head, live = _teacher(task, device)  # before the engine: ZeRO-3 must not partition it
     student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
+    check_split(student)
     if task.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
@@ -56,7 +58,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
     )
-    return TrainingLoop(task, engine, feed, dev, _order(task, len(stores[0])), on_checkpoint, on_step)
+    return TrainingLoop(task, engine, feed, dev, _orders(task, len(stores[0])), on_checkpoint, on_step)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:
@@ -82,10 +84,11 @@ def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:
     return HiddenCache.open(directory, task.teacher_fingerprint, made.fingerprint, made.num_rows)
 
 
-def _order(task: TrainTask, num_rows: int) -> np.ndarray:
-    """Return the row ids from easy to hard."""
-    if task.scores is None:
-        return np.arange(num_rows)
-    rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
-    assert len(rank) == num_rows, "scores.parquet belongs to other rows"
-    return np.argsort(rank, kind="stable")
+def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
+    """Return the row ids in each order that a stage may be a slice of."""
+    ranked: np.ndarray = np.arange(num_rows)
+    if task.scores is not None:
+        rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
+        assert len(rank) == num_rows, "scores.parquet belongs to other rows"
+        ranked = np.argsort(rank, kind="stable")
+    return {"rank": ranked, "random": random_order(num_rows, task.seed)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, TrainConfig
+from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -33,6 +33,7 @@ class TrainTask:
         train: Optimizer, batch and precision.
         distill: Loss and chunking.
         hand_off: What the next stage, and the result, starts from.
+        plateau: When a stage with `min_epochs` has converged.
         dev_generation: How dev answers are generated.
         max_dev_rows: Rows of the dev ROUGE-L, at most; None for all.
         max_tokens: Prompt and response together.
@@ -58,6 +59,7 @@ class TrainTask:
     train: TrainConfig
     distill: DistillConfig
     hand_off: Literal["best", "last"]
+    plateau: PlateauConfig
     dev_generation: GenerationConfig
     max_dev_rows: int | None
     max_tokens: int
@@ -69,5 +71,5 @@ class TrainTask:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of all stages."""
+        """Optimizer steps of all stages; the most of them where a stage ends on convergence."""
         return sum(stage.num_steps for stage in self.stages)

@@ -13,18 +13,23 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.console import Bar, progress_bar
+from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
 ABORT_S = 20.0
 CHECKPOINTS = "checkpoints"
 CONTROLLER_FAILURE_LIMIT = 8
+REFUSAL_PATIENCE_S = 15.0  # the others may wait for the worker that refused until their collective times out
 
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -33,6 +38,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
 
 
 Watch = Callable[[Standing], None]
@@ -64,17 +70,20 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
     Args:
         task: What to train.
         scaling: Workers and what they need.
-        watch: Called with the standing; the last time when the run is over.
-        *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it.
+        watch: Called with the standing.
+        *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it,
+            and free it should this process die.
     """
-    use_gpu = wants_gpu(scaling)
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
-    for key, value in RAY_TRAIN_ENVIRONMENT.items():
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if _is_one_machine() else {})}.items():
         os.environ.setdefault(key, value)
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    trainer = (_Trainer if boards or _is_one_machine() else TorchTrainer)(
         _train_worker,
-        train_loop_config={"task": task, "board": board},
+        # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
+        train_loop_config={"task": ray.put(task), "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
@@ -85,11 +94,8 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
         ),
         run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
     )
-    _fit(trainer, board, watch)
-    standing: Standing = ray.get(board.read.remote())
+    standing = _fit(trainer, board, watch)
     ray.kill(board)
-    if standing.refusal is not None:
-        raise standing.refusal
     return standing
 
 
@@ -104,6 +110,18 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     """Run `run_training` and return its counts for the manifest."""
     standing = run_training(task, scaling)
     return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+
+
+class _Trainer(TorchTrainer):
+    """Does without the watchdog of placement groups, where something else frees them: a process less to start.
+
+    That is the end of this process, where the cluster ends with it, or a board. The watchdog asks the State API, which a
+    cluster without a dashboard lacks; `fit` would wait for it at the end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def checkpoint_folder(task: TrainTask) -> str:
@@ -126,8 +144,8 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> Ru
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> None:
-    """Run the trainer in a thread, and have the board's standing watched meanwhile."""
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
+    """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -138,15 +156,23 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> None:
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
+    refused_at = float("inf")
     try:
-        while thread.is_alive():
+        while thread.is_alive() and time.monotonic() < refused_at + REFUSAL_PATIENCE_S:
             thread.join(POLL_S)
-            watch(ray.get(board.read.remote()))
+            standing: Standing = ray.get(board.read.remote())
+            watch(standing)
+            if standing.refusal is not None:
+                refused_at = min(refused_at, time.monotonic())
     except BaseException:
         _abort(thread, board)
         raise
+    standing = ray.get(board.read.remote())
+    if standing.refusal is not None:
+        raise standing.refusal
     if failures:
         raise _cause(failures[0])
+    return standing
 
 
 def _abort(thread: threading.Thread, board: Any) -> None:
@@ -167,13 +193,17 @@ def _abort(thread: threading.Thread, board: Any) -> None:
 
 
 def _show_on(bar: Bar) -> Watch:
-    num_starts = 0
+    """Return a watch that shows the standing on a bar, and prints each warning once."""
+    num_starts, num_warnings = 0, 0
 
     def watch(standing: Standing) -> None:
-        nonlocal num_starts
+        nonlocal num_starts, num_warnings
         if standing.num_starts > num_starts:
             num_starts = standing.num_starts
             bar.begin(standing.first_step)
+        for warning in standing.warnings[num_warnings:]:
+            console.print(f"[yellow]warning:[/] {escape(warning)}")
+        num_warnings = len(standing.warnings)
         bar.update(standing.step, note=_note(standing))
 
     return watch
@@ -201,18 +231,6 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def wants_gpu(scaling: ScalingConfig) -> bool:
-    """Whether workers get a GPU each.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
-
-
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
     """Return what one training worker asks the cluster for."""
     resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
@@ -225,20 +243,37 @@ def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
     Raises:
         ResourceError: It has not after `scaling.start_timeout_s`.
     """
-    needed = {k: v * scaling.num_workers for k, v in resources_per_worker(scaling, use_gpu).items()}
+    needed = resources_per_worker(scaling, use_gpu)
     deadline = time.monotonic() + scaling.start_timeout_s
     while True:
-        total = ray.cluster_resources()
-        lacking = {k: v for k, v in needed.items() if v > total.get(k, 0)}
-        if not lacking:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = room_for(needed, nodes, scaling.placement)
+        if room >= scaling.num_workers:
             return
         if time.monotonic() > deadline or _is_one_machine():
-            listed = ", ".join(f"{v:g} {k} (the cluster has {total.get(k, 0):g})" for k, v in lacking.items())
+            each = ", ".join(f"{v:g} {k}" for k, v in needed.items())
+            listed = "; ".join(", ".join(f"{node.get(k, 0):g} {k}" for k in needed) for node in nodes)
             raise ResourceError(
-                f"scaling.num_workers: {scaling.num_workers} workers need {listed}; "
-                "lower scaling.num_workers or scaling.cpus_per_worker"
+                f"scaling.num_workers: the cluster has room for {room} of {scaling.num_workers} workers of {each} each "
+                f"(its nodes have {listed}); lower scaling.num_workers or scaling.cpus_per_worker"
             )
         time.sleep(1.0)
+
+
+def room_for(needed: dict[str, float], nodes: list[dict[str, float]], placement: str) -> int:
+    """Return how many workers fit, none of them cut across nodes.
+
+    Args:
+        needed: What one worker asks for.
+        nodes: What each node has.
+        placement: Ray's placement strategy.
+    """
+    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
+    if placement == "STRICT_PACK":
+        return max(fits, default=0)
+    if placement == "STRICT_SPREAD":
+        return sum(fit > 0 for fit in fits)
+    return sum(fits)
 
 
 def _is_one_machine() -> bool:

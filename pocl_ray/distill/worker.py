@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from pocl_ray.distill.checkpoints import Progress, read_progress
+from pocl_ray.distill.checkpoints import Progress
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import TrainingLoop
+from pocl_ray.distill.resuming import resume
 from pocl_ray.distill.setup import local_ref, set_up_loop
 from pocl_ray.distill.state import WEIGHT
 from pocl_ray.distill.task import TrainTask
@@ -32,9 +34,9 @@ def train_worker(config: dict[str, Any]) -> None:
     A user's mistake is told to the board, not raised: Ray would try it again.
 
     Args:
-        config: `task`, a TrainTask, and `board`, the handle of the ProgressBoard.
+        config: `task`, the reference of a TrainTask, and `board`, the handle of the ProgressBoard.
     """
-    task, board = config["task"], config["board"]
+    task, board = ray.get(config["task"]), config["board"]
     try:
         _train(task, board)
     except UserError as error:
@@ -44,10 +46,7 @@ def train_worker(config: dict[str, Any]) -> None:
 def _train(task: TrainTask, board: Any) -> None:
     reporter = _Reporter(task, board, dist.get_rank())
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            loop.restore(read_progress(Path(directory)), Path(directory))
+    resume(loop, _checkpoints(loop.engine.rank), ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
         board.begin.remote(task.num_steps, loop.progress.step, evaluations)
@@ -55,6 +54,13 @@ def _train(task: TrainTask, board: Any) -> None:
     _write_result(task, loop)
     if loop.engine.rank == 0:
         ray.get(board.finish.remote(loop.progress.step, loop.progress.num_tokens))
+
+
+def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
+    """Return the checkpoints of this run that are kept, the newest first, where `resume` looks at them."""
+    if rank != 0 or ray.train.get_checkpoint() is None:
+        return []
+    return [reported.checkpoint for reported in reversed(ray.train.get_all_reported_checkpoints())]
 
 
 class _Reporter:

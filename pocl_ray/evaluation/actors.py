@@ -75,7 +75,7 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
         ResourceError: The cluster has no room for one actor of each pool, or no GPU where one is asked for.
     """
     total = ray.cluster_resources()
-    num_gpus = scaling.gpus_per_actor if wants_gpu(scaling, total) else 0.0
+    num_gpus = _gpus_per_actor(scaling, total, len(wanted)) if wants_gpu(scaling, total) else 0.0
     room = _room(total, {"CPU": scaling.cpus_per_actor, "GPU": num_gpus})
     if room < len(wanted):
         keys = "scaling.cpus_per_actor or scaling.gpus_per_actor" if num_gpus else "scaling.cpus_per_actor"
@@ -87,6 +87,11 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
     while sum(sizes) > room:
         sizes[sizes.index(max(sizes))] -= 1
     return [ActorPool(size, scaling.cpus_per_actor, num_gpus, scaling.accelerator_type) for size in sizes]
+
+
+def _gpus_per_actor(scaling: ScalingConfig, total: dict[str, float], num_pools: int) -> float:
+    """One GPU each, or an equal share of them where the pools outnumber the GPUs."""
+    return scaling.gpus_per_actor or min(1.0, total.get("GPU", 0) / num_pools)
 
 
 def wants_gpu(scaling: ScalingConfig, cluster: dict[str, float]) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import ModelConfig, StudentConfig, TeacherConfig
+from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
-from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer
-from pocl_ray.models.places import ModelRef, model_fingerprint
+from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
+from pocl_ray.models.places import ModelRef, check_place, model_fingerprint
 from pocl_ray.models.saving import save_model
-from pocl_ray.models.shrink import cut_layers
+from pocl_ray.models.shrink import cut_layers, evenly_spaced
 from pocl_ray.storage import RunDirectory, localize
 
 VOCABULARY_MULTIPLE = 8
@@ -70,6 +72,53 @@ def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenize
         check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
 
 
+def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Check from their configs alone that both models can be loaded or made.
+
+    Returns:
+        A warning where the student has more parameters than its teacher, else None.
+
+    Raises:
+        ModelError: No weights there, an architecture that does not work, or more layers than the teacher has.
+    """
+    large = _skeleton(teacher, tokenizer)
+    if student.num_layers is not None:
+        evenly_spaced(student.num_layers, large.config.num_hidden_layers)
+        return None
+    num_teacher, num_student = num_parameters(large), num_parameters(_skeleton(student, tokenizer))
+    if num_student <= num_teacher:
+        return None
+    return (
+        f"the student has {num_student:,} parameters, more than its teacher's {num_teacher:,}; "
+        "teacher.path and student.path may be the wrong way round"
+    )
+
+
+def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        if config.architecture is not None:
+            return _build(config.architecture, tokenizer, seed=0)
+        assert config.path is not None
+        ref = reference(config, localize(config.path)) if "://" in config.path else reference(config)
+        check_place(ref)
+        try:
+            loaded = AutoConfig.from_pretrained(
+                ref.directory or ref.path, revision=ref.revision, trust_remote_code=ref.trust_remote_code
+            )
+            return AutoModelForCausalLM.from_config(loaded, trust_remote_code=ref.trust_remote_code)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{ref.path}: cannot be loaded: {reason}") from error
+
+
+def _build(architecture: dict[str, object], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    assert isinstance(eos_id, int)
+    return build_model(architecture, vocab_size, eos_id, bos_id if isinstance(bos_id, int) else None, seed)
+
+
 def _save_built(
     architecture: dict[str, object],
     tokenizer: PreTrainedTokenizerBase,
@@ -77,10 +126,6 @@ def _save_built(
     run_dir: RunDirectory,
     rel: str,
 ) -> None:
-    vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    eos_id = tokenizer.eos_token_id
-    assert isinstance(eos_id, int)
-    bos_id = tokenizer.bos_token_id
-    model = build_model(architecture, vocab_size, eos_id, bos_id if isinstance(bos_id, int) else None, seed)
+    model = _build(architecture, tokenizer, seed)
     with tempfile.TemporaryDirectory() as scratch:
         run_dir.publish(save_model(model, tokenizer, Path(scratch) / "model"), rel)

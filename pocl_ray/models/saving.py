@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -75,7 +77,12 @@ def write_model_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep the library's own progress bars out of logs and of our progress display."""
+    """Keep the library's own progress bars out of logs and of our progress display.
+
+    Saving also makes accelerate import DeepSpeed, which warns on a machine without a GPU unless it is told so.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from pocl_ray.config import Config, ControlConfig, TrainConfig
 from pocl_ray.config.loading import describe
 from pocl_ray.config.training import TrainOverrides
-from pocl_ray.curriculum.schedule import plan_control, plan_sft, plan_stages
+from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
+from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
-from pocl_ray.identity import distill_dependencies, ranking_dependencies
 from pocl_ray.manifest import step_fingerprint
 from pocl_ray.records import Stage
 from pocl_ray.storage import fingerprint
@@ -125,7 +126,7 @@ class Planner:
         """Return the candidate's config and stages.
 
         Raises:
-            ConfigError: The values do not fit together, break a constraint, or do not fit the budget or the rows.
+            UserError: The values do not fit together, break a constraint, or do not fit the budget or the rows.
         """
         settings = dict(candidate.settings)
         if candidate.seed is not None:
@@ -135,6 +136,7 @@ class Planner:
             config = apply_settings(config, {**self._budget(config.train), **self._pins(config.train)})
         except ValidationError as error:
             raise ConfigError(describe(error)) from None
+        resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
         if candidate.is_control:
             return Planned(candidate, config, self._control_stages(config), self.num_rows)
         tree = config.model_dump(mode="json")
@@ -145,12 +147,11 @@ class Planner:
 
     def _control_stages(self, config: Config) -> tuple[Stage, ...]:
         """Return plain distillation for the budget, or for as long as the base config's curriculum takes."""
-        num_steps = config.curriculum.num_steps
+        num_steps = config.curriculum.num_steps  # the base curriculum need not fit into the budget: it is not trained
         if self.tune.budget is None or num_steps is None:
-            stages = plan_stages(config, self.num_rows)
-        else:  # the base curriculum need not fit into the budget, and is not what is trained
-            stages = plan_sft(self.num_rows, num_steps, num_steps, config.train.global_batch_rows, "tune.control")
-        return plan_control(stages, config.control or ControlConfig())
+            num_steps = sum(stage.num_steps for stage in plan_stages(config, self.num_rows))
+        with_control = config.model_copy(update={"control": config.control or ControlConfig()})
+        return plan_control(with_control, self.num_rows, num_steps)
 
     def _budget(self, train: TrainConfig) -> Settings:
         budget = self.tune.budget

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pocl_ray.config import Config
-from pocl_ray.errors import ConfigError
+from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.tuning.candidates import Candidate, Planned, Planner
 from pocl_ray.tuning.constraints import ConstraintError
 from pocl_ray.tuning.proposing import Told, draw_all, propose
@@ -54,7 +54,7 @@ class Drawing:
             if reason is None:
                 try:
                     planned = self.plan(Candidate("trial", len(self.told), settings))
-                except ConfigError as error:
+                except UserError as error:
                     reason = str(error)
                 else:
                     self.told.append(Told(settings, "running"))
@@ -113,7 +113,7 @@ def check_drawable(config: Config, planner: Planner) -> None:
             planner.plan(Candidate("trial", 0, settings))
         except ConstraintError:
             raise
-        except ConfigError as error:
+        except UserError as error:
             reasons[str(error)] = None
         else:
             return

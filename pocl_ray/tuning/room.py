@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import ray
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.distill.trainer import resources_per_worker, wait_for_room, wants_gpu
-from pocl_ray.errors import ResourceError
+from pocl_ray.distill.trainer import resources_per_worker, wait_for_room
+from pocl_ray.evaluation.actors import wants_gpu
 
 
 def trials_at_once(
@@ -30,7 +29,7 @@ def trials_at_once(
         placement: STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of them do.
     """
     needed = {name: amount for name, amount in per_worker.items() if amount > 0}
-    slots = [min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes]
+    slots = [min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items()) for node in nodes]
     if placement == "STRICT_PACK":
         return sum(free // num_workers for free in slots)
     if placement == "STRICT_SPREAD":
@@ -51,19 +50,8 @@ def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
     Raises:
         ResourceError: Not one fits, after `scaling.start_timeout_s`; at once where the cluster cannot grow.
     """
-    use_gpu = wants_gpu(scaling)
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
-    per_worker = resources_per_worker(scaling, use_gpu)
-    deadline = time.monotonic() + min(scaling.start_timeout_s, 60.0)
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fitting = trials_at_once(nodes, per_worker, scaling.num_workers, scaling.placement)
-        if fitting:
-            return fitting if most is None else min(most, fitting)
-        if time.monotonic() > deadline:
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
-            raise ResourceError(
-                f"scaling.num_workers: no room for one trial of {scaling.num_workers} workers with {asked} each "
-                f"({scaling.placement}) on {len(nodes)} nodes; lower scaling.num_workers or scaling.cpus_per_worker"
-            )
-        time.sleep(1.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = trials_at_once(nodes, resources_per_worker(scaling, use_gpu), scaling.num_workers, scaling.placement)
+    return max(1, fitting if most is None else min(most, fitting))

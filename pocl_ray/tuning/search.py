@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ray import tune
@@ -19,9 +20,12 @@ from ray.tune import ResultGrid
 from pocl_ray.config import Config
 from pocl_ray.console import console
 from pocl_ray.data.preparing import count_rows
+from pocl_ray.distill.trainer import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
-from pocl_ray.storage import RunDirectory, fingerprint, is_remote
+from pocl_ray.session import ray_session
+from pocl_ray.storage import RunDirectory, fingerprint
+from pocl_ray.stores import is_remote
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable
 from pocl_ray.tuning.page import headline, write_page
@@ -70,14 +74,13 @@ class Search:
         """Make what all trials share, where it is not made yet, and count how many trials fit.
 
         Raises:
-            ConfigError: The rows that turned out to be usable are too few for the space.
             ResourceError: The cluster has no room for one trial.
         """
         config, inputs = pipeline.config, pipeline.inputs
         assert config.tune is not None
         self.config, self.tune, self.run_dir = config, config.tune, pipeline.run_dir
         self.num_at_once = wait_for_trials(config.scaling, config.tune.max_concurrent)
-        self.planner = check_search(config, inputs.rows.train.num_rows)
+        self.planner = Planner(config, inputs.rows.train.num_rows)
         ranking = pipeline.ranking
         self.origins = Origins(signals=pipeline.signals, student=inputs.student.fingerprint)
         self.shared = Shared(
@@ -207,16 +210,22 @@ def search_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDire
         UserError: The search cannot work, or no trial of it reached its end.
     """
     check_search(config)
-    from pocl_ray.session import ray_session
-
-    for key, value in TUNE_ENVIRONMENT.items():
+    local = {} if os.environ.get("RAY_ADDRESS") else ONE_MACHINE_ENVIRONMENT
+    for key, value in {**TUNE_ENVIRONMENT, **RAY_TRAIN_ENVIRONMENT, **local}.items():
         os.environ.setdefault(key, value)
-    pipeline = Pipeline(config, resume_with_changes)
-    with ray_session():
-        for name in ("ray.tune", "ray.train", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        outcome = Search(pipeline).run()
+    with ExitStack() as stack:
+        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        stack.callback(pipeline.close)
+        try:
+            check_search(config, pipeline.inputs.rows.train.num_rows)
+            stack.enter_context(ray_session())
+            for name in ("ray.tune", "ray.train", "ray.data"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            outcome = Search(pipeline).run()
+        except UserError:
+            pipeline.withdraw()
+            raise
     if outcome.winner is None:
-        reasons = "; ".join(sorted({r.reason for r in outcome.records if r.reason})) or "none was long enough"
+        reasons = "; ".join(sorted({r.reason for r in outcome.records if r.reason})) or "all were stopped"
         raise UserError(f"{pipeline.run_dir.uri_of(TRIALS)}: no trial reached its end: {reasons}")
     return pipeline.run_dir, headline(outcome, config)

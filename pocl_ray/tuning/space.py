@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from pocl_ray.config import Config, DomainConfig
 from pocl_ray.config.loading import describe
 from pocl_ray.config.training import TrainOverrides
+from pocl_ray.curriculum.pacing import find_pacing
+from pocl_ray.difficulty.ranking import check_signals
+from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
 
 # Any other key would change rows, models or signals, which all trials share.
@@ -67,10 +70,27 @@ def check_space(config: Config) -> None:
             except ValidationError as error:
                 if any(len(item["loc"]) > 1 or item["type"] == "extra_forbidden" for item in error.errors()):
                     raise ConfigError(f"tune.space.{key}: value {value!r}: {describe(error)}") from None
-        _check_searchable(config, key)
+        _check_searchable(key)
+        _check_names(key, domain)
 
 
-def _check_searchable(config: Config, key: str) -> None:
+def _check_names(key: str, domain: DomainConfig) -> None:
+    """Check that losses, signals and rules of pacing are known by their names.
+
+    Raises:
+        UserError: One is not.
+    """
+    checks: dict[str, Callable[[Any], object]] = {
+        "distill.loss": lambda name: resolve_loss(name, {}, None),
+        "difficulty.signals": check_signals,
+        "curriculum.pacing": find_pacing,
+    }
+    if key in checks:
+        for value in listed_values(domain) or []:
+            checks[key](value)
+
+
+def _check_searchable(key: str) -> None:
     if key == BUDGET_KEY:
         raise ConfigError(f"tune.space.{key}: the length of all trials is set by tune.budget, and is not searched")
     known = key in SEARCHABLE_KEYS or key.startswith("distill.loss_args.") or key.split(".")[0] in SEARCHABLE_SECTIONS

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pocl_ray.config import TuneConfig
 from pocl_ray.console import console
+from pocl_ray.distill.trainer import CHECKPOINTS
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.ray_parts import OfThisProcess
@@ -94,7 +95,7 @@ class SearchWatch(OfThisProcess, tune.Callback):
             record.write(self.run_dir)
         ray.get(self.holdings.release.remote(name))
         if record is not None:
-            self.run_dir.delete(f"checkpoints/{record.name}-{record.fingerprint[:12]}")
+            self.run_dir.delete(f"{CHECKPOINTS}/{record.name}-{record.fingerprint[:12]}")
         if self._live is None and record is not None:
             console.print(f"  {line_of(record, self.planner.tune)}")
 

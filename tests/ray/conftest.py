@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from tiny import ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.rows import prepare_rows
@@ -20,6 +21,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary
+from pocl_ray.session import know_the_cluster
 from pocl_ray.storage import RunDirectory
 
 MAX_TOKENS = 48
@@ -37,7 +39,10 @@ def cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        runtime_env={
+            "env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},  # this checkout, not an installed one
+            "worker_process_setup_hook": know_the_cluster,
+        },
     )
     yield
     ray.shutdown()
@@ -102,3 +107,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
             parameter.data.mul_(2)
         refs[name] = ModelRef(str(save_model(model, tokenizer, run_dir.local(f"models/{name}"))))
     return TinyRun(run_dir, summaries["train"], summaries["dev"], refs["teacher"], refs["student"])
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> FullRun:
+    """The whole flow once, from the command line; tests that change something copy it."""
+    folder = tmp_path_factory.mktemp("full")
+    config = write_config(folder)
+    done = cli("run", str(config))
+    assert done.returncode == 0, done.stderr
+    return FullRun(folder, config, folder / "runs" / "tiny")

@@ -13,10 +13,23 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 
 # From the bottom up. A room may import rooms of its own layer and of those below, but no circle may close.
 LAYERS = (
-    {"config", "records", "storage", "errors", "console", "identity", "manifest", "session", "steps"},
+    {
+        "config",
+        "records",
+        "storage",
+        "stores",
+        "lease",
+        "errors",
+        "console",
+        "identity",
+        "manifest",
+        "plugins",
+        "session",
+        "steps",
+    },
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation"},
-    {"inputs", "pipeline", "preview", "tuning", "report"},
+    {"inputs", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -28,6 +28,12 @@ def test_micro_batches_keep_to_the_budget_save_for_a_single_long_row(lengths: tu
             assert padded <= 400 or len(ids) == 1
 
 
+def test_rows_of_a_micro_batch_fill_it(lengths: tuple[np.ndarray, np.ndarray]) -> None:
+    total = lengths[0] + lengths[1]
+    for ids in (ids for task in plan_tasks(*lengths, shard_rows=3000, batch_tokens=100_000) for ids in task):
+        assert len(ids) <= 4 or total[ids].min() >= 0.75 * total[ids].max()
+
+
 def test_rows_of_a_task_are_of_similar_length_and_the_longest_come_first(
     lengths: tuple[np.ndarray, np.ndarray],
 ) -> None:

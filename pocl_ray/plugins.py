@@ -1,0 +1,37 @@
+"""Plug-ins: what other installed packages bring, found through entry points and imported only when they are named."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pocl_ray.errors import UserError
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """Return the plug-ins of a group by name; none is imported yet."""
+    return {entry_point.name: entry_point for entry_point in entry_points(group=group)}
+
+
+def load(kind: str, entry_point: EntryPoint) -> Any:
+    """Import what an entry point names.
+
+    Args:
+        kind: What it is, for the message: `loss`, `pacing`, `signal`.
+        entry_point: One of `installed`.
+
+    Raises:
+        UserError: The import fails.
+    """
+    try:
+        return entry_point.load()
+    except Exception as error:  # a plug-in's import runs code of others, which may fail in any way
+        raise UserError(
+            f"{kind} plug-in '{entry_point.name}' ({entry_point.value}) cannot be imported: {reason(error)}; "
+            "repair or uninstall it"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return an exception of somebody else's code as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,231 @@
+"""Submission of a run as a job to a Ray cluster, over the cluster's HTTP address.
+
+The working directory travels with the job, and the cluster has everything else installed: pocl-ray's dependencies come
+from the image or the nodes' set-up (`cluster/README.md`), not from the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from requests.exceptions import RequestException
+
+from pocl_ray.config import load_config
+from pocl_ray.console import console
+from pocl_ray.errors import ConfigError, ResourceError, StorageError
+from pocl_ray.stores import outlives_job
+
+# What a checkout holds and a job does not need, beside what .gitignore names. A leading slash is the top alone:
+# `pocl_ray/models` is code.
+EXCLUDES = (
+    "/.git",
+    "/.venv",
+    "/venv",
+    "/runs",
+    "/models",
+    "/dist",
+    "/build",
+    "*.egg-info",
+    "__pycache__",
+    ".pytest_cache",
+    ".mypy_cache",
+    ".ruff_cache",
+)
+RECONNECT_S = 3.0
+MAX_RECONNECTS = 100
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is to be submitted.
+
+    Attributes:
+        config: The YAML file, inside the working directory.
+        overrides: `key=value`.
+        address: Of the cluster's dashboard, such as `http://head:8265`.
+        working_dir: What travels with the job.
+        env: Environment variables of the job and of all its workers.
+        runtime_env: A YAML file of Ray's runtime environment; what is given here goes on top.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    address: str
+    working_dir: Path = Path()
+    env: Mapping[str, str] = field(default_factory=dict)
+    runtime_env: Path | None = None
+
+
+def submit(submission: Submission, wait: bool = True) -> int:
+    """Submit a run, say how to look at it and how to stop it, and follow its output.
+
+    Args:
+        submission: The run.
+        wait: Whether to stay until it ends.
+
+    Returns:
+        The exit code of the job; 0 where it is not waited for.
+
+    Raises:
+        UserError: The config is wrong or lies elsewhere, or the cluster cannot be reached or refuses us.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    environment = runtime_environment(submission)
+    command = entrypoint(submission)
+    config = load_config(submission.config, list(submission.overrides))
+    check_lasts(config.storage_path)
+    os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
+    try:
+        client = JobSubmissionClient(submission.address)
+        job = client.submit_job(
+            entrypoint=command, runtime_env=environment, submission_id=_job_name(config.name, datetime.now())
+        )
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"{submission.address}: the cluster asks for a token and refuses ours ({_first_line(error)}); set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put its token into ~/.ray/auth_token"
+        ) from None
+    except (ConnectionError, RequestException, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"{submission.address}: the job could not be submitted ({_first_line(error)}); give the address of the "
+            "head node's dashboard, such as http://HEAD:8265"
+        ) from None
+    address = shlex.quote(submission.address)
+    console.print(
+        f"job      {job}\nlook     ray job logs --follow --address {address} {job}\n"
+        f"stop     ray job stop --address {address} {job}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return _follow(client, job) if wait else 0
+
+
+def entrypoint(submission: Submission) -> str:
+    """Return the command that the job runs, with the config's path relative to the working directory.
+
+    Raises:
+        ConfigError: The config lies outside of the working directory, so the job would not have it.
+    """
+    working_dir = submission.working_dir.resolve()
+    config = submission.config.resolve()
+    if not config.is_relative_to(working_dir):
+        raise ConfigError(
+            f"{submission.config}: lies outside of the working directory {working_dir}, which alone travels with the "
+            "job; give a --working-dir that holds it"
+        )
+    inside = config.relative_to(working_dir)
+    return shlex.join(["python", "-m", "pocl_ray", "run", str(inside), *submission.overrides])
+
+
+def runtime_environment(submission: Submission) -> dict[str, Any]:
+    """Return Ray's runtime environment of the job.
+
+    Raises:
+        ConfigError: There is no such directory, or the file of the runtime environment is not a mapping.
+    """
+    if not submission.working_dir.is_dir():
+        raise ConfigError(f"--working-dir {submission.working_dir}: no such directory")
+    given = _read_runtime_env(submission.runtime_env) if submission.runtime_env is not None else {}
+    return {
+        **given,
+        "working_dir": str(submission.working_dir.resolve()),
+        "excludes": [*EXCLUDES, *given.get("excludes", [])],
+        "env_vars": {**given.get("env_vars", {}), **submission.env},
+    }
+
+
+def check_lasts(storage_path: str) -> None:
+    """Refuse a storage path inside the job's copy of the working directory, which Ray deletes after the job.
+
+    Raises:
+        StorageError: It is relative.
+    """
+    if not outlives_job(storage_path):
+        raise StorageError(
+            f"storage_path: {storage_path} is relative, and a job's working directory is deleted after it; give "
+            "s3://bucket/runs or the absolute path of a disk that all nodes share"
+        )
+
+
+def parse_env(pairs: Sequence[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` pairs as a mapping; a KEY alone takes the value that it has here.
+
+    Raises:
+        ConfigError: A KEY alone that is not set here.
+    """
+    env = {}
+    for pair in pairs:
+        key, is_given, value = pair.partition("=")
+        if not is_given and key not in os.environ:
+            raise ConfigError(f"--env {pair}: is not set here; give KEY=VALUE")
+        env[key] = value if is_given else os.environ[key]
+    return env
+
+
+def _read_runtime_env(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env {path}: cannot be read ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--runtime-env {path}: a mapping is expected, such as cluster/runtime_env.yaml")
+    return content
+
+
+def _job_name(run: str, now: datetime) -> str:
+    return f"{run}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _follow(client: Any, job: str) -> int:
+    """Print the job's output until it ends, and return its exit code."""
+    num_shown = 0
+    for _ in range(MAX_RECONNECTS):
+        try:
+            num_shown = asyncio.run(_show(client, job, num_shown))
+            if client.get_job_status(job).is_terminal():
+                return _exit_code(client.get_job_info(job))
+        except KeyboardInterrupt:
+            console.print("[dim]no longer following; the job goes on[/]")
+            return 0
+        except (ConnectionError, RequestException, RuntimeError, OSError) as error:
+            console.print(f"[yellow]note:[/] lost the connection ({_first_line(error)}); trying again")
+        time.sleep(RECONNECT_S)
+    raise ResourceError(f"job {job}: the cluster no longer answers; the job may go on there")
+
+
+async def _show(client: Any, job: str, num_shown: int) -> int:
+    """Print what the job has written since the first `num_shown` characters, and return how many there are now."""
+    position = 0
+    async for chunk in client.tail_job_logs(job):
+        fresh = chunk[max(0, num_shown - position) :]
+        position += len(chunk)
+        sys.stdout.write(fresh)
+        sys.stdout.flush()
+    return max(position, num_shown)
+
+
+def _exit_code(info: Any) -> int:
+    """Return what the command would have returned here; a job that was stopped or lost counts as failed."""
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None or info.driver_exit_code <= 0:
+        console.print(f"job {info.submission_id}: {info.status.lower()} {info.message or ''}", highlight=False)
+        return 1
+    return int(info.driver_exit_code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

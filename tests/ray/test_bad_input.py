@@ -1,0 +1,274 @@
+"""A user's mistakes: exit code 2, one line that says where and what to do, nothing written, and nothing started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import NUM_ROWS, cli, config_tree, tree_digest, write_config
+
+from pocl_ray import cli as command_line
+from pocl_ray import session
+from pocl_ray.config import Config
+from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.distill.trainer import room_for
+from pocl_ray.models.building import build_model
+from pocl_ray.models.loading import load_tokenizer
+from pocl_ray.models.saving import save_model
+from pocl_ray.pipeline import Pipeline
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a student, one of another tokenizer, and one without weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, texts, width in (
+        ("teacher", ["copy apple river", "reverse stone cloud"], 16),
+        ("student", ["copy apple river", "reverse stone cloud"], 8),
+        ("foreign", ["quite another text", "of other words"], 8),
+    ):
+        train_tokenizer(texts, 280, folder / "tokenizer" / name)
+        tokenizer = load_tokenizer(str(folder / "tokenizer" / name))
+        keys = {**LLAMA, "hidden_size": width, "intermediate_size": 2 * width}
+        save_model(build_model(keys, len(tokenizer), tokenizer.eos_token_id, None, 0), tokenizer, folder / name)
+    shutil.copytree(folder / "student", folder / "empty")
+    (folder / "empty" / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started() -> None:
+        pytest.fail("Ray was asked for, so the mistake was found too late")
+
+    monkeypatch.setattr(session, "ray_session", started)
+
+
+def refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str, verb: str = "run") -> str:
+    """Run the command in this process, and return the one line of its error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pocl-ray", verb, str(path), *arguments])
+        with pytest.raises(SystemExit) as exited:
+            command_line.main()
+    shown = capsys.readouterr().err
+    return one_line(exited.value.code, shown)
+
+
+def one_line(code: Any, shown: str) -> str:
+    assert code == 2, shown
+    assert "Traceback" not in shown
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert [line for line in lines if "error:" in line] == [lines[-1]], shown
+    return lines[-1]
+
+
+# What is wrong, and the words that the line must hold: the place and the remedy.
+CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "misspelt key": ({"train__learning_rat": 1e-3}, ("train.learning_rat", "did you mean train.learning_rate")),
+    "value out of range": ({"curriculum__num_buckets": 0}, ("curriculum.num_buckets", "greater than or equal to 1")),
+    "kd_ratio of the wrong length": ({"curriculum__kd_ratio": [0.7, 0.8, 0.9]}, ("curriculum.kd_ratio", "2 stages")),
+    "more buckets than rows": (
+        {"curriculum__num_buckets": NUM_ROWS + 1},
+        ("curriculum.num_buckets", f"{NUM_ROWS} or less"),
+    ),
+    "stage smaller than a global batch": (
+        {"train__global_batch_rows": 64},
+        ("stage 0 has 48 rows", "lower train.global_batch_rows"),
+    ),
+    "fine-tuning on fewer rows than a global batch": (
+        {"student__sft": {"train": {"global_batch_rows": 128}}},
+        ("student.sft", "lower train.global_batch_rows"),
+    ),
+    "unknown signal": ({"difficulty__signals": ["rouge_l", "ce_los"]}, ("difficulty.signals", "did you mean ce_loss")),
+    "unknown loss": ({"distill__loss": "forward_kll"}, ("forward_kll", "did you mean 'forward_kl'")),
+    "DeepSpeed config at odds with train": (
+        {"train__deepspeed": {"gradient_clipping": 7.0}},
+        ("train.deepspeed.gradient_clipping", "change one of them"),
+    ),
+    "architecture of a misspelt key": (
+        {"student__architecture": {**LLAMA, "hidden_szie": 16}},
+        ("architecture.hidden_szie", "did you mean 'hidden_size'"),
+    ),
+    "more layers than the teacher has": (
+        {"student__architecture": None, "student__num_layers": 3},
+        ("num_layers", "teacher with 2 layers"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_a_config_that_cannot_work_is_refused(
+    case: str, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, words = CONFIG_CASES[case]
+    path = write_config(tmp_path, **changes)
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert all(word in line for word in words), line
+    assert tree_digest(tmp_path) == before
+
+
+def without_output(row: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in row.items() if key != "output"}
+
+
+def rename_output(row: dict[str, str]) -> dict[str, str]:
+    return {"answer" if key == "output" else key: value for key, value in row.items()}
+
+
+# How the training file is spoilt, and what the line must say.
+DATA_CASES: dict[str, tuple[Callable[[list[dict[str, str]]], list[dict[str, str]]], tuple[str, ...]]] = {
+    "a missing column": (
+        lambda rows: [rename_output(row) for row in rows],
+        ("data.train:", "found: answer, input, instruction", "columns: {prompt"),
+    ),
+    "no rows": (lambda rows: [], ("train.jsonl", "no rows")),
+    "too many unusable rows": (
+        lambda rows: [row if i % 4 else {**row, "output": ""} for i, row in enumerate(rows)],
+        ("data.max_reject_share", "24 of 96"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA_CASES)
+def test_rows_that_cannot_be_used_are_refused(
+    case: str, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = DATA_CASES[case]
+    path, rows = write_config(tmp_path), tmp_path / "train.jsonl"
+    spoilt = spoil([json.loads(line) for line in rows.read_text().splitlines()])
+    rows.write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert all(word in line for word in words), line
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_missing_file_is_named(tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, data__train={"path": str(tmp_path / "trian.jsonl")})
+    before = tree_digest(tmp_path)
+    assert str(tmp_path / "trian.jsonl") in refused(path, capsys)
+    assert tree_digest(tmp_path) == before
+
+
+MODEL_CASES = {
+    "different tokenizers": ("teacher", "foreign", ("tokenizers differ", "needs one tokenizer")),
+    "a teacher without weights": ("empty", "student", ("empty", "has no weights")),
+    "a student without weights": ("teacher", "empty", ("empty", "has no weights")),
+    "no such directory": ("teacher", "nowhere", ("nowhere", "neither a directory")),
+}
+
+
+@pytest.mark.parametrize("case", MODEL_CASES)
+def test_models_that_do_not_fit_are_refused(
+    case: str, models: Path, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student, words = MODEL_CASES[case]
+    roles = {"teacher": {"path": str(models / teacher)}, "student": {"path": str(models / student)}}
+    path = write_config(tmp_path, **roles, tokenizer={})
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert all(word in line for word in words), line
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of_and_goes_on(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roles = {"teacher": {"path": str(models / "student")}, "student": {"path": str(models / "teacher")}}
+    config = Config.model_validate(config_tree(tmp_path, **roles, tokenizer={}))
+    assert len(Pipeline(config).stages) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert len(warnings) == 1
+    assert "student.path" in warnings[0]
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, storage_path=str(tmp_path / "train.jsonl" / "runs"))
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert "storage_path" in line
+    assert tree_digest(tmp_path) == before
+
+
+def prepared_run(folder: Path) -> Path:
+    """A run whose rows are prepared and whose training has begun."""
+    pipeline = Pipeline(Config.model_validate(config_tree(folder)))
+    assert pipeline.stages
+    pipeline.run_dir.write_text("checkpoints/begun", "")
+    return write_config(folder)
+
+
+def test_the_name_of_another_run_is_refused_and_says_what_differs(
+    tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepared_run(tmp_path)
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys, "curriculum.interval_epochs=3")
+    assert "curriculum.interval_epochs: 4 -> 3" in line
+    assert "another name" in line
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_refused_change_leaves_the_config_of_the_run(
+    tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepared_run(tmp_path)
+    before = tree_digest(tmp_path)
+    assert "unknown signal" in refused(path, capsys, "difficulty.signals=[luck]", "--resume-with-changes")
+    assert tree_digest(tmp_path) == before
+
+
+def test_the_corrected_config_may_use_the_name(
+    tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(write_config(tmp_path), capsys, "train.global_batch_rows=64")
+    assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_workers"), [("PACK", 3), ("SPREAD", 3), ("STRICT_PACK", 2), ("STRICT_SPREAD", 2)]
+)
+def test_a_worker_is_not_cut_across_nodes(placement: str, num_workers: int) -> None:
+    nodes = [{"CPU": 5.0, "GPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 8.0}]
+    assert room_for({"CPU": 2.0, "GPU": 1.0}, nodes, placement) == num_workers
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("scaling.use_gpu=true", ("scaling.use_gpu", "no GPU", "set it to false")),
+        ("scaling.cpus_per_worker=3", ("room for 1 of 2 workers", "lower scaling.num_workers")),
+        ("scaling.cpus_per_actor=3", ("2 actors must run at once", "lower scaling.cpus_per_actor")),
+    ],
+)
+def test_what_the_cluster_lacks_is_said_before_anything_is_trained(
+    override: str, words: tuple[str, ...], cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys, override)
+    assert all(word in line for word in words), line
+    assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.ray
+def test_more_workers_than_this_machine_has_room_for_fail_within_a_minute(tmp_path: Path) -> None:
+    path = write_config(tmp_path, train__global_batch_rows=4096, curriculum__num_buckets=1)
+    (tmp_path / "train.jsonl").write_text((tmp_path / "train.jsonl").read_text() * 64)
+    before, started = tree_digest(tmp_path), time.monotonic()
+    done = cli("run", str(path), "scaling.num_workers=1024")
+    assert time.monotonic() - started < 60
+    assert "room for" in one_line(done.returncode, done.stderr)
+    assert tree_digest(tmp_path) == before

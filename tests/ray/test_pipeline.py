@@ -1,0 +1,127 @@
+"""The whole flow: what a run leaves, what is not done again, and what neither cache nor workers change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import NUM_ROWS, FullRun, cli, manifest, metrics, tree_digest
+
+from pocl_ray.pipeline import Pipeline
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STEPS = {
+    *("tokenizer", "rows", "plan", "teacher", "student", "scores"),
+    *("ranking", "distill", "control", "evaluation", "report"),
+}
+
+
+def changed_steps(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def losses(path: Path) -> list[float]:
+    """Every loss of a metric stream, of training and of the dev rows."""
+    keys = ("train/loss", "train/kd_loss", "train/ce_loss", "eval/dev/ce_loss", "eval/dev/kd_loss")
+    return [record[key] for record in metrics(path) for key in keys if key in record]
+
+
+def test_a_run_leaves_everything_that_the_design_lists(full_run: FullRun) -> None:
+    run = full_run.run
+    files = (
+        *("config.yaml", "environment.json", "manifest.json", "rejects.jsonl", "scores.parquet", "plan.json"),
+        *("teacher_cache/train", "teacher_cache/dev", "checkpoints", "metrics.jsonl", "control/metrics.jsonl"),
+        *("student/config.json", "student/model.safetensors", "student/tokenizer.json"),
+        *("student/generation_config.json", "student/README.md", "evaluation.json", "report.html", "report.md"),
+    )
+    assert [name for name in files if not (run / name).exists()] == []
+    assert list((run / "plots").glob("*.png"))
+    steps = manifest(run)
+    assert set(steps) == STEPS
+    assert {step["status"] for step in steps.values()} == {"done"}
+    assert all(len(step["fingerprint"]) == 64 and step["seconds"] >= 0 for step in steps.values())
+    assert json.loads((run / "environment.json").read_text())["nodes"]
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_evaluation_has_the_four_models(full_run: FullRun) -> None:
+    figures = json.loads((full_run.run / "evaluation.json").read_text())["sets"]["held_out"]
+    assert set(figures) == {"student", "student_before", "student_kd", "teacher"}
+    for model in figures.values():
+        assert {"rouge_l", "exact_match", "greedy"} <= set(model)
+        assert set(model["rouge_l"]["by_seed"]) == {"10"}
+
+
+def test_scores_hold_each_row_once_in_order_with_its_rank(full_run: FullRun) -> None:
+    table = pq.read_table(full_run.run / "scores.parquet")
+    assert table["id"].to_pylist() == list(range(NUM_ROWS))
+    assert sorted(table["rank"].to_pylist()) == list(range(1, NUM_ROWS + 1))
+    assert {"rouge_l", "ce_loss", "rrf_score", "num_prompt_tokens", "num_response_tokens"} <= set(table.column_names)
+
+
+def test_training_logs_every_step_of_the_plan(full_run: FullRun) -> None:
+    plan = json.loads((full_run.run / "plan.json").read_text())
+    records = [record for record in metrics(full_run.run / "metrics.jsonl") if "train/loss" in record]
+    assert [record["step"] for record in records] == list(range(1, plan["num_steps"] + 1))
+    by_stage = [sum(r["curriculum/stage"] == stage["index"] for r in records) for stage in plan["stages"]]
+    assert by_stage == [stage["num_steps"] for stage in plan["stages"]]
+
+
+def test_the_same_command_again_does_nothing(full_run: FullRun) -> None:
+    before = tree_digest(full_run.run)
+    done = cli("run", str(full_run.config))
+    assert done.returncode == 0, done.stderr
+    assert tree_digest(full_run.run) == before
+    assert all(f"{step} is done already" in done.stderr for step in STEPS)
+
+
+def test_another_config_needs_the_flag_to_go_on(full_run: FullRun) -> None:
+    before = tree_digest(full_run.run)
+    done = cli("run", str(full_run.config), "train.learning_rate=1e-3")
+    assert done.returncode == 2
+    assert "train.learning_rate: 0.005 -> 0.001" in done.stderr
+    assert "--resume-with-changes" in done.stderr
+    assert tree_digest(full_run.run) == before
+
+
+def test_a_changed_evaluation_reruns_evaluation_and_report_alone(
+    full_run: FullRun, cluster: None, tmp_path: Path
+) -> None:
+    config, run = full_run.copy(tmp_path, evaluation__seeds=[10, 20])
+    before = manifest(run)
+    assert Pipeline(config, resume_with_changes=True).report
+    assert changed_steps(before, manifest(run)) == {"evaluation", "report"}
+    assert set(
+        json.loads((run / "evaluation.json").read_text())["sets"]["held_out"]["student"]["rouge_l"]["by_seed"]
+    ) == {
+        "10",
+        "20",
+    }
+
+
+def test_another_number_of_buckets_needs_no_new_scores(full_run: FullRun, cluster: None, tmp_path: Path) -> None:
+    config, run = full_run.copy(tmp_path, curriculum__num_buckets=3, curriculum__interval_epochs=1)
+    before = manifest(run)
+    assert Pipeline(config, resume_with_changes=True).distilled
+    assert changed_steps(before, manifest(run)) == {"plan", "distill"}
+    assert {record["curriculum/stage"] for record in metrics(run / "metrics.jsonl")} == {0, 1, 2}
+
+
+def test_losses_are_the_same_with_and_without_the_teacher_cache(
+    full_run: FullRun, cluster: None, tmp_path: Path
+) -> None:
+    config, run = full_run.copy(tmp_path, ("teacher_cache",), distill__teacher_cache="none")
+    assert Pipeline(config, resume_with_changes=True).distilled
+    assert not (run / "teacher_cache").exists()
+    assert losses(run / "metrics.jsonl") == pytest.approx(losses(full_run.run / "metrics.jsonl"), rel=1e-5, abs=1e-5)
+
+
+def test_losses_are_the_same_for_one_worker_and_for_two(full_run: FullRun, cluster: None, tmp_path: Path) -> None:
+    outputs = ("student", "metrics.jsonl", "checkpoints/distill-*")
+    config, run = full_run.copy(tmp_path, outputs, scaling__num_workers=1)
+    assert Pipeline(config).distilled
+    assert losses(run / "metrics.jsonl") == pytest.approx(losses(full_run.run / "metrics.jsonl"), rel=1e-5, abs=1e-5)

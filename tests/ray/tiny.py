@@ -1,0 +1,154 @@
+"""A tiny run of everything: rows, a config, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pocl_ray.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
+NUM_ROWS = 96
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+GENERATION = {"sampling_temperature": 0.0, "max_new_tokens": 6}
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "data": {"prompt_template": "{instruction} {input} =>", "max_prompt_tokens": 30, "max_tokens": 48},
+    "tokenizer": {"train_vocab_size": 300},
+    "teacher": {
+        "architecture": {**LLAMA, "hidden_size": 32, "intermediate_size": 48},
+        "sft": {"max_steps": 3},
+    },
+    "student": {
+        "architecture": {**LLAMA, "hidden_size": 16, "intermediate_size": 24, "tie_word_embeddings": True},
+        "sft": {"max_steps": 2},
+    },
+    "difficulty": {"generation": {**GENERATION, "sampling_temperature": 0.01}, "shard_rows": 32},
+    "curriculum": {"num_buckets": 2, "interval_epochs": 4},  # 36 steps: enough to kill a worker among them
+    "train": {
+        "global_batch_rows": 16,
+        "micro_batch_rows": 4,
+        "learning_rate": 5e-3,
+        "precision": "fp32",
+        "eval_every_epochs": 2,
+        "checkpoint_every_steps": 3,
+    },
+    "control": {},
+    "scaling": {"num_workers": 2},
+    "evaluation": {"seeds": [10], "generation": {"max_new_tokens": 6}, "dev_generation": GENERATION, "max_dev_rows": 8},
+}
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    """Write instructions to copy or to reverse a few words."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(count):
+        words = list(rng.choice(WORDS, size=int(rng.integers(1, 5))))
+        task, answer = ("Copy", words) if rng.random() < 0.5 else ("Reverse", words[::-1])
+        lines.append(json.dumps({"instruction": task, "input": " ".join(words), "output": " ".join(answer)}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def config_tree(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return the tiny config with its rows and runs in `folder`; changes are dotted keys, with `__` for the dot."""
+    tree = copy.deepcopy(CONFIG)
+    for name, count, seed in (("train", NUM_ROWS, 0), ("dev", 10, 1), ("test", 10, 2)):
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            write_rows(path, count, seed)
+    tree["storage_path"] = str(folder / "runs")
+    tree["data"].update(train={"path": str(folder / "train.jsonl")}, dev={"path": str(folder / "dev.jsonl")})
+    tree["data"]["tests"] = {"held_out": {"path": str(folder / "test.jsonl")}}
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is None:
+            node.pop(leaf, None)
+        else:
+            node[leaf] = value
+    return tree
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """Write the tiny config to `folder/tiny.yaml`."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config_tree(folder, **changes)), encoding="utf-8")
+    return path
+
+
+def cli_environment() -> dict[str, str]:
+    """The environment of a command: this checkout, a cluster of its own."""
+    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of `pocl-ray`."""
+    return [sys.executable, "-m", "pocl_ray", *arguments]
+
+
+def cli(*arguments: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
+    """Run `pocl-ray` to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=cli_environment(), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file; directories stand with an empty digest."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    """The steps of a run's manifest."""
+    steps: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["steps"]
+    return steps
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """A finished run: where its rows lie, its config file, and its directory."""
+
+    folder: Path
+    config: Path
+    run: Path
+
+    def copy(self, storage: Path, without: tuple[str, ...] = (), **changes: Any) -> tuple[Config, Path]:
+        """Copy the run to another storage, less some outputs and their checkpoints; return its config and directory."""
+        run = storage / self.run.name
+        shutil.copytree(self.run, run)
+        for pattern in without:
+            for path in run.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Config.model_validate(config_tree(self.folder, storage_path=str(storage), **changes)), run

@@ -1,0 +1,105 @@
+"""The actors of the scoring job, called as plain objects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
+from pocl_ray.data.rows import prepare_rows
+from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.models.building import build_model
+from pocl_ray.models.hidden_cache import HiddenCache, write_index
+from pocl_ray.models.loading import load_tokenizer
+from pocl_ray.models.places import ModelRef
+from pocl_ray.models.saving import save_model
+from pocl_ray.storage import RunDirectory
+
+NUM_ROWS = 6
+BATCHES = [np.array([4, 1]), np.array([0, 5, 2, 3])]
+LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> ScoringTask:
+    """Six rows as `train`, the same as `dev`, and two tiny models."""
+    scratch = tmp_path_factory.mktemp("actors")
+    run_dir = RunDirectory.open(str(scratch), "run")
+    lines = [
+        json.dumps({"instruction": f"Count to {n}.", "output": " ".join("one" * n)}) for n in range(1, NUM_ROWS + 1)
+    ]
+    source = SourceConfig(path=str(scratch / "rows.jsonl"))
+    Path(source.path).write_text("\n".join(lines), encoding="utf-8")
+    train_tokenizer(lines, 300, run_dir.local("tokenizer"))
+    tokenizer = load_tokenizer(str(run_dir.local("tokenizer")))
+    config = DataConfig(train=source, holdout_rows=1, prompt_template="plain", max_prompt_tokens=20, max_tokens=40)
+    for name in ("train", "dev"):
+        prepare_rows(name, source, config, tokenizer, run_dir.local(f"rows/{name}.arrow"))
+    refs = []
+    for seed, width in enumerate((16, 32)):
+        sizes = {"hidden_size": width, "intermediate_size": width, "max_position_embeddings": 40}
+        model = build_model({**LLAMA, **sizes}, len(tokenizer), tokenizer.eos_token_id, None, seed)
+        refs.append(ModelRef(str(save_model(model, tokenizer, run_dir.local(f"model_{width}")))))
+    return ScoringTask(
+        run_dir=run_dir,
+        rows={name: f"rows/{name}.arrow" for name in ("train", "dev")},
+        student_set="train",
+        tokenizer="tokenizer",
+        student=refs[0],
+        teacher=refs[1],
+        generation=GenerationConfig(sampling_temperature=0.01, max_new_tokens=4),
+        max_tokens=40,
+        seed=0,
+        compare=True,
+        cache="cache",
+        cache_dtype="auto",
+        use_gpu=False,
+    )
+
+
+def run(task: ScoringTask, name: str = "train") -> pa.Table:
+    units = pa.concat_tables(StudentActor(task)(unit_table(name, BATCHES)))
+    return pa.concat_tables(TeacherActor(task)(units)).sort_by("id")
+
+
+def changed(task: ScoringTask, **fields: object) -> ScoringTask:
+    return ScoringTask(**{**task.__dict__, **fields})
+
+
+def test_without_comparison_no_hidden_states_pass_and_all_else_is_the_same(task: ScoringTask) -> None:
+    alone = changed(task, compare=False, cache=None)
+    units = pa.concat_tables(StudentActor(alone)(unit_table("train", BATCHES)))
+    assert units["student_hidden"].null_count == len(BATCHES)
+    table, full = run(alone), run(task)
+    assert table["teacher_student_kl"].null_count == NUM_ROWS
+    assert table["shard"].null_count == NUM_ROWS
+    kept = [name for name in full.column_names if name not in ("teacher_student_kl", "shard")]
+    assert table.select(kept).equals(full.select(kept))
+    assert full["teacher_student_kl"].null_count == 0
+
+
+def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> None:
+    table = run(task, "dev")
+    assert table["set"].unique().to_pylist() == ["dev"]
+    assert all(table[name].null_count == NUM_ROWS for name in ("rouge_l", "ce_loss", "teacher_student_kl"))
+    assert table["teacher_ce_loss"].equals(run(task)["teacher_ce_loss"])
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_large_tasks_give_several_shards_that_make_one_cache(
+    task: ScoringTask, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocl_ray.difficulty.scoring_actors._MAX_SHARD_BYTES", 1)
+    table = run(changed(task, cache=f"cache_{dtype}", cache_dtype=dtype))
+    shards = table["shard"].unique().to_pylist()
+    assert len(shards) == len(BATCHES)
+    directory = task.run_dir.local(f"cache_{dtype}/train")
+    meta = write_index(directory, shards, "teacher", "rows")
+    assert meta.dtype == ("float32" if dtype == "auto" else dtype)
+    cache = HiddenCache.open(directory, "teacher", "rows", NUM_ROWS)
+    assert cache.num_tokens(np.arange(NUM_ROWS)).tolist() == table["num_response_tokens"].to_pylist()

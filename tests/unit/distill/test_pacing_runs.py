@@ -1,0 +1,95 @@
+"""Small training runs: stages that end on convergence, values that move by step, and slices of other orders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import runs
+import torch
+
+from pocl_ray.config import PlateauConfig
+from pocl_ray.data.batching import global_batches, random_order
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.records import Ramp
+
+RAMP = Ramp((1.0, 3.0), "linear", 12)
+# 2 steps an epoch in stage 0 and 4 in stage 1; at most 6 epochs, of which the runs below need two or three.
+EARLY = tuple(runs.stage(i, end, num_epochs=6, min_epochs=1) for i, end in enumerate((16, 32)))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
+    return runs.prepare(tmp_path_factory.mktemp("pacing"))
+
+
+def evaluated_steps(outcome: runs.Outcome) -> list[tuple[int, int]]:
+    return [(r["curriculum/stage"], r["step"]) for r in outcome.metrics if "eval/dev/ce_loss" in r]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "step_s"} for record in records]
+
+
+def test_a_stage_that_stops_improving_ends_and_a_resumed_run_ends_it_at_the_same_step(
+    task: TrainTask, tmp_path: Path
+) -> None:
+    # At a learning rate of next to nothing the dev loss is the same at every evaluation.
+    frozen = runs.TRAIN.model_copy(update={"learning_rate": 1e-30, "weight_decay": 0.0})
+    plateau = PlateauConfig(metric="kd_loss", patience=1)
+    early = replace(task, stages=EARLY, train=frozen, plateau=plateau, hand_off="best")
+    whole = runs.train(early, tmp_path / "whole")
+    assert evaluated_steps(whole) == [(0, 0), (0, 2), (0, 4), (1, 8), (1, 12)]
+
+    end_of_stage_0 = whole.checkpoints[1]
+    assert end_of_stage_0.name == "00004"
+    resumed = runs.train(early, tmp_path / "resumed", resume=end_of_stage_0)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_two_workers_end_a_stage_together_and_a_stage_that_improves_goes_on(task: TrainTask, tmp_path: Path) -> None:
+    plateau = PlateauConfig(metric="ce_loss", patience=1)
+    learning = replace(task, stages=(replace(EARLY[0], num_epochs=3),), plateau=plateau)
+    outcome = runs.train(learning, tmp_path, num_workers=2)
+    losses = [r["eval/dev/ce_loss"] for r in outcome.metrics if "eval/dev/ce_loss" in r]
+    assert losses == sorted(losses, reverse=True), "it learns from evaluation to evaluation"
+    assert evaluated_steps(outcome)[-1] == (0, 6), "its most epochs"
+
+
+def test_values_that_move_by_step_and_slices_of_other_orders(task: TrainTask, tmp_path: Path) -> None:
+    stages = tuple(
+        replace(stage, kd_temperature_ramp=replace(RAMP, first_position=first))
+        for stage, first in zip(runs.STAGES, (0, 4), strict=True)
+    )
+    hardest = runs.stage(0, 32, first_rank=16, end_rank=32, steps_per_epoch=2, num_epochs=1)
+    drawn = runs.stage(0, 16, num_epochs=1, order="random")
+    checkpointed = runs.TRAIN.model_copy(update={"checkpoint_every_steps": 5})
+    moving_task = replace(task, stages=stages, train=checkpointed)
+    moving, anti, random, resumed = runs.train_all(
+        [
+            (moving_task, tmp_path / "moving", None),
+            (replace(task, stages=(hardest,)), tmp_path / "anti", None),
+            (replace(task, stages=(drawn,)), tmp_path / "random", None),
+            (moving_task, tmp_path / "resumed", tmp_path / "moving" / "checkpoints" / "00005"),
+        ]
+    )
+    steps = [record for record in moving.metrics if "train/loss" in record]
+    assert [r["curriculum/kd_temperature"] for r in steps] == pytest.approx([1 + 2 * k / 11 for k in range(12)])
+    assert resumed.losses == moving.losses
+    rank = pq.read_table(task.run_dir.local("scores.parquet"))["rank"].to_numpy()
+    assert tokens_of(anti) == expected_tokens(task, hardest, rank.argsort()[16:32])
+    assert tokens_of(random) == expected_tokens(task, drawn, random_order(len(rank), task.seed)[:16])
+
+
+def tokens_of(outcome: runs.Outcome) -> list[int]:
+    return [record["num_response_tokens"] for record in outcome.metrics if "train/loss" in record]
+
+
+def expected_tokens(task: TrainTask, stage: Any, rows: Any) -> list[int]:
+    lengths = RowStore.open(task.run_dir.local(task.rows.path)).response_lengths
+    return [int(lengths[ids].sum()) for ids in global_batches(stage, rows, 8, task.seed)]

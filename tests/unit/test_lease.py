@@ -1,0 +1,146 @@
+"""One run at a time writes a run directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from pocl_ray import lease
+from pocl_ray.errors import StorageError
+from pocl_ray.lease import FILE, Holder, read_holder, take
+from pocl_ray.storage import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same lease, a hundred times as fast."""
+    for name, seconds in {"LEASE_S": 1.0, "RENEW_S": 0.1, "SETTLE_S": 0.05, "POLL_S": 0.05}.items():
+        monkeypatch.setattr(lease, name, seconds)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.open(str(tmp_path), "run")
+
+
+def elsewhere(**changes: object) -> Holder:
+    """A holder on another machine."""
+    return replace(Holder.here(), machine="another", host="node-7", pid=4242, **changes)  # type: ignore[arg-type]
+
+
+def write(run_dir: RunDirectory, holder: Holder) -> None:
+    run_dir.write_json(FILE, asdict(holder))
+
+
+def test_a_second_run_is_refused_and_told_by_whom(run_dir: RunDirectory) -> None:
+    held = take(run_dir, print)
+    with pytest.raises(StorageError, match="another run writes there"):
+        take(run_dir, print)
+    held.release()
+    take(run_dir, print).release()
+    assert not run_dir.exists(FILE)
+
+
+def test_a_run_in_another_process_of_this_machine_is_refused_at_once(run_dir: RunDirectory) -> None:
+    code = (
+        "import sys, time; from pocl_ray.lease import take; from pocl_ray.storage import RunDirectory\n"
+        "take(RunDirectory(sys.argv[1]), print); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, run_dir.uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match=f"process {other.pid} on "):
+            take(run_dir, pytest.fail)
+        other.kill()
+        other.wait()
+        start = time.monotonic()
+        take(run_dir, pytest.fail).release()  # a killed run does not hold its restart up
+        assert time.monotonic() - start < lease.LEASE_S
+
+
+def test_a_holder_elsewhere_that_renews_is_refused_whatever_its_clock_says(run_dir: RunDirectory) -> None:
+    for skew in (-250.0, 5000.0):
+        present = elsewhere(renewed_at=time.time() + skew)
+        write(run_dir, present)
+        renewal = threading.Timer(0.3, write, (run_dir, replace(present, num_renewals=1)))
+        renewal.start()
+        with pytest.raises(StorageError, match="process 4242 on node-7"):
+            take(run_dir, lambda _: None)
+        renewal.join()
+
+
+def test_a_holder_elsewhere_that_stopped_renewing_is_taken_over_after_a_wait_that_is_announced(
+    run_dir: RunDirectory,
+) -> None:
+    write(run_dir, elsewhere())
+    said: list[str] = []
+    start = time.monotonic()
+    take(run_dir, said.append).release()
+    assert time.monotonic() - start >= lease.LEASE_S
+    assert "node-7" in said[0]
+    assert "waiting" in said[0]
+
+
+def test_a_lease_of_yesterday_is_taken_over_at_once(run_dir: RunDirectory) -> None:
+    write(run_dir, elsewhere(renewed_at=time.time() - 86400))
+    take(run_dir, pytest.fail).release()
+
+
+def test_of_two_that_start_together_one_goes_on(run_dir: RunDirectory) -> None:
+    won, refused = [], []
+    barrier = threading.Barrier(2)
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            won.append(take(run_dir, print))
+        except StorageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 1)
+    won[0].release()
+
+
+def test_a_run_that_was_taken_over_learns_of_it_and_leaves_the_lease_alone(run_dir: RunDirectory) -> None:
+    held = take(run_dir, print)
+    held._interrupts = False
+    write(run_dir, elsewhere(id="later"))
+    deadline = time.monotonic() + 5
+    while held.lost_to is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert held.lost_to is not None
+    assert held.lost_to.id == "later"
+    held.release()
+    present = read_holder(run_dir)
+    assert present is not None
+    assert present.id == "later"
+
+
+def test_a_lease_is_renewed_while_it_is_held(run_dir: RunDirectory) -> None:
+    held = take(run_dir, print)
+    deadline = time.monotonic() + 5
+    while held.holder.num_renewals < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    held.release()
+    assert held.holder.num_renewals >= 2
+
+
+def test_a_lease_on_an_object_store_holds_as_well(s3_bucket: str) -> None:
+    run_dir = RunDirectory.open(f"{s3_bucket}/runs", "run")
+    held = take(run_dir, print)
+    with pytest.raises(StorageError, match="another run writes there"):
+        take(run_dir, print)
+    held.release()
+    assert not run_dir.exists(FILE)
