@@ -1,4 +1,4 @@
-"""What the result of a step depends on, where more than one place has to know it: a trial of a search is such a place."""
+"""What the result of a step depends on, where more than one place has to know it, such as a trial of a search."""
 
 from __future__ import annotations
 

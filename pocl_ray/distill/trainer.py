@@ -115,8 +115,8 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 class _Trainer(TorchTrainer):
     """Does without the watchdog of placement groups, where something else frees them: a process less to start.
 
-    That is the end of this process, where the cluster ends with it, or a board. The watchdog asks the State API, which a
-    cluster without a dashboard lacks; `fit` would wait for it at the end.
+    That is the end of this process, where the cluster ends with it, or a board. The watchdog asks the State API, which
+    a cluster without a dashboard lacks; `fit` would wait for it at the end.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
