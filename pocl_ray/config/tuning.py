@@ -51,7 +51,7 @@ class DomainConfig(Section):
 class ObjectiveConfig(Section):
     """What is made better; in YAML the name of a metric is enough."""
 
-    metric: str
+    metric: str = Field(description=f"one of {', '.join(METRIC_MODES)}")
     mode: Literal["max", "min"] | None = Field(default=None, description="null: max for scores, min for all else")
 
     @model_validator(mode="before")
@@ -116,8 +116,10 @@ class BudgetConfig(Section):
 class ConfirmConfig(Section):
     """The best trials are repeated on new seeds before one of them is called the winner."""
 
-    top_k: int = Field(default=2, ge=1)
-    seeds: tuple[int, ...] = Field(default=(101, 102), min_length=1)
+    top_k: int = Field(default=2, ge=1, description="so many of the best trials")
+    seeds: tuple[int, ...] = Field(
+        default=(101, 102), min_length=1, description="a run of each on each"
+    )
 
     @field_validator("seeds")
     @classmethod
@@ -135,14 +137,18 @@ class TuneConfig(Section):
         default=(), description="such as `curriculum.interval_epochs * curriculum.num_buckets <= 12`"
     )
     num_trials: int | None = Field(default=None, ge=1, description="null: all points of a grid, else 16")
-    algorithm: Literal["random", "grid", "optuna"] = "optuna"
+    algorithm: Literal["random", "grid", "optuna"] = Field(
+        default="optuna", description="random draws, every point of a grid, or Optuna's TPE"
+    )
     objectives: tuple[ObjectiveConfig, ...] = Field(
         default=(ObjectiveConfig(metric="rouge_l"),), min_length=1, description="the first one names the winner"
     )
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = Field(default=SchedulerConfig(), description="which trials are stopped early")
     budget: BudgetConfig | None = Field(default=None, description="null: a trial is as long as its own plan")
     control: bool = Field(default=True, description="plain distillation at the same number of steps, beside the trials")
-    confirm: ConfirmConfig | None = ConfirmConfig()
+    confirm: ConfirmConfig | None = Field(
+        default=ConfirmConfig(), description="repeat the best on new seeds; null: the best single run wins"
+    )
     max_concurrent: int | None = Field(default=None, ge=1, description="null: as many as the cluster has room for")
 
     @field_validator("space")
