@@ -191,6 +191,8 @@ def _set_fields(section: Section) -> dict[str, Any]:
 
 def _flow(value: Any) -> str:
     """Return a value as one would write it in YAML, on one line."""
+    if isinstance(value, Section):
+        return _flow(_set_fields(value))
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, (list, tuple)):

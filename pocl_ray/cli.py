@@ -93,6 +93,19 @@ def evaluate(
 
 
 @app.command()
+def tune(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Search the curriculum: rows are scored once, and many trials train on them."""
+    loaded = load_config(config, overrides or [])
+    from pocl_ray.tuning.search import search_until_end
+
+    run_dir, sentence = search_until_end(loaded, resume_with_changes)
+    console.print(
+        f"{sentence}\nbest     {run_dir.uri_of('tune/best.yaml')}\nstudent  {run_dir.uri_of('tune/best')}"
+        f"\nreport   {run_dir.uri_of('tune/report.html')}"
+    )
+
+
+@app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report again from what the run directory holds."""
     from pocl_ray.report.build import build_report

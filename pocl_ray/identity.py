@@ -33,6 +33,7 @@ NEUTRAL = (
     "storage_path",
     "scaling",
     "report",
+    "tune",
     "distill.chunk_mib",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",

@@ -6,15 +6,15 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
 from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.dependencies import sft_dependencies
 from pocl_ray.distill.planning import sft_task
 from pocl_ray.distill.trainer import train_counted
-from pocl_ray.identity import neutral_free
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
@@ -105,7 +105,7 @@ class Inputs:
 
         depends: list[Any] = [origin_fingerprint(config), config.dtype]
         if config.architecture is not None or config.sft is not None:
-            depends += [self.rows_fingerprint, self._sft_dependencies("teacher"), self.config.seed]
+            depends += [self.rows_fingerprint, sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
 
@@ -133,7 +133,7 @@ class Inputs:
         if config.num_layers is not None:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
-            depends += [self.rows_fingerprint, self._sft_dependencies("student")]
+            depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
         fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
         return Made(reference(config, self._made(name) if name else None), fingerprint)
@@ -142,10 +142,6 @@ class Inputs:
     def rows_fingerprint(self) -> list[str]:
         """Of every set."""
         return [made.fingerprint for made in self.rows]
-
-    def _sft_dependencies(self, role: Literal["teacher", "student"]) -> Any:
-        sft = getattr(self.config, role).sft
-        return None if sft is None else [sft.model_dump(mode="json"), neutral_free(self.config)["train"]]
 
     def _made(self, name: str) -> str:
         return self.run_dir.uri_of(f"models/{name}")

@@ -31,6 +31,11 @@ class StepResult:
     counts: dict[str, Any]
 
 
+def step_fingerprint(step: str, depends_on: Any) -> str:
+    """Return the fingerprint under which a step stands in the manifest."""
+    return fingerprint([step, VERSION, depends_on])
+
+
 class Manifest:
     """The state of a run's steps, in `manifest.json`; written after every change."""
 
@@ -50,10 +55,10 @@ class Manifest:
                 )
             self.steps = content["steps"]
 
-    def is_done(self, step: str, step_fingerprint: str) -> bool:
+    def is_done(self, step: str, expected: str) -> bool:
         """Whether the step was finished under this fingerprint and its outputs are still there."""
         entry = self.steps.get(step)
-        if entry is None or entry["status"] != "done" or entry["fingerprint"] != step_fingerprint:
+        if entry is None or entry["status"] != "done" or entry["fingerprint"] != expected:
             return False
         return all(self.run_dir.exists(rel) for rel in entry["outputs"])
 
@@ -68,17 +73,17 @@ class Manifest:
         Returns:
             The step's fingerprint, and the seconds that it took; None where it was done already.
         """
-        step_fingerprint = fingerprint([step, VERSION, depends_on])
-        if self.is_done(step, step_fingerprint):
-            return step_fingerprint, None
+        own = step_fingerprint(step, depends_on)
+        if self.is_done(step, own):
+            return own, None
         previous = self.steps.get(step, {})
-        resumed = previous.get("fingerprint") == step_fingerprint and previous.get("status") == "started"
+        resumed = previous.get("fingerprint") == own and previous.get("status") == "started"
         seconds_before = previous.get("seconds", 0.0) if resumed else 0.0
-        entry: dict[str, Any] = {"status": "started", "fingerprint": step_fingerprint, "outputs": []}
+        entry: dict[str, Any] = {"status": "started", "fingerprint": own, "outputs": []}
         self._save(step, {**entry, "seconds": seconds_before})
         start = time.monotonic()
         try:
-            result = work(step_fingerprint)
+            result = work(own)
         except BaseException:
             self._save(step, {**entry, "seconds": seconds_before + time.monotonic() - start})
             raise
@@ -90,7 +95,7 @@ class Manifest:
             "counts": result.counts,
         }
         self._save(step, entry)
-        return step_fingerprint, entry["seconds"]
+        return own, entry["seconds"]
 
     def _save(self, step: str, entry: dict[str, Any]) -> None:
         self.steps[step] = entry

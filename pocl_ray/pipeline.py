@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +21,13 @@ from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.ranking import rank_rows
 from pocl_ray.difficulty.scoring import score_rows
 from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
-from pocl_ray.identity import Claim, neutral_free
+from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
@@ -159,9 +159,7 @@ class Pipeline:
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 
-        settings = difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
-        settings["signals"] = list(difficulty.signals.items())  # their order breaks ties
-        return self.steps.run("ranking", [self.signals, settings, self.config.seed], work)
+        return self.steps.run("ranking", ranking_dependencies(self.config, self.signals), work)
 
     @cached_property
     def distilled(self) -> Made:
@@ -240,17 +238,7 @@ class Pipeline:
             )
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 
-        depends: list[Any] = [
-            ranking,
-            student.fingerprint,
-            [stage.to_json() for stage in stages],
-            neutral_free(config)["train"],
-            config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
-            config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
-            config.curriculum.hand_off,
-            config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
-            config.seed,
-        ]
+        depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)
         return Made(reference(config.student, self.run_dir.uri_of(output)), fingerprint)
 

@@ -1,7 +1,8 @@
 """The config: one frozen pydantic model, read from YAML with dotted overrides.
 
 Defaults stand on the fields and nowhere else. `sources.py` describes rows, models and difficulty,
-`training.py` the curriculum and the training, `root.py` the whole, `loading.py` reads it from a file.
+`training.py` the curriculum and the training, `tuning.py` the search, `root.py` the whole, `loading.py` reads it from a
+file.
 """
 
 from pocl_ray.config.loading import load_config
@@ -25,26 +26,42 @@ from pocl_ray.config.training import (
     SftConfig,
     TrainConfig,
 )
+from pocl_ray.config.tuning import (
+    METRIC_MODES,
+    BudgetConfig,
+    ConfirmConfig,
+    DomainConfig,
+    ObjectiveConfig,
+    SchedulerConfig,
+    TuneConfig,
+)
 
 __all__ = [
+    "METRIC_MODES",
+    "BudgetConfig",
     "Config",
+    "ConfirmConfig",
     "ControlConfig",
     "CurriculumConfig",
     "DataConfig",
     "DifficultyConfig",
     "DistillConfig",
+    "DomainConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "PlateauConfig",
     "ReportConfig",
     "ScalingConfig",
     "ScheduleConfig",
+    "SchedulerConfig",
     "SftConfig",
     "SourceConfig",
     "StudentConfig",
     "TeacherConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TuneConfig",
     "load_config",
 ]

@@ -35,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_describe(error)}") from None
+        raise ConfigError(f"{path}: {describe(error)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -109,7 +109,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
+    """Return what is wrong in one line: keys, values, and the nearest right key."""
     return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
 
 

@@ -16,6 +16,7 @@ from pocl_ray.config.sources import (
     TokenizerConfig,
 )
 from pocl_ray.config.training import CurriculumConfig, DistillConfig, ScalingConfig, SftConfig, TrainConfig
+from pocl_ray.config.tuning import TuneConfig
 
 
 class ControlConfig(Section):
@@ -82,6 +83,7 @@ class Config(Section):
     scaling: ScalingConfig = ScalingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
+    tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

@@ -89,6 +89,12 @@ class CurriculumConfig(Section):
         default="interval", description="a stage ends after interval_epochs, or when the dev figure stops improving"
     )
     plateau: PlateauConfig = PlateauConfig()
+    num_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps of all stages together: the last stage takes what the others leave; "
+        "null: each stage has its interval",
+    )
     kd_temperature: ScheduleConfig = ScheduleConfig(start=1.0, end=2.0)
     kd_ratio: ScheduleConfig = ScheduleConfig(start=0.7, end=1.0)
     optimizer: Literal["restart", "continuous"] = Field(
@@ -101,6 +107,8 @@ class CurriculumConfig(Section):
 
     @model_validator(mode="after")
     def _interval(self) -> CurriculumConfig:
+        if self.advance == "plateau" and self.num_steps is not None:
+            raise ValueError("num_steps fixes the length, which advance plateau leaves open; set advance to interval")
         if self.advance == "plateau" and self.plateau.min_epochs > self.interval_epochs:
             raise ValueError(
                 f"plateau.min_epochs ({self.plateau.min_epochs}) is above interval_epochs ({self.interval_epochs}), "
@@ -168,6 +176,9 @@ class TrainConfig(Section):
     )
     num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     log_every_steps: int = Field(default=1, ge=1)
+    seed: int | None = Field(
+        default=None, ge=0, description="of the order of rows and of dropout in distillation; null: the run's"
+    )
 
 
 class TrainOverrides(Section):

@@ -19,7 +19,7 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
 
     Raises:
         ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
-            has not one for each stage.
+            has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
     curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
@@ -50,6 +50,8 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
         sizes = [end - first for first, end in pacing.steps_of(ends)]
         num_steps = sum(size // batch_rows for size in sizes) * curriculum.interval_epochs
         stages = [_with_steps(stage, num_steps) for stage in stages]
+    if curriculum.num_steps is not None:
+        stages[-1] = _fill(stages, curriculum.num_steps)
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
 
 
@@ -140,6 +142,19 @@ def _one_stage(num_rows: int, batch_rows: int, where: str, kd_temperature: float
         lr_first_step=0,
         lr_num_steps=0,
     )
+
+
+def _fill(stages: list[Stage], num_steps: int) -> Stage:
+    """Return the last stage, as long as it takes to make `num_steps` of all stages."""
+    *earlier, last = stages
+    taken = sum(stage.num_steps for stage in earlier)
+    left = num_steps - taken
+    if left < 1:
+        raise ConfigError(
+            f"curriculum.num_steps: the stages before the last take {taken} optimizer steps, which leaves it none of "
+            f"{num_steps}; raise it, or lower curriculum.num_buckets or curriculum.interval_epochs"
+        )
+    return _with_steps(last, left)
 
 
 def _steps_per_epoch(num_rows: int, global_batch_rows: int, where: str) -> int:

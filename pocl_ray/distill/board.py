@@ -1,4 +1,7 @@
-"""The board: a small actor through which the training workers tell the driver how far they are."""
+"""The board: a small actor through which the training workers tell the driver how far they are.
+
+Ray Train's controller tells it who it is and what it holds, so that a run can be ended from outside.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.util.placement_group import PlacementGroup
 
 from pocl_ray.errors import UserError
 
@@ -20,10 +25,11 @@ class Standing:
         step: Steps done.
         num_tokens: Response tokens trained on.
         train: The last training record.
-        evaluation: The last dev figures.
+        evaluations: The dev figures so far, those of an earlier start included.
         refusal: The user's mistake that ended the run.
         num_starts: How often the workers began; more than once after a failure.
         warnings: What the user should know of, each once.
+        is_finished: Whether the result is written.
     """
 
     num_steps: int | None = None
@@ -31,10 +37,11 @@ class Standing:
     step: int = 0
     num_tokens: int = 0
     train: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     refusal: UserError | None = None
     num_starts: int = 0
     warnings: list[str] = field(default_factory=list)
+    is_finished: bool = False
 
 
 @ray.remote(num_cpus=0)
@@ -43,11 +50,14 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self.standing = Standing()
+        self.controller: Any = None
+        self.group: PlacementGroup | None = None
 
-    def begin(self, num_steps: int, first_step: int) -> None:
-        """Workers stand and start at `first_step`."""
+    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]]) -> None:
+        """Workers stand and start at `first_step`, before which there were these evaluations."""
         self.standing.num_steps, self.standing.first_step, self.standing.step = num_steps, first_step, first_step
         self.standing.num_starts += 1
+        self.standing.evaluations = list(evaluations)
 
     def show(self, step: int, num_tokens: int, record: dict[str, Any]) -> None:
         """A record was logged."""
@@ -55,11 +65,11 @@ class ProgressBoard:
         if "train/loss" in record:
             self.standing.train = record
         else:
-            self.standing.evaluation = record
+            self.standing.evaluations.append(record)
 
     def finish(self, step: int, num_tokens: int) -> None:
         """The result is written."""
-        self.standing.step, self.standing.num_tokens = step, num_tokens
+        self.standing.step, self.standing.num_tokens, self.standing.is_finished = step, num_tokens, True
 
     def refuse(self, error: UserError) -> None:
         """A worker met a user's mistake."""
@@ -73,3 +83,32 @@ class ProgressBoard:
     def read(self) -> Standing:
         """Return the standing."""
         return self.standing
+
+    def holds(self, name: str, controller: Any, group: PlacementGroup | None) -> None:
+        """The controller of the run stands, and its workers in a placement group where one is given."""
+        self.controller, self.group = controller, group
+
+    def held(self) -> tuple[Any, PlacementGroup | None]:
+        """Return the controller and the placement group of the workers, where they stand."""
+        return self.controller, self.group
+
+
+class TellBoards(ControllerCallback, WorkerGroupCallback):
+    """Tells boards of a run's controller and placement group; runs in the controller."""
+
+    def __init__(self, name: str, *boards: Any) -> None:
+        """Take the name of the run, and actors with the method `holds`."""
+        self.name, self.boards = name, boards
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Tell them of the controller."""
+        self._tell(None)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Tell them of the placement group."""
+        self._tell(worker_group.get_worker_group_state().placement_group_handle.placement_group)
+
+    def _tell(self, group: PlacementGroup | None) -> None:
+        me = ray.get_runtime_context().current_actor
+        for board in self.boards:
+            board.holds.remote(self.name, me, group)

@@ -157,7 +157,9 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()
-        record = {"step": self.progress.step, "curriculum/stage": self.progress.stage, **figures}
+        progress = self.progress
+        position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
+        record = {**position, **figures}
         self.progress.metrics.append(record)
         self.on_step(self.progress, record)
         best = self.progress.best_rouge_l

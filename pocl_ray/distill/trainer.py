@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -13,18 +14,20 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.board import ProgressBoard, Standing
+from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.distill.worker import train_worker
 from pocl_ray.errors import ResourceError, UserError
 from pocl_ray.evaluation.actors import wants_gpu
 
 POLL_S = 0.3
+ABORT_S = 20.0
+CHECKPOINTS = "checkpoints"
 CONTROLLER_FAILURE_LIMIT = 8
 REFUSAL_PATIENCE_S = 15.0  # the others may wait for the worker that refused until their collective times out
 
@@ -37,6 +40,9 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
+
+
+Watch = Callable[[Standing], None]
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
@@ -53,14 +59,30 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
     """
+    with progress_bar(task.name, task.num_steps, "steps") as bar:
+        return train_watched(task, scaling, _show_on(bar))
+
+
+def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards: Any) -> Standing:
+    """Do what `run_training` does, and give `watch` the standing a few times a second.
+
+    What `watch` raises ends the run: its workers are freed, and the exception goes on.
+
+    Args:
+        task: What to train.
+        scaling: Workers and what they need.
+        watch: Called with the standing.
+        *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it,
+            and free it should this process die.
+    """
     use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
     for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if _is_one_machine() else {})}.items():
         os.environ.setdefault(key, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    trainer = _Trainer(
-        train_worker,
+    trainer = (_Trainer if boards or _is_one_machine() else TorchTrainer)(
+        _train_worker,
         # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
         train_loop_config={"task": ray.put(task), "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
@@ -71,12 +93,18 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
             placement_strategy=scaling.placement,
             accelerator_type=scaling.accelerator_type,
         ),
-        run_config=_run_config(task, scaling),
+        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
     )
-    with progress_bar(task.name, task.num_steps, "steps") as bar:
-        standing = _fit(trainer, board, bar)
+    standing = _fit(trainer, board, watch)
     ray.kill(board)
     return standing
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """Run a worker; only there are torch and all that comes with it imported."""
+    from pocl_ray.distill.worker import train_worker
+
+    train_worker(config)
 
 
 def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
@@ -86,34 +114,39 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 
 
 class _Trainer(TorchTrainer):
-    """Does without the watchdog of placement groups where the cluster ends with this process: a process less to start.
+    """Does without the watchdog of placement groups, where something else frees them: a process less to start.
 
-    The watchdog also asks the State API once a second, which a cluster without a dashboard lacks.
+    That is the end of this process, where the cluster ends with it, or a board. The watchdog asks the State API, which
+    a cluster without a dashboard lacks; `fit` would wait for it at the end.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        if not _is_one_machine():
-            return callbacks
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig) -> RunConfig:
+def checkpoint_folder(task: TrainTask) -> str:
+    """Return where the checkpoints of a task lie, relative to the run directory."""
+    return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
+
+
+def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     return RunConfig(
-        name=f"{task.name}-{task.fingerprint[:12]}",
-        storage_path=run_dir.fs_path("checkpoints"),
+        name=checkpoint_folder(task).rpartition("/")[2],
+        storage_path=run_dir.fs_path(CHECKPOINTS),
         storage_filesystem=run_dir.filesystem if remote else None,
         failure_config=FailureConfig(  # type: ignore[call-arg]
             max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURE_LIMIT
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
+        callbacks=[tell],  # type: ignore[list-item]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> Standing:
-    """Run the trainer in a thread, show the board's standing meanwhile, and return the last one."""
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
+    """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -124,10 +157,48 @@ def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> Standing:
 
     thread = threading.Thread(target=fit, name="trainer", daemon=True)
     thread.start()
-    num_starts, num_warnings, refused_at = 0, 0, float("inf")
-    while thread.is_alive() and time.monotonic() < refused_at + REFUSAL_PATIENCE_S:
-        thread.join(POLL_S)
-        standing: Standing = ray.get(board.read.remote())
+    refused_at = float("inf")
+    try:
+        while thread.is_alive() and time.monotonic() < refused_at + REFUSAL_PATIENCE_S:
+            thread.join(POLL_S)
+            standing: Standing = ray.get(board.read.remote())
+            watch(standing)
+            if standing.refusal is not None:
+                refused_at = min(refused_at, time.monotonic())
+    except BaseException:
+        _abort(thread, board)
+        raise
+    standing = ray.get(board.read.remote())
+    if standing.refusal is not None:
+        raise standing.refusal
+    if failures:
+        raise _cause(failures[0])
+    return standing
+
+
+def _abort(thread: threading.Thread, board: Any) -> None:
+    """End a run that is under way, and free its workers."""
+    deadline = time.monotonic() + ABORT_S
+    controller, group = ray.get(board.held.remote())
+    while controller is None and thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        controller, group = ray.get(board.held.remote())
+    if controller is not None:
+        controller.abort.remote()
+        thread.join(ABORT_S)
+        if thread.is_alive():
+            ray.kill(controller)
+            if group is not None:
+                remove_placement_group(group)
+    ray.kill(board)
+
+
+def _show_on(bar: Bar) -> Watch:
+    """Return a watch that shows the standing on a bar, and prints each warning once."""
+    num_starts, num_warnings = 0, 0
+
+    def watch(standing: Standing) -> None:
+        nonlocal num_starts, num_warnings
         if standing.num_starts > num_starts:
             num_starts = standing.num_starts
             bar.begin(standing.first_step)
@@ -135,14 +206,8 @@ def _fit(trainer: TorchTrainer, board: Any, bar: Bar) -> Standing:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
         num_warnings = len(standing.warnings)
         bar.update(standing.step, note=_note(standing))
-        if standing.refusal is not None:
-            refused_at = min(refused_at, time.monotonic())
-    standing = ray.get(board.read.remote())
-    if standing.refusal is not None:
-        raise standing.refusal
-    if failures:
-        raise _cause(failures[0])
-    return standing
+
+    return watch
 
 
 def _note(standing: Standing) -> str:
@@ -153,8 +218,8 @@ def _note(standing: Standing) -> str:
         parts.append(f"restarted {standing.num_starts - 1}x")
     if standing.train:
         parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
-    if standing.evaluation:
-        parts.append(f"dev ROUGE-L {standing.evaluation['eval/dev/rouge_l']:.1f}")
+    if standing.evaluations:
+        parts.append(f"dev ROUGE-L {standing.evaluations[-1]['eval/dev/rouge_l']:.1f}")
     return "  ".join(parts)
 
 

@@ -48,7 +48,8 @@ def _train(task: TrainTask, board: Any) -> None:
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
     resume(loop, _checkpoints(loop.engine.rank), ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
     if loop.engine.rank == 0:
-        board.begin.remote(task.num_steps, loop.progress.step)
+        evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
+        board.begin.remote(task.num_steps, loop.progress.step, evaluations)
     loop.run()
     _write_result(task, loop)
     if loop.engine.rank == 0:

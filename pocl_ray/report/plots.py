@@ -65,7 +65,7 @@ class Plot:
     png: bytes
 
 
-def _plot(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Draw in this file's style, whatever the process has set."""
 
     @wraps(draw)
@@ -90,14 +90,15 @@ def render(name: str, title: str, figure: Figure) -> Plot:
     return Plot(name, title, page_svg, png.getvalue())
 
 
-def _figure(height_in: float, width_in: float = _WIDTH_IN) -> Figure:
+def new_figure(height_in: float, width_in: float = _WIDTH_IN) -> Figure:
+    """Return an empty figure whose parts are laid out for it."""
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-@_plot
+@styled
 def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
     """Box plot of one signal: quartiles, 5th to 95th percentile as whiskers, the mean as a dot."""
-    figure = _figure(2.5, 3.5)
+    figure = new_figure(2.5, 3.5)
     ax = figure.add_subplot()
     ax.use_sticky_edges = False
     filled = [(place, box) for place, box in enumerate(spread.boxes) if box.num_rows]
@@ -117,11 +118,11 @@ def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
     return figure
 
 
-@_plot
+@styled
 def topics_by_bucket(table: TopicTable) -> Figure:
     """Heat map: what share of each topic's rows lies in which bucket."""
     num_topics, num_buckets = table.shares.shape
-    figure = _figure(0.5 + 0.24 * num_topics)
+    figure = new_figure(0.5 + 0.24 * num_topics)
     ax = figure.add_subplot()
     wide = num_buckets <= 8
     cells = [(bucket - 0.48, line - 0.45) for line in range(num_topics) for bucket in range(num_buckets)]
@@ -142,7 +143,7 @@ def topics_by_bucket(table: TopicTable) -> Figure:
     return figure
 
 
-@_plot
+@styled
 def stage_settings(stages: Sequence[Stage]) -> Figure:
     """Temperature and kd_ratio over optimizer steps."""
     figure, axes = _stacked(2)
@@ -158,7 +159,7 @@ def stage_settings(stages: Sequence[Stage]) -> Figure:
     return figure
 
 
-@_plot
+@styled
 def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
     """Rows admitted, and the learning rate where it was logged, over optimizer steps."""
     figure, axes = _stacked(1 + (lr is not None))
@@ -172,7 +173,7 @@ def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
 
 
 def _stacked(num_panels: int) -> tuple[Figure, list[Axes]]:
-    figure = _figure(2.9)
+    figure = new_figure(2.9)
     return figure, list(figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
 
 
@@ -194,7 +195,7 @@ def _finish_stacked(figure: Figure, axes: Sequence[Axes], stages: Sequence[Stage
     figure.align_ylabels(list(axes))
 
 
-@_plot
+@styled
 def curves_over_steps(
     curves: Mapping[str, Curve], names: Mapping[str, str], label: str, stage_ends: Sequence[int], *, raw: bool
 ) -> Figure:
@@ -207,7 +208,7 @@ def curves_over_steps(
         stage_ends: Steps at which the student's stages end; empty where there is no plan.
         raw: The curve is noisy: draw it faintly, and its moving mean on top. Otherwise mark each point.
     """
-    figure = _figure(2.9)
+    figure = new_figure(2.9)
     ax = figure.add_subplot()
     for model, curve in curves.items():
         style: dict[str, Any] = {"color": COLOURS[model], "linewidth": 1.7, "label": names[model]}
@@ -228,7 +229,7 @@ def curves_over_steps(
     return figure
 
 
-@_plot
+@styled
 def dev_score(
     curves: Mapping[str, Curve], names: Mapping[str, str], stage_ends: Sequence[int], *, mark_best: bool
 ) -> Figure:
@@ -244,11 +245,11 @@ def dev_score(
     return figure
 
 
-@_plot
+@styled
 def final_figures(results: Sequence[SetResult], names: Mapping[str, str]) -> Figure:
     """ROUGE-L of each model: sampled answers with their spread over seeds, and greedy ones."""
     heights = [len(result.models) for result in results]
-    figure = _figure(0.75 + 0.27 * sum(heights) + 0.28 * len(results))
+    figure = new_figure(0.75 + 0.27 * sum(heights) + 0.28 * len(results))
     axes = figure.subplots(len(results), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, result in zip(axes, results, strict=True):
         for line, found in enumerate(result.models):

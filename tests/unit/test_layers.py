@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 LAYERS = (
     {
         "config",
+        "dependencies",
         "records",
         "storage",
         "stores",

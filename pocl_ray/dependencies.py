@@ -1,0 +1,44 @@
+"""What the result of a step depends on, where more than one place has to know it, such as a trial of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pocl_ray.config import Config
+from pocl_ray.identity import neutral_free
+from pocl_ray.records import Stage
+
+
+def ranking_dependencies(config: Config, signals: str) -> list[Any]:
+    """Return all that the ranking depends on, given the fingerprint of the signals."""
+    settings = config.difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
+    settings["signals"] = list(config.difficulty.signals.items())  # their order breaks ties
+    return [signals, settings, config.seed]
+
+
+def distill_dependencies(config: Config, ranking: str, student: str, stages: Sequence[Stage]) -> list[Any]:
+    """Return all that a distilled student depends on, given the fingerprints of the ranking and of its start."""
+    train = neutral_free(config)["train"]
+    seed = train.pop("seed")
+    return [
+        ranking,
+        student,
+        [stage.to_json() for stage in stages],
+        train,
+        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
+        config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
+        config.curriculum.hand_off,
+        config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
+        config.seed if seed is None else seed,
+    ]
+
+
+def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
+    """Return what supervised fine-tuning of a model adds to its dependencies; None where there is none."""
+    sft = getattr(config, role).sft
+    if sft is None:
+        return None
+    merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
+    del merged["seed"]
+    return [sft.model_dump(mode="json", exclude={"train"}), merged]

@@ -1,0 +1,162 @@
+"""The parts of Ray Tune that are ours: a searcher, schedulers that spare the control, and the keeper of resources."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+from pocl_ray.config import TuneConfig
+from pocl_ray.tuning.drawing import Drawing
+
+TIME_ATTR = "num_samples"
+ABORT_S = 15.0
+NO_END = 10**15  # training samples; every trial ends by itself
+
+
+class OfThisProcess:
+    """Is pickled as a name: Tune keeps its parts on disk, and a restored search takes those of the new process."""
+
+    current: ClassVar[dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the kind of part that it is."""
+        return _of_this_process, (type(self).__name__,)
+
+    def take_over(self) -> None:
+        """Be the part of this kind from now on."""
+        self.current[type(self).__name__] = self
+
+
+def _of_this_process(name: str) -> Any:
+    return OfThisProcess.current.get(name)
+
+
+class DrawingSearcher(OfThisProcess, Searcher):
+    """Asks a Drawing for candidates, and tells it what became of them."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        super().__init__(metric="none", mode="max")
+        self.drawing = drawing
+        self.take_over()
+        self.numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next candidate, or that there are no more."""
+        planned = self.drawing.next()
+        if planned is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = planned.candidate.number
+        return {"candidate": planned.candidate.to_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell how a trial ended."""
+        if trial_id in self.numbers:
+            self.drawing.tell(self.numbers[trial_id], None if error else result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state; as JSON, which holds nothing that could run."""
+        content = {"numbers": self.numbers, "drawing": self.drawing.dump()}
+        Path(checkpoint_path).write_text(json.dumps(content), encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Take the state of an earlier process."""
+        content = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
+        self.numbers = content["numbers"]
+        self.drawing.load(content["drawing"])
+
+
+class _SparesTheControl(TrialScheduler):
+    """Mixed into a scheduler: the control neither is stopped nor counts in the comparison of trials."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take a trial up."""
+        if not _is_control(trial):
+            super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Say whether a trial goes on."""
+        if _is_control(trial):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Note that a trial ended."""
+        if not _is_control(trial):
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial."""
+        if not _is_control(trial):
+            super().on_trial_remove(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Note that a trial failed."""
+        if not _is_control(trial):
+            super().on_trial_error(tune_controller, trial)
+
+
+class _Halving(_SparesTheControl, AsyncHyperBandScheduler):
+    pass
+
+
+class _Median(_SparesTheControl, MedianStoppingRule):
+    pass
+
+
+def _is_control(trial: Any) -> bool:
+    return trial.config["candidate"]["number"] < 0
+
+
+def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
+    """Return the scheduler; it compares trials by the first objective after equally many training samples.
+
+    Args:
+        tune: The search.
+        num_samples: Training samples of a trial; a quarter of it is the default grace period.
+    """
+    settings, objective = tune.scheduler, tune.objectives[0]
+    grace = settings.grace_samples or max(1, num_samples // 4)
+    common = {
+        "time_attr": TIME_ATTR,
+        "metric": objective.metric,
+        "mode": "max" if objective.sign > 0 else "min",
+        "grace_period": grace,
+    }
+    if settings.type == "asha":
+        return _Halving(**common, max_t=NO_END, reduction_factor=settings.reduction_factor)
+    if settings.type == "median":
+        return _Median(**common, min_samples_required=settings.min_trials)
+    return FIFOScheduler()
+
+
+@ray.remote(num_cpus=0)
+class Holdings:
+    """Keeps in mind what each trial holds of the cluster, so that it comes back even from one that was killed."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[Any, PlacementGroup | None]] = {}
+
+    def holds(self, name: str, controller: Any, group: PlacementGroup | None) -> None:
+        """A trial's controller stands, and its workers in a placement group where one is given."""
+        self.held[name] = (controller, group)
+
+    def release(self, name: str) -> None:
+        """A trial is over: what it still holds is free."""
+        controller, group = self.held.pop(name, (None, None))
+        if controller is not None:
+            try:
+                ray.get(controller.abort.remote(), timeout=ABORT_S)
+            except RayActorError:
+                pass  # aborted, or dead already
+            except GetTimeoutError:
+                ray.kill(controller)
+        if group is not None:
+            remove_placement_group(group)

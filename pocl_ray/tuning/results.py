@@ -1,0 +1,184 @@
+"""What a search found: the table of trials, the winner after confirmation, and the config that gives it again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pocl_ray.config import Config, ObjectiveConfig, TuneConfig
+from pocl_ray.config.loading import dump_config
+from pocl_ray.storage import RunDirectory
+from pocl_ray.tuning.candidates import Planned
+from pocl_ray.tuning.records import TRIALS, TrialRecord
+
+RESULTS_PARQUET, RESULTS_CSV = "tune/results.parquet", "tune/results.csv"
+BEST_CONFIG, BEST_STUDENT = "tune/best.yaml", "tune/best"
+FIGURES = ("rouge_l", "exact_match", "ce_loss", "kd_loss", "num_tokens")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A trial, or the control, with its repetitions on other seeds.
+
+    Attributes:
+        record: On the run's own seed.
+        values: The first objective by seed; the run's own comes first.
+    """
+
+    record: TrialRecord
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over seeds; None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a search.
+
+    Attributes:
+        records: All trials: the control, the trials, and the repetitions.
+        winner: None where no trial reached its end.
+        control: None where there was none, or it failed.
+        contenders: The best trials, from the best on.
+    """
+
+    records: tuple[TrialRecord, ...]
+    winner: Contender | None
+    control: Contender | None
+    contenders: tuple[Contender, ...]
+
+
+def best_first(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> list[TrialRecord]:
+    """Return the trials that reached their end, from the best on by the first objective."""
+    finished = [r for r in records if r.candidate.kind == "trial" and r.status == "finished"]
+    return sorted(finished, key=lambda r: (-objective.sign * r.last[objective.metric], r.candidate.number))
+
+
+def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
+    """Name the winner: the best mean over seeds among the trials that were repeated, else the best trial."""
+    objective = tune.objectives[0]
+    ranked = best_first(records, objective)
+    if tune.confirm is not None:
+        ranked = ranked[: tune.confirm.top_k]
+
+    def contender(record: TrialRecord) -> Contender:
+        again = [
+            r.last[objective.metric]
+            for r in records
+            if r.candidate.kind == "confirm"
+            and r.candidate.number == record.candidate.number
+            and r.status == "finished"
+        ]
+        return Contender(record, (record.last[objective.metric], *again))
+
+    contenders = [contender(record) for record in ranked]
+    most = max((len(c.values) for c in contenders), default=0)
+    # One that failed on another seed has fewer values, and does not win by that.
+    contenders.sort(key=lambda c: (most - len(c.values), -objective.sign * c.mean))
+    controls = [r for r in records if r.candidate.kind == "control" and r.status == "finished"]
+    return Outcome(
+        records=tuple(records),
+        winner=contenders[0] if contenders else None,
+        control=contender(controls[0]) if controls else None,
+        contenders=tuple(contenders),
+    )
+
+
+def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[ObjectiveConfig]) -> set[str]:
+    """Return the names of finished trials that no other one beats in every objective."""
+    points = {
+        r.name: [o.sign * r.last[o.metric] for o in objectives]
+        for r in records
+        if r.candidate.kind == "trial" and r.status == "finished"
+    }
+
+    def beaten(name: str) -> bool:
+        own = points[name]
+        return any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for other in points.values())
+
+    return {name for name in points if not beaten(name)}
+
+
+def table_rows(outcome: Outcome, tune: TuneConfig) -> list[dict[str, Any]]:
+    """Return one row a trial: parameters, metrics at the end and by stage, samples, seconds, status."""
+    front = pareto_front(outcome.records, tune.objectives)
+    num_stages = max((r["stage"] + 1 for record in outcome.records for r in record.reports), default=0)
+    rows = []
+    for record in outcome.records:
+        candidate = record.candidate
+        row: dict[str, Any] = {
+            "trial": record.name,
+            "kind": candidate.kind,
+            "number": candidate.number,
+            "seed": candidate.seed,
+            "status": record.status,
+            "reason": record.reason,
+            "is_winner": outcome.winner is not None and outcome.winner.record.name == record.name,
+            "is_pareto": record.name in front,
+        }
+        row.update({key: _cell(candidate.settings.get(key)) for key in tune.space})
+        row.update({key: record.last.get(key) for key in FIGURES})
+        row.update(num_steps=record.last.get("num_steps", 0), num_samples=record.last.get("num_samples", 0))
+        row.update(planned_steps=record.num_steps, planned_samples=record.num_samples)
+        row.update(seconds=record.seconds, start_s=record.start_s, fingerprint=record.fingerprint)
+        ends = {report["stage"]: report for report in record.reports}
+        for stage in range(num_stages):
+            for key in FIGURES[:4]:
+                row[f"stage_{stage}/{key}"] = ends.get(stage, {}).get(key)
+        rows.append(row)
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
+def write_tables(run_dir: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
+    """Write `tune/results.parquet` and `tune/results.csv`."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    for name, values in columns.items():  # a column of mixed kinds, such as a schedule or a number, becomes text
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            columns[name] = [None if value is None else str(value) for value in values]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    run_dir.write_bytes(RESULTS_PARQUET, sink.getvalue().to_pybytes())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    run_dir.write_text(RESULTS_CSV, text.getvalue())
+
+
+def best_config(planned: Planned) -> Config:
+    """Return the config that `pocl-ray run` takes to train the winner again, in a directory of its own."""
+    return planned.config.model_copy(update={"name": f"{planned.config.name}-best", "tune": None})
+
+
+def write_winner(run_dir: RunDirectory, winner: Contender, planned: Planned) -> None:
+    """Write `tune/best.yaml`, and the student that the winner left to `tune/best/`."""
+    values = ", ".join(f"{key}={_cell(value)}" for key, value in winner.record.candidate.settings.items())
+    shown = ", ".join(f"{value:.2f}" for value in winner.values)
+    header = (
+        f"# The winner of a search: {winner.record.candidate.label}, {values}.\n"
+        f"# Its first objective on each seed, the one below first: {shown}.\n"
+        f"# The student has the fingerprint {winner.record.fingerprint[:16]}.\n"
+    )
+    run_dir.write_text(BEST_CONFIG, header + dump_config(best_config(planned)))
+    run_dir.publish(run_dir.local(f"{TRIALS}/{winner.record.name}/student"), BEST_STUDENT)

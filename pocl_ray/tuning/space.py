@@ -1,0 +1,149 @@
+"""The search space: which keys of the config take which values. Pure; nothing is started."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from pocl_ray.config import Config, DomainConfig
+from pocl_ray.config.loading import describe
+from pocl_ray.config.training import TrainOverrides
+from pocl_ray.curriculum.pacing import find_pacing
+from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.errors import ConfigError
+
+# Any other key would change rows, models or signals, which all trials share.
+SEARCHABLE_SECTIONS = ("curriculum",)
+SEARCHABLE_KEYS = (
+    "distill.loss",
+    "distill.loss_args",
+    "distill.scale_by_t_squared",
+    "difficulty.signals",
+    "difficulty.rrf_k",
+    "difficulty.tie_break",
+    *(f"train.{key}" for key in TrainOverrides.model_fields),
+)
+BUDGET_KEY = "curriculum.num_steps"
+
+Settings = dict[str, Any]
+
+
+def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return the config with other values under dotted keys, and without the search.
+
+    Raises:
+        ValidationError: The config refuses them.
+    """
+    tree = config.model_dump(mode="json")
+    tree["tune"] = None
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            child = node.get(parent)
+            if not isinstance(child, dict):
+                child = node[parent] = {}
+            node = child
+        node[leaf] = value
+    return Config.model_validate(tree)
+
+
+def check_space(config: Config) -> None:
+    """Check every key and every single value of the space.
+
+    A value that only together with others makes the config invalid is no mistake: such samples are drawn again.
+
+    Raises:
+        ConfigError: A key is unknown or cannot be searched, or a value would be refused whatever the others are.
+    """
+    assert config.tune is not None
+    for key, domain in config.tune.space.items():
+        for value in edge_values(domain):
+            try:
+                apply_settings(config, {key: value})
+            except ValidationError as error:
+                if any(len(item["loc"]) > 1 or item["type"] == "extra_forbidden" for item in error.errors()):
+                    raise ConfigError(f"tune.space.{key}: value {value!r}: {describe(error)}") from None
+        _check_searchable(key)
+        _check_names(config, key, domain)
+
+
+def _check_names(config: Config, key: str, domain: DomainConfig) -> None:
+    """Check that losses, signals and rules of pacing are known by their names.
+
+    Raises:
+        UserError: One is not.
+    """
+    checks: dict[str, Callable[[Any], object]] = {
+        "distill.loss": lambda name: resolve_loss(name, {}, None),
+        "difficulty.signals": lambda names: choose_signals(apply_settings(config, {key: names}).difficulty),
+        "curriculum.pacing": find_pacing,
+    }
+    if key in checks:
+        for value in listed_values(domain) or []:
+            checks[key](value)
+
+
+def _check_searchable(key: str) -> None:
+    if key == BUDGET_KEY:
+        raise ConfigError(f"tune.space.{key}: the length of all trials is set by tune.budget, and is not searched")
+    known = key in SEARCHABLE_KEYS or key.startswith("distill.loss_args.") or key.split(".")[0] in SEARCHABLE_SECTIONS
+    if not known:
+        raise ConfigError(
+            f"tune.space.{key}: rows, models and scores are made once for all trials, so this cannot be searched; "
+            f"what can: curriculum.*, {', '.join(SEARCHABLE_KEYS)}"
+        )
+
+
+def edge_values(domain: DomainConfig) -> list[Any]:
+    """Return the values one by one, or the ends of a range."""
+    listed = listed_values(domain)
+    if listed is not None:
+        return listed
+    low, high = (domain.uniform or domain.loguniform or domain.quniform or domain.randint or ())[:2]
+    return [low, high]
+
+
+def listed_values(domain: DomainConfig) -> list[Any] | None:
+    """Return the values that are given one by one; None for a range."""
+    values = domain.choice if domain.grid is None else domain.grid
+    return None if values is None else [list(v) if isinstance(v, tuple) else v for v in values]
+
+
+def draw(domain: DomainConfig, rng: np.random.Generator) -> Any:
+    """Return a random value."""
+    listed = listed_values(domain)
+    if listed is not None:
+        return listed[int(rng.integers(len(listed)))]
+    if domain.randint is not None:
+        return int(rng.integers(domain.randint[0], domain.randint[1] + 1))
+    if domain.quniform is not None:
+        low, high, step = domain.quniform
+        return tidy(low + step * int(rng.integers(num_steps_of(low, high, step) + 1)))
+    if domain.loguniform is not None:
+        low, high = map(math.log, domain.loguniform)
+        return tidy(math.exp(rng.uniform(low, high)))
+    assert domain.uniform is not None
+    return tidy(rng.uniform(*domain.uniform))
+
+
+def num_steps_of(low: float, high: float, step: float) -> int:
+    """Return how many whole steps fit between low and high."""
+    return math.floor((high - low) / step + 1e-9)
+
+
+def tidy(value: float) -> float:
+    """Round to six significant digits, so that what a config shows is what was run."""
+    return float(f"{value:.6g}")
+
+
+def grid_points(space: Mapping[str, DomainConfig]) -> list[Settings]:
+    """Return every combination of the values of a space that lists them."""
+    axes = [listed_values(domain) or [] for domain in space.values()]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]

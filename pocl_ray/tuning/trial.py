@@ -1,0 +1,232 @@
+"""A trial: one real training run under Ray Tune, which starts and stops it and learns of each dev evaluation."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray import tune
+
+from pocl_ray.config import Config
+from pocl_ray.data.preparing import Rows
+from pocl_ray.difficulty.ranking import rank_rows
+from pocl_ray.distill.board import Standing
+from pocl_ray.distill.planning import curriculum_task
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.trainer import train_watched
+from pocl_ray.models.places import ModelRef
+from pocl_ray.records import RANK
+from pocl_ray.storage import RunDirectory
+from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
+from pocl_ray.tuning.records import TRIALS, TrialRecord, figures_of, read_record
+
+STOP_S = 45.0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials start from; each of them reads it where it lies, and makes none of it again.
+
+    Attributes:
+        config: The base config.
+        run_dir: The run directory of the search.
+        rows: The prepared sets.
+        student: The student before distillation.
+        teacher: The teacher.
+        teacher_fingerprint: Of the teacher that the caches were made by.
+        origins: Fingerprints of what the students depend on.
+        ranking: Fingerprint of the ranking in `scores`, the base config's.
+        signals: Parquet file of the signals, for rankings of another kind.
+        scores: Parquet file of the base config's ranking.
+        holdings: The actor that keeps in mind what each trial holds of the cluster.
+    """
+
+    config: Config
+    run_dir: RunDirectory
+    rows: Rows
+    student: ModelRef
+    teacher: ModelRef
+    teacher_fingerprint: str
+    origins: Origins
+    ranking: str
+    signals: str
+    scores: str
+    holdings: Any
+
+    def planner(self) -> Planner:
+        """Return the planner of this search."""
+        return Planner(self.config, self.rows.train.num_rows)
+
+    def task(self, planned: Planned) -> TrainTask:
+        """Return the training of a candidate."""
+        name = planned.name(self.origins)
+        task = curriculum_task(
+            planned.config,
+            name=name,
+            fingerprint=planned.fingerprint(self.origins),
+            run_dir=self.run_dir,
+            stages=planned.stages,
+            student=self.student,
+            teacher=self.teacher,
+            teacher_fingerprint=self.teacher_fingerprint,
+            rows=self.rows,
+            output=f"{TRIALS}/{name}/student",
+        )
+        ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
+        return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
+
+
+class DivergedError(Exception):
+    """The training loss of a trial is not finite any more."""
+
+
+class _StoppedError(Exception):
+    """Tune stops the trial."""
+
+
+class CurriculumTrial(tune.Trainable):
+    """Runs a candidate; a step of it lasts until the next dev evaluation."""
+
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+        """Start the training run, or take over one that an earlier process finished."""
+        self.shared = shared
+        self.run = TrialRun(shared, Candidate(**config["candidate"]))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next candidate in the same process, which saves the time of its start."""
+        self.run.stop()
+        self.run = TrialRun(self.shared, Candidate(**new_config["candidate"]))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next dev evaluation, and return its figures."""
+        return self.run.next_report()
+
+    def cleanup(self) -> None:
+        """Stop the training run if it goes on, and free its workers."""
+        self.run.stop()
+
+
+class TrialRun:
+    """The training run of one candidate, in a thread beside the steps that Tune asks for."""
+
+    def __init__(self, shared: Shared, candidate: Candidate) -> None:
+        self.started, self.shared = time.monotonic(), shared
+        self.planned = shared.planner().plan(candidate)
+        self.task = shared.task(self.planned)
+        self.stopping = threading.Event()
+        self.queue: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        earlier = read_record(shared.run_dir, self.task.name)
+        self.is_replay = (
+            earlier is not None and earlier.status == "finished" and shared.run_dir.exists(self.task.output)
+        )
+        self.seconds_before = 0.0 if earlier is None else earlier.seconds
+        self.thread = threading.Thread(target=self._train, name=self.task.name, daemon=True)
+        if earlier is not None and self.is_replay:
+            self.record = earlier
+            for report in earlier.reports:
+                self.queue.put(report)
+            return
+        self.record = TrialRecord(
+            name=self.task.name,
+            candidate=candidate,
+            fingerprint=self.task.fingerprint,
+            num_steps=self.planned.num_steps,
+            num_samples=self.planned.num_samples,
+        )
+        self.record.write(shared.run_dir)
+        self.thread.start()
+
+    def next_report(self) -> dict[str, Any]:
+        """Wait for a dev evaluation; what went wrong in the run is raised here."""
+        item = self.queue.get()
+        if self.is_replay:
+            assert isinstance(item, dict)
+            return {**item, "done": self.queue.empty()}
+        record = self.record
+        record.seconds = round(self.seconds_before + time.monotonic() - self.started, 2)
+        if isinstance(item, BaseException):
+            record.status = "diverged" if isinstance(item, DivergedError) else "failed"
+            record.reason = _first_line(item)
+            record.write(self.shared.run_dir)
+            raise item
+        item["seconds"] = record.seconds
+        record.reports.append(item)
+        if item["is_finished"]:
+            record.status = "finished"
+        record.write(self.shared.run_dir)
+        return {**item, "done": item["is_finished"]}
+
+    def stop(self) -> None:
+        """End the run if it goes on; its workers are free when this returns."""
+        self.stopping.set()
+        if self.thread.is_alive():
+            self.thread.join(STOP_S)
+
+    def _train(self) -> None:
+        num_seen = 0
+
+        def watch(standing: Standing) -> None:
+            nonlocal num_seen
+            if self.stopping.is_set():
+                raise _StoppedError
+            if self.record.start_s is None and standing.train:
+                self.record.start_s = round(time.monotonic() - self.started, 2)
+            loss = standing.train.get("train/loss", 0.0)
+            if not math.isfinite(loss):
+                raise DivergedError(f"the training loss is {loss} at step {standing.step}")
+            for end in range(num_seen + 1, len(standing.evaluations) + 1):
+                if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
+                    self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
+            num_seen = len(standing.evaluations)
+
+        try:
+            write_ranking(self.shared, self.planned, self.task)
+            standing = train_watched(self.task, self.planned.config.scaling, watch, self.shared.holdings)
+            if not standing.is_finished:
+                raise RuntimeError("the training run ended before its student was written")
+            self.queue.put(self._report(standing.evaluations, is_finished=True))
+        except _StoppedError:
+            return
+        except Exception as error:
+            self.queue.put(error)
+
+    def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
+        last = evaluations[-1]
+        figures = figures_of(evaluations, self.task.hand_off)
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise DivergedError(f"a dev figure is not finite after step {last['step']}")
+        return {
+            **figures,
+            "stage": last["curriculum/stage"],
+            "num_steps": last["step"],
+            "num_samples": last["step"] * self.task.train.global_batch_rows,
+            "num_tokens": last["num_tokens"],
+            "is_finished": is_finished,
+        }
+
+
+def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
+    """Rank the rows anew where the candidate ranks them in another way; the signals are there already."""
+    if task.scores is None or task.scores == shared.scores:
+        return
+    difficulty = planned.config.difficulty
+    table = pq.read_table(shared.run_dir.local(shared.signals))
+    chosen = {name: table[name].to_numpy() for name in difficulty.signals}
+    _, rank = rank_rows(chosen, difficulty.rrf_k, difficulty.tie_break, planned.config.seed)
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "scores.parquet"
+        pq.write_table(pa.table({RANK: pa.array(rank)}), path)
+        shared.run_dir.publish(path, task.scores)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:500]

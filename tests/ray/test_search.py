@@ -1,0 +1,129 @@
+"""Ray Tune's part of a search, with a training run that only pretends: what is asked, stopped, recorded and resumed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import config_tree
+
+from pocl_ray.config import Config, ScalingConfig
+from pocl_ray.distill.board import Standing
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.models.places import ModelRef
+from pocl_ray.pipeline import Pipeline
+from pocl_ray.records import RowsSummary
+from pocl_ray.storage import RunDirectory
+from pocl_ray.tuning import search, trial
+from pocl_ray.tuning.results import Outcome
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_ROWS = 96
+TUNE: dict[str, Any] = {
+    "algorithm": "grid",
+    "space": {"curriculum.num_buckets": {"grid": [1, 2, 3]}, "curriculum.kd_temperature.end": {"grid": [1.5, 2.0]}},
+    "budget": {"steps": 24},
+    "scheduler": {"type": "asha", "reduction_factor": 2, "grace_samples": 96},
+    "confirm": {"top_k": 1, "seeds": [7]},
+}
+
+
+def pretend(task: TrainTask, scaling: ScalingConfig, watch: Callable[[Standing], None], *boards: Any) -> Standing:
+    """Report what a training run would, without one: the higher the first temperature's end, the better.
+
+    A plan of three stages loses its finite loss, or fails.
+    """
+    standing = Standing(num_steps=task.num_steps, num_starts=1)
+    watch(standing)
+    done = 0
+    for stage in task.stages:
+        done += stage.num_steps
+        standing.step, standing.num_tokens = done, 10 * done
+        last = task.stages[-1].kd_temperature
+        standing.train = {"train/loss": float("nan") if len(task.stages) == 3 and last < 1.8 else 1.0}
+        if len(task.stages) == 3 and last >= 1.8:
+            raise RuntimeError("a worker died\nand more lines")
+        figures = {"eval/dev/rouge_l": 10 * last + done / 10, "eval/dev/ce_loss": 1.0}
+        position = {"step": done, "curriculum/stage": stage.index, "num_tokens": 10 * done}
+        standing.evaluations = [*standing.evaluations, {**position, **figures}]
+        time.sleep(0.5)
+        watch(standing)
+    student = Path(task.run_dir.uri) / task.output
+    student.mkdir(parents=True, exist_ok=True)
+    (student / "made.txt").write_text(str(time.time()))
+    standing.is_finished = True
+    return standing
+
+
+class PretendTrial(trial.CurriculumTrial):
+    """A trial whose training run is `pretend`."""
+
+    def setup(self, config: dict[str, Any], shared: trial.Shared) -> None:
+        trial.train_watched = pretend
+        super().setup(config, shared)
+
+
+@dataclass
+class PretendPipeline:
+    """What a search needs of a pipeline whose shared steps are done."""
+
+    config: Config
+    run_dir: RunDirectory
+    ranking: str = "ranking"
+    signals: str = "signals"
+
+    @property
+    def inputs(self) -> Any:
+        rows = RowsSummary("train", "rows/train.arrow", NUM_ROWS, 0, 1, 1, 1, "rows")
+        made = SimpleNamespace(ref=ModelRef("model"), fingerprint="model")
+        return SimpleNamespace(rows=SimpleNamespace(train=rows, dev=rows), student=made, teacher=made)
+
+
+def run_search(folder: Path, monkeypatch: pytest.MonkeyPatch, **tune: Any) -> tuple[Outcome, Path]:
+    monkeypatch.setattr(search, "CurriculumTrial", PretendTrial)
+    config = Config.model_validate({**config_tree(folder, scaling__num_workers=1), "tune": {**TUNE, **tune}})
+    pipeline = PretendPipeline(config, RunDirectory.open(config.storage_path, config.name))
+    return search.Search(cast(Pipeline, pipeline)).run(), folder / "runs/tiny"
+
+
+def test_a_search_survives_failures_names_a_winner_and_does_nothing_twice(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, run = run_search(tmp_path, monkeypatch)
+    statuses = {r.candidate.label: r.status for r in outcome.records}
+    assert statuses["control"] == statuses["control-seed-7"] == "finished"
+    assert (statuses["trial-004"], statuses["trial-005"]) == ("diverged", "failed")
+    assert {r.candidate.label: r.reason for r in outcome.records}["trial-005"] == "RuntimeError: a worker died"
+    assert outcome.winner is not None and outcome.winner.record.status == "finished"
+    assert len(outcome.winner.values) == 2
+    assert len(pq.read_table(run / "tune/results.parquet")) == len(outcome.records) == 9
+    assert (run / "tune/best/made.txt").exists() and (run / "tune/report.html").exists()
+    assert list(run.glob("tune/search-*/*/events.out.tfevents.*"))
+    made = {path: path.read_text() for path in run.glob("tune/trials/*/student/made.txt")}
+    again, _ = run_search(tmp_path, monkeypatch)
+    assert {r.name: r.status for r in again.records} == {r.name: r.status for r in outcome.records}
+    assert {path: path.read_text() for path in made} == made
+
+
+def test_optuna_and_the_scheduler_work_on_what_trials_report(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"curriculum.num_buckets": {"choice": [1, 2]}, "curriculum.kd_temperature.end": {"uniform": [1.0, 3.0]}}
+    outcome, run = run_search(
+        tmp_path, monkeypatch, algorithm="optuna", space=space, num_trials=8, objectives=["rouge_l", "num_tokens"]
+    )
+    trials = [r for r in outcome.records if r.candidate.kind == "trial"]
+    assert len(trials) == 8
+    assert {r.status for r in trials} <= {"finished", "stopped"}
+    assert all(r.last["num_samples"] == 24 * 16 for r in trials if r.status == "finished")
+    best = max((r for r in trials if r.status == "finished"), key=lambda r: r.last["rouge_l"])
+    assert outcome.winner is not None and outcome.winner.record.name == best.name
+    assert json.loads((run / "tune/skipped.json").read_text()) == []

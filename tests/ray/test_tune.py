@@ -1,0 +1,138 @@
+"""A search: shared work once, failures survived, the winner given again by its config, and a kill that costs little."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from tiny import cli, cli_environment, command, manifest, sha256, write_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
+
+SEARCH: dict[str, Any] = {
+    "algorithm": "grid",
+    "space": {
+        "curriculum.num_buckets": {"grid": [1, 2]},
+        "train.learning_rate": {"grid": [5e-3, 1e30]},  # the second one diverges
+    },
+    "constraints": ["curriculum.num_buckets == 2 or train.learning_rate < 1"],
+    "budget": {"steps": 18},
+    "scheduler": "none",
+    "confirm": {"top_k": 1, "seeds": [7]},
+}
+PATIENCE_S = 900.0
+
+
+def records(run: Path) -> dict[str, dict[str, Any]]:
+    """Every trial's record by its label."""
+    found = [json.loads(path.read_text()) for path in run.glob("tune/trials/*/trial.json")]
+    return {label_of(record): record for record in found}
+
+
+def label_of(record: dict[str, Any]) -> str:
+    return str(record["name"].rpartition("-")[0])
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The config file and the directory of a finished search."""
+    folder = tmp_path_factory.mktemp("search")
+    config = write_config(folder, tune=SEARCH, scaling__num_workers=1)
+    done = cli("tune", str(config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("\n") < 60
+    return config, folder / "runs/tiny"
+
+
+def test_every_trial_ends_and_one_that_diverges_does_not_end_the_search(searched: tuple[Path, Path]) -> None:
+    _, run = searched
+    statuses = {label: record["status"] for label, record in records(run).items()}
+    assert statuses == {
+        "control": "finished",
+        "trial-000": "finished",
+        "trial-001": "finished",
+        "trial-002": "diverged",
+        "control-seed-7": "finished",
+        f"{label_of(winner(run))}-seed-7": "finished",
+    }
+    table = pq.read_table(run / "tune/results.parquet").to_pylist()
+    assert len(table) == 6
+    finished = [row for row in table if row["status"] == "finished"]
+    assert {row["num_steps"] for row in finished} == {18}
+    assert all(row["start_s"] > 0 and row["seconds"] > row["start_s"] for row in finished)
+    assert len(json.loads((run / "tune/skipped.json").read_text())) == 1
+    assert (run / "tune/report.html").exists() and (run / "tune/results.csv").exists()
+    assert len(list(run.glob("tune/search-*/*/events.out.tfevents.*"))) == 4
+    assert not list((run / "checkpoints").glob("trial-*"))
+
+
+def winner(run: Path) -> dict[str, Any]:
+    rows = pq.read_table(run / "tune/results.parquet").to_pylist()
+    name = next(row["trial"] for row in rows if row["is_winner"])
+    record: dict[str, Any] = json.loads((run / f"tune/trials/{name}/trial.json").read_text())
+    return record
+
+
+def test_the_shared_steps_are_done_once(searched: tuple[Path, Path]) -> None:
+    config, run = searched
+    before = manifest(run)
+    assert set(before) == {"tokenizer", "rows", "plan", "teacher", "student", "scores", "ranking"}
+    signals = (run / "scores/signals.parquet").stat().st_mtime_ns
+    done = cli("tune", str(config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert manifest(run) == before
+    assert (run / "scores/signals.parquet").stat().st_mtime_ns == signals
+
+
+def test_best_yaml_trains_the_winner_again_to_the_bit(searched: tuple[Path, Path]) -> None:
+    _, run = searched
+    best = run / "tune/best.yaml"
+    done = cli("distill", str(best), "name=tiny", "--resume-with-changes")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert manifest(run)["distill"]["fingerprint"] == winner(run)["fingerprint"]
+    assert sha256(run / "student/model.safetensors") == sha256(run / "tune/best/model.safetensors")
+
+
+def test_a_killed_search_goes_on_and_keeps_what_is_finished(searched: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = searched
+    again = tmp_path / "runs/tiny"
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("tune", "student", "lease*"))
+    arguments = command("tune", str(config), f"storage_path={again.parent}", "--resume-with-changes")
+    process = subprocess.Popen(arguments, env=cli_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(record["status"] == "finished" for record in records(again).values()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=30)
+    kept = {label: record for label, record in records(again).items() if record["status"] == "finished"}
+    students = {path: path.stat().st_mtime_ns for r in kept.values() for path in [student_of(again, r)]}
+    done = cli("tune", str(config), f"storage_path={again.parent}", "--resume-with-changes")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = records(again)
+    assert {label: after[label] for label in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in students} == students
+    assert {label: r["status"] for label, r in after.items()} == {
+        label: r["status"] for label, r in records(run).items()
+    }
+
+
+def student_of(run: Path, record: dict[str, Any]) -> Path:
+    return run / f"tune/trials/{record['name']}/student/model.safetensors"
+
+
+def test_a_wrong_space_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tune={**SEARCH, "space": {"curriculum.num_bucket": {"grid": [1]}}})
+    done = cli("tune", str(config))
+    assert done.returncode == 2
+    assert "curriculum.num_buckets" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
