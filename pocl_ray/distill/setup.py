@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -23,9 +21,9 @@ from pocl_ray.models.heads import HeadWeights, check_split
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.lora import add_adapters
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import RANK, Order, RowsSummary
-from pocl_ray.storage import localize
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
 
@@ -41,6 +39,8 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     head, live = _teacher(task, device)  # before the engine: ZeRO-3 must not partition it
     student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
+    if task.lora is not None:
+        add_adapters(student, task.lora, task.seed)
     if task.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
@@ -63,7 +63,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
 
 def local_ref(ref: ModelRef) -> ModelRef:
     """Return a reference whose path is on this node."""
-    return ModelRef(**{**asdict(ref), "path": localize(ref.path)})
+    return on_this_node(ref)
 
 
 def _teacher(task: TrainTask, device: torch.device) -> tuple[HeadWeights | None, LiveTeacher | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -42,6 +42,7 @@ class TrainTask:
         collective_timeout_s: After so long a dead peer is noticed.
         output: Where the trained student goes.
         metrics: Where the metric stream goes.
+        lora: Adapters that are trained in place of the student's weights; None to train these.
     """
 
     name: str
@@ -68,6 +69,7 @@ class TrainTask:
     collective_timeout_s: float
     output: str
     metrics: str
+    lora: LoraConfig | None = None
 
     @property
     def num_steps(self) -> int:
