@@ -26,6 +26,7 @@ from pocl_ray.distill.plateau import has_converged
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 
 OnCheckpoint = Callable[[Progress, Path | None], None]
@@ -62,6 +63,7 @@ class TrainingLoop:
         self.state = TrainingState(engine)
         self.progress = Progress()
         self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.token_weight = TokenWeight.of(task.distill)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -116,7 +118,9 @@ class TrainingLoop:
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
-        settings = StepSettings(stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence)
+        settings = StepSettings(
+            stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence, self.token_weight
+        )
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
         progress.num_samples += batch.num_rows
         progress.step += 1

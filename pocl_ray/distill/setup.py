@@ -42,6 +42,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     if task.lora is not None:
         add_adapters(student, task.lora, task.seed)
     if task.gradient_checkpointing:
+        # Non-reentrant: beneath frozen weights the input needs no gradient for the adapters behind it to get theirs.
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
     engine = Engine(module, train, device, task.collective_timeout_s)
