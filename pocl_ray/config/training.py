@@ -158,6 +158,9 @@ class DistillConfig(Section):
         default="auto", description="of the stored hidden states; auto: the teacher's own"
     )
     chunk_mib: int = Field(default=64, ge=1, description="float32 logits held at a time, in MiB")
+    kernel: Literal["auto", "torch", "liger"] = Field(
+        default="auto", description="of the divergence; auto: Liger's on CUDA, where it is installed and covers the loss"
+    )
 
 
 class TrainConfig(Section):

@@ -21,7 +21,7 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.plateau import has_converged
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
@@ -62,7 +62,7 @@ class TrainingLoop:
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.divergence = resolve_divergence(task.distill, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
