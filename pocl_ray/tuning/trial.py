@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from ray import tune
 
 from pocl_ray.config import Config
 from pocl_ray.data.preparing import Rows
-from pocl_ray.difficulty.ranking import rank_rows
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.board import Standing
 from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.task import TrainTask
@@ -218,13 +218,12 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     """Rank the rows anew where the candidate ranks them in another way; the signals are there already."""
     if task.scores is None or task.scores == shared.scores:
         return
-    difficulty = planned.config.difficulty
-    table = pq.read_table(shared.run_dir.local(shared.signals))
-    chosen = {name: table[name].to_numpy() for name in difficulty.signals}
-    _, rank = rank_rows(chosen, difficulty.rrf_k, difficulty.tie_break, planned.config.seed)
+    rows = RowStore.open(shared.run_dir.local(shared.rows.train.path))
+    signals = pq.read_table(shared.run_dir.local(shared.signals))
+    ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(pa.table({RANK: pa.array(rank)}), path)
+        pq.write_table(ranked.select([RANK]), path)
         shared.run_dir.publish(path, task.scores)
 
 
