@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -145,6 +146,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
+            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()
