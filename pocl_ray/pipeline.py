@@ -111,7 +111,8 @@ class Pipeline:
         """Fingerprint of the signals of every training row, and of the teacher cache made in the same pass."""
         config, inputs, _ = self.config, self.inputs, self.stages
         student, teacher = inputs.student, inputs.teacher
-        cache = CACHE if config.distill.teacher_cache == "hidden" else None
+        cache = CACHE if config.distill.teacher_cache != "none" else None
+        top_k = config.distill.top_k if config.distill.teacher_cache == "topk" else None
         chosen = choose_signals(config.difficulty)
 
         def work(_: str) -> StepResult:
@@ -125,6 +126,7 @@ class Pipeline:
                 teacher_fingerprint=teacher.fingerprint,
                 cache=cache,
                 cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
@@ -135,7 +137,8 @@ class Pipeline:
             return StepResult([SIGNALS, *([cache] if cache else [])], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        models = [student.fingerprint, teacher.fingerprint, cache, config.distill.cache_dtype]
+        kept = cache if top_k is None else f"{cache} {top_k}"
+        models = [student.fingerprint, teacher.fingerprint, kept, config.distill.cache_dtype]
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
         return self.steps.run("scores", depends, work, on_cluster=True)
 

@@ -65,6 +65,7 @@ def score_rows(
     seed: int,
     compare: bool = True,
     plugins: tuple[str, ...] = (),
+    top_k: int | None = None,
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
@@ -72,11 +73,12 @@ def score_rows(
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one, whose fingerprint goes into the cache (None: none).
-        cache_dtype: Of its hidden states; `auto` is the teacher's own.
+        cache_dtype: Of what it holds, see `ScoringTask`.
         difficulty: How answers are generated, and how much is computed at once.
         scaling: Actors, and what each of them asks for.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
+        top_k: Tokens that the cache keeps of each response token; None for hidden states.
 
     Returns:
         One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
@@ -100,6 +102,7 @@ def score_rows(
         seed=seed,
         compare=compare,
         plugins=plugins,
+        top_k=top_k,
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,

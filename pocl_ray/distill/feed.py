@@ -1,9 +1,9 @@
-"""The feed: from a stage's order of rows to micro-batches with the teacher's hidden states, prepared ahead."""
+"""The feed: from a stage's order of rows to micro-batches with the teacher's part, prepared ahead."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -11,8 +11,7 @@ import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.models.hidden_cache import HiddenCache
-from pocl_ray.models.live import LiveTeacher
+from pocl_ray.distill.teachers import TeacherSource
 from pocl_ray.records import Stage
 
 
@@ -41,8 +40,7 @@ class Feed:
         micro_batch_rows: int,
         rank: int,
         world_size: int,
-        cache: HiddenCache | None = None,
-        live: LiveTeacher | None = None,
+        teachers: Sequence[TeacherSource] = (),
     ) -> None:
         """Set the feed up.
 
@@ -52,14 +50,13 @@ class Feed:
             micro_batch_rows: Rows of a forward pass.
             rank: This worker.
             world_size: Number of workers.
-            cache: The teacher's stored hidden states.
-            live: The teacher itself, where nothing is stored. With neither, batches carry no teacher.
+            teachers: Where each teacher's part comes from. Without any, batches carry no teacher.
         """
         self.rows = rows
         self.pad_id = pad_id
         self.micro_batch_rows = micro_batch_rows
         self.rank, self.world_size = rank, world_size
-        self.cache, self.live = cache, live
+        self.teachers = tuple(teachers)
         self.lengths = rows.prompt_lengths + rows.response_lengths
 
     def stage(
@@ -99,13 +96,11 @@ class Feed:
 
     def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
-        return batch if self.cache is None else replace(batch, teacher_hidden_NK=self.cache.take(ids))
+        return replace(batch, taught=tuple(part for teacher in self.teachers for part in teacher.stored(ids)))
 
     def _with_live_teacher(self, batch: GlobalBatch) -> GlobalBatch:
         return replace(batch, micro_batches=[self._taught(b) for b in batch.micro_batches])
 
     def _taught(self, batch: MicroBatch) -> MicroBatch:
-        if self.live is None:
-            return batch
-        hidden = self.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
-        return replace(batch, teacher_hidden_NK=hidden)
+        asked = tuple(part for teacher in self.teachers for part in teacher.asked(batch))
+        return replace(batch, taught=batch.taught + asked)

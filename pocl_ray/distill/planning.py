@@ -35,7 +35,7 @@ def curriculum_task(
         stages=stages,
         student=student,
         teacher=teacher,
-        teacher_cache="teacher_cache" if config.distill.teacher_cache == "hidden" else None,
+        teacher_cache="teacher_cache" if config.distill.teacher_cache != "none" else None,
         teacher_fingerprint=teacher_fingerprint,
         tokenizer="tokenizer",
         rows=rows.train,
