@@ -30,6 +30,7 @@ from pocl_ray.difficulty.scoring_actors import (
     StudentActor,
     TeacherActor,
     unit_table,
+    unscored_units,
 )
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
 from pocl_ray.models.hidden_cache import write_index
@@ -112,6 +113,58 @@ def score_rows(
     for made in sets if cache is not None else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
     return (table := by_set[rows.name].drop_columns([SET, SHARD])), _counts(table, sets)
+
+
+def cache_teacher(
+    sets: Sequence[RowsSummary],
+    run_dir: RunDirectory,
+    student: ModelRef,
+    teacher: ModelRef,
+    teacher_fingerprint: str,
+    cache: str,
+    cache_dtype: str,
+    top_k: int | None,
+    difficulty: DifficultyConfig,
+    scaling: ScalingConfig,
+) -> None:
+    """Fill the cache of a further teacher, which reads all sets and measures nothing.
+
+    Args:
+        sets: What it reads.
+        run_dir: Holds the rows and, in directory `cache`, one teacher cache a set.
+        student: Whose vocabulary the top k are cut to.
+        teacher: The frozen model; `teacher_fingerprint` goes into the cache.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        difficulty: How much is computed at once.
+        scaling: Actors, and what each of them asks for.
+
+    Raises:
+        UserError: The model cannot be loaded, or the cluster has no room for the actors.
+    """
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
+    (pool,) = plan_pools(scaling, [scaling.teacher_actors], len(tasks))
+    task = ScoringTask(
+        run_dir=run_dir,
+        rows={made.name: made.path for made in sets},
+        student_set="",
+        tokenizer="",
+        student=student,
+        teacher=teacher,
+        generation=difficulty.generation,
+        max_tokens=0,
+        seed=0,
+        compare=False,
+        cache=cache,
+        cache_dtype=cache_dtype,
+        use_gpu=pool.use_gpu,
+        top_k=top_k,
+    )
+    with quiet_ray_data():
+        dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
+        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
+        results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
+    for made in sets:
+        _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
 
 
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:

@@ -268,6 +268,11 @@ def unit_table(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
     return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
 
 
+def unscored_units(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
+    """Return the input of one task of a `TeacherActor` that no student comes before."""
+    return pa.concat_tables(_student_unit(name, ids, None, None) for ids in batches)
+
+
 def _ids_of(units: pa.Table) -> list[npt.NDArray[np.int64]]:
     return [np.array(ids, dtype=np.int64) for ids in units[IDS].to_pylist()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.teachers import TeacherSource
+from pocl_ray.distill.teachers import Teachers
 from pocl_ray.records import Stage
 
 
@@ -40,7 +40,7 @@ class Feed:
         micro_batch_rows: int,
         rank: int,
         world_size: int,
-        teachers: Sequence[TeacherSource] = (),
+        teachers: Teachers | None = None,
     ) -> None:
         """Set the feed up.
 
@@ -50,13 +50,13 @@ class Feed:
             micro_batch_rows: Rows of a forward pass.
             rank: This worker.
             world_size: Number of workers.
-            teachers: Where each teacher's part comes from. Without any, batches carry no teacher.
+            teachers: Where the teachers' part comes from; without any, batches carry none.
         """
         self.rows = rows
         self.pad_id = pad_id
         self.micro_batch_rows = micro_batch_rows
         self.rank, self.world_size = rank, world_size
-        self.teachers = tuple(teachers)
+        self.teachers = teachers or Teachers()
         self.lengths = rows.prompt_lengths + rows.response_lengths
 
     def stage(
@@ -64,43 +64,43 @@ class Feed:
     ) -> Generator[GlobalBatch, None, None]:
         """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead."""
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
+        teachers = self.teachers.in_stage(stage.index)
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:
-                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids)
+                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, teachers)
                 if behind is not None:
-                    yield self._with_live_teacher(behind.result())
+                    yield _taught(behind.result(), teachers)
             if ahead is not None:
-                yield self._with_live_teacher(ahead.result())
+                yield _taught(ahead.result(), teachers)
 
     def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the whole set, and whether each of them counts.
 
         Every worker gets equally many, since the forward pass may be collective: those that come out short repeat
-        their last one, which does not count.
+        their last one, which does not count. All teachers teach, whatever their stages, so that the losses of stages
+        can be compared.
         """
+        teachers = self.teachers.in_stage(None)
         order = np.argsort(-self.lengths, kind="stable")
         num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
         for index in range(num_batches):
             ids = mine[index * self.micro_batch_rows : (index + 1) * self.micro_batch_rows]
             counts = len(ids) > 0
-            batch = self._micro_batch(ids if counts else order[:1])
-            yield self._taught(batch), counts
+            batch = self._micro_batch(ids if counts else order[:1], teachers)
+            yield teachers.teach(batch), counts
 
-    def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
+    def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
         mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
         return GlobalBatch(
-            [self._micro_batch(part) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
+            [self._micro_batch(part, teachers) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
         )
 
-    def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
-        return replace(batch, taught=tuple(part for teacher in self.teachers for part in teacher.stored(ids)))
+        return replace(batch, taught=teachers.stored(ids))
 
-    def _with_live_teacher(self, batch: GlobalBatch) -> GlobalBatch:
-        return replace(batch, micro_batches=[self._taught(b) for b in batch.micro_batches])
 
-    def _taught(self, batch: MicroBatch) -> MicroBatch:
-        asked = tuple(part for teacher in self.teachers for part in teacher.asked(batch))
-        return replace(batch, taught=batch.taught + asked)
+def _taught(batch: GlobalBatch, teachers: Teachers) -> GlobalBatch:
+    return replace(batch, micro_batches=[teachers.teach(part) for part in batch.micro_batches])

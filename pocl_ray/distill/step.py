@@ -79,7 +79,7 @@ class DistillationModule(nn.Module):
         self.student = student
         self.loss_head = LossHead(parts.head, parts.transform)
         self.chunk_bytes = chunk_bytes
-        # Plain dataclasses: as parameters or buffers the frozen heads would be partitioned, cast and saved by DeepSpeed.
+        # Plain dataclasses: as parameters or buffers frozen heads would be partitioned, cast and saved by DeepSpeed.
         self._teacher_heads: tuple[HeadWeights | None, ...] = ()
 
     def attach_teacher_heads(self, *heads: HeadWeights | None) -> None:

@@ -2,9 +2,9 @@
 
 One teacher's hidden states become logits through its LM head, and nothing else happens. Two cases differ:
 
-- *Top k.* The divergence is taken over k + 1 events: the teacher's k likeliest tokens, and one bucket for all others, which
-  holds the student's mass of them too. So it is a divergence still, zero if and only if the events agree, and never more than
-  the one over the whole vocabulary (data processing inequality of f-divergences).
+- *Top k.* The divergence is taken over k + 1 events: the teacher's k likeliest tokens, and one bucket for all others,
+  which holds the student's mass of them too. So it is a divergence still, zero if and only if the events agree, and
+  never more than the one over the whole vocabulary (data processing inequality of f-divergences).
 - *Several teachers.* The loss is the weighted sum of the divergences from each of them, not the divergence from their
   mixture: the sum keeps the mode of each teacher apart, and teachers need not share a vocabulary's padding.
 

@@ -78,7 +78,8 @@ class TeacherCache:
         remedy = "score again"
         if meta.layout.kind != cls.kind:
             raise StorageError(
-                f"{directory}: this teacher cache holds {meta.layout}, and distill.teacher_cache is {cls.kind}; {remedy}"
+                f"{directory}: this teacher cache holds {meta.layout}, "
+                f"and distill.teacher_cache is {cls.kind}; {remedy}"
             )
         if meta.teacher != expect_teacher:
             raise StorageError(f"{directory}: this teacher cache was made by another teacher; {remedy}")

@@ -10,7 +10,8 @@ A cache is a directory:
     meta.json              what it is, and of which teacher and rows; written last, so no meta.json means no cache
 
 The binary column of a single batch is one contiguous buffer, hence a shard is a matrix (tokens, bytes of a record) that
-can be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file again.
+can be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file
+again.
 
 Legend: N tokens of several rows in one flat axis, K the teacher's hidden size, R bytes of a record.
 """

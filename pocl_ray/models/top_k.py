@@ -8,13 +8,13 @@ which at temperature T gives the distribution over k tokens and one bucket for t
 
     log p_i(T) = b log p_i - Z,    log p_tail(T) = f(b) - Z,    Z = log(sum_{i in top} p_i^b + e^f(b)).
 
-The tail's share at T does not follow from its share at 1: it depends on how the tail is spread. But f is convex and smooth, so a
-few of its values with their slopes f'(b) = E_b[log p] hold it: between the stored b it is read off the cubic through the
-two values and slopes at either side (Hermite), at the stored ones it is exact, and beyond the largest it goes on along
-its slope, which by convexity is never above f. f(0) = log(V - k) needs no storage.
+The tail's share at T does not follow from its share at 1: it depends on how the tail is spread. But f is convex and
+smooth, so a few of its values with their slopes f'(b) = E_b[log p] hold it: between the stored b it is read off the
+cubic through the two values and slopes at either side (Hermite), at the stored ones it is exact, and beyond the largest
+it goes on along its slope, which by convexity is never above f. f(0) = log(V - k) needs no storage.
 
-Legend: N response tokens in one flat axis, V vocabulary, K tokens kept, E = K + 1 events (tokens and bucket), P values of the
-curve.
+Legend: N response tokens in one flat axis, V vocabulary, K tokens kept, E = K + 1 events (tokens and bucket), P numbers
+of the curve.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class TopKCache(TeacherCache):
         layout, remedy = self.meta.layout, "score again"
         if layout.width != min(top_k, layout.vocab_size):
             raise StorageError(
-                f"{self.directory}: this teacher cache keeps {layout.width} tokens, and distill.top_k is {top_k}; {remedy}"
+                f"{self.directory}: this teacher cache keeps {layout.width} tokens, "
+                f"and distill.top_k is {top_k}; {remedy}"
             )
         if layout.vocab_size > student_vocab_size:
             raise StorageError(

@@ -19,7 +19,7 @@ from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoints import read_progress
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.hidden_cache import write_index, write_shard
@@ -45,6 +45,7 @@ Runs = dict[str, Outcome]
 
 def variants(task: TrainTask) -> dict[str, TrainTask]:
     """The tasks by name; `plain` is what the others are compared with."""
+    assert task.teacher is not None
     plain = replace(task, stages=FRESH, train=TRAIN.model_copy(update={"checkpoint_every_steps": 3, "eps": 1e-5}))
 
     def made(hand_off: str = "last", stages: tuple[Any, ...] = FRESH, **train: Any) -> TrainTask:
@@ -61,6 +62,11 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "cached": replace(plain, teacher_cache="teacher_cache", distill=DistillConfig()),
         "all_tokens_cached": replace(
             plain, teacher_cache="topk_cache", distill=DistillConfig(teacher_cache="topk", top_k=300)
+        ),
+        "two_alike": replace(
+            plain,
+            teacher_weight=3.0,
+            other_teachers=(TeacherTask(task.teacher, "teacher_cache", task.teacher_fingerprint, 1.0, (1,)),),
         ),
         "recomputed": replace(plain, gradient_checkpointing=True),
         "best": made("best"),
@@ -176,7 +182,7 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "recomputed"]
+    "name", ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "two_alike", "recomputed"]
 )
 def test_the_way_of_computing_does_not_change_the_training(alone: Runs, name: str) -> None:
     assert_same_training(alone[name], alone["plain"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_forward_kl_over_the_events_is_top_k_kl_of_full_logits(temperature: floa
 def test_merging_the_tail_only_lowers_a_divergence_and_more_tokens_only_raise_it(name: str) -> None:
     student_NV, teacher_NV, kd = draw(N, V), draw(N, V, seed=1, spread=2.0), resolve_loss(name)
     losses = [TopKTeaching(top_k_of(teacher_NV, k)).divergence(kd, student_NV, 2.0) for k in (1, 4, 16, 40, V)]
-    for fewer_N, more_N in zip(losses, losses[1:], strict=False):
+    for fewer_N, more_N in pairwise(losses):
         assert (fewer_N <= more_N + 1e-5).all() and (fewer_N > 0).all()
     torch.testing.assert_close(losses[-1], kd(student_NV, teacher_NV, 2.0), rtol=1e-4, atol=1e-5)
 
