@@ -22,6 +22,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
     train = neutral_free(config)["train"]
     seed = train.pop("seed")
     return [
+        *_teaching(config, len(stages)),
         ranking,
         student,
         [stage.to_json() for stage in stages],
@@ -32,6 +33,14 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
     ]
+
+
+def _teaching(config: Config, num_stages: int) -> list[Any]:
+    """How several teachers share the loss; nothing for one alone."""
+    if not config.other_teachers:
+        return []
+    teachers = (config.teacher, *config.other_teachers)
+    return [[[teacher.weight, teacher.stages_of(num_stages)] for teacher in teachers]]
 
 
 def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:

@@ -20,7 +20,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import check_student_tokenizer, make_student, make_teacher, origin_fingerprint, reference
 from pocl_ray.steps import Steps
-from pocl_ray.storage import localize
+from pocl_ray.storage import fingerprint, localize
 
 TOKENIZER = "tokenizer"
 
@@ -108,6 +108,14 @@ class Inputs:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
+
+    @cached_property
+    def other_teachers(self) -> tuple[Made, ...]:
+        """The further teachers, as they lie."""
+        return tuple(
+            Made(reference(config), fingerprint([origin_fingerprint(config), config.dtype]))
+            for config in self.config.other_teachers
+        )
 
     @cached_property
     def student(self) -> Made:

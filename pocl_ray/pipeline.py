@@ -22,8 +22,8 @@ from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.choice import choose_signals, rank_table
-from pocl_ray.difficulty.scoring import score_rows
-from pocl_ray.distill.planning import curriculum_task
+from pocl_ray.difficulty.scoring import cache_teacher, score_rows
+from pocl_ray.distill.planning import cache_folder, curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.identity import Claim
@@ -31,6 +31,7 @@ from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
+from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import reference
 from pocl_ray.preflight import check_inputs, check_room, check_settings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
@@ -111,7 +112,8 @@ class Pipeline:
         """Fingerprint of the signals of every training row, and of the teacher cache made in the same pass."""
         config, inputs, _ = self.config, self.inputs, self.stages
         student, teacher = inputs.student, inputs.teacher
-        cache = CACHE if config.distill.teacher_cache == "hidden" else None
+        cache = CACHE if config.distill.teacher_cache != "none" else None
+        top_k = config.distill.top_k if config.distill.teacher_cache == "topk" else None
         chosen = choose_signals(config.difficulty)
 
         def work(_: str) -> StepResult:
@@ -125,6 +127,7 @@ class Pipeline:
                 teacher_fingerprint=teacher.fingerprint,
                 cache=cache,
                 cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
@@ -132,10 +135,13 @@ class Pipeline:
                 plugins=chosen.plugins,
             )
             self._publish_table(table, SIGNALS)
-            return StepResult([SIGNALS, *([cache] if cache else [])], counts)
+            caches = self._cache_other_teachers(student.ref, top_k)
+            return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        models = [student.fingerprint, teacher.fingerprint, cache, config.distill.cache_dtype]
+        kept = cache if top_k is None else f"{cache} {top_k}"
+        models = [student.fingerprint, teacher.fingerprint, kept, config.distill.cache_dtype]
+        models += [other.fingerprint for other in inputs.other_teachers]
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
         return self.steps.run("scores", depends, work, on_cluster=True)
 
@@ -210,6 +216,28 @@ class Pipeline:
 
         return self.steps.run("report", [self.evaluation, self.config.report.model_dump(mode="json")], work)
 
+    def _cache_other_teachers(self, student: ModelRef, top_k: int | None) -> list[str]:
+        """Fill the caches of the further teachers, and return their directories; none where teachers run live."""
+        config, rows, written = self.config, self.inputs.rows, []
+        for place, other in enumerate(self.inputs.other_teachers, start=1):
+            folder = cache_folder(config, place)
+            if folder is None:
+                continue
+            cache_teacher(
+                sets=[rows.train, rows.dev],
+                run_dir=self.run_dir,
+                student=student,
+                teacher=other.ref,
+                teacher_fingerprint=other.fingerprint,
+                cache=folder,
+                cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
+                difficulty=config.difficulty,
+                scaling=config.scaling,
+            )
+            written.append(folder)
+        return written
+
     def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> Made:
         config, inputs, ranking = self.config, self.inputs, self.ranking
         student, teacher = inputs.student, inputs.teacher
@@ -226,6 +254,7 @@ class Pipeline:
                 teacher_fingerprint=teacher.fingerprint,
                 rows=inputs.rows,
                 output=output,
+                other_teachers=[(other.ref, other.fingerprint) for other in inputs.other_teachers],
             )
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 

@@ -105,12 +105,37 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The frozen large model."""
 
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="of its divergence beside `other_teachers`; those of a stage are made to sum to 1",
+    )
+    stages: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> TeacherConfig:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give exactly one of path and architecture")
         if self.architecture is not None and self.sft is None:
             raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
+        return self
+
+    def stages_of(self, num_stages: int) -> tuple[int, ...] | None:
+        """Return the stages that it is restricted to; None for all, as in a plan of one stage (such as the control)."""
+        return None if num_stages == 1 else self.stages
+
+
+class OtherTeacherConfig(TeacherConfig):
+    """A further frozen model, ready-made and with the same tokenizer, which teaches and does nothing else."""
+
+    @model_validator(mode="after")
+    def _ready_made(self) -> OtherTeacherConfig:
+        if self.path is None or self.sft is not None:
+            raise ValueError(
+                "a further teacher is ready-made: give path; only `teacher` can be made or fine-tuned here"
+            )
         return self
 
 

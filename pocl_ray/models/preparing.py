@@ -77,6 +77,18 @@ def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenize
         check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
 
 
+def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a further teacher that cannot be loaded, or that comes with another tokenizer than the run's.
+
+    Raises:
+        ModelError: No weights there, or the vocabularies differ.
+    """
+    assert config.path is not None
+    ref = reference(config, localize(config.path)) if "://" in config.path else reference(config)
+    check_place(ref)
+    check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
+
+
 def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Check from their configs alone that both models can be loaded or made.
 

@@ -89,6 +89,7 @@ class Search:
             student=inputs.student.ref,
             teacher=inputs.teacher.ref,
             teacher_fingerprint=inputs.teacher.fingerprint,
+            other_teachers=tuple((other.ref, other.fingerprint) for other in inputs.other_teachers),
             origins=self.origins,
             ranking=ranking,
             signals=SIGNALS,

@@ -43,6 +43,7 @@ class Shared:
         student: The student before distillation.
         teacher: The teacher.
         teacher_fingerprint: Of the teacher that the caches were made by.
+        other_teachers: Further teachers, each with its fingerprint.
         origins: Fingerprints of what the students depend on.
         ranking: Fingerprint of the ranking in `scores`, the base config's.
         signals: Parquet file of the signals, for rankings of another kind.
@@ -56,6 +57,7 @@ class Shared:
     student: ModelRef
     teacher: ModelRef
     teacher_fingerprint: str
+    other_teachers: tuple[tuple[ModelRef, str], ...]
     origins: Origins
     ranking: str
     signals: str
@@ -80,6 +82,7 @@ class Shared:
             teacher_fingerprint=self.teacher_fingerprint,
             rows=self.rows,
             output=f"{TRIALS}/{name}/student",
+            other_teachers=self.other_teachers,
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
