@@ -32,7 +32,7 @@ from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import reference
+from pocl_ray.models.preparing import trained_reference
 from pocl_ray.preflight import check_inputs, check_room, check_settings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
@@ -260,7 +260,7 @@ class Pipeline:
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)
-        return Made(reference(config.student, self.run_dir.uri_of(output)), fingerprint)
+        return Made(trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint)
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:
         with TemporaryDirectory() as scratch:

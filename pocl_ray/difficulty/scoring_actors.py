@@ -25,7 +25,6 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
-from pocl_ray.evaluation.actors import on_this_node
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import rouge_l_batch
 from pocl_ray.models.head_files import load_head
@@ -33,7 +32,7 @@ from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
 from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.top_k import TopK
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
 from pocl_ray.storage import RunDirectory

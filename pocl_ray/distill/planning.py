@@ -65,6 +65,7 @@ def curriculum_task(
             for place, (ref, made_by) in enumerate(other_teachers, start=1)
             for one in [config.other_teachers[place - 1]]
         ),
+        lora=config.student.lora,
     )
 
 
@@ -88,7 +89,7 @@ def sft_task(
     Raises:
         ConfigError: There are fewer rows than one global batch holds.
     """
-    sft = getattr(config, role).sft
+    sft, lora = getattr(config, role).sft, config.student.lora
     train = config.sft_train(sft)
     key = f"{role}.sft"
     stages = plan_sft(rows.train.num_rows, sft.num_epochs, sft.max_steps, train.global_batch_rows, key)
@@ -115,4 +116,6 @@ def sft_task(
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",
         metrics=f"models/{role}_metrics.jsonl",
+        # What distillation starts from is a plain model, whatever is written in the end.
+        lora=lora.model_copy(update={"merge": True}) if role == "student" and lora is not None else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -64,6 +64,7 @@ class TrainTask:
         teacher_weight: Of the teacher's divergence beside those of the other teachers.
         teacher_stages: In which it teaches; None for all.
         other_teachers: Further teachers.
+        lora: Adapters that are trained in place of the student's weights; None to train these.
     """
 
     name: str
@@ -93,6 +94,7 @@ class TrainTask:
     teacher_weight: float = 1.0
     teacher_stages: tuple[int, ...] | None = None
     other_teachers: tuple[TeacherTask, ...] = ()
+    lora: LoraConfig | None = None
 
     @property
     def teachers(self) -> tuple[TeacherTask, ...]:
