@@ -70,11 +70,11 @@ class Feed:
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:
-                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids)
+                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, stage.uses_teacher)
                 if behind is not None:
-                    yield self._with_live_teacher(behind.result())
+                    yield self._with_live_teacher(behind.result(), stage)
             if ahead is not None:
-                yield self._with_live_teacher(ahead.result())
+                yield self._with_live_teacher(ahead.result(), stage)
 
     def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the whole set, and whether each of them counts.
@@ -91,17 +91,23 @@ class Feed:
             batch = self._micro_batch(ids if counts else order[:1])
             yield self._taught(batch), counts
 
-    def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
+    def _global_batch(self, ids: np.ndarray, with_teacher: bool) -> GlobalBatch:
         mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
         return GlobalBatch(
-            [self._micro_batch(part) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
+            [self._micro_batch(part, with_teacher) for part in mine],
+            len(ids),
+            int(self.rows.response_lengths[ids].sum()),
         )
 
-    def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, ids: np.ndarray, with_teacher: bool = True) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
-        return batch if self.cache is None else replace(batch, teacher_hidden_NK=self.cache.take(ids))
+        if self.cache is None or not with_teacher:
+            return batch
+        return replace(batch, teacher_hidden_NK=self.cache.take(ids))
 
-    def _with_live_teacher(self, batch: GlobalBatch) -> GlobalBatch:
+    def _with_live_teacher(self, batch: GlobalBatch, stage: Stage) -> GlobalBatch:
+        if not stage.uses_teacher:
+            return batch
         return replace(batch, micro_batches=[self._taught(b) for b in batch.micro_batches])
 
     def _taught(self, batch: MicroBatch) -> MicroBatch:

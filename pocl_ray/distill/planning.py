@@ -21,12 +21,15 @@ def curriculum_task(
     run_dir: RunDirectory,
     stages: tuple[Stage, ...],
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     rows: Rows,
     output: str,
 ) -> TrainTask:
-    """Return the task that distils the student through `stages`; its result goes to `output`."""
+    """Return the task that distils the student through `stages`; its result goes to `output`.
+
+    Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
+    """
     folder = output.removesuffix("student")
     return TrainTask(
         name=name,
@@ -35,7 +38,7 @@ def curriculum_task(
         stages=stages,
         student=student,
         teacher=teacher,
-        teacher_cache="teacher_cache" if config.distill.teacher_cache == "hidden" else None,
+        teacher_cache="teacher_cache" if teacher is not None and config.distill.teacher_cache == "hidden" else None,
         teacher_fingerprint=teacher_fingerprint,
         tokenizer="tokenizer",
         rows=rows.train,
