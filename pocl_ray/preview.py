@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.dependencies import any_training_reads_teacher
 from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -39,7 +40,10 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
-    console.print(_cache_line(config, prepared))
+    if any_training_reads_teacher(config, stages):
+        console.print(_cache_line(config, prepared))
+    else:
+        console.print("teacher cache: none, since kd_ratio is 0 throughout")
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:
@@ -75,6 +79,8 @@ def _prepared(config: Config) -> dict[str, RowsSummary]:
     if not run_dir.exists("rows/summary.json"):
         return {}
     sets = run_dir.read_json("rows/summary.json")["sets"]
+    if config.data.responses == "teacher" and run_dir.exists("responses/summary.json"):
+        sets["train"] = run_dir.read_json("responses/summary.json")
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 
@@ -93,6 +99,11 @@ def _cache_line(config: Config, prepared: dict[str, RowsSummary]) -> str:
     if not prepared:
         return (
             f"teacher cache: {layout.row_bytes:,} bytes a response token; its size is known once the rows are prepared"
+        )
+    if config.data.responses == "teacher" and prepared["train"].path.startswith("rows/"):
+        return (
+            f"teacher cache: {layout.row_bytes:,} bytes a response token; "
+            "its size is known once the teacher has written"
         )
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
     gib = estimate_bytes(num_tokens, layout) / 2**30

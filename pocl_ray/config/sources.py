@@ -42,6 +42,11 @@ class DataConfig(Section):
     dev: SourceConfig | None = Field(default=None, description="without it, `holdout_rows` are taken from train")
     holdout_rows: int = Field(default=0, ge=0, description="rows drawn from train (by seed) as dev set")
     tests: dict[str, SourceConfig] = Field(default_factory=dict, description="name -> evaluation set; dev if none")
+    responses: Literal["reference", "teacher"] = Field(
+        default="reference",
+        description="what the student is scored and trained on: the rows' own responses, or those that the teacher "
+        "writes to their prompts (SeqKD); dev and tests keep theirs",
+    )
     prompt_template: str = Field(
         default="alpaca",
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
@@ -103,6 +108,22 @@ class ModelConfig(Section):
     sft: SftConfig | None = Field(default=None, description="supervised fine-tuning before anything else")
 
 
+class GenerationConfig(Section):
+    """How a response is generated."""
+
+    sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
+    batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
+
+
+class TeacherGenerationConfig(GenerationConfig):
+    """How the teacher writes responses: greedily, the nearest to SeqKD's beam search."""
+
+    sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
+
+
 class TeacherConfig(ModelConfig):
     """The frozen large model."""
 
@@ -118,6 +139,9 @@ class TeacherConfig(ModelConfig):
         default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
     )
     adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
+    generation: TeacherGenerationConfig = Field(
+        default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherConfig:
@@ -166,16 +190,6 @@ class StudentConfig(ModelConfig):
                 "lora adapts weights that know something, and those of a new architecture do not; remove it"
             )
         return self
-
-
-class GenerationConfig(Section):
-    """How a response is generated."""
-
-    sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
-    batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
 
 
 class ScoringGenerationConfig(GenerationConfig):

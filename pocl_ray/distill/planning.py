@@ -22,7 +22,7 @@ def curriculum_task(
     run_dir: RunDirectory,
     stages: tuple[Stage, ...],
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     rows: Rows,
     output: str,
@@ -31,6 +31,7 @@ def curriculum_task(
     """Return the task that distils the student through `stages`; its result goes to `output`.
 
     `other_teachers` are the models of `config.other_teachers`, each with its fingerprint.
+    Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
     """
     folder = output.removesuffix("student")
     return TrainTask(
@@ -40,7 +41,7 @@ def curriculum_task(
         stages=stages,
         student=student,
         teacher=teacher,
-        teacher_cache=cache_folder(config, 0),
+        teacher_cache=cache_folder(config, 0) if teacher is not None else None,
         teacher_fingerprint=teacher_fingerprint,
         tokenizer="tokenizer",
         rows=rows.train,

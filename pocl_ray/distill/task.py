@@ -42,7 +42,7 @@ class TrainTask:
         run_dir: The run directory.
         stages: The plan.
         student: What is trained, as it is before.
-        teacher: The frozen teacher; None for supervised fine-tuning.
+        teacher: The frozen teacher; None where no stage distils, as in supervised fine-tuning.
         teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
         teacher_fingerprint: Of the teacher that the caches must have been made by.
         tokenizer: Tokenizer directory.

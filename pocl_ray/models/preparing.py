@@ -65,9 +65,13 @@ def make_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def make_student(
-    config: StudentConfig, teacher: ModelRef, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory
+    config: StudentConfig,
+    teacher: ModelRef | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    run_dir: RunDirectory,
 ) -> None:
-    """Build or cut the student into `models/student_init`.
+    """Build or cut the student into `models/student_init`; only to be cut it needs the teacher.
 
     Raises:
         ModelError: The architecture does not work, or more layers are asked for than the teacher has.
@@ -75,7 +79,7 @@ def make_student(
     if config.architecture is not None:
         _save_built(config.architecture, tokenizer, seed + 1, run_dir, "models/student_init")
         return
-    assert config.num_layers is not None
+    assert config.num_layers is not None and teacher is not None
     plain = replace(on_this_node(teacher), dtype="auto", attention="auto", trust_remote_code=False)
     model = cut_layers(load_model(plain), config.num_layers)
     with tempfile.TemporaryDirectory() as scratch:
