@@ -2,9 +2,9 @@
 
     python examples/gkd_with_curriculum.py STUDENT TEACHER ROWS.jsonl OUT [--epochs 2] [--batch-rows 4]
 
-STUDENT and TEACHER are Hub ids or directories of models that share a tokenizer, ROWS.jsonl holds chats: {"messages": [{"role":
-"user", "content": ...}, {"role": "assistant", "content": ...}]}. Where pocl-ray has scored the rows already, `Curriculum.from_run`
-takes the place of the first half.
+STUDENT and TEACHER are Hub ids or directories of models that share a tokenizer, ROWS.jsonl holds chats: {"messages":
+[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}. Where pocl-ray has scored the rows already,
+`Curriculum.from_run` takes the place of the first half.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""A curriculum as an object of its own: which rows a trainer of somebody else's sees, in which order, at which settings.
+"""A curriculum as an object of its own: which rows somebody else's trainer sees, in which order, at which settings.
 
-It is made of a finished run of pocl-ray (`from_run`), or in memory of signals (`from_signals`) or ranks. Everything in it
-is a function of the optimizer step, so that nothing needs to be stored to go on after an interruption.
+It is made of a finished run of pocl-ray (`from_run`), or in memory of signals (`from_signals`) or ranks. Everything in
+it is a function of the optimizer step, so that nothing needs to be stored to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class Curriculum:
         places = np.asarray(rows.source_rows(np.arange(len(rows))), dtype=np.int64) - 1
         if len(np.unique(places)) < len(places):
             raise DataError(
-                f"{run_dir.uri_of('rows/train.arrow')}: several training rows have the same number in their source (many "
-                "files, or a text in parts), so they have no place in one data set; rank it with Curriculum.from_ranks"
+                f"{run_dir.uri_of('rows/train.arrow')}: several training rows have the same number in their source "
+                "(many files, or a text in parts), so they have no place in one data set; rank it with Curriculum.from_ranks"
             )
         seed = config.seed if config.train.seed is None else config.train.seed
         batch_rows = global_batch_rows or config.train.global_batch_rows
@@ -212,7 +212,8 @@ class Curriculum:
         if num_dataset_rows <= int(self.dataset_rows.max()):
             raise DataError(
                 f"the curriculum ranks row {int(self.dataset_rows.max())} (from 0), but the data set has "
-                f"{num_dataset_rows} rows; rank the very data set that is trained on (packing and filtering change rows)"
+                f"{num_dataset_rows} rows; rank the very data set that is trained on (packing and filtering "
+                "change rows)"
             )
         if rows_per_step != self.global_batch_rows:
             raise ConfigError(

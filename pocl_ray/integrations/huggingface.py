@@ -1,6 +1,6 @@
 """POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
 
-`CurriculumMixin` goes in front of any trainer class that draws training rows with a sampler and brings ranking and stages.
+`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler; it brings ranking and stages.
 `DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
 pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
 
@@ -68,7 +68,8 @@ class CurriculumCallback(TrainerCallback):
         if state.global_step > 0 and before != self.curriculum.digest:
             found = "without a curriculum" if before is None else "with another curriculum, ranking, batch or seed"
             raise ConfigError(
-                f"the checkpoint at step {state.global_step} was trained {found}; resume with the same one, or start anew"
+                f"the checkpoint at step {state.global_step} was trained {found}; resume with the same one, or "
+                "start anew"
             )
         stored[_STATE_KEY] = {"args": {}, "attributes": {"digest": self.curriculum.digest}}
 
@@ -162,8 +163,8 @@ class CurriculumMixin(_Trainer):
 class DistillationMixin(CurriculumMixin):
     """Distils with pocl-ray's loss at the temperature and kd_ratio of the step; needs `self.teacher_model`.
 
-    The loss is a sum over response tokens (labels other than -100), divided by their number in the whole optimizer step,
-    over all processes. In evaluation it is the divergence alone at temperature 1, so that stages can be compared.
+    The loss is a sum over response tokens (labels other than -100), divided by their number in the whole optimizer
+    step, over all processes. In evaluation it is the divergence alone at temperature 1, so that stages can be compared.
 
     Args:
         loss: A divergence of `pocl_ray.distill.losses`, or a plug-in's.

@@ -146,7 +146,7 @@ def test_another_data_set_or_batch_is_refused() -> None:
     curriculum = plan()
     with pytest.raises(DataError, match="ranks row 11"):
         curriculum.check(NUM_ROWS - 1, BATCH_ROWS)
-    with pytest.raises(ConfigError, match="takes 8 rows .* planned with 4"):
+    with pytest.raises(ConfigError, match=r"takes 8 rows .* planned with 4"):
         curriculum.check(NUM_ROWS, 8)
 
 

@@ -10,27 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from trainings import NUM_ROWS, VOCAB, Recording, StopAt, arguments, byte_tokenizer, plan, tiny_model
 
 from pocl_ray.distill.losses import generalized_jsd
 from pocl_ray.integrations.curriculum import Curriculum
 
-pytest.importorskip("trl", reason="TRL is not installed (extra trl)")
-datasets = pytest.importorskip("datasets")
-
-from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.experimental.utils import DataCollatorForChatML
-
-from pocl_ray.integrations.gkd import CurriculumGKDTrainer
+trl_gkd = pytest.importorskip("trl.experimental.gkd", reason="TRL is not installed (extra trl)")
+trl_utils = pytest.importorskip("trl.experimental.utils")
+ours = pytest.importorskip("pocl_ray.integrations.gkd")
+GKDConfig, GKDTrainer = trl_gkd.GKDConfig, trl_gkd.GKDTrainer
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 
 
-class RecordingGKDTrainer(Recording, CurriculumGKDTrainer):
+class RecordingGKDTrainer(Recording, ours.CurriculumGKDTrainer):
     pass
 
 
-class NumberedCollator(DataCollatorForChatML):
+class NumberedCollator(trl_utils.DataCollatorForChatML):
     """TRL's collator, which also hands on the number that stands in each row."""
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -43,7 +41,7 @@ def chats() -> Any:
         question, answer = WORDS[number % 6], WORDS[(number + 1) % 6]
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append({"messages": turns, "row": number})
-    return datasets.Dataset.from_list(rows)
+    return Dataset.from_list(rows)
 
 
 def a_trainer(
@@ -94,8 +92,8 @@ def test_a_resumed_training_goes_on_at_the_right_row(tmp_path: Path) -> None:
     second = a_trainer(tmp_path / "b", curriculum, **saving)
     second.train(resume_from_checkpoint=True)
     assert first.rows_by_step() + second.rows_by_step() == undisturbed.rows_by_step()
-    for ours, theirs in zip(second.model.parameters(), undisturbed.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for mine, theirs in zip(second.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_at_ratio_one_and_temperature_one_the_loss_is_that_of_trl(tmp_path: Path) -> None:
@@ -104,10 +102,10 @@ def test_at_ratio_one_and_temperature_one_the_loss_is_that_of_trl(tmp_path: Path
     class TheirLoss(RecordingGKDTrainer):
         compute_loss = GKDTrainer.compute_loss
 
-    ours, theirs = a_trainer(tmp_path, curriculum), a_trainer(tmp_path, curriculum, kind=TheirLoss)
-    ours.train()
+    mine, theirs = a_trainer(tmp_path, curriculum), a_trainer(tmp_path, curriculum, kind=TheirLoss)
+    mine.train()
     theirs.train()
-    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
+    assert logged(mine, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -115,8 +113,8 @@ def test_the_divergence_is_that_of_trl_at_every_temperature(beta: float) -> None
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, VOCAB), torch.randn(2, 5, VOCAB)
     theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=1.7, reduction="sum")
-    ours = generalized_jsd(student.flatten(0, 1), teacher.flatten(0, 1), 1.7, beta=beta).sum()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    mine = generalized_jsd(student.flatten(0, 1), teacher.flatten(0, 1), 1.7, beta=beta).sum()
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_it_trains_on_the_students_own_answers(tmp_path: Path) -> None:

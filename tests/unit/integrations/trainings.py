@@ -1,4 +1,4 @@
-"""Tiny trainings in trainers of others: models, rows whose numbers are seen again in the batches, and what is recorded."""
+"""Tiny trainings in trainers of others: models, rows that batches name, what is recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pocl_ray.integrations.curriculum import Curriculum
 
 NUM_ROWS, BATCH_ROWS, VOCAB = 12, 4, 258
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
@@ -77,7 +78,12 @@ def collate_rows(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
     numbers = torch.tensor([row["row"][0] for row in rows])
-    return {"input_ids": padded("input_ids", 0), "attention_mask": mask, "labels": padded("labels", -100), "row": numbers}
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": mask,
+        "labels": padded("labels", -100),
+        "row": numbers,
+    }
 
 
 class StopAt(TrainerCallback):
