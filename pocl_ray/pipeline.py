@@ -21,8 +21,7 @@ from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
-from pocl_ray.difficulty.choice import choose_signals
-from pocl_ray.difficulty.ranking import rank_rows
+from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.scoring import score_rows
 from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.trainer import train_counted
@@ -35,7 +34,7 @@ from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.preparing import reference
 from pocl_ray.preflight import check_inputs, check_room, check_settings
-from pocl_ray.records import COLUMN, RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
@@ -147,16 +146,8 @@ class Pipeline:
         difficulty, seed = self.config.difficulty, self.config.seed
 
         def work(_: str) -> StepResult:
-            table = pq.read_table(self.run_dir.local(SIGNALS))
             rows = RowStore.open(self.run_dir.local(self.inputs.rows.train.path))
-            for name in difficulty.columns:
-                table = table.append_column(f"{COLUMN}{name}", pa.array(rows.numbers(name)))
-            chosen = {name: table[name].to_numpy() for name in difficulty.signals}
-            easy = choose_signals(difficulty).easy
-            rrf_score, rank = rank_rows(
-                chosen, difficulty.rrf_k, difficulty.tie_break, seed, weights=difficulty.signals, easy=easy
-            )
-            table = table.append_column(RRF_SCORE, pa.array(rrf_score)).append_column(RANK, pa.array(rank))
+            table = rank_table(pq.read_table(self.run_dir.local(SIGNALS)), rows, difficulty, seed)
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +22,15 @@ VOCABULARY_MULTIPLE = 8
 
 
 def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
-    """Return a model's reference; `path` takes the place of the config's, for a model made in this run."""
+    """Return a model's reference; `path` takes the place of the config's, for a model made in this run.
+
+    A local directory becomes absolute: Ray Train's workers have a working directory of their own.
+    """
     place = path or config.path
     assert place is not None
     revision = config.revision if path is None else None
-    return ModelRef(place, revision, config.dtype, config.attention, config.trust_remote_code)
+    ref = ModelRef(place, revision, config.dtype, config.attention, config.trust_remote_code)
+    return ref if ref.directory is None else replace(ref, path=str(ref.directory.absolute()))
 
 
 def origin_fingerprint(config: ModelConfig) -> str | dict[str, object]:
