@@ -15,8 +15,10 @@ from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum of a run; raises what `plan_curriculum` does."""
-    return plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    """Return the stages of the curriculum of a run; raises what `plan_curriculum` and `check_teachers` do."""
+    stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    check_teachers(config, len(stages))
+    return stages
 
 
 def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
@@ -61,7 +63,6 @@ def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int
         stages = [_with_steps(stage, num_steps) for stage in stages]
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
-    check_teachers(config, len(stages))
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
 
 

@@ -1,6 +1,6 @@
 """POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
 
-`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler; it brings ranking and stages.
+`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler: ranking and stages.
 `DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
 pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
 
