@@ -264,7 +264,7 @@ def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
         wrong = ConfigError(f"max_steps {args.max_steps} is beyond the curriculum's {num_steps} steps; leave it out")
     elif args.ignore_data_skip:
         wrong = ConfigError("ignore_data_skip would start the curriculum anew after a resume; leave it out")
-    elif args.accelerator_config.split_batches:
+    elif getattr(args.accelerator_config, "split_batches", False):
         wrong = ConfigError("accelerator_config.split_batches changes the rows of a step; leave it out")
     elif args.n_gpu > 1:
         wrong = ConfigError("several GPUs in one process are not supported; start with torchrun or accelerate launch")
@@ -286,7 +286,7 @@ def _restarting_schedule(
             optimizer=dummy,
             num_warmup_steps=args.get_warmup_steps(stage.num_steps),
             num_training_steps=stage.num_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             raise ConfigError(
