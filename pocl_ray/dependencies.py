@@ -13,6 +13,18 @@ from pocl_ray.records import Stage
 LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 
 
+def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether training through these stages reads the teacher: for its loss, or a dev figure it watches."""
+    watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
+    return watches or any(stage.uses_teacher for stage in stages)
+
+
+def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
+    has_control = config.control is not None and config.control.kd_ratio > 0
+    return has_control or config.tune is not None or reads_teacher(config, stages)
+
+
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
     """Return all that the ranking depends on, given the fingerprint of the signals."""
     settings = config.difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
@@ -25,6 +37,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
     train = neutral_free(config)["train"]
     seed = train.pop("seed")
     return [
+        *_teaching(config, len(stages)),
         ranking,
         student,
         [stage.to_json() for stage in stages],
@@ -36,6 +49,14 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.seed if seed is None else seed,
         *_lora(config),
     ]
+
+
+def _teaching(config: Config, num_stages: int) -> list[Any]:
+    """How several teachers share the loss; nothing for one alone."""
+    if not config.other_teachers:
+        return []
+    teachers = (config.teacher, *config.other_teachers)
+    return [[[teacher.weight, teacher.stages_of(num_stages)] for teacher in teachers]]
 
 
 def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:

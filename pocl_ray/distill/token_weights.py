@@ -7,7 +7,7 @@ With s_n the score of token n and mean(s) its mean over all response tokens of t
 so the weights have mean 1 whatever the teacher is like, and kd_ratio keeps its meaning. The mean is over all workers
 and micro-batches, hence taken before the step (`Engine.train_step`): weights that were normalised within a micro-batch
 would make training depend on how the batch is cut. The entropy is that of the teacher's plain distribution, at
-temperature 1: a row's weights do not move with the stage's kd_temperature.
+temperature 1: a row's weights do not move with the stage's kd_temperature. Of several teachers it is the weighted mean.
 
 Legend: N response tokens in one flat axis, V vocabulary of the teacher.
 """
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.config.training import TokenScore
+from pocl_ray.distill.chunked import Teaching
+from pocl_ray.distill.teaching import entropy_of
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,20 @@ class TokenWeight:
         """Return the weighting of a step whose mean score is known."""
         return replace(self, mean_score=mean_score)
 
-    def scores(self, teacher_logits_NV: Tensor) -> Tensor:
-        """Return the score of each token, shape (N,), float32, without gradient."""
-        with torch.no_grad():
-            dtype = torch.promote_types(teacher_logits_NV.dtype, torch.float32)
-            p_NV = torch.softmax(teacher_logits_NV, dim=-1, dtype=dtype)
-            entropy_N = torch.special.entr(p_NV).sum(-1).float()  # entr is 0 at 0: masked tokens count for nothing
-            return entropy_N if self.score == "teacher_entropy" else entropy_N.neg_().exp_()
+    @torch.no_grad()
+    def scores(self, teacher: Tensor | Teaching) -> Tensor:
+        """Return the score of each token, shape (N,), float32, without gradient.
 
-    def __call__(self, teacher_logits_NV: Tensor) -> Tensor:
+        Args:
+            teacher: Its logits (N, V), or what takes their place: its top k, or several teachers.
+        """
+        entropy_N = entropy_of(teacher)
+        return entropy_N if self.score == "teacher_entropy" else (-entropy_N).exp()
+
+    def __call__(self, teacher: Tensor | Teaching) -> Tensor:
         """Return the weight of each token, shape (N,), float32."""
         assert self.mean_score is not None, "the mean score of the step is taken before its losses"
-        scores_N = self.scores(teacher_logits_NV)
+        scores_N = self.scores(teacher)
         if self.mean_score <= 0.0:  # no token has any score: there is nothing to tell them apart by
             return torch.ones_like(scores_N)
         return 1.0 - self.strength + self.strength * scores_N / self.mean_score

@@ -23,14 +23,25 @@ VOCABULARY_MULTIPLE = 8
 
 
 def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
-    """Return a model's reference; `path` takes the place of the config's, for a model made in this run."""
+    """Return a model's reference; `path` takes the place of the config's, for a model made in this run.
+
+    A local directory becomes absolute: Ray Train's workers have a working directory of their own.
+    """
     place = path or config.path
     assert place is not None
-    ref = ModelRef(place, None, config.dtype, config.attention, config.trust_remote_code)
+    ref = ModelRef(_absolute(place), None, config.dtype, config.attention, config.trust_remote_code)
     if path is not None:
         return ref
-    adapter = (config.adapter, config.adapter_revision) if isinstance(config, TeacherConfig) else (None, None)
-    return replace(ref, revision=config.revision, adapter=adapter[0], adapter_revision=adapter[1])
+    ref = replace(ref, revision=config.revision)
+    if not isinstance(config, TeacherConfig) or config.adapter is None:
+        return ref
+    return replace(ref, adapter=_absolute(config.adapter), adapter_revision=config.adapter_revision)
+
+
+def _absolute(place: str) -> str:
+    """A directory here as absolute path; a Hub id or URL as it is."""
+    directory = Path(place).expanduser()
+    return str(directory.absolute()) if directory.is_dir() else place
 
 
 def trained_reference(config: StudentConfig, start: ModelRef, path: str) -> ModelRef:
@@ -54,9 +65,13 @@ def make_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def make_student(
-    config: StudentConfig, teacher: ModelRef, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory
+    config: StudentConfig,
+    teacher: ModelRef | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    run_dir: RunDirectory,
 ) -> None:
-    """Build or cut the student into `models/student_init`.
+    """Build or cut the student into `models/student_init`; only to be cut it needs the teacher.
 
     Raises:
         ModelError: The architecture does not work, or more layers are asked for than the teacher has.
@@ -64,7 +79,7 @@ def make_student(
     if config.architecture is not None:
         _save_built(config.architecture, tokenizer, seed + 1, run_dir, "models/student_init")
         return
-    assert config.num_layers is not None
+    assert config.num_layers is not None and teacher is not None
     plain = replace(on_this_node(teacher), dtype="auto", attention="auto", trust_remote_code=False)
     model = cut_layers(load_model(plain), config.num_layers)
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,16 +97,29 @@ def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenize
         check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
 
 
-def check_adapters(teacher: TeacherConfig, student: StudentConfig) -> None:
+def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a further teacher that cannot be loaded, or that comes with another tokenizer than the run's.
+
+    Raises:
+        ModelError: No weights there, or the vocabularies differ.
+    """
+    assert config.path is not None
+    ref = on_this_node(reference(config))
+    check_place(ref)
+    check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
+
+
+def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
     """Check, from what lies there, that adapters can be made and merged; nothing large is read.
 
     Raises:
         ConfigError: peft is not installed, or a target of the student's adapters is no layer of its.
-        ModelError: The teacher's adapter is not there, or cannot be merged.
+        ModelError: A teacher's adapter is not there, or cannot be merged.
     """
-    if teacher.adapter is not None:
-        import_peft("teacher.adapter")
-        check_adapter(on_this_node(reference(teacher)))
+    for one in (teacher, *others):
+        if one.adapter is not None:
+            import_peft("teacher.adapter")
+            check_adapter(on_this_node(reference(one)))
     if student.lora is None:
         return
     import_peft("student.lora")

@@ -11,7 +11,9 @@ from test_chunked import gradients, ours, plain, problem
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.distill.losses import LOSSES, resolve_loss
+from pocl_ray.distill.teaching import TopKTeaching, WeightedTeaching
 from pocl_ray.distill.token_weights import TokenWeight
+from pocl_ray.models.top_k import top_k_of
 
 N, V = 12, 30
 
@@ -73,6 +75,21 @@ def test_without_token_weight_there_is_none() -> None:
         DistillConfig(token_weight_strength=0.0)
     with pytest.raises(ValueError, match="token_weight"):
         DistillConfig.model_validate({"token_weight": "student_entropy"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_cached_top_k_gives_the_entropy_of_the_whole_distribution(dtype: torch.dtype) -> None:
+    logits_NV = teacher_logits()
+    for k in (1, 5, V):
+        got_N = TokenWeight("teacher_entropy").scores(TopKTeaching(top_k_of(logits_NV, k, dtype)))
+        np.testing.assert_allclose(got_N.numpy(), entropies(logits_NV), rtol=2e-3 if dtype == torch.float16 else 2e-5)
+
+
+def test_several_teachers_have_the_weighted_mean_of_their_entropies() -> None:
+    first_NV, second_NV = teacher_logits(0), teacher_logits(1)
+    both = WeightedTeaching([(0.25, first_NV), (0.75, TopKTeaching(top_k_of(second_NV, 4)))])
+    expected_N = 0.25 * entropies(first_NV) + 0.75 * entropies(second_NV)
+    np.testing.assert_allclose(TokenWeight("teacher_entropy").scores(both).numpy(), expected_N, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
