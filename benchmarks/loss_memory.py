@@ -2,10 +2,10 @@
 
     python benchmarks/loss_memory.py [--tokens 4096] [--vocabulary 49152] [--losses forward_kl adaptive_kl]
 
-Every measurement is a process of its own that takes one head loss, value and gradients, in float32 and reads the peak of
-its resident memory. The gradient of the head's weight is counted in. The naive way makes the logits of all tokens with
-plain autograd; it would need 5 to 15 GB here, so it is measured with fewer tokens (`--naive-tokens`) and scaled up:
-every array in it has a row for each token.
+Every measurement is a process of its own that takes one head loss, value and gradients, in float32 and reads the peak
+of its resident memory. The gradient of the head's weight is counted in. The naive way makes the logits of all tokens
+with plain autograd; it would need 5 to 15 GB here, so it is measured with fewer tokens (`--naive-tokens`) and scaled
+up: every array in it has a row for each token.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def measure(way: str, name: str, num_tokens: int, vocabulary: int, hidden: int) 
     if way == "naive":
         loss = all_at_once(name, hidden_NH, weight_VH, targets_N, teacher.logits(teacher_hidden_NK))
     else:
-        head_loss = HeadLoss(
-            targets_N, KD_RATIO, resolve_loss(name), KD_TEMPERATURE, lambda rows: teacher.logits(teacher_hidden_NK[rows])
-        )
+        kd, teacher_logits = resolve_loss(name), lambda rows: teacher.logits(teacher_hidden_NK[rows])
+        head_loss = HeadLoss(targets_N, KD_RATIO, kd, KD_TEMPERATURE, teacher_logits)
         loss, *_ = chunked_head_loss(hidden_NH, weight_VH, None, head_loss)
     loss.backward()
     return peak_bytes() - before, time.perf_counter() - started

@@ -9,7 +9,6 @@ from pocl_ray.config import Config
 from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
 
-
 LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 
 

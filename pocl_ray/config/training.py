@@ -163,7 +163,8 @@ class DistillConfig(Section):
     )
     chunk_mib: int = Field(default=64, ge=1, description="float32 logits held at a time, in MiB")
     kernel: Literal["auto", "torch", "liger"] = Field(
-        default="auto", description="of the divergence; auto: Liger's on CUDA, where it is installed and covers the loss"
+        default="auto",
+        description="of the divergence; auto: Liger's on CUDA where it is installed and covers the loss",
     )
 
     @model_validator(mode="after")

@@ -38,10 +38,13 @@ def weights(weight: TokenWeight, logits_NV: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_weights_equal_the_float64_formula_and_have_mean_one(strength: float) -> None:
     logits_NV = teacher_logits()
-    for kind, score in (("teacher_entropy", entropies(logits_NV)), ("teacher_certainty", np.exp(-entropies(logits_NV)))):
-        got_N = weights(TokenWeight.of(DistillConfig(token_weight=kind, token_weight_strength=strength)), logits_NV)
+    entropy = entropies(logits_NV)
+    for kind, score in (("teacher_entropy", entropy), ("teacher_certainty", np.exp(-entropy))):
+        weight = TokenWeight.of(DistillConfig(token_weight=kind, token_weight_strength=strength))
+        assert weight is not None
+        got_N = weights(weight, logits_NV)
         assert got_N.dtype == torch.float32 and float(got_N.mean()) == pytest.approx(1.0, abs=1e-6)
-        np.testing.assert_allclose(got_N.numpy(), 1 - strength + strength * score / score.mean(), rtol=1e-5)
+        np.testing.assert_allclose(got_N.numpy(), 1 - strength + strength * score / score.mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_favours_what_the_teacher_leaves_open_and_certainty_what_it_knows() -> None:
@@ -82,7 +85,8 @@ def test_a_cached_top_k_gives_the_entropy_of_the_whole_distribution(dtype: torch
     logits_NV = teacher_logits()
     for k in (1, 5, V):
         got_N = TokenWeight("teacher_entropy").scores(TopKTeaching(top_k_of(logits_NV, k, dtype)))
-        np.testing.assert_allclose(got_N.numpy(), entropies(logits_NV), rtol=2e-3 if dtype == torch.float16 else 2e-5)
+        rtol = 2e-3 if dtype == torch.float16 else 2e-5
+        np.testing.assert_allclose(got_N.numpy(), entropies(logits_NV), rtol=rtol, atol=1e-6)
 
 
 def test_several_teachers_have_the_weighted_mean_of_their_entropies() -> None:
