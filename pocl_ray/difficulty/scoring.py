@@ -74,15 +74,13 @@ def score_rows(
         rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds, see `ScoringTask`.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
         difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
-        top_k: Tokens that the cache keeps of each response token; None for hidden states.
 
     Returns:
-        One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` (neither ROUGE-L nor this of plain text), numbers of tokens. And counts for the manifest.
+        One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
