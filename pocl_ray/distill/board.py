@@ -42,6 +42,7 @@ class Standing:
     num_starts: int = 0
     warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
+    node: str = ""
 
 
 @ray.remote(num_cpus=0)
@@ -53,8 +54,9 @@ class ProgressBoard:
         self.controller: Any = None
         self.group: PlacementGroup | None = None
 
-    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]]) -> None:
-        """Workers stand and start at `first_step`, before which there were these evaluations."""
+    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "") -> None:
+        """Workers stand, the first of them on `node`, and start at `first_step`, before which were these evaluations."""
+        self.standing.node = node
         self.standing.num_steps, self.standing.first_step, self.standing.step = num_steps, first_step, first_step
         self.standing.num_starts += 1
         self.standing.evaluations = list(evaluations)

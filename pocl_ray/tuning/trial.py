@@ -190,6 +190,7 @@ class TrialRun:
             if self.record.start_s is None and standing.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
             self._check_finite(standing)
+            self.record.node = standing.node
             for end in range(num_seen + 1, len(standing.evaluations) + 1):
                 if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
                     self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
