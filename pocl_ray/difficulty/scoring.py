@@ -80,7 +80,7 @@ def score_rows(
 
     Returns:
         One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` (neither ROUGE-L nor this of plain text) and the numbers of tokens. And counts for the manifest.
+        `answer_stopped` (not this, nor ROUGE-L, of plain text) and the numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.

@@ -166,7 +166,8 @@ class Curriculum:
         if len(np.unique(places)) < len(places):
             raise DataError(
                 f"{run_dir.uri_of('rows/train.arrow')}: several training rows have the same number in their source "
-                "(many files, or a text in parts), so they have no place in one data set; rank it with Curriculum.from_ranks"
+                "(many files, or a text in parts), so they have no place in one data set; rank it with "
+                "Curriculum.from_ranks"
             )
         seed = config.seed if config.train.seed is None else config.train.seed
         batch_rows = global_batch_rows or config.train.global_batch_rows

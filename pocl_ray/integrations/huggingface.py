@@ -1,6 +1,6 @@
 """POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
 
-`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler; it brings ranking and stages.
+`CurriculumMixin` goes in front of a trainer class that draws rows with a sampler; it brings ranking and stages.
 `DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
 pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
 
@@ -264,7 +264,7 @@ def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
         wrong = ConfigError(f"max_steps {args.max_steps} is beyond the curriculum's {num_steps} steps; leave it out")
     elif args.ignore_data_skip:
         wrong = ConfigError("ignore_data_skip would start the curriculum anew after a resume; leave it out")
-    elif args.accelerator_config.split_batches:
+    elif getattr(args.accelerator_config, "split_batches", False):
         wrong = ConfigError("accelerator_config.split_batches changes the rows of a step; leave it out")
     elif args.n_gpu > 1:
         wrong = ConfigError("several GPUs in one process are not supported; start with torchrun or accelerate launch")
@@ -278,6 +278,7 @@ def _restarting_schedule(
     curriculum: Curriculum, args: TrainingArguments, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return a schedule that runs through the one of the arguments in every stage."""
+    kwargs: Any = args.lr_scheduler_kwargs
     factors: list[Callable[[int], float]] = []
     for stage in curriculum.stages:
         dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
@@ -286,7 +287,7 @@ def _restarting_schedule(
             optimizer=dummy,
             num_warmup_steps=args.get_warmup_steps(stage.num_steps),
             num_training_steps=stage.num_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=kwargs,
         )
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             raise ConfigError(
