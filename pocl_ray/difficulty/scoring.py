@@ -108,9 +108,13 @@ def score_rows(
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache is not None else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    table = by_set[rows.name]
-    unanswered = ["rouge_l", ANSWER_STOPPED] if table[ANSWER_STOPPED].null_count == table.num_rows else []
-    return (table := table.drop_columns([SET, SHARD, *unanswered])), _counts(table, sets)
+    return (table := _measured(by_set[rows.name])), _counts(table, sets)
+
+
+def _measured(results: pa.Table) -> pa.Table:
+    """The columns that hold something; of plain text, nothing is answered."""
+    unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
+    return results.drop_columns([SET, SHARD, *unanswered])
 
 
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
