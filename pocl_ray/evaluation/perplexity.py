@@ -25,9 +25,9 @@ from ray.data import Dataset
 from pocl_ray.config import ScalingConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.evaluation.actors import collect, on_this_node, plan_pools, quiet_ray_data
+from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
 from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import RowsSummary
 from pocl_ray.storage import RunDirectory
 

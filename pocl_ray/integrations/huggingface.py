@@ -1,6 +1,6 @@
 """POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
 
-`CurriculumMixin` goes in front of a trainer class that draws rows with a sampler; it brings ranking and stages.
+`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler: ranking and stages.
 `DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
 pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
 
@@ -278,7 +278,6 @@ def _restarting_schedule(
     curriculum: Curriculum, args: TrainingArguments, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return a schedule that runs through the one of the arguments in every stage."""
-    kwargs: Any = args.lr_scheduler_kwargs
     factors: list[Callable[[int], float]] = []
     for stage in curriculum.stages:
         dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
@@ -287,7 +286,7 @@ def _restarting_schedule(
             optimizer=dummy,
             num_warmup_steps=args.get_warmup_steps(stage.num_steps),
             num_training_steps=stage.num_steps,
-            scheduler_specific_kwargs=kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             raise ConfigError(

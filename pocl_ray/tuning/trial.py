@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,6 +43,7 @@ class Shared:
         student: The student before distillation.
         teacher: The teacher.
         teacher_fingerprint: Of the teacher that the caches were made by.
+        other_teachers: Further teachers, each with its fingerprint.
         origins: Fingerprints of what the students depend on.
         ranking: Fingerprint of the ranking in `scores`, the base config's.
         signals: Parquet file of the signals, for rankings of another kind.
@@ -55,6 +57,7 @@ class Shared:
     student: ModelRef
     teacher: ModelRef
     teacher_fingerprint: str
+    other_teachers: tuple[tuple[ModelRef, str], ...]
     origins: Origins
     ranking: str
     signals: str
@@ -79,6 +82,7 @@ class Shared:
             teacher_fingerprint=self.teacher_fingerprint,
             rows=self.rows,
             output=f"{TRIALS}/{name}/student",
+            other_teachers=self.other_teachers,
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
@@ -95,7 +99,7 @@ class _StoppedError(Exception):
 class CurriculumTrial(tune.Trainable):
     """Runs a candidate; a step of it lasts until the next dev evaluation."""
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
         """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
         self.shared, self.candidate = shared, Candidate(**config["candidate"])
         self.run: TrialRun | None = None
@@ -145,6 +149,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
+            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()

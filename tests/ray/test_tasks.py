@@ -73,9 +73,7 @@ def test_summaries_are_distilled(tmp_path: Path) -> None:
     for name, count in (("train", 60), ("dev", 6), ("test", 6)):
         articles = [words(rng, 2, 30) for _ in range(count)]
         rows[name] = [{"article": text, "highlights": text.split()[0]} for text in articles]
-    config = write_task(
-        tmp_path, rows, data__task="summarization", data__prompt_template="Short: {document} =>"
-    )
+    config = write_task(tmp_path, rows, data__task="summarization", data__prompt_template="Short: {document} =>")
     done = cli("run", str(config))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["sets"]["held_out"]
