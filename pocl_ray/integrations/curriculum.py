@@ -162,8 +162,8 @@ class Curriculum:
         config = load_config(run_dir.local("config.yaml"))
         if config.data.responses == "teacher":
             raise ConfigError(
-                f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set holds; "
-                "put them into your data set and rank it with Curriculum.from_ranks"
+                f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set "
+                "holds; put them into your data set and rank it with Curriculum.from_ranks"
             )
         rank = pq.read_table(run_dir.local("scores.parquet"), columns=[RANK])[RANK].to_numpy()
         rows = RowStore.open(run_dir.local("rows/train.arrow"))
