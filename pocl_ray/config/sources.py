@@ -114,6 +114,11 @@ class TeacherConfig(ModelConfig):
         default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
     )
 
+    sharded: bool = Field(
+        default=False,
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation load it whole",
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> TeacherConfig:
         if (self.path is None) == (self.architecture is None):
