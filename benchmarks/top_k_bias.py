@@ -78,7 +78,9 @@ def of_models(teacher: str, student: str, num_tokens: int) -> tuple[Tensor, Tens
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     ids_BT = torch.tensor([load_tokenizer(teacher)(text)["input_ids"][:512]])
     places = torch.linspace(20, ids_BT.shape[1] - 1, num_tokens).long()
-    teacher_NV, student_NV = (load_model(ModelRef(path))(ids_BT).logits[0, places].float() for path in (teacher, student))
+    teacher_NV, student_NV = (
+        load_model(ModelRef(path))(ids_BT).logits[0, places].float() for path in (teacher, student)
+    )
     return teacher_NV, student_NV
 
 

@@ -18,7 +18,7 @@ from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
-from pocl_ray.models.preparing import check_models, check_other_teacher, origin_fingerprint
+from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -42,6 +42,7 @@ def check_inputs(config: Config) -> None:
         PromptTemplate(config.data.prompt_template, None)
     for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
+    check_adapters(config.teacher, config.student)
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.dependencies import any_training_reads_teacher
 from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -39,6 +40,9 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
+    if not any_training_reads_teacher(config, stages):
+        console.print("teacher cache: none, since kd_ratio is 0 throughout")
+        return
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
         console.print(f"{name}: {_cache_size(config, teacher, prepared)}")
@@ -77,6 +81,8 @@ def _prepared(config: Config) -> dict[str, RowsSummary]:
     if not run_dir.exists("rows/summary.json"):
         return {}
     sets = run_dir.read_json("rows/summary.json")["sets"]
+    if config.data.responses == "teacher" and run_dir.exists("responses/summary.json"):
+        sets["train"] = run_dir.read_json("responses/summary.json")
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 
@@ -94,6 +100,8 @@ def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, Rows
         return "its size is known once the teacher's config can be read"
     if not prepared:
         return f"{layout.row_bytes:,} bytes a response token; its size is known once the rows are prepared"
+    if config.data.responses == "teacher" and prepared["train"].path.startswith("rows/"):
+        return f"{layout.row_bytes:,} bytes a response token; its size is known once the teacher has written"
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
     gib = estimate_bytes(num_tokens, layout) / 2**30
     what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)

@@ -5,6 +5,7 @@ Defaults stand on the fields and nowhere else. `sources.py` describes rows, mode
 file.
 """
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.sources import (
@@ -50,6 +51,7 @@ __all__ = [
     "DomainConfig",
     "EvaluationConfig",
     "GenerationConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OtherTeacherConfig",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
@@ -41,6 +42,11 @@ class DataConfig(Section):
     dev: SourceConfig | None = Field(default=None, description="without it, `holdout_rows` are taken from train")
     holdout_rows: int = Field(default=0, ge=0, description="rows drawn from train (by seed) as dev set")
     tests: dict[str, SourceConfig] = Field(default_factory=dict, description="name -> evaluation set; dev if none")
+    responses: Literal["reference", "teacher"] = Field(
+        default="reference",
+        description="what the student is scored and trained on: the rows' own responses, or those that the teacher "
+        "writes to their prompts (SeqKD); dev and tests keep theirs",
+    )
     prompt_template: str = Field(
         default="alpaca",
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
@@ -102,6 +108,22 @@ class ModelConfig(Section):
     sft: SftConfig | None = Field(default=None, description="supervised fine-tuning before anything else")
 
 
+class GenerationConfig(Section):
+    """How a response is generated."""
+
+    sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
+    batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
+
+
+class TeacherGenerationConfig(GenerationConfig):
+    """How the teacher writes responses: greedily, the nearest to SeqKD's beam search."""
+
+    sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
+
+
 class TeacherConfig(ModelConfig):
     """The frozen large model."""
 
@@ -113,6 +135,13 @@ class TeacherConfig(ModelConfig):
     stages: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
     )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
+    )
+    adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
+    generation: TeacherGenerationConfig = Field(
+        default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
+    )
 
     sharded: bool = Field(
         default=False,
@@ -123,6 +152,10 @@ class TeacherConfig(ModelConfig):
     def _one_source(self) -> TeacherConfig:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give exactly one of path and architecture")
+        if self.adapter is not None and self.path is None:
+            raise ValueError("an adapter belongs to the weights that it was trained on: give their path as well")
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision says nothing without adapter")
         if self.architecture is not None and self.sft is None:
             raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
         return self
@@ -149,22 +182,19 @@ class StudentConfig(ModelConfig):
 
     num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank adapters in place of the weights; {}: with the values below"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
         if sum(x is not None for x in (self.path, self.architecture, self.num_layers)) != 1:
             raise ValueError("give exactly one of path, architecture and num_layers (layers cut from the teacher)")
+        if self.lora is not None and self.architecture is not None:
+            raise ValueError(
+                "lora adapts weights that know something, and those of a new architecture do not; remove it"
+            )
         return self
-
-
-class GenerationConfig(Section):
-    """How a response is generated."""
-
-    sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
-    batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
 
 
 class ScoringGenerationConfig(GenerationConfig):

@@ -48,7 +48,8 @@ class Rows:
 def data_fingerprint(config: DataConfig) -> list[object]:
     """Return what the rows depend on: the sources' content, and how rows are read and cut."""
     sources = {name: source_fingerprint(source, default_split(name)) for name, source in _sources(config)}
-    return [sources, config.model_dump(mode="json", exclude={"train", "dev", "tests", "max_reject_share"})]
+    others = {"train", "dev", "tests", "max_reject_share", "responses"}
+    return [sources, config.model_dump(mode="json", exclude=others)]
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:

@@ -78,13 +78,13 @@ def prepare_rows(
     )
     reader = ExampleReader(source.columns, template, numbers)
     preparation = _Preparation(reader, row_tokenizer, len(tokenizer), rows_schema(numbers))
-    with named_errors(name), _atomic_writer(destination, rows_schema(numbers)) as writer:
+    with named_errors(name), arrow_writer(destination, rows_schema(numbers)) as writer:
         stream = read_source(source, default_split(name))
         while chunk := list(islice(stream, CHUNK_ROWS)):
             batch = preparation.prepare(chunk)
             if batch.num_rows:
                 writer.write_batch(batch)
-        _check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
+        check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
     return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
 
 
@@ -199,7 +199,18 @@ class _Preparation:
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
 
-def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+def check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+    """Hold the rows left out to their limit.
+
+    Args:
+        path: Where the rows came from.
+        num_rows: Rows that are left.
+        rejects: Those that are not.
+        max_share: Of the rejects in all rows, at most.
+
+    Raises:
+        DataError: They are more, or no row is left.
+    """
     total = num_rows + len(rejects)
     if num_rows and len(rejects) <= max_share * total:
         return
@@ -215,7 +226,7 @@ def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_shar
 def _write_selected(store: RowStore, selected: np.ndarray, path: Path) -> None:
     """Write the selected rows with new ids, one record batch at a time."""
     position, next_id = 0, 0
-    with _atomic_writer(path, store.schema) as writer:
+    with arrow_writer(path, store.schema) as writer:
         for batch in store.batches:
             part = batch.filter(pa.array(selected[position : position + batch.num_rows]))
             position += batch.num_rows
@@ -229,7 +240,8 @@ def _new_ids(first: int, count: int) -> pa.Array:
 
 
 @contextmanager
-def _atomic_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """Give a writer of a local Arrow file, which appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -56,7 +56,7 @@ def score_rows(
     run_dir: RunDirectory,
     tokenizer: str,
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     cache: str | None,
     cache_dtype: str,
@@ -73,7 +73,7 @@ def score_rows(
     Args:
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
-        student: The untuned student; `teacher` is the frozen one, whose fingerprint goes into the cache (None: none).
+        student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
         cache_dtype: Of what it holds, see `ScoringTask`.
         difficulty: How answers are generated, and how much is computed at once.
         scaling: Actors, and what each of them asks for.
@@ -90,7 +90,7 @@ def score_rows(
     """
     sets = [rows] if cache is None else [rows, dev_rows]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
-    pools = plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], len(tasks))
+    pools = plan_pools(scaling, _actors(scaling, teacher), len(tasks))
     task = ScoringTask(
         run_dir=run_dir,
         rows={made.name: made.path for made in sets},
@@ -167,6 +167,10 @@ def cache_teacher(
         _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
 
 
+def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
+    return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
+
+
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
     shards = results[SHARD].unique().to_pylist()
     write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
@@ -176,7 +180,8 @@ def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], n
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+        if task.teacher is not None:
+            dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
         return collect(dataset, "scores", num_rows, "rows")
 
 

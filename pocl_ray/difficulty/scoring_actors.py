@@ -24,8 +24,8 @@ from pocl_ray.data.batching import MicroBatch, collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
+from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
-from pocl_ray.evaluation.actors import on_this_node
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import rouge_l_batch
 from pocl_ray.models.head_files import load_head
@@ -33,7 +33,7 @@ from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
 from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.top_k import TopK
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
 from pocl_ray.storage import RunDirectory
@@ -48,7 +48,6 @@ STUDENT_COLUMNS = {
     "ce_loss": pa.float64(),
     "student_confidence": pa.float64(),
 }
-TEACHER_SIGNALS = ("teacher_ce_loss", "teacher_student_kl", "teacher_entropy")
 _HIDDEN = "student_hidden"
 _DTYPE = "student_dtype"
 _MAX_SHARD_BYTES = 256 * 2**20
@@ -64,7 +63,7 @@ class ScoringTask:
         student_set: The set that the student is run on; the teacher is run on all.
         tokenizer: Tokenizer directory.
         student: The untuned student.
-        teacher: The frozen teacher.
+        teacher: The frozen teacher; None where the student's signals are all.
         generation: Of the student's answers.
         max_tokens: Prompt and answer together.
         seed: Of the answers.
@@ -81,7 +80,7 @@ class ScoringTask:
     student_set: str
     tokenizer: str
     student: ModelRef
-    teacher: ModelRef
+    teacher: ModelRef | None
     generation: GenerationConfig
     max_tokens: int
     seed: int
@@ -149,7 +148,8 @@ class StudentActor(_Reader):
             units: `set` and `ids` (the row ids) of each micro-batch; all of one set.
 
         Yields:
-            Each micro-batch with the student's signals by row, and its hidden states as bytes.
+            Each micro-batch with the student's signals by row, and its hidden states as bytes; without a teacher, who
+            would come next, what `TeacherActor` yields.
         """
         name = units[SET][0].as_py()
         batches = _ids_of(units)
@@ -163,7 +163,11 @@ class StudentActor(_Reader):
             signals = student_signals(hidden_NH, self.model.head.logits, unit.batch.targets_N, unit.response_lengths_R)
             rouge_l, stopped = zip(*(next(answers) for _ in ids), strict=True)
             by_row = {**signals, "rouge_l": rouge_l, ANSWER_STOPPED: stopped}
-            yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
+            if self.task.teacher is not None:
+                yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
+            else:
+                scored = _row_table(unit, {}, _student_unit(name, ids, by_row, None), 0, ())
+                yield _with_place(scored, name, shard=None)
 
     def _answer(self, name: str, ids: npt.NDArray[np.int64]) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer came to an end."""
@@ -190,6 +194,7 @@ class TeacherActor(_Reader):
     @cached_property
     def model(self) -> FrozenModel:
         """The teacher."""
+        assert self.task.teacher is not None, "the job has no teacher"
         return FrozenModel(on_this_node(self.task.teacher), self.task.device)
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
@@ -258,8 +263,12 @@ class TeacherActor(_Reader):
             run_dir = self.task.run_dir
             directory = run_dir.fs_path(f"{self.task.cache}/{name}")
             shard = write_shard(directory, table[ID].to_numpy(), kept, run_dir.filesystem).name
-        table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
-        return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
+        return _with_place(table, name, shard)
+
+
+def _with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
+    table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
+    return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
 
 
 def unit_table(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:

@@ -64,7 +64,7 @@ class Feed:
     ) -> Generator[GlobalBatch, None, None]:
         """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead."""
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
-        teachers = self.teachers.in_stage(stage.index)
+        teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher else Teachers()
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:

@@ -22,7 +22,7 @@ def curriculum_task(
     run_dir: RunDirectory,
     stages: tuple[Stage, ...],
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     rows: Rows,
     output: str,
@@ -31,6 +31,7 @@ def curriculum_task(
     """Return the task that distils the student through `stages`; its result goes to `output`.
 
     `other_teachers` are the models of `config.other_teachers`, each with its fingerprint.
+    Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
     """
     folder = output.removesuffix("student")
     return TrainTask(
@@ -40,7 +41,7 @@ def curriculum_task(
         stages=stages,
         student=student,
         teacher=teacher,
-        teacher_cache=cache_folder(config, 0),
+        teacher_cache=cache_folder(config, 0) if teacher is not None else None,
         teacher_fingerprint=teacher_fingerprint,
         tokenizer="tokenizer",
         rows=rows.train,
@@ -66,6 +67,7 @@ def curriculum_task(
             for place, (ref, made_by) in enumerate(other_teachers, start=1)
             for one in [config.other_teachers[place - 1]]
         ),
+        lora=config.student.lora,
     )
 
 
@@ -89,7 +91,7 @@ def sft_task(
     Raises:
         ConfigError: There are fewer rows than one global batch holds.
     """
-    sft = getattr(config, role).sft
+    sft, lora = getattr(config, role).sft, config.student.lora
     train = config.sft_train(sft)
     key = f"{role}.sft"
     stages = plan_sft(rows.train.num_rows, sft.num_epochs, sft.max_steps, train.global_batch_rows, key)
@@ -116,4 +118,6 @@ def sft_task(
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",
         metrics=f"models/{role}_metrics.jsonl",
+        # What distillation starts from is a plain model, whatever is written in the end.
+        lora=lora.model_copy(update={"merge": True}) if role == "student" and lora is not None else None,
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+
 from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
@@ -20,9 +19,9 @@ from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import load_teachers, teachers_of
 from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.lora import add_adapters
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import RANK, Order
-from pocl_ray.storage import localize
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
 
@@ -39,6 +38,8 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
     num_logits = head_of(student).vocab_size
+    if task.lora is not None:
+        add_adapters(student, task.lora, task.seed)
     if task.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
@@ -61,7 +62,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
 
 def local_ref(ref: ModelRef) -> ModelRef:
     """Return a reference whose path is on this node."""
-    return ModelRef(**{**asdict(ref), "path": localize(ref.path)})
+    return on_this_node(ref)
 
 
 def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:

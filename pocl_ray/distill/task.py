@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -44,7 +44,7 @@ class TrainTask:
         run_dir: The run directory.
         stages: The plan.
         student: What is trained, as it is before.
-        teacher: The frozen teacher; None for supervised fine-tuning.
+        teacher: The frozen teacher; None where no stage distils, as in supervised fine-tuning.
         teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
         teacher_fingerprint: Of the teacher that the caches must have been made by.
         tokenizer: Tokenizer directory.
@@ -67,6 +67,7 @@ class TrainTask:
         teacher_stages: In which it teaches; None for all.
         teacher_sharded: Whether it is split over the workers, where it runs live.
         other_teachers: Further teachers.
+        lora: Adapters that are trained in place of the student's weights; None to train these.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TrainTask:
     teacher_stages: tuple[int, ...] | None = None
     teacher_sharded: bool = False
     other_teachers: tuple[TeacherTask, ...] = ()
+    lora: LoraConfig | None = None
 
     @property
     def teachers(self) -> tuple[TeacherTask, ...]:

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,23 +100,27 @@ class CurriculumTrial(tune.Trainable):
     """Runs a candidate; a step of it lasts until the next dev evaluation."""
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
-        """Start the training run, or take over one that an earlier process finished."""
-        self.shared = shared
-        self.run = TrialRun(shared, Candidate(**config["candidate"]))
+        """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
+        self.shared, self.candidate = shared, Candidate(**config["candidate"])
+        self.run: TrialRun | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next candidate in the same process, which saves the time of its start."""
-        self.run.stop()
-        self.run = TrialRun(self.shared, Candidate(**new_config["candidate"]))
+        self.cleanup()
+        self.candidate = Candidate(**new_config["candidate"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next dev evaluation, and return its figures."""
+        """Wait for the next dev evaluation, and return its figures; the first call starts the training run."""
+        if self.run is None:
+            self.run = TrialRun(self.shared, self.candidate)
         return self.run.next_report()
 
     def cleanup(self) -> None:
         """Stop the training run if it goes on, and free its workers."""
-        self.run.stop()
+        if self.run is not None:
+            self.run.stop()
+        self.run = None
 
 
 class TrialRun:
@@ -144,6 +149,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
+            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()

@@ -29,7 +29,7 @@ LAYERS = (
         "steps",
     },
     {"curriculum", "data", "models"},
-    {"difficulty", "distill", "evaluation"},
+    {"difficulty", "distill", "evaluation", "responses"},
     {"inputs", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
     {"cli", "__main__"},
 )

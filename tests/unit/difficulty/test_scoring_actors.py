@@ -87,6 +87,18 @@ def test_without_comparison_no_hidden_states_pass_and_all_else_is_the_same(task:
     assert full["teacher_student_kl"].null_count == 0
 
 
+def test_without_a_teacher_the_students_signals_are_the_same_and_no_others_are_there(task: ScoringTask) -> None:
+    alone = changed(task, teacher=None, cache=None, compare=False)
+    table = pa.concat_tables(StudentActor(alone)(unit_table("train", BATCHES))).sort_by("id")
+    full = run(changed(task, cache=None))
+    assert set(full.column_names) - set(table.column_names) == {
+        "teacher_ce_loss",
+        "teacher_student_kl",
+        "teacher_entropy",
+    }
+    assert table.equals(full.select(table.column_names))
+
+
 def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> None:
     table = run(task, "dev")
     assert table["set"].unique().to_pylist() == ["dev"]

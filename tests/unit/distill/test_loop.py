@@ -185,7 +185,8 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "two_alike", "recomputed"]
+    "name",
+    ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "two_alike", "recomputed"],
 )
 def test_the_way_of_computing_does_not_change_the_training(alone: Runs, name: str) -> None:
     assert_same_training(alone[name], alone["plain"])

@@ -28,7 +28,9 @@ class Speaker:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def hidden(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+    def hidden(
+        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, index_N: torch.Tensor
+    ) -> torch.Tensor:
         return torch.full((len(index_N), 2), self.value)
 
 
