@@ -72,7 +72,7 @@ class Pipeline:
 
         def connect_and_check() -> None:
             connect()
-            check_room(config.scaling)
+            check_room(config)
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)

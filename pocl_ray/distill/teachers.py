@@ -15,11 +15,10 @@ from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.sharding import ShardedTeacher
 from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import localize
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
     """
     loaded = []
     for one in task.teachers:
-        ref = replace(one.ref, path=localize(one.ref.path))
+        ref = on_this_node(one.ref)
         if one.cache is not None and task.distill.teacher_cache == "topk":
             loaded.append(LoadedTeacher(one, None, None))
         elif one.cache is not None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from pocl_ray.errors import ModelError
-from pocl_ray.models.heads import HeadWeights, head_of, split_model
+from pocl_ray.models.heads import HeadWeights, compare_logits, head_of, split_model
 from pocl_ray.models.loading import load_model
 from pocl_ray.models.places import ModelRef, read_config
 
@@ -29,14 +29,16 @@ class _Body(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
-        return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor, whole: bool = False) -> Tensor:
+        """Hidden states at the positions; of the `whole` model its own logits there."""
+        if not whole:
+            return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
+        output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        return output.logits.flatten(0, 1).index_select(0, index_N)
 
 
 class ShardedTeacher:
     """A frozen teacher of which each worker holds a part; making and calling it is collective.
-
-    That body and head together are the model is not checked here: the scoring pass has done so on the whole model.
 
     Attributes:
         head: Its LM head, whole on every worker.
@@ -46,7 +48,7 @@ class ShardedTeacher:
         """Load the teacher in parts. DeepSpeed must be imported and joined to the process group.
 
         Raises:
-            ModelError: It cannot be loaded, or not in this dtype on this device.
+            ModelError: It cannot be loaded, or not in this dtype on this device, or head and body are not the model.
         """
         import deepspeed
 
@@ -65,6 +67,7 @@ class ShardedTeacher:
         self._engine, *_ = deepspeed.initialize(model=_Body(model), config=config, dist_init_required=False)
         self._engine.eval()
         self.device = device
+        self._check_split(type(model).__name__, model.config.vocab_size)
 
     @torch.no_grad()
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
@@ -81,6 +84,14 @@ class ShardedTeacher:
         inputs = (part.to(self.device) for part in (input_ids_BT, attention_mask_BT, response_index_N))
         hidden_NK: Tensor = self._engine(*inputs)
         return hidden_NK
+
+
+    @torch.no_grad()
+    def _check_split(self, family: str, vocab_size: int) -> None:
+        ids_BT = torch.arange(4).unsqueeze(0) % vocab_size
+        inputs = [part.to(self.device) for part in (ids_BT, torch.ones_like(ids_BT), torch.arange(4))]
+        expected_NV = self._engine(*inputs, whole=True).float()
+        compare_logits(family, self.head.logits(self.hidden(*inputs)).float(), expected_NV)
 
 
 def _dtype_of(ref: ModelRef) -> torch.dtype:

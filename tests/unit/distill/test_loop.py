@@ -68,8 +68,6 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
             teacher_weight=3.0,
             other_teachers=(TeacherTask(task.teacher, "teacher_cache", task.teacher_fingerprint, 1.0, (1,)),),
         ),
-        "sharded": replace(plain, teacher_sharded=True),
-        "sharded_zero_3": replace(plain, teacher_sharded=True, train=plain.train.model_copy(update={"zero_stage": 3})),
         "recomputed": replace(plain, gradient_checkpointing=True),
         "best": made("best"),
         "zero_0_best_continuous": made("best", CONTINUOUS, zero_stage=0),
@@ -90,7 +88,6 @@ RESUMED_ALONE = [
     ("bf16", WITHIN_EPOCH),
     ("dropout", WITHIN_EPOCH),
 ]
-SHARDED = ["sharded", "sharded_zero_3"]
 PAIRS = ["plain", "zero_3", "zero_0_best_continuous"]
 RESUMED_IN_PAIRS = [("plain", STAGE_END), ("zero_3", WITHIN_EPOCH), ("zero_0_best_continuous", SECOND_STAGE)]
 
@@ -151,7 +148,7 @@ def resumed_alone(tasks: dict[str, TrainTask], alone: Runs, root: Path) -> dict[
 def pairs(tasks: dict[str, TrainTask], alone: Runs, root: Path) -> dict[Any, Outcome]:
     """Two workers: some variants, some of these from a checkpoint, and one from a checkpoint of one worker."""
     folder = root / "pairs"
-    todo: dict[Any, Any] = {name: (tasks[name], folder / name, None) for name in (*PAIRS, *SHARDED)}
+    todo: dict[Any, Any] = {name: (tasks[name], folder / name, None) for name in PAIRS}
     for name, step in RESUMED_IN_PAIRS:
         at = folder / name / "checkpoints" / f"{step:05d}"  # written by then
         todo[name, step] = (tasks[name], folder / f"{name}_{step}", at)
@@ -195,14 +192,6 @@ def test_the_way_of_computing_does_not_change_the_training(alone: Runs, name: st
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_workers_train_as_one_does(alone: Runs, pairs: dict[Any, Outcome], name: str) -> None:
     assert_same_training(pairs[name], alone[name])
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_a_teacher_split_over_two_workers_teaches_as_a_whole_one(
-    alone: Runs, pairs: dict[Any, Outcome], name: str
-) -> None:
-    assert_same_training(pairs[name], alone["plain"])
-    assert_same_training(alone[name], alone["plain"])
 
 
 def test_the_student_learns(alone: Runs) -> None:
