@@ -167,10 +167,7 @@ class Inputs:
     @cached_property
     def other_teachers(self) -> tuple[Made, ...]:
         """The further teachers, as they lie."""
-        return tuple(
-            Made(reference(config), fingerprint(_loaded_as(config)))
-            for config in self.config.other_teachers
-        )
+        return tuple(Made(reference(config), fingerprint(_loaded_as(config))) for config in self.config.other_teachers)
 
     @cached_property
     def student(self) -> Made:

@@ -18,8 +18,8 @@ from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
-from pocl_ray.models.quantization import check_int8
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
+from pocl_ray.models.quantization import check_int8
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

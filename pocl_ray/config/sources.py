@@ -147,8 +147,8 @@ class TeacherConfig(ModelConfig):
     )
     sharded: bool = Field(
         default=False,
-        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they need "
-        "it, load it whole",
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they "
+        "need it, load it whole",
     )
 
     @model_validator(mode="after")

@@ -85,7 +85,6 @@ class ShardedTeacher:
         hidden_NK: Tensor = self._engine(*inputs)
         return hidden_NK
 
-
     @torch.no_grad()
     def _check_split(self, family: str, vocab_size: int) -> None:
         ids_BT = torch.arange(4).unsqueeze(0) % vocab_size
@@ -107,8 +106,8 @@ def _dtype_of(ref: ModelRef) -> torch.dtype:
 def _inference_config(ref: ModelRef, dtype: torch.dtype, accelerator: Any) -> dict[str, Any]:
     if dtype == torch.float16 and not accelerator.is_fp16_supported():
         raise ModelError(
-            f"{ref.path}: cannot be sharded in float16 on {accelerator.device_name()}; set teacher.dtype to bfloat16 or "
-            "float32"
+            f"{ref.path}: cannot be sharded in float16 on {accelerator.device_name()}; set teacher.dtype to bfloat16 "
+            "or float32"
         )
     return {
         "train_micro_batch_size_per_gpu": 1,
