@@ -11,7 +11,7 @@ from pocl_ray.records import Stage
 
 
 def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether training through these stages reads the teacher: for its loss, or for the dev figure it watches."""
+    """Return whether training through these stages reads the teacher: for its loss, or a dev figure it watches."""
     watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
     return watches or any(stage.uses_teacher for stage in stages)
 

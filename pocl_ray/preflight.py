@@ -39,7 +39,7 @@ def check_inputs(config: Config) -> None:
     check_curriculum(config.curriculum)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
-    if config.data.prompt_template != "chat":
+    if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
     for key, teacher in _teachers(config):
         if teacher.quantization == "int8":

@@ -37,6 +37,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    if config.data.task == "text" and not prepared:
+        console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
