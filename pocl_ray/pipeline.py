@@ -37,6 +37,7 @@ from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
+from pocl_ray.models.cache_writer import FORMAT_VERSION
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import trained_reference
@@ -72,7 +73,7 @@ class Pipeline:
 
         def connect_and_check() -> None:
             connect()
-            check_room(config.scaling)
+            check_room(config)
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)
@@ -152,7 +153,7 @@ class Pipeline:
             return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        kept = cache if top_k is None else f"{cache} {top_k}"
+        kept = None if cache is None else [FORMAT_VERSION, top_k]
         models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
         models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]

@@ -8,7 +8,7 @@ import os
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.config import Config, ScalingConfig
+from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import data_fingerprint
@@ -19,6 +19,7 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
+from pocl_ray.models.quantization import check_int8
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -40,6 +41,9 @@ def check_inputs(config: Config) -> None:
     deepspeed_config(config.train, config.scaling.num_workers)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key)
     for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
     check_adapters(config.teacher, config.student)
@@ -68,11 +72,22 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
         console.print(f"[yellow]warning:[/] {warning}")
 
 
-def check_room(scaling: ScalingConfig) -> None:
+def check_room(config: Config) -> None:
     """Check that the cluster that is connected has room for the training workers and for the actors.
 
     Raises:
         ResourceError: It has not, or has no GPU where one is asked for.
     """
-    wait_for_room(scaling, wants_gpu(scaling, ray.cluster_resources()))
+    scaling = config.scaling
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key, use_gpu)
+    wait_for_room(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
+
+
+def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:
+    """All teachers, each with its key."""
+    others = [(f"other_teachers.{place}", one) for place, one in enumerate(config.other_teachers)]
+    return [("teacher", config.teacher), *others]

@@ -102,6 +102,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.distill.teacher_cache != "none" and any(one.sharded for one in (self.teacher, *self.other_teachers)):
+            raise ValueError(
+                "teacher.sharded splits a teacher that runs live, and distill.teacher_cache is "
+                f"{self.distill.teacher_cache}, where training loads no teacher; set one of them to false or none"
+            )
         if self.teacher.stages is not None and not self.other_teachers:
             raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():

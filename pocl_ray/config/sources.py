@@ -158,6 +158,14 @@ class TeacherConfig(ModelConfig):
     generation: TeacherGenerationConfig = Field(
         default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
     )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`), on CUDA GPUs"
+    )
+    sharded: bool = Field(
+        default=False,
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they "
+        "need it, load it whole",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherConfig:
@@ -167,6 +175,12 @@ class TeacherConfig(ModelConfig):
             raise ValueError("an adapter belongs to the weights that it was trained on: give their path as well")
         if self.adapter_revision is not None and self.adapter is None:
             raise ValueError("adapter_revision says nothing without adapter")
+        if self.quantization != "none" and (self.path is None or self.sft is not None or self.adapter is not None):
+            raise ValueError("quantization takes a ready-made teacher: give path, and neither sft nor adapter")
+        if self.quantization != "none" and self.sharded:
+            raise ValueError("quantization and sharded cannot both be: ZeRO-3 does not split 8-bit weights")
+        if self.adapter is not None and self.sharded:
+            raise ValueError("a sharded teacher is never whole to be merged: merge the adapter into a directory first")
         if self.architecture is not None and self.sft is None:
             raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
         return self

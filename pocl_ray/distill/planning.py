@@ -61,8 +61,9 @@ def curriculum_task(
         metrics=f"{folder}metrics.jsonl",
         teacher_weight=config.teacher.weight,
         teacher_stages=config.teacher.stages_of(len(stages)),
+        teacher_sharded=config.teacher.sharded,
         other_teachers=tuple(
-            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)))
+            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)), one.sharded)
             for place, (ref, made_by) in enumerate(other_teachers, start=1)
             for one in [config.other_teachers[place - 1]]
         ),

@@ -21,6 +21,7 @@ class TeacherTask:
         fingerprint: Of the teacher that the caches must have been made by.
         weight: Of its divergence; the weights of a stage are made to sum to 1.
         stages: In which it teaches; None for all.
+        sharded: Whether it is split over the workers, where it runs live.
     """
 
     ref: ModelRef
@@ -28,6 +29,7 @@ class TeacherTask:
     fingerprint: str
     weight: float = 1.0
     stages: tuple[int, ...] | None = None
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TrainTask:
         metrics: Where the metric stream goes.
         teacher_weight: Of the teacher's divergence beside those of the other teachers.
         teacher_stages: In which it teaches; None for all.
+        teacher_sharded: Whether it is split over the workers, where it runs live.
         other_teachers: Further teachers.
         lora: Adapters that are trained in place of the student's weights; None to train these.
     """
@@ -93,6 +96,7 @@ class TrainTask:
     metrics: str
     teacher_weight: float = 1.0
     teacher_stages: tuple[int, ...] | None = None
+    teacher_sharded: bool = False
     other_teachers: tuple[TeacherTask, ...] = ()
     lora: LoraConfig | None = None
 
@@ -101,8 +105,14 @@ class TrainTask:
         """All teachers; none for supervised fine-tuning."""
         if self.teacher is None:
             return ()
-        cache, fingerprint = self.teacher_cache, self.teacher_fingerprint
-        first = TeacherTask(self.teacher, cache, fingerprint, self.teacher_weight, self.teacher_stages)
+        first = TeacherTask(
+            self.teacher,
+            self.teacher_cache,
+            self.teacher_fingerprint,
+            self.teacher_weight,
+            self.teacher_stages,
+            self.teacher_sharded,
+        )
         return (first, *self.other_teachers)
 
     @property
