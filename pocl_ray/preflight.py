@@ -35,7 +35,7 @@ def check_inputs(config: Config) -> None:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
-    check_curriculum(config.curriculum)
+    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
     if config.data.prompt_template != "chat":

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.dependencies import any_training_reads_teacher
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+from pocl_ray.teacher_use import any_training_reads_teacher
 
 
 def print_plan(config: Config, num_rows: int | None) -> None:
@@ -36,6 +36,9 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    rescored = [str(stage.index) for stage in stages if stage.rescore]
+    if rescored:
+        console.print(f"rows are ranked anew, by the student as it then is, before stage {', '.join(rescored)}")
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")

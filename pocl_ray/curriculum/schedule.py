@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
+from pocl_ray.curriculum.rescoring import rescored_stages
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Ramp, Stage
 
@@ -18,8 +19,9 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     """Return the stages of the curriculum (POCL, section 3.3).
 
     Raises:
-        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
-            has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
+        ConfigError: There are more buckets than rows, a stage is too small for one global batch, a list of values has
+            not one for each stage, the stages before the last take all of `curriculum.num_steps`, or ranking anew
+            between stages would change nothing.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
     curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
@@ -28,6 +30,9 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
     temperatures = scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
     ratios = scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+    rescored = [False] * len(slices)
+    if config.difficulty.rescore == "each_stage":
+        rescored = rescored_stages(slices, num_rows, pacing.order, curriculum.pacing)
     stages = [
         Stage(
             index=index,
@@ -43,6 +48,7 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
             lr_num_steps=0,
             order=pacing.order,
             min_epochs=curriculum.plateau.min_epochs if curriculum.advance == "plateau" else None,
+            rescore=rescored[index],
         )
         for index, (first, end) in enumerate(slices)
     ]
@@ -55,11 +61,16 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
 
 
-def check_curriculum(curriculum: CurriculumConfig) -> None:
+def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> None:
     """Try the curriculum on made-up rows, before anything is prepared.
 
+    Args:
+        curriculum: The section.
+        rescores: Whether rows are to be ranked anew between stages.
+
     Raises:
-        UserError: The rule is unknown or does not work, or a list of values has not one for each stage.
+        UserError: The rule is unknown or does not work, a list of values has not one for each stage, or ranking anew
+            would change nothing.
     """
     ends = tuple(1000 * (bucket + 1) for bucket in range(curriculum.num_buckets))
     pacing = find_pacing(curriculum.pacing)
@@ -67,6 +78,8 @@ def check_curriculum(curriculum: CurriculumConfig) -> None:
     if curriculum.pacing in PACINGS:  # a plug-in's number of stages may depend on the rows
         scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
         scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+        if rescores:
+            rescored_stages(slices, ends[-1], pacing.order, curriculum.pacing)
 
 
 def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:

@@ -76,6 +76,11 @@ class Feed:
             if ahead is not None:
                 yield self._with_live_teacher(ahead.result(), stage)
 
+    def batch(self, ids: np.ndarray, with_teacher: bool) -> MicroBatch:
+        """Return the rows of these ids as one micro-batch."""
+        batch = self._micro_batch(ids, with_teacher)
+        return self._taught(batch) if with_teacher else batch
+
     def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the whole set, and whether each of them counts.
 

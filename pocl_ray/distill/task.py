@@ -5,10 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How the rows are ranked anew between stages.
+
+    Attributes:
+        difficulty: The signals, how they are fused, and how answers are generated.
+        seed: Of the answers, and of ties.
+        folder: Where the tables of it go, relative to the run directory.
+    """
+
+    difficulty: DifficultyConfig
+    seed: int
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class TrainTask:
         collective_timeout_s: After so long a dead peer is noticed.
         output: Where the trained student goes.
         metrics: Where the metric stream goes.
+        rescoring: How rows are ranked anew before the stages that say so; None where none does.
     """
 
     name: str
@@ -68,6 +84,7 @@ class TrainTask:
     collective_timeout_s: float
     output: str
     metrics: str
+    rescoring: Rescoring | None = None
 
     @property
     def num_steps(self) -> int:

@@ -224,7 +224,7 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     _, rank = rank_rows(chosen, difficulty.rrf_k, difficulty.tie_break, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(pa.table({RANK: pa.array(rank)}), path)
+        pq.write_table(pa.table({**chosen, RANK: pa.array(rank)}), path)
         shared.run_dir.publish(path, task.scores)
 
 

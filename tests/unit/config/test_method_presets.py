@@ -10,7 +10,7 @@ import yaml
 
 from pocl_ray.config import load_config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.dependencies import any_training_reads_teacher
+from pocl_ray.teacher_use import any_training_reads_teacher
 from pocl_ray.distill.losses import resolve_loss
 
 ROOT = Path(__file__).resolve().parents[3]
