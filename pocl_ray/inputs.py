@@ -25,7 +25,7 @@ from pocl_ray.responses.rows import OWN_REJECTS, read_responses, replace_respons
 from pocl_ray.responses.rows import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
 from pocl_ray.steps import Steps
-from pocl_ray.storage import localize
+from pocl_ray.storage import fingerprint, localize
 
 TOKENIZER = "tokenizer"
 
@@ -163,6 +163,14 @@ class Inputs:
             depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
+
+    @cached_property
+    def other_teachers(self) -> tuple[Made, ...]:
+        """The further teachers, as they lie."""
+        return tuple(
+            Made(reference(config), fingerprint([origin_fingerprint(config), config.dtype]))
+            for config in self.config.other_teachers
+        )
 
     @cached_property
     def student(self) -> Made:

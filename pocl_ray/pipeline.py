@@ -21,11 +21,10 @@ from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
-from pocl_ray.difficulty.ranking import rank_rows
-from pocl_ray.difficulty.scoring import score_rows
-from pocl_ray.distill.planning import curriculum_task
+from pocl_ray.difficulty.choice import choose_signals, rank_table
+from pocl_ray.difficulty.scoring import cache_teacher, score_rows
+from pocl_ray.distill.planning import cache_folder, curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.identity import Claim
@@ -33,9 +32,10 @@ from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.preparing import reference
+from pocl_ray.models.places import ModelRef
+from pocl_ray.models.preparing import trained_reference
 from pocl_ray.preflight import check_inputs, check_room, check_settings
-from pocl_ray.records import COLUMN, RANK, RRF_SCORE, STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
@@ -117,7 +117,8 @@ class Pipeline:
         config, inputs = self.config, self.inputs
         distils = any_training_reads_teacher(config, self.stages)
         chosen = choose_signals(config.difficulty)
-        cache = CACHE if distils and config.distill.teacher_cache == "hidden" else None
+        cache = CACHE if distils and config.distill.teacher_cache != "none" else None
+        top_k = config.distill.top_k if config.distill.teacher_cache == "topk" else None
         # What a search may choose is not known here, so it is all measured.
         is_read = cache is not None or chosen.reads_teacher or config.tune is not None
         teacher = inputs.teacher if distils or is_read else None
@@ -134,6 +135,7 @@ class Pipeline:
                 teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
                 cache=cache,
                 cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
@@ -141,10 +143,13 @@ class Pipeline:
                 plugins=chosen.plugins,
             )
             self._publish_table(table, SIGNALS)
-            return StepResult([SIGNALS, *([cache] if cache else [])], counts)
+            caches = self._cache_other_teachers(student.ref, top_k) if distils else []
+            return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        models = [student.fingerprint, teacher and teacher.fingerprint, cache, config.distill.cache_dtype]
+        kept = cache if top_k is None else f"{cache} {top_k}"
+        models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
+        models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
         depends += [] if is_read else ["without the teacher"]
         return self.steps.run("scores", depends, work, on_cluster=True)
@@ -155,16 +160,8 @@ class Pipeline:
         difficulty, seed = self.config.difficulty, self.config.seed
 
         def work(_: str) -> StepResult:
-            table = pq.read_table(self.run_dir.local(SIGNALS))
             rows = RowStore.open(self.run_dir.local(self.inputs.rows.train.path))
-            for name in difficulty.columns:
-                table = table.append_column(f"{COLUMN}{name}", pa.array(rows.numbers(name)))
-            chosen = {name: table[name].to_numpy() for name in difficulty.signals}
-            easy = choose_signals(difficulty).easy
-            rrf_score, rank = rank_rows(
-                chosen, difficulty.rrf_k, difficulty.tie_break, seed, weights=difficulty.signals, easy=easy
-            )
-            table = table.append_column(RRF_SCORE, pa.array(rrf_score)).append_column(RANK, pa.array(rank))
+            table = rank_table(pq.read_table(self.run_dir.local(SIGNALS)), rows, difficulty, seed)
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 
@@ -228,6 +225,28 @@ class Pipeline:
 
         return self.steps.run("report", [self.evaluation, self.config.report.model_dump(mode="json")], work)
 
+    def _cache_other_teachers(self, student: ModelRef, top_k: int | None) -> list[str]:
+        """Fill the caches of the further teachers, and return their directories; none where teachers run live."""
+        config, rows, written = self.config, self.inputs.rows, []
+        for place, other in enumerate(self.inputs.other_teachers, start=1):
+            folder = cache_folder(config, place)
+            if folder is None:
+                continue
+            cache_teacher(
+                sets=[rows.train, rows.dev],
+                run_dir=self.run_dir,
+                student=student,
+                teacher=other.ref,
+                teacher_fingerprint=other.fingerprint,
+                cache=folder,
+                cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
+                difficulty=config.difficulty,
+                scaling=config.scaling,
+            )
+            written.append(folder)
+        return written
+
     def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> Made:
         config, inputs, ranking = self.config, self.inputs, self.ranking
         student, teacher = inputs.student, inputs.teacher if reads_teacher(config, stages) else None
@@ -244,12 +263,13 @@ class Pipeline:
                 teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
                 rows=inputs.rows,
                 output=output,
+                other_teachers=[(other.ref, other.fingerprint) for other in inputs.other_teachers],
             )
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)
-        return Made(reference(config.student, self.run_dir.uri_of(output)), fingerprint)
+        return Made(trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint)
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:
         with TemporaryDirectory() as scratch:

@@ -17,8 +17,9 @@ from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
-from pocl_ray.models.preparing import check_models, origin_fingerprint
+from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -38,10 +39,22 @@ def check_inputs(config: Config) -> None:
     check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
+    _check_rescoring(config)
     if config.data.prompt_template != "chat":
         PromptTemplate(config.data.prompt_template, None)
-    for model in (config.teacher, config.student):
+    for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
+    check_adapters(config.teacher, config.student)
+
+
+def _check_rescoring(config: Config) -> None:
+    compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
+    if compares and config.distill.teacher_cache == "topk":
+        raise ConfigError(
+            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the teacher's "
+            "whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, or leave "
+            "teacher_student_kl and plug-ins out of difficulty.signals"
+        )
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,12 +67,14 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
 
     Raises:
         ConfigError: Fewer rows than a global batch holds.
-        ModelError: A model has no weights, or cannot be made.
+        ModelError: A model has no weights, or cannot be made, or a further teacher has another tokenizer.
     """
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:
             batch_rows = config.sft_train(model.sft).global_batch_rows
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
+    for other in config.other_teachers:
+        check_other_teacher(other, tokenizer)
     warning = check_models(config.teacher, config.student, tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")

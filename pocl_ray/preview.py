@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
 from pocl_ray.teacher_use import any_training_reads_teacher
@@ -95,18 +96,32 @@ def _count(config: Config) -> int:
 def _cache_line(config: Config, prepared: dict[str, RowsSummary]) -> str:
     if config.distill.teacher_cache == "none":
         return "teacher cache: none, the teacher runs live"
-    hidden_size = _teacher_width(config)
-    if hidden_size is None:
+    layout = _cache_layout(config)
+    if layout is None:
         return "teacher cache: its size is known once the teacher's config can be read"
-    itemsize = 4 if config.distill.cache_dtype == "float32" else 2
-    per_token = hidden_size * itemsize
     if not prepared:
-        return f"teacher cache: {per_token:,} bytes a response token; its size is known once the rows are prepared"
+        return (
+            f"teacher cache: {layout.row_bytes:,} bytes a response token; its size is known once the rows are prepared"
+        )
     if config.data.responses == "teacher" and prepared["train"].path.startswith("rows/"):
-        return f"teacher cache: {per_token:,} bytes a response token; its size is known once the teacher has written"
+        return (
+            f"teacher cache: {layout.row_bytes:,} bytes a response token; "
+            "its size is known once the teacher has written"
+        )
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
-    gib = num_tokens * per_token / 2**30
-    return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {hidden_size} x {itemsize} bytes"
+    gib = estimate_bytes(num_tokens, layout) / 2**30
+    what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)
+    return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
+
+
+def _cache_layout(config: Config) -> Layout | None:
+    """Return what is stored of a token; a teacher's own dtype is taken to be bfloat16."""
+    distill = config.distill
+    if distill.teacher_cache == "topk":
+        return Layout("topk", "float32" if distill.cache_dtype == "float32" else "float16", distill.top_k)
+    width = _teacher_width(config)
+    dtype = "bfloat16" if distill.cache_dtype == "auto" else distill.cache_dtype
+    return None if width is None else Layout("hidden", dtype, width)
 
 
 def _teacher_width(config: Config) -> int | None:

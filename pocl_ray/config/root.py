@@ -11,6 +11,7 @@ from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
     GenerationConfig,
+    OtherTeacherConfig,
     StudentConfig,
     TeacherConfig,
     TokenizerConfig,
@@ -74,6 +75,10 @@ class Config(Section):
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     teacher: TeacherConfig
+    other_teachers: tuple[OtherTeacherConfig, ...] = Field(
+        default=(),
+        description="further teachers, by `weight` or by `stages`; a list under `teacher` puts all but the first here",
+    )
     student: StudentConfig
     difficulty: DifficultyConfig = DifficultyConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -85,8 +90,20 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_teachers(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("teacher"), (list, tuple)):
+            return data
+        teachers = data["teacher"]
+        if not teachers or data.get("other_teachers"):
+            raise ValueError("teacher is a list of at least one, and other_teachers is then left out")
+        return {**data, "teacher": teachers[0], "other_teachers": teachers[1:]}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.teacher.stages is not None and not self.other_teachers:
+            raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
         self._check_training("train", self.train)

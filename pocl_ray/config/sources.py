@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
@@ -127,6 +128,18 @@ class TeacherGenerationConfig(GenerationConfig):
 class TeacherConfig(ModelConfig):
     """The frozen large model."""
 
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="of its divergence beside `other_teachers`; those of a stage are made to sum to 1",
+    )
+    stages: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
+    )
+    adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
     generation: TeacherGenerationConfig = Field(
         default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
     )
@@ -135,8 +148,28 @@ class TeacherConfig(ModelConfig):
     def _one_source(self) -> TeacherConfig:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give exactly one of path and architecture")
+        if self.adapter is not None and self.path is None:
+            raise ValueError("an adapter belongs to the weights that it was trained on: give their path as well")
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision says nothing without adapter")
         if self.architecture is not None and self.sft is None:
             raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
+        return self
+
+    def stages_of(self, num_stages: int) -> tuple[int, ...] | None:
+        """Return the stages that it is restricted to; None for all, as in a plan of one stage (such as the control)."""
+        return None if num_stages == 1 else self.stages
+
+
+class OtherTeacherConfig(TeacherConfig):
+    """A further frozen model, ready-made and with the same tokenizer, which teaches and does nothing else."""
+
+    @model_validator(mode="after")
+    def _ready_made(self) -> OtherTeacherConfig:
+        if self.path is None or self.sft is not None:
+            raise ValueError(
+                "a further teacher is ready-made: give path; only `teacher` can be made or fine-tuned here"
+            )
         return self
 
 
@@ -145,11 +178,18 @@ class StudentConfig(ModelConfig):
 
     num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank adapters in place of the weights; {}: with the values below"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentConfig:
         if sum(x is not None for x in (self.path, self.architecture, self.num_layers)) != 1:
             raise ValueError("give exactly one of path, architecture and num_layers (layers cut from the teacher)")
+        if self.lora is not None and self.architecture is not None:
+            raise ValueError(
+                "lora adapts weights that know something, and those of a new architecture do not; remove it"
+            )
         return self
 
 

@@ -58,7 +58,26 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
         stages = [_with_steps(stage, num_steps) for stage in stages]
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
+    check_teachers(config, len(stages))
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
+
+
+def check_teachers(config: Config, num_stages: int) -> None:
+    """Check that each stage has a teacher, and that teachers name stages that there are.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    taught: set[int] = set()
+    for place, teacher in enumerate((config.teacher, *config.other_teachers)):
+        stages = teacher.stages_of(num_stages)
+        taught.update(range(num_stages) if stages is None else stages)
+        if stages is not None and max(stages) >= num_stages:
+            key = "teacher.stages" if place == 0 else f"other_teachers.{place - 1}.stages"
+            raise ConfigError(f"{key}: there is no stage {max(stages)}; the stages are 0 to {num_stages - 1}")
+    missing = sorted(set(range(num_stages)) - taught)
+    if missing:
+        raise ConfigError(f"teacher.stages, other_teachers: stage {missing[0]} has no teacher; add it to one's stages")
 
 
 def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
@@ -16,6 +17,7 @@ from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
+from pocl_ray.models.lora import add_same_adapters
 
 
 class DevEvaluator:
@@ -100,6 +102,8 @@ class DevEvaluator:
         if self._copy is None:
             with torch.device(self.engine.device):
                 self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
+            add_same_adapters(self._copy, student)
+            nn.Module.to(self._copy, self.engine.device, next(student.parameters()).dtype)
             self._copy.eval()
         targets: dict[str, Any] = dict(self._copy.named_parameters())
         for name, parameter in student.named_parameters():

@@ -31,6 +31,7 @@ from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.task import Rescoring, TrainTask
+from pocl_ray.distill.teachers import Teachers
 from pocl_ray.models.heads import HeadWeights, head_of, split_model
 from pocl_ray.records import ID, PREVIOUS_RANK, RANK, RRF_SCORE, Stage
 
@@ -59,10 +60,10 @@ class Rescorer:
             task: The training run; its `scores` hold what is measured once.
             rescoring: Signals, fusion, and how answers are generated.
             engine: Says which worker this is.
-            feed: The training rows, and the teacher where a signal compares the two models.
+            feed: The training rows, and the teachers; the first is the one that signals compare the student with.
             tokenizer: Decodes answers.
             student: Gives the student as it is now, whole and in eval mode; collective.
-            teacher_head: The teacher's LM head.
+            teacher_head: The first teacher's LM head.
         """
         self.task, self.rescoring, self.engine, self.feed = task, rescoring, engine, feed
         self.tokenizer, self.student, self.teacher_head = tokenizer, student, teacher_head
@@ -72,6 +73,7 @@ class Rescorer:
         self.measured = [name for name in difficulty.signals if name in STUDENT_SIGNALS or name in self.plugins]
         self.compared = [name for name in self.measured if name == "teacher_student_kl" or name in self.plugins]
         assert not self.compared or teacher_head is not None, "a signal compares the student with a teacher"
+        self.teachers = Teachers(feed.teachers.sources[:1] if self.compared else ())
 
     @cached_property
     def tasks(self) -> list[MicroBatches]:
@@ -147,7 +149,7 @@ class Rescorer:
 
     def _read(self, model: PreTrainedModel, ids: IntArray) -> dict[str, FloatArray]:
         """The signals of a micro-batch that come from reading the responses."""
-        batch = self.feed.batch(ids, with_teacher=bool(self.compared)).to(self.engine.device)
+        batch = self.feed.batch(ids, self.teachers).to(self.engine.device)
         lengths_R = self.feed.rows.response_lengths[ids].astype(np.int64)
         head = head_of(model)
         hidden_NH = split_model(model).response_hidden(
@@ -157,8 +159,9 @@ class Rescorer:
         if {"ce_loss", "student_confidence"} & set(self.measured):
             signals.update(student_signals(hidden_NH, head.logits, batch.targets_N, lengths_R))
         if self.compared:
-            assert batch.teacher_hidden_NK is not None and self.teacher_head is not None
-            teacher = (batch.teacher_hidden_NK, self.teacher_head.logits)
+            teacher_hidden_NK = batch.taught[0].tokens
+            assert isinstance(teacher_hidden_NK, torch.Tensor) and self.teacher_head is not None
+            teacher = (teacher_hidden_NK, self.teacher_head.logits)
             student = (hidden_NH, head.logits)
             signals.update(comparison_signals(teacher, student, batch.targets_N, lengths_R, self.plugins))
         return signals

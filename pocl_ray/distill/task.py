@@ -5,10 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+
+
+@dataclass(frozen=True)
+class TeacherTask:
+    """One teacher of a training run.
+
+    Attributes:
+        ref: The frozen model.
+        cache: Directory of its caches (`train`, `dev`), relative to the run directory; None to run it live.
+        fingerprint: Of the teacher that the caches must have been made by.
+        weight: Of its divergence; the weights of a stage are made to sum to 1.
+        stages: In which it teaches; None for all.
+    """
+
+    ref: ModelRef
+    cache: str | None
+    fingerprint: str
+    weight: float = 1.0
+    stages: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,10 @@ class TrainTask:
         collective_timeout_s: After so long a dead peer is noticed.
         output: Where the trained student goes.
         metrics: Where the metric stream goes.
+        teacher_weight: Of the teacher's divergence beside those of the other teachers.
+        teacher_stages: In which it teaches; None for all.
+        other_teachers: Further teachers.
+        lora: Adapters that are trained in place of the student's weights; None to train these.
         rescoring: How rows are ranked anew before the stages that say so; None where none does.
     """
 
@@ -84,7 +107,20 @@ class TrainTask:
     collective_timeout_s: float
     output: str
     metrics: str
+    teacher_weight: float = 1.0
+    teacher_stages: tuple[int, ...] | None = None
+    other_teachers: tuple[TeacherTask, ...] = ()
+    lora: LoraConfig | None = None
     rescoring: Rescoring | None = None
+
+    @property
+    def teachers(self) -> tuple[TeacherTask, ...]:
+        """All teachers; none for supervised fine-tuning."""
+        if self.teacher is None:
+            return ()
+        cache, fingerprint = self.teacher_cache, self.teacher_fingerprint
+        first = TeacherTask(self.teacher, cache, fingerprint, self.teacher_weight, self.teacher_stages)
+        return (first, *self.other_teachers)
 
     @property
     def num_steps(self) -> int:

@@ -37,11 +37,13 @@ def write_model_card(files: RunFiles) -> str:
     run = read_run(files)
     names = model_names(run.config)
     template = run.config.data.prompt_template if run.config else ""
+    lora = run.config.student.lora if run.config else None
     context = {
         "front_matter": yaml.safe_dump(_front_matter(run.config), sort_keys=False, allow_unicode=True),
         "name": run.config.name if run.config else "student",
         "intro": what_was_done(run, done=True),
         "models": describe_models(run.config) if run.config else None,
+        "adapters_alone": lora is not None and not lora.merge,
         "run": run,
         "names": names,
         "results": set_results(run.evaluation),

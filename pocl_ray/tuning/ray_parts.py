@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from pocl_ray.config import TuneConfig
+from pocl_ray.config import ObjectiveConfig, TuneConfig
 from pocl_ray.tuning.drawing import Drawing
 
 TIME_ATTR = "num_samples"
@@ -42,8 +42,8 @@ def _of_this_process(name: str) -> Any:
 class DrawingSearcher(OfThisProcess, Searcher):
     """Asks a Drawing for candidates, and tells it what became of them."""
 
-    def __init__(self, drawing: Drawing) -> None:
-        super().__init__(metric="none", mode="max")
+    def __init__(self, drawing: Drawing, objective: ObjectiveConfig) -> None:
+        super().__init__(metric=objective.metric, mode="max" if objective.sign > 0 else "min")
         self.drawing = drawing
         self.take_over()
         self.numbers: dict[str, int] = {}

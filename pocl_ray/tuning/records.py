@@ -29,6 +29,7 @@ class TrialRecord:
         reports: What it told Tune, one entry a dev evaluation; the last one is of the student it left.
         seconds: From its start to its end, over all of its starts.
         start_s: From its start to the first optimizer step, of its last start.
+        started_at: When that was, in UTC.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TrialRecord:
     reports: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     start_s: float | None = None
+    started_at: str = ""
 
     @property
     def last(self) -> dict[str, Any]:
