@@ -51,9 +51,9 @@ def _check_rescoring(config: Config) -> None:
     compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
     if compares and config.distill.teacher_cache == "topk":
         raise ConfigError(
-            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the teacher's "
-            "whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, or leave "
-            "teacher_student_kl and plug-ins out of difficulty.signals"
+            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
+            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, or "
+            "leave teacher_student_kl and plug-ins out of difficulty.signals"
         )
 
 

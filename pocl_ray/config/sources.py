@@ -217,8 +217,8 @@ class DifficultyConfig(Section):
     )
     rescore: Literal["never", "each_stage"] = Field(
         default="never",
-        description="each_stage: before each stage that takes a part of the rows, the student as it then is scores them "
-        "again, and they are ranked anew; the teacher's signals are kept",
+        description="each_stage: before each stage that takes a part of the rows, the student as it then is scores "
+        "them again, and they are ranked anew; the teacher's signals are kept",
     )
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")

@@ -26,8 +26,8 @@ def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Ord
     rescored = [index > 0 and order == "rank" and tuple(part) != (0, num_rows) for index, part in enumerate(slices)]
     if not any(rescored):
         raise ConfigError(
-            f"difficulty.rescore each_stage: with pacing {pacing} and a plan of {len(slices)} stages none after the first "
-            "takes a part of the rows by rank, so nothing would be scored again; set it to never, or raise "
+            f"difficulty.rescore each_stage: with pacing {pacing} and a plan of {len(slices)} stages none after the "
+            "first takes a part of the rows by rank, so nothing would be scored again; set it to never, or raise "
             "curriculum.num_buckets or change curriculum.pacing"
         )
     return rescored

@@ -172,9 +172,7 @@ class StudentActor(_Reader):
         """ROUGE-L of each row's answer, and whether the answer came to an end."""
         task = self.task
         rows = self.rows(name)
-        return score_answers(
-            self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed
-        )
+        return score_answers(self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed)
 
 
 class TeacherActor(_Reader):

@@ -14,7 +14,6 @@ from pocl_ray.models.places import ModelRef
 from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
 
-
 RESCORED = "scores/stages"
 """Tables of the rankings made between stages, beside the output of the run that made them."""
 

@@ -79,9 +79,7 @@ class Rescorer:
     def tasks(self) -> list[MicroBatches]:
         """The rows as the first scoring cut them."""
         rows, difficulty = self.feed.rows, self.rescoring.difficulty
-        return plan_tasks(
-            rows.prompt_lengths, rows.response_lengths, difficulty.shard_rows, difficulty.batch_tokens
-        )
+        return plan_tasks(rows.prompt_lengths, rows.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
 
     def order(self, stage: Stage, previous: IntArray) -> IntArray:
         """Rank all rows anew, and keep a table of it (rank 0); collective.

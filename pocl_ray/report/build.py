@@ -25,8 +25,8 @@ from pocl_ray.report.difficulty import (
 from pocl_ray.report.files import RunData, RunFiles, read_run
 from pocl_ray.report.headline import model_names, result_sentences, tiles, what_was_done
 from pocl_ray.report.page import render_html, render_markdown
-from pocl_ray.report.results import compare_with_control, set_results
 from pocl_ray.report.rescoring import reranked
+from pocl_ray.report.results import compare_with_control, set_results
 from pocl_ray.report.steps import is_done, reject_lines, step_times, total_seconds
 
 if TYPE_CHECKING:

@@ -57,7 +57,8 @@ def test_seqkd_trains_on_what_the_teacher_wrote_and_ranks_it_anew_and_makes_noth
     assert Pipeline(config).distilled
     run = tmp_path / "runs" / "tiny"
     steps = manifest(run)
-    assert set(steps) == {"tokenizer", "rows", "plan", "teacher", "responses", "student", "scores", "ranking", "distill"}
+    made = {"tokenizer", "rows", "plan", "teacher", "responses", "student", "scores", "ranking", "distill"}
+    assert set(steps) == made
 
     rows, counts = RowStore.open(run / "responses" / "train.arrow"), steps["responses"]["counts"]
     assert counts["num_rows"] + counts["num_rejected"] == NUM_ROWS

@@ -49,7 +49,9 @@ def test_a_stage_is_scored_for_again_where_the_rank_decides_its_rows(
     assert not any(rescored(config(rescore="never", **curriculum)))
 
 
-@pytest.mark.parametrize("curriculum", [{"pacing": "none"}, {"pacing": "random"}, {"num_buckets": 2}, {"num_buckets": 1}])
+@pytest.mark.parametrize(
+    "curriculum", [{"pacing": "none"}, {"pacing": "random"}, {"num_buckets": 2}, {"num_buckets": 1}]
+)
 def test_where_that_is_no_stage_it_is_refused_before_rows_are_read(curriculum: dict[str, Any]) -> None:
     found = config(**curriculum)
     with pytest.raises(ConfigError, match=r"difficulty\.rescore each_stage.*nothing would be scored again"):
