@@ -27,6 +27,7 @@ from pocl_ray.difficulty.scoring import cache_teacher, score_rows
 from pocl_ray.distill.planning import cache_folder, curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
+from pocl_ray.evaluation.perplexity import measure_perplexity
 from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
@@ -197,9 +198,16 @@ class Pipeline:
         if config.evaluation.teacher:
             models[TEACHER] = inputs.teacher
 
-        def work(_: str) -> StepResult:
+        refs = {name: made.ref for name, made in models.items()}
+
+        def read_texts(_: str) -> StepResult:
+            result, counts = measure_perplexity(refs, inputs.rows.tests, self.run_dir, config.scaling)
+            self.run_dir.write_json("evaluation.json", result)
+            return StepResult(["evaluation.json"], counts)
+
+        def answer_prompts(_: str) -> StepResult:
             result, counts = evaluate_models(
-                models={name: made.ref for name, made in models.items()},
+                models=refs,
                 sets=inputs.rows.tests,
                 run_dir=self.run_dir,
                 tokenizer=TOKENIZER,
@@ -212,6 +220,7 @@ class Pipeline:
 
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
         fingerprints = {name: made.fingerprint for name, made in models.items()}
+        work = read_texts if config.data.task == "text" else answer_prompts
         return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work, on_cluster=True)
 
     @cached_property

@@ -40,7 +40,7 @@ def check_inputs(config: Config) -> None:
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
     deepspeed_config(config.train, config.scaling.num_workers)
     _check_rescoring(config)
-    if config.data.prompt_template != "chat":
+    if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
     for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)

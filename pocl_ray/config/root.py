@@ -106,11 +106,30 @@ class Config(Section):
             raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        if self.data.task == "text":
+            self._check_text()
         self._check_training("train", self.train)
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
         return self
+
+    def _check_text(self) -> None:
+        """Refuse what asks for answers to prompts where there are none."""
+        no_prompts = "data.task text has no prompts to answer"
+        for signal in ("rouge_l", "num_prompt_tokens"):
+            if signal in self.difficulty.signals:
+                raise ValueError(
+                    f"difficulty.signals: {no_prompts}, so there is no {signal}; "
+                    "give others, such as [ce_loss, teacher_ce_loss]"
+                )
+        if self.data.responses == "teacher":
+            raise ValueError(f"data.responses: {no_prompts}, so the teacher cannot write responses; set it to reference")
+        if self.curriculum.advance == "plateau" and self.curriculum.plateau.metric == "rouge_l":
+            raise ValueError(f"curriculum.plateau.metric: {no_prompts}; set it to kd_loss or ce_loss")
+        for objective in () if self.tune is None else self.tune.objectives:
+            if objective.metric in ("rouge_l", "exact_match"):
+                raise ValueError(f"tune.objectives: {no_prompts}, so there is no {objective.metric}; give kd_loss")
 
     def _check_training(self, key: str, train: TrainConfig) -> None:
         if train.global_batch_rows % self.scaling.num_workers:

@@ -14,7 +14,10 @@ from pocl_ray.records import COLUMN
 FIXED_SIGNALS = ("teacher_ce_loss", "teacher_entropy", "num_prompt_tokens", "num_response_tokens")
 SIGNAL_ALIASES = {"response_tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
 
-ColumnRole = Literal["prompt", "instruction", "input", "output", "messages", "system", "topic"]
+ColumnRole = Literal[
+    "prompt", "instruction", "input", "output", "messages", "document", "summary", "text", "system", "topic"
+]
+Task = Literal["instruction", "summarization", "text"]
 
 
 class SourceConfig(Section):
@@ -48,18 +51,31 @@ class DataConfig(Section):
         description="what the student is scored and trained on: the rows' own responses, or those that the teacher "
         "writes to their prompts (SeqKD); dev and tests keep theirs",
     )
+    task: Task = Field(
+        default="instruction",
+        description="what rows are: instruction (and chats), summarization (a document and its summary), or text, "
+        "without a prompt, of which every token but the first is learnt",
+    )
     prompt_template: str = Field(
         default="alpaca",
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
-        "or a text of your own with {instruction} and {input}",
+        "or a text of your own with {instruction} and {input}, or {document} for summaries; text has none",
     )
-    max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts lose their beginning")
-    max_tokens: int = Field(default=512, ge=2, description="prompt and response together; longer responses are cut")
+    max_prompt_tokens: int = Field(
+        default=256, ge=1, description="longer prompts lose their beginning, documents to be summarised their end"
+    )
+    max_tokens: int = Field(
+        default=512,
+        ge=2,
+        description="prompt and response together; longer responses are cut, plain text goes on in the next row",
+    )
     max_reject_share: float = Field(default=0.05, ge=0, le=1, description="share of unusable rows that stops the run")
 
     @model_validator(mode="after")
     def _lengths(self) -> DataConfig:
-        if self.max_prompt_tokens >= self.max_tokens:
+        if self.task != "summarization" and "{document}" in self.prompt_template:
+            raise ValueError(f"prompt_template has {{document}}, which data.task {self.task} has not")
+        if self.task != "text" and self.max_prompt_tokens >= self.max_tokens:
             raise ValueError("max_prompt_tokens must be smaller than max_tokens, or no room is left for a response")
         if self.dev is not None and self.holdout_rows:
             raise ValueError("give either dev or holdout_rows, not both")

@@ -16,7 +16,19 @@ from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum (POCL, section 3.3).
+    """Return the stages of the curriculum of a run; raises what `plan_curriculum` and `check_teachers` do."""
+    stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    check_teachers(config, len(stages))
+    return stages
+
+
+def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
+    """Return the stages of a curriculum (POCL, section 3.3).
+
+    Args:
+        curriculum: Buckets, pacing, schedules.
+        num_rows: Ranked rows.
+        batch_rows: Rows of an optimizer step, over all workers.
 
     Raises:
         ConfigError: There are more buckets than rows, a stage is too small for one global batch, a list of values has
@@ -24,7 +36,6 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
             between stages would change nothing.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
-    curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
     ends = bucket_ends(num_rows, curriculum.num_buckets)
     pacing = find_pacing(curriculum.pacing)
     slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
@@ -58,7 +69,6 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
         stages = [_with_steps(stage, num_steps) for stage in stages]
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
-    check_teachers(config, len(stages))
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
 
 

@@ -58,12 +58,11 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     Raises:
         ConfigError: The chat template is asked for, which a tokenizer to be trained cannot have.
     """
-    template = PromptTemplate(config.prompt_template, None)
+    template = PromptTemplate("plain" if config.task == "text" else config.prompt_template, None)
     with named_errors("train"):
-        for item in read_examples(config.train, template, default_split("train")):
+        for item in read_examples(config.train, template, default_split("train"), config.task):
             if isinstance(item, Example):
-                yield item.prompt
-                yield item.references[0]
+                yield from filter(None, (item.prompt, item.references[0]))
 
 
 def prepare_all(

@@ -74,7 +74,7 @@ def score_rows(
 
     Returns:
         One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` and the numbers of tokens. And counts for the manifest.
+        `answer_stopped` (neither ROUGE-L nor this of plain text), numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
@@ -103,7 +103,9 @@ def score_rows(
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache is not None else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    return (table := by_set[rows.name].drop_columns([SET, SHARD])), _counts(table, sets)
+    table = by_set[rows.name]
+    unanswered = ["rouge_l", ANSWER_STOPPED] if table[ANSWER_STOPPED].null_count == table.num_rows else []
+    return (table := table.drop_columns([SET, SHARD, *unanswered])), _counts(table, sets)
 
 
 def cache_teacher(
@@ -194,8 +196,10 @@ def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
 
 
 def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:
-    return {
+    counts = {
         "num_rows": sum(made.num_rows for made in sets),
         "num_tokens": sum(made.num_prompt_tokens + made.num_response_tokens for made in sets),
-        "num_unstopped_answers": table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py()),
     }
+    if ANSWER_STOPPED in table.column_names:
+        counts["num_unstopped_answers"] = table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py())
+    return counts

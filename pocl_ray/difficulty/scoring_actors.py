@@ -155,13 +155,15 @@ class StudentActor(_Reader):
         if name != self.task.student_set:
             yield from (_student_unit(name, ids, None, None) for ids in batches)
             return
-        answers = iter(self._answer(name, np.concatenate(batches)))
+        has_prompts = self.rows(name).has_prompts
+        answers = iter(self._answer(name, np.concatenate(batches)) if has_prompts else [])
         for ids in batches:
             unit = self.unit(name, ids)
             hidden_NH = unit.hidden_of(self.model)
             signals = student_signals(hidden_NH, self.model.head.logits, unit.batch.targets_N, unit.response_lengths_R)
-            rouge_l, stopped = zip(*(next(answers) for _ in ids), strict=True)
-            by_row = {**signals, "rouge_l": rouge_l, ANSWER_STOPPED: stopped}
+            by_row: dict[str, Any] = dict(signals)
+            if has_prompts:
+                by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
             if self.task.teacher is not None:
                 yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
             else:
@@ -287,7 +289,7 @@ def _student_unit(
 ) -> pa.Table:
     table = unit_table(name, [ids])
     for column, value_type in STUDENT_COLUMNS.items():
-        values = None if by_row is None else list(by_row[column])
+        values = list(by_row[column]) if by_row is not None and column in by_row else None
         table = table.append_column(column, pa.array([values], pa.list_(value_type)))
     payload = None if hidden_NH is None else hidden_NH.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     dtype = None if hidden_NH is None else str(hidden_NH.dtype).removeprefix("torch.")

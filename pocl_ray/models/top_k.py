@@ -80,8 +80,10 @@ class TopK:
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> TopK:
         """Return it on a device."""
-        parts = (part.to(device, non_blocking=non_blocking) for part in (self.ids_NK, self.logp_NK, self.curve_NP))
-        return TopK(*parts, self.vocab_size)
+        ids_NK, logp_NK, curve_NP = (
+            part.to(device, non_blocking=non_blocking) for part in (self.ids_NK, self.logp_NK, self.curve_NP)
+        )
+        return TopK(ids_NK, logp_NK, curve_NP, self.vocab_size)
 
     def split(self, lengths: Sequence[int]) -> list[TopK]:
         """Cut it into pieces of so many tokens."""
@@ -139,8 +141,12 @@ def top_k_of(logits_NV: Tensor, top_k: int, dtype: torch.dtype = torch.float32) 
 
 def concatenate(parts: Sequence[TopK]) -> TopK:
     """Put the tokens of several parts of one kind behind one another."""
-    columns = zip(*((part.ids_NK, part.logp_NK, part.curve_NP) for part in parts), strict=True)
-    return TopK(*(torch.cat(column) for column in columns), parts[0].vocab_size)
+    return TopK(
+        torch.cat([part.ids_NK for part in parts]),
+        torch.cat([part.logp_NK for part in parts]),
+        torch.cat([part.curve_NP for part in parts]),
+        parts[0].vocab_size,
+    )
 
 
 def _curve(logp_NV: Tensor, top_NK: Tensor, ids_NK: Tensor) -> Tensor:

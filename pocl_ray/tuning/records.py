@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate
 
@@ -72,5 +73,5 @@ def figures_of(evaluations: Sequence[dict[str, Any]], hand_off: Literal["best", 
     chosen = last
     if hand_off == "best":
         of_stage = [e for e in evaluations if e["curriculum/stage"] == last["curriculum/stage"] and e["step"] > 0]
-        chosen = max(of_stage or [last], key=lambda e: e["eval/dev/rouge_l"])
+        chosen = max(of_stage or [last], key=hand_off_figure)
     return {key.removeprefix("eval/dev/"): value for key, value in chosen.items() if key.startswith("eval/dev/")}

@@ -98,7 +98,7 @@ class _StoppedError(Exception):
 class CurriculumTrial(tune.Trainable):
     """Runs a candidate; a step of it lasts until the next dev evaluation."""
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
         """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
         self.shared, self.candidate = shared, Candidate(**config["candidate"])
         self.run: TrialRun | None = None

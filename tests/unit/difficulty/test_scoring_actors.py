@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
@@ -97,6 +98,17 @@ def test_without_a_teacher_the_students_signals_are_the_same_and_no_others_are_t
         "teacher_entropy",
     }
     assert table.equals(full.select(table.column_names))
+
+
+def test_without_prompts_nothing_is_answered_and_all_else_is_the_same(
+    task: ScoringTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = run(task)
+    monkeypatch.setattr(RowStore, "has_prompts", False)
+    table = run(task)
+    assert table["rouge_l"].null_count == table["answer_stopped"].null_count == NUM_ROWS
+    kept = [name for name in full.column_names if name not in ("rouge_l", "answer_stopped", "shard")]
+    assert table.select(kept).equals(full.select(kept))
 
 
 def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> None:
