@@ -16,10 +16,18 @@ from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum of a run; raises what `plan_curriculum` and `check_teachers` do."""
+    """Return the stages of the curriculum of a run, with the rows ranked anew where the config says so.
+
+    Raises:
+        UserError: What `plan_curriculum`, `check_teachers` and `rescored_stages` raise.
+    """
     stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
     check_teachers(config, len(stages))
-    return stages
+    if config.difficulty.rescore == "never":
+        return stages
+    slices = [(stage.first_rank, stage.end_rank) for stage in stages]
+    rescored = rescored_stages(slices, num_rows, stages[0].order, config.curriculum.pacing)
+    return tuple(replace(stage, rescore=again) for stage, again in zip(stages, rescored, strict=True))
 
 
 def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
@@ -31,9 +39,8 @@ def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int
         batch_rows: Rows of an optimizer step, over all workers.
 
     Raises:
-        ConfigError: There are more buckets than rows, a stage is too small for one global batch, a list of values has
-            not one for each stage, the stages before the last take all of `curriculum.num_steps`, or ranking anew
-            between stages would change nothing.
+        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
+            has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
     ends = bucket_ends(num_rows, curriculum.num_buckets)
@@ -41,9 +48,6 @@ def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int
     slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
     temperatures = scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
     ratios = scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
-    rescored = [False] * len(slices)
-    if config.difficulty.rescore == "each_stage":
-        rescored = rescored_stages(slices, num_rows, pacing.order, curriculum.pacing)
     stages = [
         Stage(
             index=index,
@@ -59,7 +63,6 @@ def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int
             lr_num_steps=0,
             order=pacing.order,
             min_epochs=curriculum.plateau.min_epochs if curriculum.advance == "plateau" else None,
-            rescore=rescored[index],
         )
         for index, (first, end) in enumerate(slices)
     ]

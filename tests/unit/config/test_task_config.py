@@ -9,10 +9,13 @@ import pytest
 from pocl_ray.config import Config
 
 
+TEXT: dict[str, Any] = {"train": {"path": "x.jsonl"}, "holdout_rows": 1, "task": "text", "max_tokens": 64}
+
+
 def text_config(**changes: Any) -> Config:
     tree: dict[str, Any] = {
         "name": "x",
-        "data": {"train": {"path": "x.jsonl"}, "holdout_rows": 1, "task": "text", "max_tokens": 64},
+        "data": TEXT,
         "teacher": {"path": "t"},
         "student": {"path": "s"},
         "difficulty": {"signals": ["ce_loss", "teacher_ce_loss"]},
@@ -30,6 +33,7 @@ def test_plain_text_needs_no_room_for_a_prompt() -> None:
     [
         ({"difficulty": {}}, "difficulty.signals: .* no prompts to answer, so there is no rouge_l; give others"),
         ({"difficulty": {"signals": ["prompt_tokens"]}}, "there is no num_prompt_tokens"),
+        ({"data": {**TEXT, "responses": "teacher"}}, "data.responses: .* so the teacher cannot write responses"),
         ({"curriculum": {"advance": "plateau"}}, "curriculum.plateau.metric: .* set it to kd_loss or ce_loss"),
         ({"tune": {"space": {"train.learning_rate": {"choice": [1e-3]}}}}, "tune.objectives: .* there is no rouge_l"),
     ],
