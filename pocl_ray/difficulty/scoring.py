@@ -62,24 +62,21 @@ def score_rows(
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
+        rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds, see `ScoringTask`.
-        difficulty: How answers are generated, and how much is computed at once.
-        scaling: Actors, and what each of them asks for.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
-        top_k: Tokens that the cache keeps of each response token; None for hidden states.
 
     Returns:
-        One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` (neither ROUGE-L nor this of plain text), numbers of tokens. And counts for the manifest.
+        One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
-    sets = [rows] if cache is None else [rows, dev_rows]
+    sets = [rows, *([dev_rows] if cache else [])]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
     pools = plan_pools(scaling, _actors(scaling, teacher), len(tasks))
     task = ScoringTask(
@@ -101,11 +98,15 @@ def score_rows(
     )
     results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
     by_set = {made.name: _of_set(results, made) for made in sets}
-    for made in sets if cache is not None else ():
+    for made in sets if cache else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    table = by_set[rows.name]
-    unanswered = ["rouge_l", ANSWER_STOPPED] if table[ANSWER_STOPPED].null_count == table.num_rows else []
-    return (table := table.drop_columns([SET, SHARD, *unanswered])), _counts(table, sets)
+    return (table := _signals(by_set[rows.name])), _counts(table, sets)
+
+
+def _signals(results: pa.Table) -> pa.Table:
+    """The results without what only says where they lie, and without columns that plain text leaves empty."""
+    unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
+    return results.drop_columns([SET, SHARD, *unanswered])
 
 
 def cache_teacher(
