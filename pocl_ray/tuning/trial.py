@@ -24,7 +24,6 @@ from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.trainer import train_watched
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
 from pocl_ray.tuning.records import TRIALS, TrialRecord, figures_of, read_record
@@ -240,7 +239,7 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(ranked.select([RANK]), path)
+        pq.write_table(ranked, path)
         shared.run_dir.publish(path, task.scores)
 
 

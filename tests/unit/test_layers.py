@@ -30,7 +30,7 @@ LAYERS = (
     },
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation", "responses"},
-    {"inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
+    {"inputs", "teacher_use", "integrations", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
