@@ -9,6 +9,8 @@ from pocl_ray.config import Config
 from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
 
+LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
+
 
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
     """Return all that the ranking depends on, given the fingerprint of the signals."""
@@ -27,7 +29,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         student,
         [stage.to_json() for stage in stages],
         train,
-        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
+        config.distill.model_dump(mode="json", include=LOSS_KEYS),
         config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,

@@ -21,12 +21,13 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 
 OnCheckpoint = Callable[[Progress, Path | None], None]
@@ -65,7 +66,8 @@ class TrainingLoop:
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.divergence = resolve_divergence(task.distill, engine.device)
+        self.token_weight = TokenWeight.of(task.distill)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -127,7 +129,9 @@ class TrainingLoop:
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
-        settings = StepSettings(stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence)
+        settings = StepSettings(
+            stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence, self.token_weight
+        )
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
         progress.num_samples += batch.num_rows
         progress.step += 1
