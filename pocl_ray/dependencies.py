@@ -12,18 +12,6 @@ from pocl_ray.records import Stage
 LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 
 
-def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether training through these stages reads the teacher: for its loss, or a dev figure it watches."""
-    watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
-    return watches or any(stage.uses_teacher for stage in stages)
-
-
-def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
-    has_control = config.control is not None and config.control.kd_ratio > 0
-    return has_control or config.tune is not None or reads_teacher(config, stages)
-
-
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
     """Return all that the ranking depends on, given the fingerprint of the signals."""
     settings = config.difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})

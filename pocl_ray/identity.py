@@ -35,6 +35,7 @@ NEUTRAL = (
     "report",
     "tune",
     "distill.chunk_mib",
+    "teacher.sharded",
     "distill.kernel",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",

@@ -23,6 +23,7 @@ from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.plateau import hand_off_figure, has_converged
+from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
@@ -45,6 +46,7 @@ class TrainingLoop:
         orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
+        rescorer: Rescorer | None = None,
     ) -> None:
         """Set the loop up.
 
@@ -57,8 +59,10 @@ class TrainingLoop:
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
             on_step: Called on every worker with each logged record.
+            rescorer: Ranks the rows anew before the stages that say so.
         """
-        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, orders
+        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
+        self.rescorer = rescorer
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
@@ -74,11 +78,15 @@ class TrainingLoop:
         self.state.set_loss_scaler(progress.loss_scaler)
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
+        if self.rescorer is not None:
+            self.orders["rank"] = shared_order(source, len(self.orders["rank"]), self.engine.device)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""
         try:
             if self.progress.step == 0 and self.progress.num_samples == 0:
+                if self.rescorer is not None:
+                    self.rescorer.clear()
                 self._evaluate()
                 self._reset_best()
             for stage in self.task.stages[self.progress.stage :]:
@@ -90,6 +98,9 @@ class TrainingLoop:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
+        if progress.num_samples == 0 and stage.rescore:
+            assert self.rescorer is not None, "the task says how rows are ranked anew"
+            self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
@@ -185,6 +196,8 @@ class TrainingLoop:
         if directory is not None:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
+            if self.rescorer is not None:
+                write_order(self.orders["rank"], directory)
             write_progress(self.progress, directory)
         self.on_checkpoint(self.progress, directory)
 

@@ -14,6 +14,7 @@ from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
+from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import load_teachers, teachers_of
@@ -58,7 +59,12 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
     )
-    return TrainingLoop(task, engine, feed, dev, _orders(task, len(stores[0])), on_checkpoint, on_step)
+    rescorer = None
+    if task.rescoring is not None:
+        head_of_first = teachers[0].head if teachers else None
+        rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, dev.inference_model, head_of_first)
+    orders = _orders(task, len(stores[0]))
+    return TrainingLoop(task, engine, feed, dev, orders, on_checkpoint, on_step, rescorer)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:

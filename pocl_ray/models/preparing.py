@@ -33,7 +33,10 @@ def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
     if path is not None:
         return ref
     ref = replace(ref, revision=config.revision)
-    if not isinstance(config, TeacherConfig) or config.adapter is None:
+    if not isinstance(config, TeacherConfig):
+        return ref
+    ref = replace(ref, quantization=config.quantization)
+    if config.adapter is None:
         return ref
     return replace(ref, adapter=_absolute(config.adapter), adapter_revision=config.adapter_revision)
 
