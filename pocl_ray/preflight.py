@@ -52,8 +52,8 @@ def _check_rescoring(config: Config) -> None:
     if compares and config.distill.teacher_cache == "topk":
         raise ConfigError(
             "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
-            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, or "
-            "leave teacher_student_kl and plug-ins out of difficulty.signals"
+            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, "
+            "or leave teacher_student_kl and plug-ins out of difficulty.signals"
         )
 
 

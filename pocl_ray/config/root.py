@@ -124,7 +124,9 @@ class Config(Section):
                     "give others, such as [ce_loss, teacher_ce_loss]"
                 )
         if self.data.responses == "teacher":
-            raise ValueError(f"data.responses: {no_prompts}, so the teacher cannot write responses; set it to reference")
+            raise ValueError(
+                f"data.responses: {no_prompts}, so the teacher cannot write responses; set it to reference"
+            )
         if self.curriculum.advance == "plateau" and self.curriculum.plateau.metric == "rouge_l":
             raise ValueError(f"curriculum.plateau.metric: {no_prompts}; set it to kd_loss or ce_loss")
         for objective in () if self.tune is None else self.tune.objectives:

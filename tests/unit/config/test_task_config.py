@@ -8,7 +8,6 @@ import pytest
 
 from pocl_ray.config import Config
 
-
 TEXT: dict[str, Any] = {"train": {"path": "x.jsonl"}, "holdout_rows": 1, "task": "text", "max_tokens": 64}
 
 
