@@ -88,7 +88,7 @@ class Shared:
 
 
 class DivergedError(Exception):
-    """The training loss of a trial is not finite any more."""
+    """Loss, gradients or dev figures of a trial are not finite any more."""
 
 
 class _StoppedError(Exception):
@@ -188,9 +188,8 @@ class TrialRun:
                 raise _StoppedError
             if self.record.start_s is None and standing.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
-            loss = standing.train.get("train/loss", 0.0)
-            if not math.isfinite(loss):
-                raise DivergedError(f"the training loss is {loss} at step {standing.step}")
+            self._check_finite(standing)
+            self.record.node = standing.node
             for end in range(num_seen + 1, len(standing.evaluations) + 1):
                 if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
                     self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
@@ -206,6 +205,15 @@ class TrialRun:
             return
         except Exception as error:
             self.queue.put(error)
+
+    def _check_finite(self, standing: Standing) -> None:
+        """End a run that has diverged; gradients that overflow are part of how fp16 finds its loss scale."""
+        names = {"train/loss": "training loss"}
+        if self.task.train.precision != "fp16":
+            names["train/grad_norm"] = "gradient norm"
+        for key, name in names.items():
+            if not math.isfinite(value := standing.train.get(key, 0.0)):
+                raise DivergedError(f"the {name} is {value} at step {standing.step}")
 
     def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
         last = evaluations[-1]
