@@ -36,6 +36,7 @@ NEUTRAL = (
     "tune",
     "distill.chunk_mib",
     "teacher.sharded",
+    "distill.kernel",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",
     "train.zero_stage",

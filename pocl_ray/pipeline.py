@@ -21,12 +21,7 @@ from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.dependencies import (
-    any_training_reads_teacher,
-    distill_dependencies,
-    ranking_dependencies,
-    reads_teacher,
-)
+from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.scoring import cache_teacher, score_rows
 from pocl_ray.distill.planning import cache_folder, curriculum_task
@@ -46,6 +41,7 @@ from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
+from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
 

@@ -15,8 +15,9 @@ from pocl_ray.data.preparing import data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.models.quantization import check_int8
@@ -36,9 +37,10 @@ def check_inputs(config: Config) -> None:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
-    check_curriculum(config.curriculum)
-    resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
+    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
+    resolve_divergence(config.distill)
     deepspeed_config(config.train, config.scaling.num_workers)
+    _check_rescoring(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
     for key, teacher in _teachers(config):
@@ -46,7 +48,17 @@ def check_inputs(config: Config) -> None:
             check_int8(key)
     for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
-    check_adapters(config.teacher, config.student)
+    check_adapters(config.teacher, config.student, *config.other_teachers)
+
+
+def _check_rescoring(config: Config) -> None:
+    compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
+    if compares and config.distill.teacher_cache == "topk":
+        raise ConfigError(
+            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
+            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, "
+            "or leave teacher_student_kl and plug-ins out of difficulty.signals"
+        )
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:

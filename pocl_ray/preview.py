@@ -11,10 +11,10 @@ from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.dependencies import any_training_reads_teacher
 from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+from pocl_ray.teacher_use import any_training_reads_teacher
 
 
 def print_plan(config: Config, num_rows: int | None) -> None:
@@ -37,6 +37,9 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    rescored = [str(stage.index) for stage in stages if stage.rescore]
+    if rescored:
+        console.print(f"rows are ranked anew, by the student as it then is, before stage {', '.join(rescored)}")
     if config.data.task == "text" and not prepared:
         console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:

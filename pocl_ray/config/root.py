@@ -122,6 +122,8 @@ class Config(Section):
     def _check_text(self) -> None:
         """Refuse what asks for answers to prompts where there are none."""
         no_prompts = "data.task text has no prompts to answer"
+        if self.data.responses == "teacher":
+            raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")
         for signal in ("rouge_l", "num_prompt_tokens"):
             if signal in self.difficulty.signals:
                 raise ValueError(

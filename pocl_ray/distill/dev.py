@@ -76,7 +76,7 @@ class DevEvaluator:
     def _answers(self, rows: RowStore) -> dict[str, float]:
         ids = np.arange(self.engine.rank, self.num_rows, self.engine.world_size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        model = self._inference_model()
+        model = self.inference_model()
         if len(ids):
             prompts, _ = rows.tokens(ids)
             settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
@@ -89,7 +89,7 @@ class DevEvaluator:
         rouge_l, exact_match = (sums / self.num_rows).tolist()
         return {"eval/dev/rouge_l": rouge_l, "eval/dev/exact_match": exact_match}
 
-    def _inference_model(self) -> PreTrainedModel:
+    def inference_model(self) -> PreTrainedModel:
         """Return a model to generate with: the student itself, or under ZeRO-3 a whole copy of it.
 
         A partitioned student would gather every weight for every token; the copy is filled once an evaluation.

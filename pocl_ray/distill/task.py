@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -30,6 +30,21 @@ class TeacherTask:
     weight: float = 1.0
     stages: tuple[int, ...] | None = None
     sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How the rows are ranked anew between stages.
+
+    Attributes:
+        difficulty: The signals, how they are fused, and how answers are generated.
+        seed: Of the answers, and of ties.
+        folder: Where the tables of it go, relative to the run directory.
+    """
+
+    difficulty: DifficultyConfig
+    seed: int
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class TrainTask:
         teacher_sharded: Whether it is split over the workers, where it runs live.
         other_teachers: Further teachers.
         lora: Adapters that are trained in place of the student's weights; None to train these.
+        rescoring: How rows are ranked anew before the stages that say so; None where none does.
     """
 
     name: str
@@ -99,6 +115,7 @@ class TrainTask:
     teacher_sharded: bool = False
     other_teachers: tuple[TeacherTask, ...] = ()
     lora: LoraConfig | None = None
+    rescoring: Rescoring | None = None
 
     @property
     def teachers(self) -> tuple[TeacherTask, ...]:
