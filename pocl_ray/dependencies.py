@@ -31,6 +31,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
+        *([config.rollout.model_dump(mode="json")] if config.rollout.is_on else []),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
+from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -78,6 +79,7 @@ class Config(Section):
     difficulty: DifficultyConfig = DifficultyConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     distill: DistillConfig = DistillConfig()
+    rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     control: ControlConfig | None = Field(default=None, description="also train plain KD, as a control")
     scaling: ScalingConfig = ScalingConfig()
@@ -93,7 +95,23 @@ class Config(Section):
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
+        if self.rollout.is_on:
+            self._check_rollouts()
         return self
+
+    def _check_rollouts(self) -> None:
+        if self.distill.teacher_cache != "none":
+            raise ValueError(
+                f"rollout.mode {self.rollout.mode} writes responses that no teacher cache can hold; set "
+                "distill.teacher_cache to none, which runs the teacher live"
+            )
+        if self.rollout.mode == "adaptive" and self.rollout.buffer_rows < self.train.global_batch_rows:
+            raise ValueError(
+                f"rollout.buffer_rows ({self.rollout.buffer_rows}) must be at least train.global_batch_rows "
+                f"({self.train.global_batch_rows}): a step is drawn from the buffer as a whole"
+            )
+        if self.rollout.backend == "vllm" and self.scaling.use_gpu is False:
+            raise ValueError("rollout.backend vllm runs on GPUs; set it to transformers, or scaling.use_gpu to true")
 
     def _check_training(self, key: str, train: TrainConfig) -> None:
         if train.global_batch_rows % self.scaling.num_workers:

@@ -9,7 +9,7 @@ cut changes nothing but the padding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class MicroBatch:
         response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
         targets_N: These next tokens.
         teacher_hidden_NK: The teacher's final hidden states at the same positions; None without a teacher.
+        is_rollout: Whether the student wrote the responses.
     """
 
     input_ids_BT: torch.Tensor
@@ -36,16 +37,18 @@ class MicroBatch:
     response_index_N: torch.Tensor
     targets_N: torch.Tensor
     teacher_hidden_NK: torch.Tensor | None = None
+    is_rollout: bool = False
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""
         hidden = self.teacher_hidden_NK
-        return MicroBatch(
-            self.input_ids_BT.to(device, non_blocking=True),
-            self.attention_mask_BT.to(device, non_blocking=True),
-            self.response_index_N.to(device, non_blocking=True),
-            self.targets_N.to(device, non_blocking=True),
-            None if hidden is None else hidden.to(device, non_blocking=True),
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
+            attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=True),
+            response_index_N=self.response_index_N.to(device, non_blocking=True),
+            targets_N=self.targets_N.to(device, non_blocking=True),
+            teacher_hidden_NK=None if hidden is None else hidden.to(device, non_blocking=True),
         )
 
     @property

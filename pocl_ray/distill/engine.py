@@ -45,20 +45,25 @@ class StepLosses:
     num_response_tokens: int
 
 
-def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> int:
     """Return the micro-batches that each worker runs for one optimizer step."""
-    return math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
+    return responses_per_row * math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
 
 
-def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> dict[str, Any]:
     """Return the DeepSpeed configuration, the user's own merged in.
+
+    Args:
+        train: The section of the config.
+        world_size: Number of workers.
+        responses_per_row: How often a row of the global batch is trained on in one step; 2 with rollouts beside data.
 
     Raises:
         ConfigError: The user's config sets a key that `train` decides to another value.
     """
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation_steps(train, world_size),
+        "gradient_accumulation_steps": accumulation_steps(train, world_size, responses_per_row),
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.precision == "bf16"},
@@ -125,7 +130,14 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
 class Engine:
     """A DistillationModule inside a DeepSpeed engine."""
 
-    def __init__(self, module: DistillationModule, train: TrainConfig, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self,
+        module: DistillationModule,
+        train: TrainConfig,
+        device: torch.device,
+        timeout_s: float,
+        responses_per_row: int = 1,
+    ) -> None:
         """Wrap the module; collective, so every worker calls it.
 
         Args:
@@ -133,6 +145,7 @@ class Engine:
             train: Precision, ZeRO stage, batch and optimizer.
             device: Where this worker computes.
             timeout_s: After so long a collective operation with a dead peer fails.
+            responses_per_row: How often a row of the global batch is trained on in one step.
         """
         deepspeed = import_deepspeed(device)
         check_precision(train.precision, deepspeed.get_accelerator())
@@ -147,11 +160,11 @@ class Engine:
             eps=train.eps,
             fused=True,
         )
-        config = deepspeed_config(train, self.world_size)
+        config = deepspeed_config(train, self.world_size, responses_per_row)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.accumulation = accumulation_steps(train, self.world_size)
+        self.accumulation = accumulation_steps(train, self.world_size, responses_per_row)
         _set_timeout_of_all_groups(timeout_s)
 
     @property

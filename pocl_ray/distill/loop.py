@@ -21,8 +21,9 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.losses import divergences
 from pocl_ray.distill.plateau import has_converged
+from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
@@ -41,6 +42,7 @@ class TrainingLoop:
         engine: Engine,
         feed: Feed,
         dev: DevEvaluator,
+        rollouts: Rollouts,
         orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
@@ -52,16 +54,18 @@ class TrainingLoop:
             engine: The student.
             feed: The training rows.
             dev: Dev figures.
+            rollouts: Responses of the student's own.
             orders: Row ids in each order that a stage may be a slice of.
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
             on_step: Called on every worker with each logged record.
         """
         self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, orders
+        self.rollouts = rollouts
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -70,6 +74,7 @@ class TrainingLoop:
         self.progress = progress
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
+        self.rollouts.restore(progress.rollout, source)
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
 
@@ -91,7 +96,7 @@ class TrainingLoop:
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
-        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step)) as batches:
+        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, self._respond)) as batches:
             while not self._is_over(stage, step):
                 batch = next(batches)
                 self._step(stage, step, batch, started)
@@ -116,19 +121,36 @@ class TrainingLoop:
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
-        settings = StepSettings(stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence)
+        settings = self._settings(stage, step)
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
         progress.num_samples += batch.num_rows
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
-        self._log(stage, settings, losses, lr, time.monotonic() - started)
+        self._log(stage, settings, losses, lr, self.rollouts.figures(batch), time.monotonic() - started)
+
+    def _respond(self, batch: GlobalBatch) -> GlobalBatch:
+        return self.rollouts.respond(batch, self.progress.step)
+
+    def _settings(self, stage: Stage, step: int) -> StepSettings:
+        temperature, kd_ratio = stage.kd_temperature_at(step), stage.kd_ratio_at(step)
+        own = self.task.rollout.kd_ratio
+        on_rollouts = StepSettings(temperature, kd_ratio if own is None else own, self.rollout_divergence)
+        return StepSettings(temperature, kd_ratio, self.divergence, on_rollouts)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
         sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _log(self, stage: Stage, settings: StepSettings, losses: StepLosses, lr: float, seconds: float) -> None:
+    def _log(
+        self,
+        stage: Stage,
+        settings: StepSettings,
+        losses: StepLosses,
+        lr: float,
+        rollout: dict[str, Any],
+        seconds: float,
+    ) -> None:
         figures = asdict(losses)
         num_tokens = figures.pop("num_response_tokens")
         record = {
@@ -138,6 +160,7 @@ class TrainingLoop:
             "curriculum/stage": stage.index,
             "curriculum/kd_temperature": settings.kd_temperature,
             "curriculum/kd_ratio": settings.kd_ratio,
+            **rollout,
             "num_response_tokens": num_tokens,
             "step_s": round(seconds, 4),
         }
@@ -157,6 +180,7 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()
+        self.rollouts.observe(figures)
         progress = self.progress
         position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
         record = {**position, **figures}
@@ -176,11 +200,13 @@ class TrainingLoop:
         """Write a checkpoint. At the end of a stage it is taken before the hand-off, which a resumed run repeats."""
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
+        self.progress.rollout = self.rollouts.state()
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
         write_state(self.state, KINDS, (directory or self._scratch) / STATE)
         if directory is not None:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
+            self.rollouts.write(directory)
             write_progress(self.progress, directory)
         self.on_checkpoint(self.progress, directory)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocl_ray.config import DistillConfig, RolloutConfig
 from pocl_ray.distill import plugins
 from pocl_ray.errors import ConfigError
 
@@ -269,6 +270,14 @@ def resolve_loss(
         raise ConfigError(f"loss '{name}' is unknown; {_nearest(name, [*LOSSES, *installed])}")
     scaled = loss.scale_by_t_squared if scale_by_t_squared is None else scale_by_t_squared
     return ResolvedLoss(name, loss.function, params, scaled)
+
+
+def divergences(distill: DistillConfig, rollout: RolloutConfig) -> tuple[ResolvedLoss, ResolvedLoss]:
+    """Return the divergence on the rows' responses and that on rollouts; see `resolve_loss` for what it raises."""
+    on_data = resolve_loss(distill.loss, distill.loss_args, distill.scale_by_t_squared)
+    if rollout.loss is None:
+        return on_data, on_data
+    return on_data, resolve_loss(rollout.loss, rollout.loss_args, distill.scale_by_t_squared)
 
 
 def _check_params(name: str, params: Mapping[str, Any], known: Mapping[str, Range]) -> None:

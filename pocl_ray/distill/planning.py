@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pocl_ray.config import Config
+from pocl_ray.config import Config, RolloutConfig
 from pocl_ray.curriculum.schedule import plan_sft
 from pocl_ray.data.preparing import Rows
 from pocl_ray.distill.task import TrainTask
@@ -43,6 +43,7 @@ def curriculum_task(
         scores="scores.parquet",
         train=config.train,
         distill=config.distill,
+        rollout=config.rollout,
         hand_off=config.curriculum.hand_off,
         plateau=config.curriculum.plateau,
         dev_generation=config.evaluation.dev_generation,
@@ -91,6 +92,7 @@ def sft_task(
         teacher_cache=None,
         scores=None,
         train=train,
+        rollout=RolloutConfig(),
         seed=config.seed,
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",

@@ -14,10 +14,14 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
 from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.writers import TransformersWriter, VllmWriter, Writer
+from pocl_ray.evaluation.generation import stop_ids_of
 from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights, check_split
 from pocl_ray.models.hidden_cache import HiddenCache
@@ -44,7 +48,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     if task.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
-    engine = Engine(module, train, device, task.collective_timeout_s)
+    engine = Engine(module, train, device, task.collective_timeout_s, 2 if task.rollout.beside_data else 1)
     engine.module.attach_teacher_head(head)
     stores = [RowStore.open(task.run_dir.local(made.path)) for made in (task.rows, task.dev_rows)]
     pad_id = tokenizer.pad_token_id
@@ -55,15 +59,33 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     )
     divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teacher is not None else 0.0, divergence)
+    copy = InferenceStudent(engine)
     dev = DevEvaluator(
-        engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
+        engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
     )
-    return TrainingLoop(task, engine, feed, dev, _orders(task, len(stores[0])), on_checkpoint, on_step)
+    rollouts = Rollouts(
+        task.rollout,
+        engine,
+        _writer(task, copy, stop_ids_of(student, tokenizer)),
+        stores[0],
+        pad_id,
+        task.max_tokens,
+        task.seed,
+        task.num_steps,
+    )
+    return TrainingLoop(task, engine, feed, dev, rollouts, _orders(task, len(stores[0])), on_checkpoint, on_step)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:
     """Return a reference whose path is on this node."""
     return ModelRef(**{**asdict(ref), "path": localize(ref.path)})
+
+
+def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> Writer:
+    if task.rollout.backend == "vllm":
+        directory = local_ref(task.student).path
+        return VllmWriter(task.rollout, student, stop_ids, task.seed, directory, task.max_tokens)
+    return TransformersWriter(task.rollout, student, stop_ids, task.seed)
 
 
 def _teacher(task: TrainTask, device: torch.device) -> tuple[HeadWeights | None, LiveTeacher | None]:

@@ -22,11 +22,19 @@ from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a stage sets: the divergence (of `resolve_loss`), its temperature and its weight in the loss."""
+    """What a stage sets: the divergence (of `resolve_loss`), its temperature and its weight in the loss.
+
+    `on_rollouts` takes its place for micro-batches whose responses the student wrote.
+    """
 
     kd_temperature: float
     kd_ratio: float
     kd: KdFunction | None = None
+    on_rollouts: StepSettings | None = None
+
+    def of(self, batch: MicroBatch) -> StepSettings:
+        """Return what holds for a micro-batch."""
+        return self.on_rollouts if batch.is_rollout and self.on_rollouts is not None else self
 
 
 class LossHead(nn.Module):
@@ -98,6 +106,7 @@ class DistillationModule(nn.Module):
             (sum of (1 - kd_ratio) ce + kd_ratio kd, sum of ce, sum of kd), float32 scalars; the first carries the
             gradient. With kd_ratio 0 the teacher is left alone and the third is 0.
         """
+        settings = settings.of(batch)
         return self.loss_head(
             self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
         )
