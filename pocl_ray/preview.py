@@ -39,6 +39,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
     console.print(_cache_line(config, prepared))
+    if config.rollout.is_on:
+        console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:

@@ -206,9 +206,12 @@ def _roomy_cache(model: PreTrainedModel, longest: int) -> DynamicCache:
 def _chooser(temperature: float, top_p: float) -> Choose:
     if temperature == 0:
         return lambda logits_BV, _: logits_BV.argmax(-1)
-    if top_p < 1:
-        return lambda logits_BV, uniform_B: _draw_nucleus(logits_BV.float() / temperature, uniform_B, top_p)
-    return lambda logits_BV, uniform_B: draw(logits_BV.float() / temperature, uniform_B)
+
+    def choose(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        scaled_BV = logits_BV.float() if temperature == 1 else logits_BV.float() / temperature
+        return draw(scaled_BV, uniform_B) if top_p == 1 else _draw_nucleus(scaled_BV, uniform_B, top_p)
+
+    return choose
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -230,7 +233,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     place_B = _first_above(weight_BW.cumsum(-1), target_B - before_B)
     # Rounding may let the target pass the block's end: then its last token of any weight is meant.
     last_B = _BLOCK - 1 - (weight_BW > 0).flip(-1).int().argmax(-1)
-    return block_B * _BLOCK + torch.minimum(place_B, last_B)
+    # Within the vocabulary even for logits that are no numbers: the loss tells of those, an index error would not.
+    return (block_B * _BLOCK + torch.minimum(place_B, last_B)).clamp_(max=logits_BV.shape[-1] - 1)
 
 
 def _draw_nucleus(logits_BV: Tensor, uniform_B: Tensor, top_p: float) -> Tensor:

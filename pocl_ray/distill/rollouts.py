@@ -64,7 +64,8 @@ class Rollouts:
         """
         self.config, self.engine, self.writer, self.rows = config, engine, writer, rows
         self.max_tokens, self.seed, self.num_steps = max_tokens, seed, num_steps
-        self.pad_id = pad_id
+        self.pad_id, self.stop_ids = pad_id, set(writer.stop_ids)
+        self._unstopped_share = 0.0
         self.schedule = AdaptiveSchedule(config.threshold_start, None, config.threshold_rise, config.loss_rise)
         self.buffer = ReplayBuffer(config.buffer_rows)
 
@@ -100,6 +101,8 @@ class Rollouts:
         if not self.config.is_on:
             return {}
         known: dict[str, Any] = {"rollout/source": batch.source}
+        if batch.source == "student":
+            known["rollout/unstopped_share"] = self._unstopped_share
         if self.config.mode == "adaptive":
             known |= {"rollout/phi": self.schedule.phi, "rollout/buffer_rows": len(self.buffer)}
         return known
@@ -141,7 +144,9 @@ class Rollouts:
         limits = limits_of([len(prompt) for prompt in prompts], self.max_tokens, self.config.max_new_tokens)
         written = self.writer.write(mine.tolist(), prompts, limits, step)
         parts = gather_responses(written, self.engine.device)
-        return by_length, [parts[place % len(parts)][place // len(parts)] for place in range(len(by_length))]
+        responses = [parts[place % len(parts)][place // len(parts)] for place in range(len(by_length))]
+        self._unstopped_share = sum(int(response[-1]) not in self.stop_ids for response in responses) / len(responses)
+        return by_length, responses
 
     def _micro_batches(self, ids: np.ndarray, responses: list[np.ndarray]) -> list[MicroBatch]:
         """Deal rollouts to the workers and collate this one's, as the feed does with rows."""

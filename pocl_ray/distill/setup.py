@@ -63,16 +63,8 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
     )
-    rollouts = Rollouts(
-        task.rollout,
-        engine,
-        _writer(task, copy, stop_ids_of(student, tokenizer)),
-        stores[0],
-        pad_id,
-        task.max_tokens,
-        task.seed,
-        task.num_steps,
-    )
+    writer = _writer(task, copy, stop_ids_of(student, tokenizer))
+    rollouts = Rollouts(task.rollout, engine, writer, stores[0], pad_id, task.max_tokens, task.seed, task.num_steps)
     return TrainingLoop(task, engine, feed, dev, rollouts, _orders(task, len(stores[0])), on_checkpoint, on_step)
 
 

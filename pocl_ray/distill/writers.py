@@ -23,7 +23,13 @@ from pocl_ray.evaluation.generation import Tokens
 
 
 class Writer(Protocol):
-    """Writes responses with the student as it stands."""
+    """Writes responses with the student as it stands.
+
+    Attributes:
+        stop_ids: Tokens that end a response.
+    """
+
+    stop_ids: Sequence[int]
 
     def write(
         self, ids: Sequence[int], prompts: Sequence[Tokens], limits: Sequence[int], step: int

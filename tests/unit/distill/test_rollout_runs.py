@@ -61,8 +61,12 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
 
 RESUMED_ALONE = [("on", WITHIN_EPOCH), ("mixed", SECOND_STAGE), ("adaptive", WITHIN_EPOCH), ("beside", SECOND_STAGE)]
-PAIRS = ["on", "on_zero_3", "adaptive", "adaptive_zero_3", "beside"]
-RESUMED_IN_PAIRS = [("adaptive", SECOND_STAGE), ("adaptive_zero_3", WITHIN_EPOCH)]
+PAIRS = ["on", "on_zero_3", "adaptive", "adaptive_zero_3", "beside", "distillm"]
+RESUMED_IN_PAIRS = [
+    ("adaptive", SECOND_STAGE),
+    ("adaptive_zero_3", WITHIN_EPOCH),
+    ("distillm", WITHIN_EPOCH),
+]  # its buffer is empty
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +162,7 @@ def test_rollouts_take_the_place_of_the_rows_responses(alone: Runs) -> None:
     assert all(8 <= count <= 8 * 10 for count in written)
     assert written != given
     assert all("rollout/source" not in step for step in steps_of(alone["off"]))
+    assert all(0.0 <= step["rollout/unstopped_share"] <= 1.0 for step in steps_of(alone["on"]))
 
 
 def test_beside_data_a_step_is_on_both_at_once(alone: Runs) -> None:
