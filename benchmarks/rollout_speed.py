@@ -1,6 +1,6 @@
 """Tokens a second of a rollout: ours against TRL's on-policy GKDTrainer, alternately, on the same prompts and lengths.
 
-    python benchmarks/rollout_speed.py [--student DIR] [--rows 16] [--micro-batch 4] [--new-tokens 64] [--rounds 3]
+    python benchmarks/rollout_speed.py [--student DIR] [--rows 32] [--micro-batch 8] [--new-tokens 64] [--rounds 3]
 
 Both sides write the responses of one optimizer step with the same weights, in float32, sampled at temperature 1 from
 the whole vocabulary; no token ends a response early. TRL generates for one micro-batch after the other, as its
@@ -126,8 +126,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="directory of a model to cut layers from; default: random weights")
     parser.add_argument("--student-layers", type=int, default=6)
-    parser.add_argument("--rows", type=int, default=16, help="rows of an optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="TRL's per_device_train_batch_size")
+    parser.add_argument("--rows", type=int, default=32, help="rows of an optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-default", action="store_true", help="leave out TRL's slow default")

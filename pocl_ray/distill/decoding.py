@@ -1,8 +1,8 @@
 """Sampled responses of a causal language model, for training: every token counts once, and nothing is computed twice.
 
-Rows of similar prompt length share a batch, padded on the left. Its key-value cache has room for more tokens than it
-holds, so a token is written in place instead of copying all before it; a row that has ended leaves the batch. Only the
-last position goes through the LM head.
+Rows of a batch are padded on the left. Their prompts are read in groups of similar length, as padding would otherwise
+cost more than the prompts. The key-value cache has room for more tokens than it holds, so a token is written in place
+instead of copying all before it; a row that has ended leaves the batch. Only the last position goes through the LM head.
 
 A row's draws are given from outside, one number in [0, 1) a token, and the token is where the cumulative distribution
 passes it. So what a row draws depends neither on the rows it shares a batch with nor on the number of workers.
@@ -30,6 +30,7 @@ _BLOCK = 256  # of the vocabulary: a draw finds its block first, then its place 
 _GPU_TOKENS_BETWEEN_LOOKS = 8  # looking whether rows have ended makes the device wait for the host
 # Leaving copies the cache once: worth it when a good part of the batch goes.
 _LEAVING_SHARE = 0.125
+_PADDING_SHARE = 0.2  # of the tokens of a group of prompts, at most
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 
@@ -89,9 +90,9 @@ class _Batch:
         self.written: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
         self.rows = np.arange(len(prompts))
         longest = max(limits)
-        self.ids_BT, mask_BT = pad_left(
-            [np.asarray(p, np.int64) for p in prompts], 0, self.device
-        )  # masked: any token will do
+        self.groups = groups_of([len(prompt) for prompt in prompts])
+        padded = [np.asarray(prompt, np.int64) for prompt in prompts]
+        self.ids_BT, mask_BT = pad_left(padded, 0, self.device)  # masked, so any token will do for padding
         self.num_prompt = self.ids_BT.shape[1]
         self.mask_BT = torch.nn.functional.pad(mask_BT, (0, longest), value=1)
         self.new_BT = torch.zeros(len(prompts), longest, dtype=torch.int64, device=self.device)
@@ -103,27 +104,48 @@ class _Batch:
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.device)
         self.length_B = self.limit_B.clone()  # of the response, once that is known
         self.ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        self.cache = _roomy_cache(model, longest)
+        self.new_cache = lambda: DynamicCache(config=model.config)
+        self.cache = _roomy(self.new_cache(), longest)
 
     def run(self, choose: Choose) -> list[np.ndarray]:
         look_every = 1 if self.device.type == "cpu" else _GPU_TOKENS_BETWEEN_LOOKS
-        hidden_BH = self._forward(self.ids_BT, 0)
+        hidden_BH = self._read_prompts()
         for step in range(self.new_BT.shape[1]):
             token_B = choose(self.parts.logits(hidden_BH), self.uniform_BT[:, step])
             self._take(token_B, step)
             if (step + 1) % look_every == 0 and self._all_left(step):
                 break
             if step + 1 < self.new_BT.shape[1]:
-                hidden_BH = self._forward(self.new_BT[:, step : step + 1], self.num_prompt + step)
+                mask_BT = self.mask_BT[:, : self.num_prompt + step + 1]
+                hidden_BH = self._forward(self.new_BT[:, step : step + 1], mask_BT, self.cache)
         self._leave(torch.ones_like(self.ended_B))
         return self.written
 
-    def _forward(self, ids_BT: Tensor, num_before: int) -> Tensor:
-        """Run the tokens that follow `num_before` known ones; return the last hidden state, shape (B, H)."""
-        mask_BT = self.mask_BT[:, : num_before + ids_BT.shape[1]]
-        arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": self.cache}
+    def _read_prompts(self) -> Tensor:
+        """Fill the cache with the prompts; return the hidden states that the first tokens follow from, shape (B, H)."""
+        if len(self.groups) == 1 or not all(isinstance(layer, _RoomyLayer) for layer in self.cache.layers):
+            return self._forward(self.ids_BT, self.mask_BT[:, : self.num_prompt], self.cache)
+        caches, hidden = [], []
+        for rows, width in self.groups:
+            part = (rows, slice(self.num_prompt - width, self.num_prompt))
+            caches.append(self.new_cache())
+            hidden.append(self._forward(self.ids_BT[part], self.mask_BT[part], caches[-1]))
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = (
+                torch.cat([self._padded(getattr(cache.layers[index], name)) for cache in caches])
+                for name in ("keys", "values")
+            )
+            layer.update(keys, values)
+        return torch.cat(hidden)
+
+    def _padded(self, states: Tensor) -> Tensor:
+        return torch.nn.functional.pad(states, (0, 0, self.num_prompt - states.shape[-2], 0))
+
+    def _forward(self, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> Tensor:
+        """Run the tokens that follow those in the cache; return the last hidden state, shape (B, H)."""
+        arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache}
         if self.takes_positions:
-            arguments["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, num_before:]
+            arguments["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         return self.parts.body(**arguments, use_cache=True).last_hidden_state[:, -1]
 
     def _take(self, token_B: Tensor, step: int) -> None:
@@ -194,12 +216,24 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
 
-def _roomy_cache(model: PreTrainedModel, longest: int) -> DynamicCache:
-    """The model's own kind of cache, whose plain layers have room for a whole response."""
-    cache = DynamicCache(config=model.config)
+def groups_of(lengths: Sequence[int]) -> list[tuple[slice, int]]:
+    """Cut prompts, the shortest first, into groups whose padding stays a small part; return (places, longest) of each."""
+    groups: list[tuple[slice, int]] = []
+    end = len(lengths)
+    while end > 0:
+        first, longest, num_tokens = end - 1, lengths[end - 1], lengths[end - 1]
+        while first > 0 and longest * (end - first + 1) * (1 - _PADDING_SHARE) <= num_tokens + lengths[first - 1]:
+            first -= 1
+            num_tokens += lengths[first]
+        groups.append((slice(first, end), longest))
+        end = first
+    return groups[::-1]
+
+
+def _roomy(cache: DynamicCache, longest: int) -> DynamicCache:
+    """The model's own kind of cache, whose plain layers have room for a good part of a response of `longest` tokens."""
     num_spare = min(longest, max(_CACHE_SPARE_TOKENS, longest // 2))
-    plain = [_RoomyLayer(num_spare) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    cache.layers = plain
+    cache.layers = [_RoomyLayer(num_spare) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
-from pocl_ray.distill.decoding import decode, draw
+from pocl_ray.distill.decoding import decode, draw, groups_of
 
 V, EOS = 40, 2
 WIDE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -115,9 +115,19 @@ def test_rows_that_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch) -
     counted.__signature__ = __import__("inspect").signature(original)  # type: ignore[attr-defined]
     monkeypatch.setattr(body, "forward", counted)
     found = written(model, some_prompts(), [60] * 12, batch_rows=12)
-    assert widths[0][0] == 12 and all(width[1] == 1 for width in widths[1:]), "the prompt is read once"
-    assert widths[-1][0] < 12
-    assert len(widths) == max(map(len, found)), "nothing runs on after the last row has ended"
+    reading, writing = [w for w in widths if w[1] > 1], [w for w in widths if w[1] == 1]
+    assert widths == reading + writing and sum(width[0] for width in reading) == 12, "each prompt is read once"
+    assert writing[0][0] > writing[-1][0]
+    assert len(writing) == max(map(len, found)) - 1, "nothing runs on after the last row has ended"
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 2, 40, 41, 100], list(range(1, 60, 3)), [7] * 9 + [300]])
+def test_prompts_are_read_in_groups_of_little_padding(lengths: list[int]) -> None:
+    groups = groups_of(lengths)
+    assert [place for rows, _ in groups for place in range(len(lengths))[rows]] == list(range(len(lengths)))
+    for rows, longest in groups:
+        assert longest == max(lengths[rows])
+        assert sum(lengths[rows]) >= 0.8 * longest * len(lengths[rows])
 
 
 def test_draws_have_the_models_distribution() -> None:
