@@ -10,6 +10,18 @@ from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
 
 
+def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether training through these stages reads the teacher: for its loss, or a dev figure it watches."""
+    watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
+    return watches or config.rollout.uses_teacher or any(stage.uses_teacher for stage in stages)
+
+
+def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
+    has_control = config.control is not None and config.control.kd_ratio > 0
+    return has_control or config.tune is not None or reads_teacher(config, stages)
+
+
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
     """Return all that the ranking depends on, given the fingerprint of the signals."""
     settings = config.difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
@@ -22,6 +34,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
     train = neutral_free(config)["train"]
     seed = train.pop("seed")
     return [
+        *_teaching(config, len(stages)),
         ranking,
         student,
         [stage.to_json() for stage in stages],
@@ -31,8 +44,17 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
+        *_lora(config),
         *([config.rollout.model_dump(mode="json")] if config.rollout.is_on else []),
     ]
+
+
+def _teaching(config: Config, num_stages: int) -> list[Any]:
+    """How several teachers share the loss; nothing for one alone."""
+    if not config.other_teachers:
+        return []
+    teachers = (config.teacher, *config.other_teachers)
+    return [[[teacher.weight, teacher.stages_of(num_stages)] for teacher in teachers]]
 
 
 def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
@@ -42,4 +64,10 @@ def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any
         return None
     merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
     del merged["seed"]
-    return [sft.model_dump(mode="json", exclude={"train"}), merged]
+    lora = _lora(config, exclude={"merge"}) if role == "student" else []
+    return [sft.model_dump(mode="json", exclude={"train"}), merged, *lora]
+
+
+def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:
+    lora = config.student.lora
+    return [] if lora is None else [lora.model_dump(mode="json", exclude=exclude)]

@@ -19,7 +19,7 @@ from pocl_ray.distill.losses import divergences
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.distill.writers import check_backend
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
-from pocl_ray.models.preparing import check_models, origin_fingerprint
+from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -40,10 +40,11 @@ def check_inputs(config: Config) -> None:
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
     deepspeed_config(config.train, config.scaling.num_workers, 2 if config.rollout.beside_data else 1)
-    if config.data.prompt_template != "chat":
+    if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
-    for model in (config.teacher, config.student):
+    for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
+    check_adapters(config.teacher, config.student)
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -56,12 +57,14 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
 
     Raises:
         ConfigError: Fewer rows than a global batch holds.
-        ModelError: A model has no weights, or cannot be made.
+        ModelError: A model has no weights, or cannot be made, or a further teacher has another tokenizer.
     """
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:
             batch_rows = config.sft_train(model.sft).global_batch_rows
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
+    for other in config.other_teachers:
+        check_other_teacher(other, tokenizer)
     warning = check_models(config.teacher, config.student, tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.dependencies import any_training_reads_teacher
+from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
 
@@ -35,10 +37,15 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    if config.data.task == "text" and not prepared:
+        console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
-    console.print(_cache_line(config, prepared))
+    if any_training_reads_teacher(config, stages):
+        console.print(_cache_line(config, prepared))
+    else:
+        console.print("teacher cache: none, since kd_ratio is 0 throughout")
     if config.rollout.is_on:
         console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
@@ -76,6 +83,8 @@ def _prepared(config: Config) -> dict[str, RowsSummary]:
     if not run_dir.exists("rows/summary.json"):
         return {}
     sets = run_dir.read_json("rows/summary.json")["sets"]
+    if config.data.responses == "teacher" and run_dir.exists("responses/summary.json"):
+        sets["train"] = run_dir.read_json("responses/summary.json")
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 
@@ -88,16 +97,32 @@ def _count(config: Config) -> int:
 def _cache_line(config: Config, prepared: dict[str, RowsSummary]) -> str:
     if config.distill.teacher_cache == "none":
         return "teacher cache: none, the teacher runs live"
-    hidden_size = _teacher_width(config)
-    if hidden_size is None:
+    layout = _cache_layout(config)
+    if layout is None:
         return "teacher cache: its size is known once the teacher's config can be read"
-    itemsize = 4 if config.distill.cache_dtype == "float32" else 2
-    per_token = hidden_size * itemsize
     if not prepared:
-        return f"teacher cache: {per_token:,} bytes a response token; its size is known once the rows are prepared"
+        return (
+            f"teacher cache: {layout.row_bytes:,} bytes a response token; its size is known once the rows are prepared"
+        )
+    if config.data.responses == "teacher" and prepared["train"].path.startswith("rows/"):
+        return (
+            f"teacher cache: {layout.row_bytes:,} bytes a response token; "
+            "its size is known once the teacher has written"
+        )
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
-    gib = num_tokens * per_token / 2**30
-    return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {hidden_size} x {itemsize} bytes"
+    gib = estimate_bytes(num_tokens, layout) / 2**30
+    what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)
+    return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
+
+
+def _cache_layout(config: Config) -> Layout | None:
+    """Return what is stored of a token; a teacher's own dtype is taken to be bfloat16."""
+    distill = config.distill
+    if distill.teacher_cache == "topk":
+        return Layout("topk", "float32" if distill.cache_dtype == "float32" else "float16", distill.top_k)
+    width = _teacher_width(config)
+    dtype = "bfloat16" if distill.cache_dtype == "auto" else distill.cache_dtype
+    return None if width is None else Layout("hidden", dtype, width)
 
 
 def _teacher_width(config: Config) -> int | None:

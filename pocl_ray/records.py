@@ -115,6 +115,11 @@ class Stage:
         return self.kd_ratio if self.kd_ratio_ramp is None else self.kd_ratio_ramp.at(step)
 
     @property
+    def uses_teacher(self) -> bool:
+        """Whether its loss has a distillation part at any step; with `kd_ratio` 0 the teacher is not read."""
+        return self.kd_ratio > 0 if self.kd_ratio_ramp is None else max(self.kd_ratio_ramp.points) > 0
+
+    @property
     def num_rows(self) -> int:
         """Rows that the stage trains on."""
         return self.end_rank - self.first_rank

@@ -5,6 +5,7 @@ Defaults stand on the fields and nowhere else. `sources.py` describes rows, mode
 `root.py` the whole, `loading.py` reads it from a file.
 """
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
@@ -13,6 +14,7 @@ from pocl_ray.config.sources import (
     DifficultyConfig,
     GenerationConfig,
     ModelConfig,
+    OtherTeacherConfig,
     SourceConfig,
     StudentConfig,
     TeacherConfig,
@@ -50,8 +52,10 @@ __all__ = [
     "DomainConfig",
     "EvaluationConfig",
     "GenerationConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OtherTeacherConfig",
     "PlateauConfig",
     "ReportConfig",
     "RolloutConfig",

@@ -76,3 +76,8 @@ class RolloutConfig(Section):
     def is_on(self) -> bool:
         """Whether any step is trained on rollouts."""
         return self.mode != "off"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher is asked of rollouts, whatever the curriculum's `kd_ratio`."""
+        return self.is_on and self.kd_ratio is not None and self.kd_ratio > 0

@@ -117,9 +117,7 @@ class ConfirmConfig(Section):
     """The best trials are repeated on new seeds before one of them is called the winner."""
 
     top_k: int = Field(default=2, ge=1, description="so many of the best trials")
-    seeds: tuple[int, ...] = Field(
-        default=(101, 102), min_length=1, description="a run of each on each"
-    )
+    seeds: tuple[int, ...] = Field(default=(101, 102), min_length=1, description="a run of each on each")
 
     @field_validator("seeds")
     @classmethod

@@ -15,14 +15,25 @@ from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum (POCL, section 3.3).
+    """Return the stages of the curriculum of a run; raises what `plan_curriculum` and `check_teachers` do."""
+    stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    check_teachers(config, len(stages))
+    return stages
+
+
+def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
+    """Return the stages of a curriculum (POCL, section 3.3).
+
+    Args:
+        curriculum: Buckets, pacing, schedules.
+        num_rows: Ranked rows.
+        batch_rows: Rows of an optimizer step, over all workers.
 
     Raises:
         ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
             has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
-    curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
     ends = bucket_ends(num_rows, curriculum.num_buckets)
     pacing = find_pacing(curriculum.pacing)
     slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
@@ -53,6 +64,24 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
+
+
+def check_teachers(config: Config, num_stages: int) -> None:
+    """Check that each stage has a teacher, and that teachers name stages that there are.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    taught: set[int] = set()
+    for place, teacher in enumerate((config.teacher, *config.other_teachers)):
+        stages = teacher.stages_of(num_stages)
+        taught.update(range(num_stages) if stages is None else stages)
+        if stages is not None and max(stages) >= num_stages:
+            key = "teacher.stages" if place == 0 else f"other_teachers.{place - 1}.stages"
+            raise ConfigError(f"{key}: there is no stage {max(stages)}; the stages are 0 to {num_stages - 1}")
+    missing = sorted(set(range(num_stages)) - taught)
+    if missing:
+        raise ConfigError(f"teacher.stages, other_teachers: stage {missing[0]} has no teacher; add it to one's stages")
 
 
 def check_curriculum(curriculum: CurriculumConfig) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pocl_ray import plugins
 from pocl_ray.config import DifficultyConfig
-from pocl_ray.difficulty.ranking import SIGNALS, Easy, unknown_signal
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.ranking import SIGNALS, TEACHER_SIGNALS, Easy, rank_rows, unknown_signal
 from pocl_ray.errors import UserError
 from pocl_ray.records import COLUMN, ID, RANK, RRF_SCORE
 
@@ -50,11 +52,13 @@ class Choice:
         easy: Of each chosen signal that is not in `SIGNALS`, which values are easy.
         plugins: The names of those that plug-ins measure.
         origins: Where these come from, with the version; scores depend on it.
+        reads_teacher: Whether any of the chosen signals needs the teacher.
     """
 
     easy: dict[str, Easy]
     plugins: tuple[str, ...]
     origins: tuple[str, ...]
+    reads_teacher: bool = True
 
 
 def choose_signals(difficulty: DifficultyConfig) -> Choice:
@@ -69,7 +73,32 @@ def choose_signals(difficulty: DifficultyConfig) -> Choice:
     easy.update({name: signal.easy for name, signal in load_signals(names).items()})
     found = [plugins.installed(GROUP)[name] for name in names]
     origins = tuple(f"{one.value} {one.dist.version if one.dist is not None else ''}" for one in found)
-    return Choice(easy, names, origins)
+    return Choice(easy, names, origins, bool(names) or not set(TEACHER_SIGNALS).isdisjoint(difficulty.signals))
+
+
+def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, seed: int) -> pa.Table:
+    """Rank rows by the signals of a config.
+
+    Args:
+        table: The measured signals, one row a training row, in their order.
+        rows: The training rows, for columns of the user's.
+        difficulty: Which signals, their weights, and how ties are broken.
+        seed: Of a seeded tie-break.
+
+    Returns:
+        The table with the user's columns, `rrf_score` and `rank` appended.
+    """
+    for name in difficulty.columns:
+        table = table.append_column(f"{COLUMN}{name}", pa.array(rows.numbers(name)))
+    rrf_score, rank = rank_rows(
+        {name: table[name].to_numpy() for name in difficulty.signals},
+        difficulty.rrf_k,
+        difficulty.tie_break,
+        seed,
+        weights=difficulty.signals,
+        easy=choose_signals(difficulty).easy,
+    )
+    return table.append_column(RRF_SCORE, pa.array(rrf_score)).append_column(RANK, pa.array(rank))
 
 
 def load_signals(names: Iterable[str]) -> dict[str, TokenSignal]:

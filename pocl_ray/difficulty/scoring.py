@@ -30,6 +30,7 @@ from pocl_ray.difficulty.scoring_actors import (
     StudentActor,
     TeacherActor,
     unit_table,
+    unscored_units,
 )
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
 from pocl_ray.models.hidden_cache import write_index
@@ -55,7 +56,7 @@ def score_rows(
     run_dir: RunDirectory,
     tokenizer: str,
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     cache: str | None,
     cache_dtype: str,
@@ -65,29 +66,31 @@ def score_rows(
     seed: int,
     compare: bool = True,
     plugins: tuple[str, ...] = (),
+    top_k: int | None = None,
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
         rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
-        student: The untuned student; `teacher` is the frozen one, whose fingerprint goes into the cache (None: none).
-        cache_dtype: Of its hidden states; `auto` is the teacher's own.
+        student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
+        cache_dtype: Of what it holds, see `ScoringTask`.
         difficulty: How answers are generated, and how much is computed at once.
         scaling: Actors, and what each of them asks for.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
+        top_k: Tokens that the cache keeps of each response token; None for hidden states.
 
     Returns:
         One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` and the numbers of tokens. And counts for the manifest.
+        `answer_stopped` (neither ROUGE-L nor this of plain text), numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
     sets = [rows] if cache is None else [rows, dev_rows]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
-    pools = plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], len(tasks))
+    pools = plan_pools(scaling, _actors(scaling, teacher), len(tasks))
     task = ScoringTask(
         run_dir=run_dir,
         rows={made.name: made.path for made in sets},
@@ -100,6 +103,7 @@ def score_rows(
         seed=seed,
         compare=compare,
         plugins=plugins,
+        top_k=top_k,
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
@@ -108,7 +112,65 @@ def score_rows(
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache is not None else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    return (table := by_set[rows.name].drop_columns([SET, SHARD])), _counts(table, sets)
+    table = by_set[rows.name]
+    unanswered = ["rouge_l", ANSWER_STOPPED] if table[ANSWER_STOPPED].null_count == table.num_rows else []
+    return (table := table.drop_columns([SET, SHARD, *unanswered])), _counts(table, sets)
+
+
+def cache_teacher(
+    sets: Sequence[RowsSummary],
+    run_dir: RunDirectory,
+    student: ModelRef,
+    teacher: ModelRef,
+    teacher_fingerprint: str,
+    cache: str,
+    cache_dtype: str,
+    top_k: int | None,
+    difficulty: DifficultyConfig,
+    scaling: ScalingConfig,
+) -> None:
+    """Fill the cache of a further teacher, which reads all sets and measures nothing.
+
+    Args:
+        sets: What it reads.
+        run_dir: Holds the rows and, in directory `cache`, one teacher cache a set.
+        student: Whose vocabulary the top k are cut to.
+        teacher: The frozen model; `teacher_fingerprint` goes into the cache.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        difficulty: How much is computed at once.
+        scaling: Actors, and what each of them asks for.
+
+    Raises:
+        UserError: The model cannot be loaded, or the cluster has no room for the actors.
+    """
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
+    (pool,) = plan_pools(scaling, [scaling.teacher_actors], len(tasks))
+    task = ScoringTask(
+        run_dir=run_dir,
+        rows={made.name: made.path for made in sets},
+        student_set="",
+        tokenizer="",
+        student=student,
+        teacher=teacher,
+        generation=difficulty.generation,
+        max_tokens=0,
+        seed=0,
+        compare=False,
+        cache=cache,
+        cache_dtype=cache_dtype,
+        use_gpu=pool.use_gpu,
+        top_k=top_k,
+    )
+    with quiet_ray_data():
+        dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
+        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
+        results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
+    for made in sets:
+        _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+
+
+def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
+    return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
 
 
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
@@ -120,7 +182,8 @@ def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], n
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+        if task.teacher is not None:
+            dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
         return collect(dataset, "scores", num_rows, "rows")
 
 
@@ -180,8 +243,10 @@ def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
 
 
 def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:
-    return {
+    counts = {
         "num_rows": sum(made.num_rows for made in sets),
         "num_tokens": sum(made.num_prompt_tokens + made.num_response_tokens for made in sets),
-        "num_unstopped_answers": table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py()),
     }
+    if ANSWER_STOPPED in table.column_names:
+        counts["num_unstopped_answers"] = table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py())
+    return counts

@@ -62,6 +62,7 @@ def teacher_signals(
     lengths_R: npt.NDArray[np.int64],
     student: tuple[torch.Tensor, LmHead] | None = None,
     extra: Mapping[str, TokenSignal] = MappingProxyType({}),
+    watch: Callable[[torch.Tensor], object] | None = None,
 ) -> Signals:
     """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` where the student is given.
 
@@ -72,6 +73,7 @@ def teacher_signals(
         lengths_R: As in `student_signals`.
         student: The student's hidden states at the same positions, of its own width, and its LM head.
         extra: Signals of plug-ins, which need the student.
+        watch: Called with the teacher's logits of each chunk, float32, in the order of the tokens.
 
     Returns:
         Signal name -> means, each of shape (R,), in nats.
@@ -82,6 +84,8 @@ def teacher_signals(
     budget_mib = CHUNK_MIB if student is None else CHUNK_MIB // 2
     for part in _chunks(hidden_NH, head, budget_mib):
         logits_CV = head(hidden_NH[part]).float()
+        if watch is not None:
+            watch(logits_CV)
         logp_CV = logits_CV.log_softmax(dim=-1)
         ce_loss.append(_nll(logp_CV, targets_N[part]))
         entropy.append(torch.special.entr(logp_CV.exp()).sum(dim=-1))

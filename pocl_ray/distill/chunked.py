@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,16 @@ from torch.autograd.function import once_differentiable
 
 KdFunction = Callable[[Tensor, Tensor, float], Tensor]
 LogitsFunction = Callable[[Tensor], Tensor]
-TeacherLogits = Callable[[slice], Tensor]
+
+
+class Teaching(Protocol):
+    """What teachers say of a chunk of tokens, where that is not the logits of one teacher."""
+
+    def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
+        """Return the divergence of each token, shape (C,)."""
+
+
+TeacherLogits = Callable[[slice], "Tensor | Teaching"]
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Probabilities of a large vocabulary underflow in float16. Its gradients are held times this factor until backward,
@@ -43,7 +52,8 @@ class HeadLoss:
         kd_ratio: Weight of the distillation loss; 1 - kd_ratio is that of the cross-entropy.
         kd: The divergence, of (student logits, teacher logits, temperature); not called where kd_ratio is 0.
         kd_temperature: Softens both distributions in the divergence; the cross-entropy is at 1.
-        teacher_logits: From a slice of the tokens to the teacher's logits; not called where kd_ratio is 0.
+        teacher_logits: From a slice of the tokens to the teacher's logits, or to what takes their place; not called
+            where kd_ratio is 0.
         transform: What the student's family does to its logits.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
     """
@@ -80,8 +90,11 @@ class HeadLoss:
         if self.kd is None or self.teacher_logits is None or self.kd_ratio == 0.0:
             return ce, ce, torch.zeros_like(ce)
         with torch.no_grad():
-            teacher_logits_CV = self.teacher_logits(rows)
-        kd = self.kd(logits_CV, teacher_logits_CV, self.kd_temperature).sum()
+            teacher = self.teacher_logits(rows)
+        if isinstance(teacher, Tensor):
+            kd = self.kd(logits_CV, teacher, self.kd_temperature).sum()
+        else:
+            kd = teacher.divergence(self.kd, logits_CV, self.kd_temperature).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd
 

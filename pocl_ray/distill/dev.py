@@ -52,9 +52,10 @@ class DevEvaluator:
         self.student = student
 
     def evaluate(self) -> dict[str, float]:
-        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100."""
+        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100 where there are prompts."""
         figures = self._losses()
-        figures.update(self._answers(self.feed.rows))
+        if self.feed.rows.has_prompts:
+            figures.update(self._answers(self.feed.rows))
         return figures
 
     def _losses(self) -> dict[str, float]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pocl_ray.distill.engine import Engine
+from pocl_ray.models.lora import add_same_adapters
 
 
 class InferenceStudent:
@@ -31,7 +33,9 @@ class InferenceStudent:
         if self._copy is None:
             with torch.device(self.engine.device):
                 self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
-            self._copy.requires_grad_(False).eval()
+            add_same_adapters(self._copy, student)
+            nn.Module.to(self._copy, self.engine.device, next(student.parameters()).dtype)
+            self._copy.eval()
         targets: dict[str, Any] = dict(self._copy.named_parameters())
         for name, parameter in student.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():

@@ -22,7 +22,7 @@ from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
 from pocl_ray.distill.losses import divergences
-from pocl_ray.distill.plateau import has_converged
+from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
@@ -96,7 +96,8 @@ class TrainingLoop:
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
-        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, self._respond)) as batches:
+        respond = self._respond if self.task.rollout.is_on else None
+        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, respond)) as batches:
             while not self._is_over(stage, step):
                 batch = next(batches)
                 self._step(stage, step, batch, started)
@@ -186,9 +187,9 @@ class TrainingLoop:
         record = {**position, **figures}
         self.progress.metrics.append(record)
         self.on_step(self.progress, record)
-        best = self.progress.best_rouge_l
-        if self.task.hand_off == "best" and (best is None or figures["eval/dev/rouge_l"] > best):
-            self.progress.best_rouge_l = figures["eval/dev/rouge_l"]
+        best, figure = self.progress.best_figure, hand_off_figure(figures)
+        if self.task.hand_off == "best" and (best is None or figure > best):
+            self.progress.best_figure = figure
             self.progress.best_adam_steps = self.state.num_adam_steps
             write_state(self.state, self._best_kinds(), self._scratch / BEST)
 
@@ -211,7 +212,7 @@ class TrainingLoop:
         self.on_checkpoint(self.progress, directory)
 
     def _hand_off(self) -> None:
-        if self.task.hand_off == "best" and self.progress.best_rouge_l is not None:
+        if self.task.hand_off == "best" and self.progress.best_figure is not None:
             reads = self.engine.rank == 0
             kinds = self._best_kinds()
             steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
@@ -221,5 +222,5 @@ class TrainingLoop:
         self.progress.num_samples = 0
 
     def _reset_best(self) -> None:
-        self.progress.best_rouge_l = None
+        self.progress.best_figure = None
         shutil.rmtree(self._scratch / BEST, ignore_errors=True)

@@ -21,6 +21,7 @@ from rich.markup import escape
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
+from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import ResourceError, UserError
 from pocl_ray.evaluation.actors import wants_gpu
@@ -219,7 +220,9 @@ def _note(standing: Standing) -> str:
     if standing.train:
         parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
     if standing.evaluations:
-        parts.append(f"dev ROUGE-L {standing.evaluations[-1]['eval/dev/rouge_l']:.1f}")
+        figures = standing.evaluations[-1]
+        rouge_l = figures.get("eval/dev/rouge_l")
+        parts.append(f"dev loss {-hand_off_figure(figures):.3f}" if rouge_l is None else f"dev ROUGE-L {rouge_l:.1f}")
     return "  ".join(parts)
 
 

@@ -23,7 +23,7 @@ from pocl_ray.distill.state import WEIGHT
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
-from pocl_ray.models.saving import save_model
+from pocl_ray.models.lora import add_adapters, save_student
 
 MIN_SHOW_INTERVAL_S = 0.25
 
@@ -100,12 +100,15 @@ def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
             pass
         return
     student = load_model(local_ref(task.student), dtype=torch.float32)
+    if task.lora is not None:
+        add_adapters(student, task.lora, task.seed)
     targets = dict(student.named_parameters())
     with torch.no_grad():
         for _, name, tensor in gathered:
             targets[name.removeprefix("student.")].copy_(tensor)
-    torch.nn.Module.to(student, DTYPES[task.train.precision])
     tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     with tempfile.TemporaryDirectory() as scratch:
-        task.run_dir.publish(save_model(student, tokenizer, Path(scratch) / "model"), task.output)
+        folder = Path(scratch) / "model"
+        save_student(student, tokenizer, DTYPES[task.train.precision], folder, task.lora, task.student.path)
+        task.run_dir.publish(folder, task.output)
     _write_metrics(task, loop.progress)

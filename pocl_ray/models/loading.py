@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.building import build_model
+from pocl_ray.models.lora import merged_with_adapter
 from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
 from pocl_ray.models.saving import quiet_transformers, save_model
 
@@ -38,7 +39,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     eval_mode: bool = True,
 ) -> PreTrainedModel:
-    """Load a causal language model.
+    """Load a causal language model, its adapter merged where it has one.
 
     Args:
         ref: what to load.
@@ -51,7 +52,8 @@ def load_model(
 
     Raises:
         ModelError: nothing there, weights that are unsafe, missing, damaged or of another shape than config.json
-            says, an unknown architecture, or an attention implementation that is not available.
+            says, an unknown architecture, an attention implementation that is not available, or an adapter that
+            does not fit.
         ResourceError: a GPU is asked for where there is none.
     """
     device = torch.device(device)
@@ -75,6 +77,8 @@ def load_model(
         raise ModelError(f"{ref.path}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     _check_complete(ref, loaded[1])
+    if ref.adapter is not None:
+        model = merged_with_adapter(model, ref)
     release_eos_row(model)
     nn.Module.to(model, device)
     return model.eval() if eval_mode else model.train()

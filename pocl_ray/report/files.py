@@ -18,7 +18,7 @@ from pocl_ray.config import Config
 from pocl_ray.errors import StorageError
 from pocl_ray.records import Stage
 
-ROWS_FILE = "rows/train.arrow"
+ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 
 
 class RunFiles(Protocol):
@@ -111,14 +111,15 @@ def read_run(files: RunFiles) -> RunData:
         StorageError: A file is there but cannot be understood.
     """
     config_text = _text(files, "config.yaml")
+    config = _read_config(config_text)
     metrics = _read_metrics(files, "metrics.jsonl")
     return RunData(
-        config=_read_config(config_text),
+        config=config,
         config_text=config_text,
         environment=_json(files, "environment.json"),
         steps=dict(_json(files, "manifest.json").get("steps") or {}),
         scores=_read_scores(files),
-        rows=_read_rows(files),
+        rows=_read_rows(files, ROWS_FILES["reference" if config is None else config.data.responses]),
         plan=_as_taken(_read_plan(files), metrics),
         metrics=metrics,
         control=_read_metrics(files, "control/metrics.jsonl"),
@@ -178,13 +179,13 @@ def _read_scores(files: RunFiles) -> dict[str, np.ndarray] | None:
     }
 
 
-def _read_rows(files: RunFiles) -> pa.Table | None:
-    if not files.exists(ROWS_FILE):
+def _read_rows(files: RunFiles, rel: str) -> pa.Table | None:
+    if not files.exists(rel):
         return None
     try:
-        return pa.ipc.open_file(pa.BufferReader(files.read_bytes(ROWS_FILE))).read_all()
+        return pa.ipc.open_file(pa.BufferReader(files.read_bytes(rel))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise _broken(ROWS_FILE, error) from None
+        raise _broken(rel, error) from None
 
 
 def _read_plan(files: RunFiles) -> Plan | None:

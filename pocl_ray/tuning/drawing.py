@@ -38,6 +38,11 @@ class Drawing:
             return min(self.tune.num_trials or len(grid_points(self.tune.space)), len(grid_points(self.tune.space)))
         return self.tune.num_trials or 16
 
+    def candidates(self) -> list[Candidate]:
+        """Return all that was drawn so far, the control first."""
+        control = [Candidate("control", -1, {})] if self.tune.control and self.control_drawn else []
+        return [*control, *(Candidate("trial", number, told.settings) for number, told in enumerate(self.told))]
+
     def next(self) -> Planned | None:
         """Return the next candidate, the control first; None when there are no more."""
         if not self.control_drawn:

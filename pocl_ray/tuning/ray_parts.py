@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from pocl_ray.config import TuneConfig
+from pocl_ray.config import ObjectiveConfig, TuneConfig
 from pocl_ray.tuning.drawing import Drawing
 
 TIME_ATTR = "num_samples"
@@ -42,13 +42,13 @@ def _of_this_process(name: str) -> Any:
 class DrawingSearcher(OfThisProcess, Searcher):
     """Asks a Drawing for candidates, and tells it what became of them."""
 
-    def __init__(self, drawing: Drawing) -> None:
-        super().__init__(metric="none", mode="max")
+    def __init__(self, drawing: Drawing, objective: ObjectiveConfig) -> None:
+        super().__init__(metric=objective.metric, mode="max" if objective.sign > 0 else "min")
         self.drawing = drawing
         self.take_over()
         self.numbers: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next candidate, or that there are no more."""
         planned = self.drawing.next()
         if planned is None:
@@ -124,7 +124,7 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
     """
     settings, objective = tune.scheduler, tune.objectives[0]
     grace = settings.grace_samples or max(1, num_samples // 4)
-    common = {
+    common: dict[str, Any] = {
         "time_attr": TIME_ATTR,
         "metric": objective.metric,
         "mode": "max" if objective.sign > 0 else "min",

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from ray import tune
-from ray.tune import ResultGrid
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
@@ -46,7 +45,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
 # Trials take no CPU, so that they never compete with their own workers; Ray wants every actor to ask for something.
-TRIAL_RESOURCES = {"memory": 1}
+TRIAL_RESOURCES: dict[str, int | float] = {"memory": 1}
 
 
 def check_search(config: Config, num_rows: int | None = None) -> Planner:
@@ -90,6 +89,7 @@ class Search:
             student=inputs.student.ref,
             teacher=inputs.teacher.ref,
             teacher_fingerprint=inputs.teacher.fingerprint,
+            other_teachers=tuple((other.ref, other.fingerprint) for other in inputs.other_teachers),
             origins=self.origins,
             ranking=ranking,
             signals=SIGNALS,
@@ -124,9 +124,9 @@ class Search:
         controls = [r.candidate for r in records if r.candidate.kind == "control" and r.status == "finished"]
         return [c.again(seed) for seed in self.tune.confirm.seeds for c in [*best, *(controls if best else [])]]
 
-    def _run_tune(self, name: str, what: Drawing | Sequence[Candidate]) -> ResultGrid:
+    def _run_tune(self, name: str, what: Drawing | Sequence[Candidate]) -> None:
         """Run candidates under Ray Tune, going on with an experiment of this name where there is one."""
-        searcher = DrawingSearcher(what) if isinstance(what, Drawing) else None
+        searcher = DrawingSearcher(what, self.tune.objectives[0]) if isinstance(what, Drawing) else None
         trainable = tune.with_resources(
             tune.with_parameters(CurriculumTrial, shared=self.shared), tune.PlacementGroupFactory([TRIAL_RESOURCES])
         )
@@ -148,11 +148,11 @@ class Search:
                     storage_filesystem=filesystem,
                     verbose=0,
                     callbacks=[self.watch],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Ray Train keeps them
                 ),
             )
-        grid = tuner.fit()
-        self.watch.note_all([result.config for result in grid if result.config])
-        return grid
+        tuner.fit()
+        self.watch.note_all(what.candidates() if isinstance(what, Drawing) else what)
 
     def _tune_config(self, what: Drawing | Sequence[Candidate], searcher: DrawingSearcher | None) -> tune.TuneConfig:
         common: dict[str, Any] = {
@@ -219,8 +219,9 @@ def search_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDire
         try:
             check_search(config, pipeline.inputs.rows.train.num_rows)
             stack.enter_context(ray_session())
-            for name in ("ray.tune", "ray.train", "ray.data"):
+            for name in ("ray.train", "ray.data"):
                 logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that failed is a line of ours
             outcome = Search(pipeline).run()
         except UserError:
             pipeline.withdraw()

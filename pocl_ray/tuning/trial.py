@@ -7,17 +7,18 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from ray import tune
 
 from pocl_ray.config import Config
 from pocl_ray.data.preparing import Rows
-from pocl_ray.difficulty.ranking import rank_rows
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.board import Standing
 from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.task import TrainTask
@@ -42,6 +43,7 @@ class Shared:
         student: The student before distillation.
         teacher: The teacher.
         teacher_fingerprint: Of the teacher that the caches were made by.
+        other_teachers: Further teachers, each with its fingerprint.
         origins: Fingerprints of what the students depend on.
         ranking: Fingerprint of the ranking in `scores`, the base config's.
         signals: Parquet file of the signals, for rankings of another kind.
@@ -55,6 +57,7 @@ class Shared:
     student: ModelRef
     teacher: ModelRef
     teacher_fingerprint: str
+    other_teachers: tuple[tuple[ModelRef, str], ...]
     origins: Origins
     ranking: str
     signals: str
@@ -79,6 +82,7 @@ class Shared:
             teacher_fingerprint=self.teacher_fingerprint,
             rows=self.rows,
             output=f"{TRIALS}/{name}/student",
+            other_teachers=self.other_teachers,
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
@@ -95,24 +99,28 @@ class _StoppedError(Exception):
 class CurriculumTrial(tune.Trainable):
     """Runs a candidate; a step of it lasts until the next dev evaluation."""
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
-        """Start the training run, or take over one that an earlier process finished."""
-        self.shared = shared
-        self.run = TrialRun(shared, Candidate(**config["candidate"]))
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
+        """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
+        self.shared, self.candidate = shared, Candidate(**config["candidate"])
+        self.run: TrialRun | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next candidate in the same process, which saves the time of its start."""
-        self.run.stop()
-        self.run = TrialRun(self.shared, Candidate(**new_config["candidate"]))
+        self.cleanup()
+        self.candidate = Candidate(**new_config["candidate"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next dev evaluation, and return its figures."""
+        """Wait for the next dev evaluation, and return its figures; the first call starts the training run."""
+        if self.run is None:
+            self.run = TrialRun(self.shared, self.candidate)
         return self.run.next_report()
 
     def cleanup(self) -> None:
         """Stop the training run if it goes on, and free its workers."""
-        self.run.stop()
+        if self.run is not None:
+            self.run.stop()
+        self.run = None
 
 
 class TrialRun:
@@ -141,6 +149,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
+            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()
@@ -218,13 +227,12 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     """Rank the rows anew where the candidate ranks them in another way; the signals are there already."""
     if task.scores is None or task.scores == shared.scores:
         return
-    difficulty = planned.config.difficulty
-    table = pq.read_table(shared.run_dir.local(shared.signals))
-    chosen = {name: table[name].to_numpy() for name in difficulty.signals}
-    _, rank = rank_rows(chosen, difficulty.rrf_k, difficulty.tie_break, planned.config.seed)
+    rows = RowStore.open(shared.run_dir.local(shared.rows.train.path))
+    signals = pq.read_table(shared.run_dir.local(shared.signals))
+    ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(pa.table({RANK: pa.array(rank)}), path)
+        pq.write_table(ranked.select([RANK]), path)
         shared.run_dir.publish(path, task.scores)
 
 

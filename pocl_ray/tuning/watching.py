@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -79,13 +80,12 @@ class SearchWatch(OfThisProcess, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed; the search goes on."""
-        lines = [line for line in (trial.error_msg or "").strip().splitlines() if line.strip()]
-        self._end(trial, "failed", (lines or ["the trial's process died"])[-1][:500])
+        self._end(trial, "failed", _last_line(trial.error_file) or "the trial's process died")
 
-    def note_all(self, configs: list[Mapping[str, Any]]) -> None:
-        """Read the records of every trial that Tune knows, those of an earlier process included."""
-        for config in configs:
-            self._read(self._name_of(config))
+    def note_all(self, candidates: Iterable[Candidate]) -> None:
+        """Read the records of these candidates, those that an earlier process tried included."""
+        for candidate in candidates:
+            self._read(self._name_of(candidate))
 
     def _end(self, trial: Any, status: Any, reason: str) -> None:
         name = self._name(trial)
@@ -106,15 +106,23 @@ class SearchWatch(OfThisProcess, tune.Callback):
         return self.records.get(name)
 
     def _name(self, trial: Any) -> str:
-        return self._name_of(trial.config)
+        return self._name_of(Candidate(**trial.config["candidate"]))
 
-    def _name_of(self, config: Mapping[str, Any]) -> str:
-        return self.planner.plan(Candidate(**config["candidate"])).name(self.origins)
+    def _name_of(self, candidate: Candidate) -> str:
+        return self.planner.plan(candidate).name(self.origins)
 
     def _summary(self) -> str:
         statuses = [record.status for record in self.records.values()]
         counts = ", ".join(f"{statuses.count(s)} {s}" for s in COLOURS if s in statuses)
         return f"{counts} of {self.total}" if counts else f"starting, {self.total} in all"
+
+
+def _last_line(path: str | None) -> str:
+    """The last line of a traceback, which names the error."""
+    if path is None or not Path(path).exists():
+        return ""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else ""
 
 
 def trials_table(

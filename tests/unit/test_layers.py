@@ -29,8 +29,8 @@ LAYERS = (
         "steps",
     },
     {"curriculum", "data", "models"},
-    {"difficulty", "distill", "evaluation"},
-    {"inputs", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
+    {"difficulty", "distill", "evaluation", "responses"},
+    {"inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

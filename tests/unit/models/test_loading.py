@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
+from pocl_ray.config import TeacherConfig
 from pocl_ray.errors import ModelError, ResourceError, StorageError
 from pocl_ray.models.loading import (
     ModelRef,
@@ -23,6 +24,7 @@ from pocl_ray.models.loading import (
     num_parameters,
     save_model,
 )
+from pocl_ray.models.preparing import reference
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -285,3 +287,12 @@ def test_names_that_families_share_are_understood():
     model = build_model({**LLAMA, "rope_theta": 5e5, "head_dim": 4}, 40, 0, None, 0)
     assert model.config.rope_parameters["rope_theta"] == 5e5
     assert model.model.layers[0].self_attn.q_proj.weight.shape[0] == 8
+
+
+def test_a_model_directory_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "models/small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ref = reference(TeacherConfig(path="models/small"))
+    monkeypatch.chdir("/")
+    assert ref.directory == tmp_path / "models/small"
+    assert reference(TeacherConfig(path="owner/small")).path == "owner/small"

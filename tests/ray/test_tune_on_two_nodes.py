@@ -1,0 +1,46 @@
+"""A search on a cluster of two nodes: each of them holds one trial, and both train at the same time."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import ROOT, command, write_config
+from two_nodes import two_nodes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+# A trial's two workers fill a node, and may not be spread.
+SCALING = {"num_workers": 2, "placement": "STRICT_PACK", "start_timeout_s": 300}
+SEARCH: dict[str, Any] = {
+    "algorithm": "grid",
+    "space": {"curriculum.num_buckets": {"grid": [1, 2, 4]}},
+    "budget": {"steps": 48},
+    "scheduler": "none",
+    "control": False,
+    "confirm": None,
+}
+
+
+def training_time(row: dict[str, Any]) -> tuple[float, float]:
+    """From the first optimizer step to the end, in seconds since 1970."""
+    started = datetime.fromisoformat(row["started_at"]).timestamp()
+    return started + row["start_s"], started + row["seconds"]
+
+
+def test_trials_train_side_by_side_on_two_nodes(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tune=SEARCH, scaling=SCALING, student__sft=None, control=None)
+    with two_nodes() as nodes:
+        env = {**nodes.env, "RAY_ADDRESS": nodes.gcs_address, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command("tune", str(config)), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 at once" in done.stderr
+    rows = pq.read_table(tmp_path / "runs/tiny/tune/results.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    times = [training_time(row) for row in rows]
+    assert any(max(a[0], b[0]) < min(a[1], b[1]) for a, b in combinations(times, 2))
