@@ -8,9 +8,7 @@ STAMP  := $(VENV)/.installed
 ROWS   := ../shared/data
 ARGS   ?=
 
-# TRL is compared with and nothing else: it stays out of what pocl-ray runs on.
-TRL        := $(VENV)/trl
-BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py
+BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/rollout_speed.py
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
@@ -21,10 +19,10 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.11 python3.12 python3.10; do \
     if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test check benchmark benchmark-rollouts clean
+.PHONY: help install quickstart smollm2 test check benchmark clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with everything pinned in constraints.txt
 
@@ -66,11 +64,7 @@ check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-benchmark-rollouts: $(STAMP)  ## speed of rollouts beside TRL's, which is fetched into a folder of its own
-	@[ -d $(TRL)/trl-1.16.0.dist-info ] || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(TRL) trl==1.16.0
-	@PYTHONPATH=$(TRL) TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python -W ignore benchmarks/rollout_speed.py $(ARGS)
-
-benchmark: $(STAMP)  ## speed and memory of a distillation step
+benchmark: $(STAMP)  ## speed and memory of a step, speed of rollouts beside TRL's
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:  ## remove .venv and the caches; runs stay
