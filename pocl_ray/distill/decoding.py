@@ -2,7 +2,7 @@
 
 Rows of a batch are padded on the left. Their prompts are read in groups of similar length, as padding would otherwise
 cost more than the prompts. The key-value cache has room for more tokens than it holds, so a token is written in place
-instead of copying all before it; a row that has ended leaves the batch. Only the last position goes through the LM head.
+instead of copying all before it; a row that has ended leaves the batch. Only the last position goes through the head.
 
 A row's draws are given from outside, one number in [0, 1) a token, and the token is where the cumulative distribution
 passes it. So what a row draws depends neither on the rows it shares a batch with nor on the number of workers.
@@ -217,7 +217,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def groups_of(lengths: Sequence[int]) -> list[tuple[slice, int]]:
-    """Cut prompts, the shortest first, into groups whose padding stays a small part; return (places, longest) of each."""
+    """Cut prompts, the shortest first, into groups with little padding; return the places and the longest of each."""
     groups: list[tuple[slice, int]] = []
     end = len(lengths)
     while end > 0:

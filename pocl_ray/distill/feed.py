@@ -78,8 +78,8 @@ class Feed:
     ) -> Generator[GlobalBatch, None, None]:
         """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead.
 
-        `respond` may put other responses into a batch, which the teachers then teach whatever the stage's `kd_ratio`. It
-        is called when the batch is asked for, not ahead.
+        `respond` may put other responses into a batch, which the teachers then teach whatever the stage's `kd_ratio`.
+        It is called when the batch is asked for, not ahead.
         """
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
         teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher or respond else Teachers()

@@ -98,7 +98,8 @@ class VllmWriter:
             raise ConfigError("rollout.backend: vllm needs a GPU for each worker; set it to transformers")
         import vllm
 
-        self.config, self.student, self.stop_ids, self.seed = config, student, list(stop_ids), seed
+        self.config, self.student, self.seed = config, student, seed
+        self.stop_ids: Sequence[int] = stop_ids
         self.params = vllm.SamplingParams
         self.engine: Any = vllm.LLM(
             model=directory,
@@ -128,7 +129,7 @@ class VllmWriter:
                 temperature=self.config.sampling_temperature,
                 top_p=self.config.top_p,
                 max_tokens=limit,
-                stop_token_ids=self.stop_ids,
+                stop_token_ids=list(self.stop_ids),
                 seed=writing_seed(self.seed, step, row),
                 detokenize=False,
             )
