@@ -9,17 +9,7 @@ from pocl_ray.config import Config
 from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
 
-
-def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether training through these stages reads the teacher: for its loss, or a dev figure it watches."""
-    watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
-    return watches or config.rollout.uses_teacher or any(stage.uses_teacher for stage in stages)
-
-
-def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
-    has_control = config.control is not None and config.control.kd_ratio > 0
-    return has_control or config.tune is not None or reads_teacher(config, stages)
+LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 
 
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
@@ -39,7 +29,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         student,
         [stage.to_json() for stage in stages],
         train,
-        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
+        config.distill.model_dump(mode="json", include=LOSS_KEYS),
         config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,

@@ -35,6 +35,8 @@ NEUTRAL = (
     "report",
     "tune",
     "distill.chunk_mib",
+    "teacher.sharded",
+    "distill.kernel",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",
     "train.zero_stage",

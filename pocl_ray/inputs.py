@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pocl_ray.config import Config
+from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
 from pocl_ray.data.tokenizer_training import train_tokenizer
@@ -158,7 +158,7 @@ class Inputs:
             )
             return StepResult(["models/teacher"], counts)
 
-        depends: list[Any] = [origin_fingerprint(config), config.dtype]
+        depends: list[Any] = _loaded_as(config)
         if config.architecture is not None or config.sft is not None:
             depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
@@ -167,10 +167,7 @@ class Inputs:
     @cached_property
     def other_teachers(self) -> tuple[Made, ...]:
         """The further teachers, as they lie."""
-        return tuple(
-            Made(reference(config), fingerprint([origin_fingerprint(config), config.dtype]))
-            for config in self.config.other_teachers
-        )
+        return tuple(Made(reference(config), fingerprint(_loaded_as(config))) for config in self.config.other_teachers)
 
     @cached_property
     def student(self) -> Made:
@@ -213,3 +210,9 @@ class Inputs:
 
 def _fingerprints(rows: Rows) -> list[str]:
     return [made.fingerprint for made in rows]
+
+
+def _loaded_as(config: TeacherConfig) -> list[Any]:
+    """What the answers of a ready-made teacher depend on."""
+    depends: list[Any] = [origin_fingerprint(config), config.dtype]
+    return depends if config.quantization == "none" else [*depends, config.quantization]

@@ -21,12 +21,7 @@ from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.dependencies import (
-    any_training_reads_teacher,
-    distill_dependencies,
-    ranking_dependencies,
-    reads_teacher,
-)
+from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.scoring import cache_teacher, score_rows
 from pocl_ray.distill.planning import cache_folder, curriculum_task
@@ -37,6 +32,7 @@ from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
+from pocl_ray.models.cache_writer import FORMAT_VERSION
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import trained_reference
@@ -45,6 +41,7 @@ from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
+from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
 
@@ -72,7 +69,7 @@ class Pipeline:
 
         def connect_and_check() -> None:
             connect()
-            check_room(config.scaling)
+            check_room(config)
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)
@@ -152,7 +149,7 @@ class Pipeline:
             return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        kept = cache if top_k is None else f"{cache} {top_k}"
+        kept = None if cache is None else [FORMAT_VERSION, top_k]
         models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
         models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]

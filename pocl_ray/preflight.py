@@ -8,18 +8,20 @@ import os
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.config import Config, ScalingConfig
+from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.losses import divergences
+from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.trainer import wait_for_room
 from pocl_ray.distill.writers import check_backend
+from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
+from pocl_ray.models.quantization import check_int8
 from pocl_ray.stores import check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -36,15 +38,29 @@ def check_inputs(config: Config) -> None:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
-    check_curriculum(config.curriculum)
+    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
     deepspeed_config(config.train, config.scaling.num_workers, 2 if config.rollout.beside_data else 1)
+    _check_rescoring(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key)
     for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
-    check_adapters(config.teacher, config.student)
+    check_adapters(config.teacher, config.student, *config.other_teachers)
+
+
+def _check_rescoring(config: Config) -> None:
+    compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
+    if compares and config.distill.teacher_cache == "topk":
+        raise ConfigError(
+            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
+            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, "
+            "or leave teacher_student_kl and plug-ins out of difficulty.signals"
+        )
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -70,11 +86,22 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
         console.print(f"[yellow]warning:[/] {warning}")
 
 
-def check_room(scaling: ScalingConfig) -> None:
+def check_room(config: Config) -> None:
     """Check that the cluster that is connected has room for the training workers and for the actors.
 
     Raises:
         ResourceError: It has not, or has no GPU where one is asked for.
     """
-    wait_for_room(scaling, wants_gpu(scaling, ray.cluster_resources()))
+    scaling = config.scaling
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key, use_gpu)
+    wait_for_room(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
+
+
+def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:
+    """All teachers, each with its key."""
+    others = [(f"other_teachers.{place}", one) for place, one in enumerate(config.other_teachers)]
+    return [("teacher", config.teacher), *others]

@@ -104,6 +104,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.distill.teacher_cache != "none" and any(one.sharded for one in (self.teacher, *self.other_teachers)):
+            raise ValueError(
+                "teacher.sharded splits a teacher that runs live, and distill.teacher_cache is "
+                f"{self.distill.teacher_cache}, where training loads no teacher; set one of them to false or none"
+            )
         if self.teacher.stages is not None and not self.other_teachers:
             raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
@@ -137,6 +142,8 @@ class Config(Section):
     def _check_text(self) -> None:
         """Refuse what asks for answers to prompts where there are none."""
         no_prompts = "data.task text has no prompts to answer"
+        if self.data.responses == "teacher":
+            raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")
         for signal in ("rouge_l", "num_prompt_tokens"):
             if signal in self.difficulty.signals:
                 raise ValueError(

@@ -11,6 +11,7 @@ from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
 
+FIXED_SIGNALS = ("teacher_ce_loss", "teacher_entropy", "num_prompt_tokens", "num_response_tokens")
 SIGNAL_ALIASES = {"response_tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
 
 ColumnRole = Literal[
@@ -158,6 +159,14 @@ class TeacherConfig(ModelConfig):
     generation: TeacherGenerationConfig = Field(
         default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
     )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`), on CUDA GPUs"
+    )
+    sharded: bool = Field(
+        default=False,
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they "
+        "need it, load it whole",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherConfig:
@@ -167,6 +176,12 @@ class TeacherConfig(ModelConfig):
             raise ValueError("an adapter belongs to the weights that it was trained on: give their path as well")
         if self.adapter_revision is not None and self.adapter is None:
             raise ValueError("adapter_revision says nothing without adapter")
+        if self.quantization != "none" and (self.path is None or self.sft is not None or self.adapter is not None):
+            raise ValueError("quantization takes a ready-made teacher: give path, and neither sft nor adapter")
+        if self.quantization != "none" and self.sharded:
+            raise ValueError("quantization and sharded cannot both be: ZeRO-3 does not split 8-bit weights")
+        if self.adapter is not None and self.sharded:
+            raise ValueError("a sharded teacher is never whole to be merged: merge the adapter into a directory first")
         if self.architecture is not None and self.sft is None:
             raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
         return self
@@ -230,6 +245,11 @@ class DifficultyConfig(Section):
     tie_break: Literal["file_order", "seeded"] = Field(
         default="file_order", description="order of equally hard rows: the file's (the authors'), or drawn by seed"
     )
+    rescore: Literal["never", "each_stage"] = Field(
+        default="never",
+        description="each_stage: before each stage that takes a part of the rows, the student as it then is scores "
+        "them again, and they are ranked anew; the teacher's signals are kept",
+    )
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
     shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")
@@ -249,6 +269,16 @@ class DifficultyConfig(Section):
         if len(named) != len(signals):
             raise ValueError("a signal stands twice, once under another name")
         return named
+
+    @model_validator(mode="after")
+    def _learns(self) -> DifficultyConfig:
+        fixed = [name for name in self.signals if name in FIXED_SIGNALS or name.startswith(COLUMN)]
+        if self.rescore != "never" and len(fixed) == len(self.signals):
+            raise ValueError(
+                f"rescore each_stage: {', '.join(fixed)} never change while the student learns; set rescore to never, "
+                "or add a signal of the student such as ce_loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _directions(self) -> DifficultyConfig:

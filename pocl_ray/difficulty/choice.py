@@ -53,12 +53,14 @@ class Choice:
         plugins: The names of those that plug-ins measure.
         origins: Where these come from, with the version; scores depend on it.
         reads_teacher: Whether any of the chosen signals needs the teacher.
+        compares: Whether any of them needs both models at once.
     """
 
     easy: dict[str, Easy]
     plugins: tuple[str, ...]
     origins: tuple[str, ...]
     reads_teacher: bool = True
+    compares: bool = True
 
 
 def choose_signals(difficulty: DifficultyConfig) -> Choice:
@@ -73,7 +75,13 @@ def choose_signals(difficulty: DifficultyConfig) -> Choice:
     easy.update({name: signal.easy for name, signal in load_signals(names).items()})
     found = [plugins.installed(GROUP)[name] for name in names]
     origins = tuple(f"{one.value} {one.dist.version if one.dist is not None else ''}" for one in found)
-    return Choice(easy, names, origins, bool(names) or not set(TEACHER_SIGNALS).isdisjoint(difficulty.signals))
+    return Choice(
+        easy,
+        names,
+        origins,
+        reads_teacher=bool(names) or not set(TEACHER_SIGNALS).isdisjoint(difficulty.signals),
+        compares=bool(names) or "teacher_student_kl" in difficulty.signals,
+    )
 
 
 def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, seed: int) -> pa.Table:

@@ -22,12 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import MicroBatch, collate
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.answers import score_answers
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import rouge_l_batch
 from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
@@ -173,12 +172,9 @@ class StudentActor(_Reader):
 
     def _answer(self, name: str, ids: npt.NDArray[np.int64]) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer came to an end."""
-        prompts, _ = self.rows(name).tokens(ids)
-        settings = GenerationSettings.of(self.task.generation, self.task.max_tokens, prompts)
-        answers = generate(self.model.model, self.tokenizer, prompts, settings, self.task.seed)
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        stopped = [len(answer) < limit for answer, limit in zip(answers, settings.limits(len(ids)), strict=True)]
-        return list(zip(rouge_l_batch(texts, self.rows(name).references(ids)), stopped, strict=True))
+        task = self.task
+        rows = self.rows(name)
+        return score_answers(self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed)
 
 
 class TeacherActor(_Reader):

@@ -32,6 +32,9 @@ class Teaching(Protocol):
     def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
         """Return the divergence of each token, shape (C,)."""
 
+    def entropy(self) -> Tensor:
+        """Return the entropy of the teachers' plain distribution at each token, shape (C,), in nats."""
+
 
 TeacherLogits = Callable[[slice], "Tensor | Teaching"]
 
@@ -56,6 +59,7 @@ class HeadLoss:
             where kd_ratio is 0.
         transform: What the student's family does to its logits.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
+        token_weight: From what `teacher_logits` returns to each token's weight in the divergence; None: all weigh 1.
     """
 
     targets_N: Tensor
@@ -65,6 +69,7 @@ class HeadLoss:
     teacher_logits: TeacherLogits | None = None
     transform: LogitsFunction | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    token_weight: Callable[[Tensor | Teaching], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_ratio <= 1.0:
@@ -74,11 +79,7 @@ class HeadLoss:
 
     def chunks(self, vocabulary: int) -> list[slice]:
         """Slices of nearly equal length that cover all tokens."""
-        num_tokens = self.targets_N.shape[0]
-        most = max(1, self.chunk_bytes // (4 * vocabulary))
-        num_chunks = -(-num_tokens // most)
-        bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else [0]
-        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        return token_chunks(self.targets_N.shape[0], vocabulary, self.chunk_bytes)
 
     def sums(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, ce, kd), each summed over the tokens of a chunk; only the first has a gradient that counts."""
@@ -92,11 +93,20 @@ class HeadLoss:
         with torch.no_grad():
             teacher = self.teacher_logits(rows)
         if isinstance(teacher, Tensor):
-            kd = self.kd(logits_CV, teacher, self.kd_temperature).sum()
+            kd_C = self.kd(logits_CV, teacher, self.kd_temperature)
         else:
-            kd = teacher.divergence(self.kd, logits_CV, self.kd_temperature).sum()
+            kd_C = teacher.divergence(self.kd, logits_CV, self.kd_temperature)
+        kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher)).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd
+
+
+def token_chunks(num_tokens: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
+    """Cut tokens into slices of nearly equal length whose float32 logits take `chunk_bytes` at most."""
+    most = max(1, chunk_bytes // (4 * vocabulary))
+    num_chunks = -(-num_tokens // most)
+    bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else [0]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def chunked_head_loss(

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,7 @@ class Engine:
         assert len(micro_batches) == self.accumulation
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        settings = self._with_mean_score(micro_batches, settings)
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -204,6 +205,23 @@ class Engine:
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
+
+    def _with_mean_score(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
+        """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.
+
+        The teacher's head runs once more for it: the sum over the step must be known before its first gradient.
+        """
+        weight = settings.token_weight
+        if weight is None:
+            return settings
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            if settings.of(batch).kd_ratio > 0.0:
+                totals[0] += self.module.token_score_sum(batch.to(self.device), settings)
+                totals[1] += batch.num_response_tokens
+        dist.all_reduce(totals)
+        score_sum, num_tokens = totals.tolist()
+        return replace(settings, token_weight=weight.with_mean(score_sum / num_tokens)) if num_tokens else settings
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""

@@ -92,6 +92,10 @@ class Feed:
             if ahead is not None:
                 yield _taught(ahead.result(), teachers, respond)
 
+    def batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
+        """Return the rows of these ids as one micro-batch, with the part of these teachers."""
+        return teachers.teach(self._micro_batch(ids, teachers))
+
     def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the whole set, and whether each of them counts.
 

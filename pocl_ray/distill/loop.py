@@ -21,12 +21,14 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.losses import divergences
+from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.plateau import hand_off_figure, has_converged
+from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
-from pocl_ray.distill.step import StepSettings
+from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 
 OnCheckpoint = Callable[[Progress, Path | None], None]
@@ -46,6 +48,7 @@ class TrainingLoop:
         orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
+        rescorer: Rescorer | None = None,
     ) -> None:
         """Set the loop up.
 
@@ -59,13 +62,15 @@ class TrainingLoop:
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
             on_step: Called on every worker with each logged record.
+            rescorer: Ranks the rows anew before the stages that say so.
         """
-        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, orders
-        self.rollouts = rollouts
+        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
+        self.rollouts, self.rescorer = rollouts, rescorer
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout)
+        self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
+        self.token_weight = TokenWeight.of(task.distill)
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -77,11 +82,15 @@ class TrainingLoop:
         self.rollouts.restore(progress.rollout, source)
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
+        if self.rescorer is not None:
+            self.orders["rank"] = shared_order(source, len(self.orders["rank"]), self.engine.device)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""
         try:
             if self.progress.step == 0 and self.progress.num_samples == 0:
+                if self.rescorer is not None:
+                    self.rescorer.clear()
                 self._evaluate()
                 self._reset_best()
             for stage in self.task.stages[self.progress.stage :]:
@@ -93,6 +102,9 @@ class TrainingLoop:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
+        if progress.num_samples == 0 and stage.rescore:
+            assert self.rescorer is not None, "the task says how rows are ranked anew"
+            self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
@@ -135,8 +147,8 @@ class TrainingLoop:
     def _settings(self, stage: Stage, step: int) -> StepSettings:
         temperature, kd_ratio = stage.kd_temperature_at(step), stage.kd_ratio_at(step)
         own = self.task.rollout.kd_ratio
-        on_rollouts = StepSettings(temperature, kd_ratio if own is None else own, self.rollout_divergence)
-        return StepSettings(temperature, kd_ratio, self.divergence, on_rollouts)
+        on_rollouts = RolloutSettings(kd_ratio if own is None else own, self.rollout_divergence)
+        return StepSettings(temperature, kd_ratio, self.divergence, self.token_weight, on_rollouts)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
@@ -208,6 +220,8 @@ class TrainingLoop:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
             self.rollouts.write(directory)
+            if self.rescorer is not None:
+                write_order(self.orders["rank"], directory)
             write_progress(self.progress, directory)
         self.on_checkpoint(self.progress, directory)
 

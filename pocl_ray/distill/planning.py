@@ -9,10 +9,13 @@ from typing import Literal
 from pocl_ray.config import Config, RolloutConfig
 from pocl_ray.curriculum.schedule import plan_sft
 from pocl_ray.data.preparing import Rows
-from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.distill.task import Rescoring, TeacherTask, TrainTask
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
+
+RESCORED = "scores/stages"
+"""Tables of the rankings made between stages, beside the output of the run that made them."""
 
 
 def curriculum_task(
@@ -34,6 +37,7 @@ def curriculum_task(
     Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
     """
     folder = output.removesuffix("student")
+    rescores = any(stage.rescore for stage in stages)
     return TrainTask(
         name=name,
         fingerprint=fingerprint,
@@ -62,12 +66,14 @@ def curriculum_task(
         metrics=f"{folder}metrics.jsonl",
         teacher_weight=config.teacher.weight,
         teacher_stages=config.teacher.stages_of(len(stages)),
+        teacher_sharded=config.teacher.sharded,
         other_teachers=tuple(
-            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)))
+            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)), one.sharded)
             for place, (ref, made_by) in enumerate(other_teachers, start=1)
             for one in [config.other_teachers[place - 1]]
         ),
         lora=config.student.lora,
+        rescoring=Rescoring(config.difficulty, config.seed, f"{folder}{RESCORED}") if rescores else None,
     )
 
 

@@ -13,8 +13,9 @@ from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.inference import InferenceStudent
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
@@ -45,6 +46,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     if task.lora is not None:
         add_adapters(student, task.lora, task.seed)
     if task.gradient_checkpointing:
+        # Non-reentrant: beneath frozen weights the input needs no gradient for the adapters behind it to get theirs.
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
     engine = Engine(module, train, device, task.collective_timeout_s, 2 if task.rollout.beside_data else 1)
@@ -56,7 +58,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
         Feed(store, pad_id, train.micro_batch_rows, rank, world_size, teachers_of(task, made, teachers, num_logits))
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
-    divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+    divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teacher is not None else 0.0, divergence)
     copy = InferenceStudent(engine)
     dev = DevEvaluator(
@@ -64,7 +66,12 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     )
     writer = _writer(task, copy, stop_ids_of(student, tokenizer))
     rollouts = Rollouts(task.rollout, engine, writer, stores[0], pad_id, task.max_tokens, task.seed, task.num_steps)
-    return TrainingLoop(task, engine, feed, dev, rollouts, _orders(task, len(stores[0])), on_checkpoint, on_step)
+    rescorer = None
+    if task.rescoring is not None:
+        head_of_first = teachers[0].head if teachers else None
+        rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, copy.current, head_of_first)
+    orders = _orders(task, len(stores[0]))
+    return TrainingLoop(task, engine, feed, dev, rollouts, orders, on_checkpoint, on_step, rescorer)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:

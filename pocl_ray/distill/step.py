@@ -9,33 +9,52 @@ Legend: B batch, T tokens, N response tokens in one flat axis, V vocabulary, H h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ray.data.batching import MicroBatch
-from pocl_ray.distill.chunked import DEFAULT_CHUNK_BYTES, HeadLoss, KdFunction, TeacherLogits, chunked_head_loss
+from pocl_ray.distill.chunked import (
+    DEFAULT_CHUNK_BYTES,
+    HeadLoss,
+    KdFunction,
+    TeacherLogits,
+    chunked_head_loss,
+    token_chunks,
+)
 from pocl_ray.distill.teaching import teacher_logits
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """What a stage sets: the divergence (of `resolve_loss`), its temperature and its weight in the loss.
+class RolloutSettings:
+    """The weight of the divergence, and the divergence, on responses that the student wrote."""
 
-    `on_rollouts` takes its place for micro-batches whose responses the student wrote.
+    kd_ratio: float
+    kd: KdFunction | None = None
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'.
+
+    `on_rollouts` takes the place of divergence and weight for micro-batches whose responses the student wrote.
     """
 
     kd_temperature: float
     kd_ratio: float
     kd: KdFunction | None = None
-    on_rollouts: StepSettings | None = None
+    token_weight: TokenWeight | None = None
+    on_rollouts: RolloutSettings | None = None
 
     def of(self, batch: MicroBatch) -> StepSettings:
         """Return what holds for a micro-batch."""
-        return self.on_rollouts if batch.is_rollout and self.on_rollouts is not None else self
+        own = self.on_rollouts
+        return replace(self, kd_ratio=own.kd_ratio, kd=own.kd) if batch.is_rollout and own is not None else self
 
 
 class LossHead(nn.Module):
@@ -71,6 +90,7 @@ class LossHead(nn.Module):
             teacher_logits=teacher_logits,
             transform=self.transform,
             chunk_bytes=chunk_bytes,
+            token_weight=settings.token_weight,
         )
         return chunked_head_loss(hidden_NH, self.weight, self.bias, loss)
 
@@ -111,6 +131,16 @@ class DistillationModule(nn.Module):
         return self.loss_head(
             self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
         )
+
+    @torch.no_grad()
+    def token_score_sum(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
+        """Sum of the scores that weigh tokens over the response tokens of the batch, a float64 scalar."""
+        teacher = self._teacher_logits(batch, settings.of(batch))
+        assert settings.token_weight is not None and teacher is not None
+        total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
+        for rows in token_chunks(batch.num_response_tokens, self.student.config.vocab_size, self.chunk_bytes):
+            total += settings.token_weight.scores(teacher(rows)).double().sum()
+        return total
 
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
         if settings.kd_ratio == 0.0:

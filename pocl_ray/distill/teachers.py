@@ -9,14 +9,16 @@ import numpy as np
 import torch
 
 from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
+from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.models.sharding import ShardedTeacher
 from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import localize
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TeacherSource:
     """
 
     cache: HiddenCache | TopKCache | None = None
-    live: LiveTeacher | None = None
+    live: LiveTeacher | ShardedTeacher | None = None
     index: int = 0
     weight: float = 1.0
     stages: tuple[int, ...] | None = None
@@ -82,7 +84,7 @@ class LoadedTeacher:
 
     task: TeacherTask
     head: HeadWeights | None
-    live: LiveTeacher | None
+    live: LiveTeacher | ShardedTeacher | None
 
 
 def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
@@ -93,15 +95,20 @@ def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
     """
     loaded = []
     for one in task.teachers:
-        ref = replace(one.ref, path=localize(one.ref.path))
+        ref = on_this_node(one.ref)
         if one.cache is not None and task.distill.teacher_cache == "topk":
             loaded.append(LoadedTeacher(one, None, None))
         elif one.cache is not None:
             loaded.append(LoadedTeacher(one, load_head(ref, device=device), None))
         else:
-            live = LiveTeacher(ref, device)
+            live = _sharded(ref, device) if one.sharded else LiveTeacher(ref, device)
             loaded.append(LoadedTeacher(one, live.head, live))
     return loaded
+
+
+def _sharded(ref: ModelRef, device: torch.device) -> ShardedTeacher:
+    import_deepspeed(device)
+    return ShardedTeacher(ref, device)
 
 
 def teachers_of(

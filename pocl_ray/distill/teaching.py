@@ -42,6 +42,10 @@ class TopKTeaching:
         student_CE = student_events(student_logits_CV, self.top_k, temperature)
         return kd(temperature * student_CE, temperature * self.top_k.log_probs(temperature), temperature)
 
+    def entropy(self) -> Tensor:
+        """Return the entropy of each token's whole distribution, shape (C,): the tail's curve holds its part."""
+        return self.top_k.entropy()
+
 
 @dataclass(frozen=True)
 class WeightedTeaching:
@@ -58,6 +62,20 @@ class WeightedTeaching:
             else:
                 total_C = total_C + weight * part.divergence(kd, student_logits_CV, temperature)
         return total_C
+
+    def entropy(self) -> Tensor:
+        """Return the weighted mean of the teachers' entropies of each token, shape (C,)."""
+        parts = [weight * entropy_of(part) for weight, part in self.parts]
+        return torch.stack(parts).sum(0)
+
+
+def entropy_of(teacher: Tensor | Teaching) -> Tensor:
+    """Return the entropy of the plain distribution (temperature 1) at each token, shape (C,), in nats, float32."""
+    if not isinstance(teacher, Tensor):
+        return teacher.entropy()
+    dtype = torch.promote_types(teacher.dtype, torch.float32)
+    # entr is 0 at 0: masked tokens count for nothing.
+    return torch.special.entr(torch.softmax(teacher, dim=-1, dtype=dtype)).sum(-1).float()
 
 
 def teacher_logits(taught: Sequence[Taught], heads: Sequence[HeadWeights | None]) -> TeacherLogits:

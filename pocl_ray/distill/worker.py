@@ -49,7 +49,7 @@ def _train(task: TrainTask, board: Any) -> None:
     resume(loop, _checkpoints(loop.engine.rank), ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
-        board.begin.remote(task.num_steps, loop.progress.step, evaluations)
+        board.begin.remote(task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id())
     loop.run()
     _write_result(task, loop)
     if loop.engine.rank == 0:

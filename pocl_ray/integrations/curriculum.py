@@ -160,6 +160,11 @@ class Curriculum:
             if not run_dir.exists(needed):
                 raise DataError(f"{run_dir.uri_of(needed)}: no such file; run `pocl-ray score` with its config first")
         config = load_config(run_dir.local("config.yaml"))
+        if config.data.responses == "teacher":
+            raise ConfigError(
+                f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set "
+                "holds; put them into your data set and rank it with Curriculum.from_ranks"
+            )
         rank = pq.read_table(run_dir.local("scores.parquet"), columns=[RANK])[RANK].to_numpy()
         rows = RowStore.open(run_dir.local("rows/train.arrow"))
         places = np.asarray(rows.source_rows(np.arange(len(rows))), dtype=np.int64) - 1

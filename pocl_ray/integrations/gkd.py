@@ -16,10 +16,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl.experimental.gkd import GKDTrainer
-
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.integrations.huggingface import DistillationMixin
+
+try:
+    from trl.experimental.gkd import GKDTrainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "pocl_ray.integrations.gkd needs TRL: pip install 'pocl-ray[trl]', with Python 3.11 or newer"
+    ) from error
 
 
 class CurriculumGKDTrainer(DistillationMixin, GKDTrainer):

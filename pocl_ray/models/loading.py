@@ -17,6 +17,7 @@ from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.lora import merged_with_adapter
 from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
+from pocl_ray.models.quantization import int8_options
 from pocl_ray.models.saving import quiet_transformers, save_model
 
 __all__ = [
@@ -54,7 +55,7 @@ def load_model(
         ModelError: nothing there, weights that are unsafe, missing, damaged or of another shape than config.json
             says, an unknown architecture, an attention implementation that is not available, or an adapter that
             does not fit.
-        ResourceError: a GPU is asked for where there is none.
+        ResourceError: a GPU is asked for where there is none, or 8 bit where that cannot be.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -63,6 +64,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype is not None else ref.dtype}
     if ref.attention != "auto":
         options["attn_implementation"] = ref.attention
+    if ref.quantization == "int8":
+        options.update(int8_options(ref.path, device))
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -80,7 +83,8 @@ def load_model(
     if ref.adapter is not None:
         model = merged_with_adapter(model, ref)
     release_eos_row(model)
-    nn.Module.to(model, device)
+    if ref.quantization == "none":
+        nn.Module.to(model, device)
     return model.eval() if eval_mode else model.train()
 
 

@@ -44,6 +44,7 @@ class ModelRef:
         trust_remote_code: run Python code that comes with the model.
         adapter: a LoRA adapter, a local directory or a Hub id, that is merged into the weights as they are loaded.
         adapter_revision: branch, tag or commit of a Hub adapter.
+        quantization: `int8` to load the linear layers in 8 bit, for inference alone.
     """
 
     path: str
@@ -53,6 +54,7 @@ class ModelRef:
     trust_remote_code: bool = False
     adapter: str | None = None
     adapter_revision: str | None = None
+    quantization: Literal["none", "int8"] = "none"
 
     @property
     def directory(self) -> Path | None:

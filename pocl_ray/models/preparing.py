@@ -33,7 +33,10 @@ def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
     if path is not None:
         return ref
     ref = replace(ref, revision=config.revision)
-    if not isinstance(config, TeacherConfig) or config.adapter is None:
+    if not isinstance(config, TeacherConfig):
+        return ref
+    ref = replace(ref, quantization=config.quantization)
+    if config.adapter is None:
         return ref
     return replace(ref, adapter=_absolute(config.adapter), adapter_revision=config.adapter_revision)
 
@@ -104,21 +107,22 @@ def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBas
         ModelError: No weights there, or the vocabularies differ.
     """
     assert config.path is not None
-    ref = reference(config, localize(config.path)) if "://" in config.path else reference(config)
+    ref = on_this_node(reference(config))
     check_place(ref)
     check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
 
 
-def check_adapters(teacher: TeacherConfig, student: StudentConfig) -> None:
+def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
     """Check, from what lies there, that adapters can be made and merged; nothing large is read.
 
     Raises:
         ConfigError: peft is not installed, or a target of the student's adapters is no layer of its.
-        ModelError: The teacher's adapter is not there, or cannot be merged.
+        ModelError: A teacher's adapter is not there, or cannot be merged.
     """
-    if teacher.adapter is not None:
-        import_peft("teacher.adapter")
-        check_adapter(on_this_node(reference(teacher)))
+    for one in (teacher, *others):
+        if one.adapter is not None:
+            import_peft("teacher.adapter")
+            check_adapter(on_this_node(reference(one)))
     if student.lora is None:
         return
     import_peft("student.lora")

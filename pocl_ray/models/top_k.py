@@ -99,6 +99,18 @@ class TopK:
         events_NE = torch.cat([top_NK, self._tail(inverse)[:, None]], dim=-1) if self.has_tail else top_NK
         return events_NE.log_softmax(dim=-1)
 
+    def entropy(self) -> Tensor:
+        """Return the entropy of the whole distribution at temperature 1, shape (N,), float32, in nats.
+
+        It is exact: the tail's mass is e^f(1), and its mean log-probability f'(1).
+        """
+        top_NK = self.logp_NK.float()
+        entropy_N = -(top_NK.exp() * top_NK).sum(-1)
+        if not self.has_tail:
+            return entropy_N
+        place = 1 + 2 * INVERSE_TEMPERATURES.index(1.0)
+        return entropy_N - self.curve_NP[:, place].exp() * self.curve_NP[:, place + 1]
+
     def _tail(self, inverse: float) -> Tensor:
         """The curve at b = `inverse`, shape (N,)."""
         knots, values, slopes = self._knots()

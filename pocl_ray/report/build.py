@@ -26,6 +26,7 @@ from pocl_ray.report.files import RunData, RunFiles, read_run
 from pocl_ray.report.headline import model_names, result_sentences, tiles, what_was_done
 from pocl_ray.report.page import render_html, render_markdown
 from pocl_ray.report.perplexities import is_of_text, perplexities, perplexity_sentences
+from pocl_ray.report.rescoring import reranked
 from pocl_ray.report.results import compare_with_control, set_results
 from pocl_ray.report.steps import is_done, reject_lines, step_times, total_seconds
 
@@ -98,6 +99,7 @@ def build_report(files: RunFiles) -> str:
         "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,
+        "reranked": reranked(run.rescored, run.plan) if run.plan else [],
         "plots": {plot.name: plot for plot in plots},
         "steps": step_times(run.steps),
         "total_seconds": total_seconds(run.steps),

@@ -102,6 +102,7 @@ class RunData:
     control: Metrics | None
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: Rejects | None = None
+    rescored: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -113,18 +114,20 @@ def read_run(files: RunFiles) -> RunData:
     config_text = _text(files, "config.yaml")
     config = _read_config(config_text)
     metrics = _read_metrics(files, "metrics.jsonl")
+    plan = _read_plan(files)
     return RunData(
         config=config,
         config_text=config_text,
         environment=_json(files, "environment.json"),
         steps=dict(_json(files, "manifest.json").get("steps") or {}),
-        scores=_read_scores(files),
+        scores=_read_scores(files, "scores.parquet"),
         rows=_read_rows(files, ROWS_FILES["reference" if config is None else config.data.responses]),
-        plan=_as_taken(_read_plan(files), metrics),
+        plan=_as_taken(plan, metrics),
         metrics=metrics,
         control=_read_metrics(files, "control/metrics.jsonl"),
         evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
         rejects=_read_rejects(files),
+        rescored=_read_rescored(files, plan),
     )
 
 
@@ -164,8 +167,14 @@ def _read_config(text: str) -> Config | None:
         raise _broken("config.yaml", error) from None
 
 
-def _read_scores(files: RunFiles) -> dict[str, np.ndarray] | None:
-    rel = "scores.parquet"
+def _read_rescored(files: RunFiles, plan: Plan | None) -> dict[int, dict[str, np.ndarray]]:
+    """The rankings made between stages, by the stage that each was made for."""
+    stages = [stage.index for stage in plan.stages if stage.rescore] if plan is not None else []
+    found = {index: _read_scores(files, f"scores/stages/stage-{index}.parquet") for index in stages}
+    return {index: table for index, table in found.items() if table is not None}
+
+
+def _read_scores(files: RunFiles, rel: str) -> dict[str, np.ndarray] | None:
     if not files.exists(rel):
         return None
     try:

@@ -30,7 +30,8 @@ class TrialRecord:
         reports: What it told Tune, one entry a dev evaluation; the last one is of the student it left.
         seconds: From its start to its end, over all of its starts.
         start_s: From its start to the first optimizer step, of its last start.
-        started_at: When that was, in UTC.
+        started_at: When it was started, in UTC.
+        node: Ray's id of the node that its first worker is on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TrialRecord:
     seconds: float = 0.0
     start_s: float | None = None
     started_at: str = ""
+    node: str = ""
 
     @property
     def last(self) -> dict[str, Any]:

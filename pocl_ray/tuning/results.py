@@ -140,6 +140,7 @@ def table_rows(outcome: Outcome, tune: TuneConfig) -> list[dict[str, Any]]:
             seconds=record.seconds,
             start_s=record.start_s,
             started_at=record.started_at,
+            node=record.node,
             fingerprint=record.fingerprint,
         )
         ends = {report["stage"]: report for report in record.reports}

@@ -24,7 +24,6 @@ from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.trainer import train_watched
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
 from pocl_ray.tuning.records import TRIALS, TrialRecord, figures_of, read_record
@@ -89,7 +88,7 @@ class Shared:
 
 
 class DivergedError(Exception):
-    """The training loss of a trial is not finite any more."""
+    """Loss, gradients or dev figures of a trial are not finite any more."""
 
 
 class _StoppedError(Exception):
@@ -189,9 +188,8 @@ class TrialRun:
                 raise _StoppedError
             if self.record.start_s is None and standing.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
-            loss = standing.train.get("train/loss", 0.0)
-            if not math.isfinite(loss):
-                raise DivergedError(f"the training loss is {loss} at step {standing.step}")
+            self._check_finite(standing)
+            self.record.node = standing.node
             for end in range(num_seen + 1, len(standing.evaluations) + 1):
                 if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
                     self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
@@ -207,6 +205,15 @@ class TrialRun:
             return
         except Exception as error:
             self.queue.put(error)
+
+    def _check_finite(self, standing: Standing) -> None:
+        """End a run that has diverged; gradients that overflow are part of how fp16 finds its loss scale."""
+        names = {"train/loss": "training loss"}
+        if self.task.train.precision != "fp16":
+            names["train/grad_norm"] = "gradient norm"
+        for key, name in names.items():
+            if not math.isfinite(value := standing.train.get(key, 0.0)):
+                raise DivergedError(f"the {name} is {value} at step {standing.step}")
 
     def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
         last = evaluations[-1]
@@ -232,7 +239,7 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(ranked.select([RANK]), path)
+        pq.write_table(ranked, path)
         shared.run_dir.publish(path, task.scores)
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     },
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation", "responses"},
-    {"inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
+    {"inputs", "teacher_use", "integrations", "pipeline", "preflight", "preview", "tuning", "report", "submit"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
@@ -38,6 +38,7 @@ LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 # What these modules may not import, whether directly, inside a function, or through a module they load.
 NEVER_IMPORTS = {
     "curriculum": {"torch", "ray"},
+    "integrations": {"ray"},
     "difficulty/ranking.py": {"torch", "ray"},
     "distill/losses.py": {"ray"},
     "distill/step.py": {"ray"},

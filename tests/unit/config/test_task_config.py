@@ -8,11 +8,13 @@ import pytest
 
 from pocl_ray.config import Config
 
+DATA: dict[str, Any] = {"train": {"path": "x.jsonl"}, "holdout_rows": 1, "task": "text", "max_tokens": 64}
+
 
 def text_config(**changes: Any) -> Config:
     tree: dict[str, Any] = {
         "name": "x",
-        "data": {"train": {"path": "x.jsonl"}, "holdout_rows": 1, "task": "text", "max_tokens": 64},
+        "data": DATA,
         "teacher": {"path": "t"},
         "student": {"path": "s"},
         "difficulty": {"signals": ["ce_loss", "teacher_ce_loss"]},
@@ -28,6 +30,7 @@ def test_plain_text_needs_no_room_for_a_prompt() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data": {**DATA, "responses": "teacher"}}, "data.responses: .* set it to reference"),
         ({"difficulty": {}}, "difficulty.signals: .* no prompts to answer, so there is no rouge_l; give others"),
         ({"difficulty": {"signals": ["prompt_tokens"]}}, "there is no num_prompt_tokens"),
         ({"curriculum": {"advance": "plateau"}}, "curriculum.plateau.metric: .* set it to kd_loss or ce_loss"),

@@ -15,12 +15,13 @@ import yaml
 from pocl_ray.config import Config, GenerationConfig, load_config
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.dependencies import reads_teacher
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.teachers import Teachers, TeacherSource
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.responses.rows import replace_responses
 from pocl_ray.responses.writing import TeacherWriter, WritingTask
+from pocl_ray.teacher_use import reads_teacher
 
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 SUPERVISED = ("sft", "seqkd")
@@ -109,8 +110,9 @@ def test_a_stage_without_distillation_reads_neither_cache_nor_teacher(tmp_path: 
 
     untouchable: Any = Untouchable()
     supervised = runs.stage(0, 16, kd_ratio=0.0)
-    for feed in (Feed(rows, 0, 4, 0, 1, cache=untouchable), Feed(rows, 0, 4, 0, 1, live=untouchable)):
+    for source in (TeacherSource(cache=untouchable), TeacherSource(live=untouchable)):
+        feed = Feed(rows, 0, 4, 0, 1, Teachers((source,)))
         (first, *_) = feed.stage(supervised, np.arange(16), 8, seed=0, first_step=0)
-        assert all(batch.teacher_hidden_NK is None for batch in first.micro_batches)
+        assert not any(batch.taught for batch in first.micro_batches)
         with pytest.raises(AssertionError, match="the teacher is read"):
             list(feed.stage(runs.stage(0, 16), np.arange(16), 8, seed=0, first_step=0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pocl_ray.data.batching import collate
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.step import DistillationModule, StepSettings
+from pocl_ray.distill.step import DistillationModule, RolloutSettings, StepSettings
 from pocl_ray.models.heads import head_of
 
 EOS = 2
@@ -40,7 +40,7 @@ def test_the_step_of_distillm_2_is_the_sum_of_its_two_divergences_over_all_token
     given = with_teacher(batch(((3, 5), (6, 2))), teacher)
     written = replace(with_teacher(batch(((3, 4), (6, 7))), teacher), is_rollout=True)
     forward, reverse = (resolve_loss(f"skewed_{side}_kl", {"alpha": ALPHA}) for side in ("forward", "reverse"))
-    settings = StepSettings(1.0, 0.7, forward, StepSettings(1.0, 1.0, reverse))
+    settings = StepSettings(1.0, 0.7, forward, on_rollouts=RolloutSettings(1.0, reverse))
 
     with torch.no_grad():
         q, logq = [(lq := log_probs(module, given)).exp(), lq]

@@ -127,6 +127,14 @@ def test_a_run_whose_source_rows_are_not_one_data_set_is_refused(tmp_path: Path)
         Curriculum.from_run(str(tmp_path), "scored")
 
 
+def test_a_run_on_the_teachers_responses_is_refused(tmp_path: Path) -> None:
+    config = a_run(tmp_path, source_rows=[1, 2])
+    data = config.data.model_copy(update={"responses": "teacher"})
+    (tmp_path / "scored" / "config.yaml").write_text(dump_config(config.model_copy(update={"data": data})))
+    with pytest.raises(ConfigError, match="ranks other responses than the data set holds"):
+        Curriculum.from_run(str(tmp_path), "scored")
+
+
 def test_a_run_that_is_not_scored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config\.yaml: no such file; run `pocl-ray score`"):
         Curriculum.from_run(str(tmp_path), "none")

@@ -8,7 +8,7 @@ import pytest
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.dependencies import any_training_reads_teacher, reads_teacher
+from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 TREE: dict[str, Any] = {
     "name": "run",
@@ -54,3 +54,18 @@ def test_a_run_reads_the_teacher_for_its_loss_or_for_the_figure_it_watches(
 def test_a_control_or_a_search_may_read_it_where_the_run_does_not(more: dict[str, Any], is_read: bool) -> None:
     config = config_of(NEVER, **more)
     assert any_training_reads_teacher(config, plan_stages(config, 1000)) is is_read
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "is_read"),
+    [
+        ({"signals": ["ce_loss"], "rescore": "each_stage"}, False),
+        ({"signals": ["teacher_student_kl"]}, False),
+        ({"signals": ["ce_loss", "teacher_student_kl"], "rescore": "each_stage"}, True),
+    ],
+)
+def test_a_signal_that_compares_the_models_again_between_stages_reads_it(
+    difficulty: dict[str, Any], is_read: bool
+) -> None:
+    config = config_of(NEVER, difficulty=difficulty)
+    assert reads_teacher(config, plan_stages(config, 1000)) is is_read
