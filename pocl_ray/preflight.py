@@ -15,8 +15,9 @@ from pocl_ray.data.preparing import data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.kernels import resolve_divergence
+from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.distill.writers import check_backend
 from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
@@ -38,8 +39,9 @@ def check_inputs(config: Config) -> None:
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
     check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
-    resolve_divergence(config.distill)
-    deepspeed_config(config.train, config.scaling.num_workers)
+    divergences(config.distill, config.rollout)
+    check_backend(config.rollout)
+    deepspeed_config(config.train, config.scaling.num_workers, 2 if config.rollout.beside_data else 1)
     _check_rescoring(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)

@@ -51,6 +51,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
         console.print(f"{name}: {_cache_size(config, teacher, prepared)}")
+    if config.rollout.is_on:
+        console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
+from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -83,6 +84,7 @@ class Config(Section):
     difficulty: DifficultyConfig = DifficultyConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     distill: DistillConfig = DistillConfig()
+    rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     control: ControlConfig | None = Field(default=None, description="also train plain KD, as a control")
     scaling: ScalingConfig = ScalingConfig()
@@ -117,7 +119,25 @@ class Config(Section):
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
+        if self.rollout.is_on:
+            self._check_rollouts()
         return self
+
+    def _check_rollouts(self) -> None:
+        if self.distill.teacher_cache != "none":
+            raise ValueError(
+                f"rollout.mode {self.rollout.mode} writes responses that no teacher cache can hold; set "
+                "distill.teacher_cache to none, which runs the teacher live"
+            )
+        if self.rollout.mode == "adaptive" and self.rollout.buffer_rows < self.train.global_batch_rows:
+            raise ValueError(
+                f"rollout.buffer_rows ({self.rollout.buffer_rows}) must be at least train.global_batch_rows "
+                f"({self.train.global_batch_rows}): a step is drawn from the buffer as a whole"
+            )
+        if self.rollout.backend == "vllm" and self.scaling.use_gpu is False:
+            raise ValueError("rollout.backend vllm runs on GPUs; set it to transformers, or scaling.use_gpu to true")
+        if self.rollout.backend == "vllm" and self.student.lora is not None:
+            raise ValueError("rollout.backend vllm takes no adapters; set it to transformers, or remove student.lora")
 
     def _check_text(self) -> None:
         """Refuse what asks for answers to prompts where there are none."""
@@ -130,6 +150,8 @@ class Config(Section):
                     f"difficulty.signals: {no_prompts}, so there is no {signal}; "
                     "give others, such as [ce_loss, teacher_ce_loss]"
                 )
+        if self.rollout.is_on:
+            raise ValueError(f"rollout.mode: {no_prompts}; set it to off")
         if self.curriculum.advance == "plateau" and self.curriculum.plateau.metric == "rouge_l":
             raise ValueError(f"curriculum.plateau.metric: {no_prompts}; set it to kd_loss or ce_loss")
         for objective in () if self.tune is None else self.tune.objectives:

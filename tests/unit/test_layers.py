@@ -43,6 +43,8 @@ NEVER_IMPORTS = {
     "distill/losses.py": {"ray"},
     "distill/step.py": {"ray"},
     "distill/chunked.py": {"ray"},
+    "distill/adaptive.py": {"torch", "ray"},
+    "distill/rollouts.py": {"ray"},
 }
 
 
