@@ -16,7 +16,7 @@ from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.distill.room import wait_for_room
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_models, origin_fingerprint
 from pocl_ray.stores import check_lasts
@@ -37,7 +37,7 @@ def check_inputs(config: Config) -> None:
     choose_signals(config.difficulty)
     check_curriculum(config.curriculum)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
-    deepspeed_config(config.train, config.scaling.num_workers)
+    deepspeed_config(config.train, config.scaling.max_workers)
     if config.data.prompt_template != "chat":
         PromptTemplate(config.data.prompt_template, None)
     for model in (config.teacher, config.student):

@@ -139,6 +139,7 @@ class TrainingLoop:
             "curriculum/kd_temperature": settings.kd_temperature,
             "curriculum/kd_ratio": settings.kd_ratio,
             "num_response_tokens": num_tokens,
+            "num_workers": self.engine.world_size,
             "step_s": round(seconds, 4),
         }
         if self.progress.step % self.task.train.log_every_steps == 0:
