@@ -86,16 +86,28 @@ def _count(config: Config) -> int:
 def _cache_line(config: Config, prepared: dict[str, RowsSummary]) -> str:
     if config.distill.teacher_cache == "none":
         return "teacher cache: none, the teacher runs live"
-    hidden_size = _teacher_width(config)
-    if hidden_size is None:
+    kind = _cache_kind(config)
+    if kind is None:
         return "teacher cache: its size is known once the teacher's config can be read"
-    itemsize = 4 if config.distill.cache_dtype == "float32" else 2
+    hidden_size, itemsize = kind
     per_token = hidden_size * itemsize
     if not prepared:
         return f"teacher cache: {per_token:,} bytes a response token; its size is known once the rows are prepared"
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
     gib = num_tokens * per_token / 2**30
     return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {hidden_size} x {itemsize} bytes"
+
+
+def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
+    """Return what the teacher cache of some sets takes; None where the teacher's width cannot be told beforehand."""
+    kind = _cache_kind(config)
+    return None if kind is None else sum(made.num_response_tokens for made in sets) * kind[0] * kind[1]
+
+
+def _cache_kind(config: Config) -> tuple[int, int] | None:
+    """Width of the hidden states, and bytes of a number in the cache."""
+    width = _teacher_width(config)
+    return None if width is None else (width, 4 if config.distill.cache_dtype == "float32" else 2)
 
 
 def _teacher_width(config: Config) -> int | None:

@@ -245,7 +245,9 @@ class ScalingConfig(Section):
         if min(counts) < 1:
             raise ValueError(f"at least 1 worker is needed, not {min(counts)}")
         if counts[0] > counts[-1]:
-            raise ValueError(f"the least, {counts[0]}, is above the most, {counts[-1]}; write [{counts[-1]}, {counts[0]}]")
+            raise ValueError(
+                f"the least, {counts[0]}, is above the most, {counts[-1]}; write [{counts[-1]}, {counts[0]}]"
+            )
         return given
 
     @property

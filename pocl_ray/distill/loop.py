@@ -62,6 +62,7 @@ class TrainingLoop:
         self.state = TrainingState(engine)
         self.progress = Progress()
         self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -154,7 +155,7 @@ class TrainingLoop:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.task.train.checkpoint_every_steps
-        return every is not None and self.progress.step % every == 0
+        return (every is not None and self.progress.step % every == 0) or self.asks_for_checkpoint()
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()

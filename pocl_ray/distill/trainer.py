@@ -27,6 +27,7 @@ from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.evaluation.actors import wants_gpu
+from pocl_ray.versions import versions
 
 POLL_S = 0.3
 ABORT_S = 20.0
@@ -88,7 +89,7 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
     trainer = _Trainer(
         _train_worker,
         # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
-        train_loop_config={"task": ray.put(task), "board": board},
+        train_loop_config={"task": ray.put(task), "board": board, "versions": None if is_one_machine() else versions()},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
