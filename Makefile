@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 ROWS   := ../shared/data
 ARGS   ?=
 
-BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py
+BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
@@ -67,7 +67,7 @@ check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-benchmark: $(STAMP)  ## speed and memory of a distillation step
+benchmark: $(STAMP)  ## speed and memory of a distillation step, memory of the losses
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:  ## remove .venv and the caches; runs stay

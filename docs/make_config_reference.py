@@ -34,6 +34,8 @@ A config is one YAML file. `key.sub=value` behind it on the command line overrid
 
     pocl-ray run configs/quickstart.yaml train.learning_rate=1e-3 'evaluation.seeds=[10, 20]' distill.loss=reverse_kl
 
+- A YAML file among them lays its keys over the config: `pocl-ray run my.yaml configs/methods/seqkd.yaml`
+  (docs/methods.md). Files and keys apply in the order given.
 - A key that is not on this page is an error, and the message names the nearest one that is.
 - A section that is given replaces its default **as a whole**: with `evaluation.generation: {max_new_tokens: 64}` the
   other keys of `generation` take the defaults of its own table, so `no_repeat_ngram_size` is 0 there and no longer 6.

@@ -27,7 +27,11 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.learning_rate=1e-3")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE | LAYER.yaml]...",
+        help="such as train.learning_rate=1e-3, or a file of keys such as configs/methods/reverse_kl.yaml",
+    ),
 ]
 WithChanges = Annotated[
     bool,

@@ -9,6 +9,8 @@ from pocl_ray.config import Config
 from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
 
+LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
+
 
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
     """Return all that the ranking depends on, given the fingerprint of the signals."""
@@ -22,16 +24,26 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
     train = neutral_free(config)["train"]
     seed = train.pop("seed")
     return [
+        *_teaching(config, len(stages)),
         ranking,
         student,
         [stage.to_json() for stage in stages],
         train,
-        config.distill.model_dump(mode="json", include={"loss", "loss_args", "scale_by_t_squared"}),
+        config.distill.model_dump(mode="json", include=LOSS_KEYS),
         config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
+        *_lora(config),
     ]
+
+
+def _teaching(config: Config, num_stages: int) -> list[Any]:
+    """How several teachers share the loss; nothing for one alone."""
+    if not config.other_teachers:
+        return []
+    teachers = (config.teacher, *config.other_teachers)
+    return [[[teacher.weight, teacher.stages_of(num_stages)] for teacher in teachers]]
 
 
 def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
@@ -41,4 +53,10 @@ def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any
         return None
     merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
     del merged["seed"]
-    return [sft.model_dump(mode="json", exclude={"train"}), merged]
+    lora = _lora(config, exclude={"merge"}) if role == "student" else []
+    return [sft.model_dump(mode="json", exclude={"train"}), merged, *lora]
+
+
+def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:
+    lora = config.student.lora
+    return [] if lora is None else [lora.model_dump(mode="json", exclude=exclude)]

@@ -26,7 +26,7 @@ from pocl_ray.stores import is_remote
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
 
-COSTLY = ("checkpoints", "scores", "scores.parquet", "teacher_cache")
+COSTLY = ("checkpoints", "responses", "scores", "scores.parquet", "teacher_cache")
 
 # Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
 NEUTRAL = (
@@ -35,6 +35,8 @@ NEUTRAL = (
     "report",
     "tune",
     "distill.chunk_mib",
+    "teacher.sharded",
+    "distill.kernel",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",
     "train.zero_stage",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pocl_ray.config import Config
+import pyarrow.compute as pc
+
+from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
 from pocl_ray.data.tokenizer_training import train_tokenizer
@@ -19,8 +21,11 @@ from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import check_student_tokenizer, make_student, make_teacher, origin_fingerprint, reference
+from pocl_ray.responses.rows import OWN_REJECTS, read_responses, replace_responses, settle_rejects
+from pocl_ray.responses.rows import SUMMARY as RESPONSES_SUMMARY
+from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
 from pocl_ray.steps import Steps
-from pocl_ray.storage import localize
+from pocl_ray.storage import fingerprint, localize
 
 TOKENIZER = "tokenizer"
 
@@ -66,7 +71,57 @@ class Inputs:
 
     @cached_property
     def rows(self) -> Rows:
-        """The prepared sets."""
+        """The sets that the student meets: the prepared ones, or train with the teacher's answers as responses."""
+        prepared, is_theirs = self.prepared, self.config.data.responses == "teacher"
+        if is_theirs:
+            _ = self.responses
+        settle_rejects(self.run_dir, is_theirs)
+        return replace(prepared, train=read_responses(self.run_dir)) if is_theirs else prepared
+
+    @cached_property
+    def responses(self) -> str:
+        """Fingerprint of the training rows with the teacher's answers in place of their own responses."""
+        config, prepared, teacher = self.config, self.prepared, self.teacher
+        generation = config.teacher.generation
+
+        def work(fingerprint: str) -> StepResult:
+            parts = f"{PARTS}/{fingerprint[:12]}"
+            task = WritingTask(
+                run_dir=self.run_dir,
+                rows=prepared.train.path,
+                tokenizer=TOKENIZER,
+                teacher=teacher.ref,
+                generation=generation,
+                max_tokens=config.data.max_tokens,
+                seed=config.seed,
+                parts=parts,
+            )
+            answers = write_answers(task, config.scaling)
+            tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
+            limit = config.data.max_reject_share
+            made = replace_responses(prepared.train, answers, tokenizer, self.run_dir, config.data.train.path, limit)
+            self.run_dir.delete(PARTS)
+            counts = {
+                "num_rows": made.num_rows,
+                "num_tokens": made.num_response_tokens,
+                "num_unstopped_answers": answers.num_rows - int(pc.sum(answers[STOPPED]).as_py()),
+                "num_rejected": prepared.train.num_rows - made.num_rows,
+            }
+            return StepResult([made.path, RESPONSES_SUMMARY, OWN_REJECTS], counts)
+
+        depends = [
+            self.tokenizer,
+            prepared.train.fingerprint,
+            teacher.fingerprint,
+            generation.model_dump(mode="json"),
+            config.data.max_tokens,
+            config.seed,
+        ]
+        return self.steps.run("responses", depends, work, on_cluster=True)
+
+    @cached_property
+    def prepared(self) -> Rows:
+        """The sets as they were read, every row with its own response."""
         config = self.config
         numbers = list(config.difficulty.columns)
 
@@ -99,27 +154,33 @@ class Inputs:
                 return StepResult([], {})
             start = reference(config, self._made("teacher_init") if config.architecture is not None else None)
             counts = train_counted(
-                sft_task(self.config, "teacher", start, self.rows, self.run_dir, fingerprint), self.config.scaling
+                sft_task(self.config, "teacher", start, self.prepared, self.run_dir, fingerprint), self.config.scaling
             )
             return StepResult(["models/teacher"], counts)
 
-        depends: list[Any] = [origin_fingerprint(config), config.dtype]
+        depends: list[Any] = _loaded_as(config)
         if config.architecture is not None or config.sft is not None:
-            depends += [self.rows_fingerprint, sft_dependencies(self.config, "teacher"), self.config.seed]
+            depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
         return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
 
     @cached_property
+    def other_teachers(self) -> tuple[Made, ...]:
+        """The further teachers, as they lie."""
+        return tuple(Made(reference(config), fingerprint(_loaded_as(config))) for config in self.config.other_teachers)
+
+    @cached_property
     def student(self) -> Made:
         """The student before distillation."""
-        config, teacher = self.config.student, self.teacher
+        config = self.config.student
+        teacher = self.teacher if config.num_layers is not None else None
         is_made = config.path is None
 
         def work(fingerprint: str) -> StepResult:
             outputs = []
             if is_made:
                 tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-                make_student(config, teacher.ref, tokenizer, self.config.seed, self.run_dir)
+                make_student(config, teacher.ref if teacher else None, tokenizer, self.config.seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
                 return StepResult(outputs, {})
@@ -130,7 +191,7 @@ class Inputs:
             return StepResult([*outputs, "models/student"], counts)
 
         depends: list[Any] = [origin_fingerprint(config), self.tokenizer, self.config.seed]
-        if config.num_layers is not None:
+        if teacher is not None:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
@@ -141,7 +202,17 @@ class Inputs:
     @property
     def rows_fingerprint(self) -> list[str]:
         """Of every set."""
-        return [made.fingerprint for made in self.rows]
+        return _fingerprints(self.rows)
 
     def _made(self, name: str) -> str:
         return self.run_dir.uri_of(f"models/{name}")
+
+
+def _fingerprints(rows: Rows) -> list[str]:
+    return [made.fingerprint for made in rows]
+
+
+def _loaded_as(config: TeacherConfig) -> list[Any]:
+    """What the answers of a ready-made teacher depend on."""
+    depends: list[Any] = [origin_fingerprint(config), config.dtype]
+    return depends if config.quantization == "none" else [*depends, config.quantization]

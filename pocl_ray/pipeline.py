@@ -2,6 +2,7 @@
 
     rows -> teacher, student -> scores + teacher cache -> ranking -> plan -> distilled student -> evaluation -> report
 
+Where the teacher is to write the responses (SeqKD), it does so before the student or the scores see a row.
 Each step is a property: asking for it does it, and first whatever it rests on. A step that the manifest knows as done
 is not done again. Ray is connected when the first step that needs it is to run.
 """
@@ -22,21 +23,25 @@ from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.choice import choose_signals, rank_table
-from pocl_ray.difficulty.scoring import score_rows
-from pocl_ray.distill.planning import curriculum_task
+from pocl_ray.difficulty.scoring import cache_teacher, score_rows
+from pocl_ray.distill.planning import cache_folder, curriculum_task
 from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
+from pocl_ray.evaluation.perplexity import measure_perplexity
 from pocl_ray.identity import Claim
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
+from pocl_ray.models.cache_writer import FORMAT_VERSION
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.preparing import reference
+from pocl_ray.models.places import ModelRef
+from pocl_ray.models.preparing import trained_reference
 from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.steps import Steps
+from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
 
@@ -64,7 +69,7 @@ class Pipeline:
 
         def connect_and_check() -> None:
             connect()
-            check_room(config.scaling)
+            check_room(config)
             check_nodes()
 
         self.steps = Steps(self.run_dir, connect_and_check)
@@ -88,9 +93,11 @@ class Pipeline:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The curriculum, written to `plan.json`; asked for early, with all that may not fit."""
-        config, num_rows = self.config, self.inputs.rows.train.num_rows
+        config, num_prepared = self.config, self.inputs.prepared.train.num_rows
+        plan_stages(config, num_prepared)  # before a teacher is trained to write responses, some of which may be empty
+        check_settings(config, num_prepared, load_tokenizer(str(self.run_dir.local(TOKENIZER))))
+        num_rows = self.inputs.rows.train.num_rows
         stages = plan_stages(config, num_rows)
-        check_settings(config, num_rows, load_tokenizer(str(self.run_dir.local(TOKENIZER))))
         content = {
             "num_rows": num_rows,
             "num_buckets": config.curriculum.num_buckets,
@@ -110,10 +117,15 @@ class Pipeline:
     @cached_property
     def signals(self) -> str:
         """Fingerprint of the signals of every training row, and of the teacher cache made in the same pass."""
-        config, inputs, _ = self.config, self.inputs, self.stages
-        student, teacher = inputs.student, inputs.teacher
-        cache = CACHE if config.distill.teacher_cache == "hidden" else None
+        config, inputs = self.config, self.inputs
+        distils = any_training_reads_teacher(config, self.stages)
         chosen = choose_signals(config.difficulty)
+        cache = CACHE if distils and config.distill.teacher_cache != "none" else None
+        top_k = config.distill.top_k if config.distill.teacher_cache == "topk" else None
+        # What a search may choose is not known here, so it is all measured.
+        is_read = cache is not None or chosen.reads_teacher or config.tune is not None
+        teacher = inputs.teacher if distils or is_read else None
+        student = inputs.student
 
         def work(_: str) -> StepResult:
             check_disk(config, self.run_dir, inputs.rows)
@@ -123,10 +135,11 @@ class Pipeline:
                 run_dir=self.run_dir,
                 tokenizer=TOKENIZER,
                 student=student.ref,
-                teacher=teacher.ref,
-                teacher_fingerprint=teacher.fingerprint,
+                teacher=teacher.ref if teacher is not None and is_read else None,
+                teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
                 cache=cache,
                 cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
@@ -134,11 +147,15 @@ class Pipeline:
                 plugins=chosen.plugins,
             )
             self._publish_table(table, SIGNALS)
-            return StepResult([SIGNALS, *([cache] if cache else [])], counts)
+            caches = self._cache_other_teachers(student.ref, top_k) if distils else []
+            return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        models = [student.fingerprint, teacher.fingerprint, cache, config.distill.cache_dtype]
+        kept = None if cache is None else [FORMAT_VERSION, top_k]
+        models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
+        models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
+        depends += [] if is_read else ["without the teacher"]
         return self.steps.run("scores", depends, work, on_cluster=True)
 
     @cached_property
@@ -184,9 +201,16 @@ class Pipeline:
         if config.evaluation.teacher:
             models[TEACHER] = inputs.teacher
 
-        def work(_: str) -> StepResult:
+        refs = {name: made.ref for name, made in models.items()}
+
+        def read_texts(_: str) -> StepResult:
+            result, counts = measure_perplexity(refs, inputs.rows.tests, self.run_dir, config.scaling)
+            self.run_dir.write_json("evaluation.json", result)
+            return StepResult(["evaluation.json"], counts)
+
+        def answer_prompts(_: str) -> StepResult:
             result, counts = evaluate_models(
-                models={name: made.ref for name, made in models.items()},
+                models=refs,
                 sets=inputs.rows.tests,
                 run_dir=self.run_dir,
                 tokenizer=TOKENIZER,
@@ -199,6 +223,7 @@ class Pipeline:
 
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
         fingerprints = {name: made.fingerprint for name, made in models.items()}
+        work = read_texts if config.data.task == "text" else answer_prompts
         return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work, on_cluster=True)
 
     @cached_property
@@ -212,9 +237,31 @@ class Pipeline:
 
         return self.steps.run("report", [self.evaluation, self.config.report.model_dump(mode="json")], work)
 
+    def _cache_other_teachers(self, student: ModelRef, top_k: int | None) -> list[str]:
+        """Fill the caches of the further teachers, and return their directories; none where teachers run live."""
+        config, rows, written = self.config, self.inputs.rows, []
+        for place, other in enumerate(self.inputs.other_teachers, start=1):
+            folder = cache_folder(config, place)
+            if folder is None:
+                continue
+            cache_teacher(
+                sets=[rows.train, rows.dev],
+                run_dir=self.run_dir,
+                student=student,
+                teacher=other.ref,
+                teacher_fingerprint=other.fingerprint,
+                cache=folder,
+                cache_dtype=config.distill.cache_dtype,
+                top_k=top_k,
+                difficulty=config.difficulty,
+                scaling=config.scaling,
+            )
+            written.append(folder)
+        return written
+
     def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> Made:
         config, inputs, ranking = self.config, self.inputs, self.ranking
-        student, teacher = inputs.student, inputs.teacher
+        student, teacher = inputs.student, inputs.teacher if reads_teacher(config, stages) else None
 
         def work(fingerprint: str) -> StepResult:
             task = curriculum_task(
@@ -224,16 +271,17 @@ class Pipeline:
                 run_dir=self.run_dir,
                 stages=stages,
                 student=student.ref,
-                teacher=teacher.ref,
-                teacher_fingerprint=teacher.fingerprint,
+                teacher=teacher.ref if teacher is not None else None,
+                teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
                 rows=inputs.rows,
                 output=output,
+                other_teachers=[(other.ref, other.fingerprint) for other in inputs.other_teachers],
             )
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)
-        return Made(reference(config.student, self.run_dir.uri_of(output)), fingerprint)
+        return Made(trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint)
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:
         with TemporaryDirectory() as scratch:

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.config import Config, ScalingConfig
+from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import Rows, data_fingerprint
@@ -19,10 +19,12 @@ from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.disk import check_free
 from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.room import is_one_machine, wait_for_room
+from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
-from pocl_ray.models.preparing import check_models, origin_fingerprint
+from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
+from pocl_ray.models.quantization import check_int8
 from pocl_ray.preview import cache_bytes
 from pocl_ray.storage import RunDirectory
 from pocl_ray.stores import check_lasts
@@ -45,13 +47,28 @@ def check_inputs(config: Config) -> None:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
-    check_curriculum(config.curriculum)
-    resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
+    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
+    resolve_divergence(config.distill)
     deepspeed_config(config.train, config.scaling.max_workers)
-    if config.data.prompt_template != "chat":
+    _check_rescoring(config)
+    if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
-    for model in (config.teacher, config.student):
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key)
+    for model in (config.teacher, *config.other_teachers, config.student):
         origin_fingerprint(model)
+    check_adapters(config.teacher, config.student, *config.other_teachers)
+
+
+def _check_rescoring(config: Config) -> None:
+    compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
+    if compares and config.distill.teacher_cache == "topk":
+        raise ConfigError(
+            "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
+            "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, "
+            "or leave teacher_student_kl and plug-ins out of difficulty.signals"
+        )
 
 
 def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,39 +81,44 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
 
     Raises:
         ConfigError: Fewer rows than a global batch holds.
-        ModelError: A model has no weights, or cannot be made.
+        ModelError: A model has no weights, or cannot be made, or a further teacher has another tokenizer.
     """
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:
             batch_rows = config.sft_train(model.sft).global_batch_rows
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
+    for other in config.other_teachers:
+        check_other_teacher(other, tokenizer)
     warning = check_models(config.teacher, config.student, tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")
 
 
-def check_room(scaling: ScalingConfig) -> None:
+def check_room(config: Config) -> None:
     """Check that the cluster that is connected has room for the training workers and for the actors.
 
     Raises:
         ResourceError: It has not, or has no GPU where one is asked for.
     """
-    wait_for_room(scaling, wants_gpu(scaling, ray.cluster_resources()))
+    scaling = config.scaling
+    use_gpu = wants_gpu(scaling, ray.cluster_resources())
+    for key, teacher in _teachers(config):
+        if teacher.quantization == "int8":
+            check_int8(key, use_gpu)
+    wait_for_room(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
 
 
 def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
-    """Check that the teacher cache will fit the disk of the run directory.
+    """Check that the teacher caches will fit the disk of the run directory.
 
     Raises:
-        ResourceError: It will not.
+        ResourceError: They will not.
     """
     num_bytes = cache_bytes(config, (rows.train, rows.dev))
-    if num_bytes is not None and config.distill.teacher_cache == "hidden":
-        remedy = (
-            "make room, choose another storage_path, or set distill.cache_dtype to bfloat16 or teacher_cache to none"
-        )
-        check_free(run_dir, num_bytes, "the teacher's hidden states", remedy)
+    if num_bytes is not None and config.distill.teacher_cache != "none":
+        remedy = "make room, choose another storage_path, or set distill.teacher_cache to topk or none"
+        check_free(run_dir, num_bytes, "the teacher's answers", remedy)
 
 
 def check_nodes() -> None:
@@ -130,3 +152,9 @@ def check_nodes() -> None:
             console.print(f"[yellow]warning:[/] node {address} does not tell its versions ({type(error).__name__})")
             continue
         check_same(here, theirs, f"node {address}")
+
+
+def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:
+    """All teachers, each with its key."""
+    others = [(f"other_teachers.{place}", one) for place, one in enumerate(config.other_teachers)]
+    return [("teacher", config.teacher), *others]

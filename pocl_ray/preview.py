@@ -9,10 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pocl_ray.config import Config
+from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+from pocl_ray.teacher_use import any_training_reads_teacher
 
 
 def print_plan(config: Config, num_rows: int | None) -> None:
@@ -35,10 +37,20 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    rescored = [str(stage.index) for stage in stages if stage.rescore]
+    if rescored:
+        console.print(f"rows are ranked anew, by the student as it then is, before stage {', '.join(rescored)}")
+    if config.data.task == "text" and not prepared:
+        console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
-    console.print(_cache_line(config, prepared))
+    if not any_training_reads_teacher(config, stages):
+        console.print("teacher cache: none, since kd_ratio is 0 throughout")
+        return
+    for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
+        name = "teacher cache" if place == 1 else f"teacher cache {place}"
+        console.print(f"{name}: {_cache_size(config, teacher, prepared)}")
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:
@@ -74,6 +86,8 @@ def _prepared(config: Config) -> dict[str, RowsSummary]:
     if not run_dir.exists("rows/summary.json"):
         return {}
     sets = run_dir.read_json("rows/summary.json")["sets"]
+    if config.data.responses == "teacher" and run_dir.exists("responses/summary.json"):
+        sets["train"] = run_dir.read_json("responses/summary.json")
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 
@@ -83,40 +97,46 @@ def _count(config: Config) -> int:
     return count_rows(config.data)
 
 
-def _cache_line(config: Config, prepared: dict[str, RowsSummary]) -> str:
+def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, RowsSummary]) -> str:
     if config.distill.teacher_cache == "none":
-        return "teacher cache: none, the teacher runs live"
-    kind = _cache_kind(config)
-    if kind is None:
-        return "teacher cache: its size is known once the teacher's config can be read"
-    hidden_size, itemsize = kind
-    per_token = hidden_size * itemsize
+        return "none, the teacher runs live"
+    layout = _cache_layout(config.distill, teacher)
+    if layout is None:
+        return "its size is known once the teacher's config can be read"
     if not prepared:
-        return f"teacher cache: {per_token:,} bytes a response token; its size is known once the rows are prepared"
+        return f"{layout.row_bytes:,} bytes a response token; its size is known once the rows are prepared"
+    if config.data.responses == "teacher" and prepared["train"].path.startswith("rows/"):
+        return f"{layout.row_bytes:,} bytes a response token; its size is known once the teacher has written"
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
-    gib = num_tokens * per_token / 2**30
-    return f"teacher cache: {gib:.2f} GiB for {num_tokens:,} response tokens of {hidden_size} x {itemsize} bytes"
+    gib = estimate_bytes(num_tokens, layout) / 2**30
+    what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)
+    return f"{gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
 
 
 def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
-    """Return what the teacher cache of some sets takes; None where the teacher's width cannot be told beforehand."""
-    kind = _cache_kind(config)
-    return None if kind is None else sum(made.num_response_tokens for made in sets) * kind[0] * kind[1]
+    """Return what the teacher caches of some sets take; None where a teacher's width cannot be told beforehand."""
+    layouts = [_cache_layout(config.distill, teacher) for teacher in (config.teacher, *config.other_teachers)]
+    num_tokens = sum(made.num_response_tokens for made in sets)
+    sizes = [estimate_bytes(num_tokens, layout) for layout in layouts if layout is not None]
+    return sum(sizes) if len(sizes) == len(layouts) else None
 
 
-def _cache_kind(config: Config) -> tuple[int, int] | None:
-    """Width of the hidden states, and bytes of a number in the cache."""
-    width = _teacher_width(config)
-    return None if width is None else (width, 4 if config.distill.cache_dtype == "float32" else 2)
+def _cache_layout(distill: DistillConfig, teacher: TeacherConfig) -> Layout | None:
+    """Return what is stored of a token; a teacher's own dtype is taken to be bfloat16."""
+    if distill.teacher_cache == "topk":
+        return Layout("topk", "float32" if distill.cache_dtype == "float32" else "float16", distill.top_k)
+    width = _teacher_width(teacher)
+    dtype = "bfloat16" if distill.cache_dtype == "auto" else distill.cache_dtype
+    return None if width is None else Layout("hidden", dtype, width)
 
 
-def _teacher_width(config: Config) -> int | None:
+def _teacher_width(teacher: TeacherConfig) -> int | None:
     """Return the width of the teacher's hidden states, where that can be told without the network."""
-    if config.teacher.architecture is not None:
-        width = config.teacher.architecture.get("hidden_size", config.teacher.architecture.get("n_embd"))
+    if teacher.architecture is not None:
+        width = teacher.architecture.get("hidden_size", teacher.architecture.get("n_embd"))
         return int(width) if width is not None else None
-    assert config.teacher.path is not None
-    file = Path(config.teacher.path).expanduser() / "config.json"
+    assert teacher.path is not None
+    file = Path(teacher.path).expanduser() / "config.json"
     if not file.is_file():
         return None
     import json

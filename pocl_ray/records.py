@@ -24,6 +24,9 @@ NUM_RESPONSE_TOKENS = "num_response_tokens"
 RRF_SCORE = "rrf_score"
 RANK = "rank"
 
+# And of scores/stages/stage-<k>.parquet, beside these: where the row stood in the ranking before.
+PREVIOUS_RANK = "previous_rank"
+
 # Models of evaluation.json.
 STUDENT = "student"
 STUDENT_BEFORE = "student_before"
@@ -87,6 +90,7 @@ class Stage:
         min_epochs: The stage ends on convergence, but not before so many passes; None: after its epochs.
         kd_temperature_ramp: Over the steps of the run; None: one value for the stage.
         kd_ratio_ramp: The same of `kd_ratio`.
+        rescore: Whether the rows are ranked anew before it, by the student as it then is.
     """
 
     index: int
@@ -105,6 +109,7 @@ class Stage:
     min_epochs: int | None = None
     kd_temperature_ramp: Ramp | None = None
     kd_ratio_ramp: Ramp | None = None
+    rescore: bool = False
 
     def kd_temperature_at(self, step: int) -> float:
         """Return the temperature of a step of the stage, from 0."""
@@ -113,6 +118,11 @@ class Stage:
     def kd_ratio_at(self, step: int) -> float:
         """Return the `kd_ratio` of a step of the stage, from 0."""
         return self.kd_ratio if self.kd_ratio_ramp is None else self.kd_ratio_ramp.at(step)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether its loss has a distillation part at any step; with `kd_ratio` 0 the teacher is not read."""
+        return self.kd_ratio > 0 if self.kd_ratio_ramp is None else max(self.kd_ratio_ramp.points) > 0
 
     @property
     def num_rows(self) -> int:

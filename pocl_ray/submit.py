@@ -22,6 +22,7 @@ import yaml
 from requests.exceptions import RequestException
 
 from pocl_ray.config import load_config
+from pocl_ray.config.loading import is_layer
 from pocl_ray.console import console
 from pocl_ray.errors import ConfigError, ResourceError
 from pocl_ray.stores import check_lasts
@@ -52,7 +53,7 @@ class Submission:
 
     Attributes:
         config: The YAML file, inside the working directory.
-        overrides: `key=value`.
+        overrides: `key=value`, or YAML files of keys.
         address: Of the cluster's dashboard, such as `http://head:8265`.
         working_dir: What travels with the job.
         env: Environment variables of the job and of all its workers.
@@ -114,20 +115,24 @@ def submit(submission: Submission, wait: bool = True) -> int:
 
 
 def entrypoint(submission: Submission) -> str:
-    """Return the command that the job runs, with the config's path relative to the working directory.
+    """Return the command that the job runs, with paths of configs relative to the working directory.
 
     Raises:
-        ConfigError: The config lies outside of the working directory, so the job would not have it.
+        ConfigError: A config lies outside of the working directory, so the job would not have it.
     """
     working_dir = submission.working_dir.resolve()
-    config = submission.config.resolve()
-    if not config.is_relative_to(working_dir):
+    overrides = [_inside(Path(o), working_dir) if is_layer(o) else o for o in submission.overrides]
+    return shlex.join(["python", "-m", "pocl_ray", "run", _inside(submission.config, working_dir), *overrides])
+
+
+def _inside(config: Path, working_dir: Path) -> str:
+    """The path of a config as the job will find it."""
+    if not config.resolve().is_relative_to(working_dir):
         raise ConfigError(
-            f"{submission.config}: lies outside of the working directory {working_dir}, which alone travels with the "
+            f"{config}: lies outside of the working directory {working_dir}, which alone travels with the "
             "job; give a --working-dir that holds it"
         )
-    inside = config.relative_to(working_dir)
-    return shlex.join(["python", "-m", "pocl_ray", "run", str(inside), *submission.overrides])
+    return str(config.resolve().relative_to(working_dir))
 
 
 def runtime_environment(submission: Submission) -> dict[str, Any]:

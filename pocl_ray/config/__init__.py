@@ -5,6 +5,7 @@ Defaults stand on the fields and nowhere else. `sources.py` describes rows, mode
 file.
 """
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.sources import (
@@ -12,6 +13,7 @@ from pocl_ray.config.sources import (
     DifficultyConfig,
     GenerationConfig,
     ModelConfig,
+    OtherTeacherConfig,
     SourceConfig,
     StudentConfig,
     TeacherConfig,
@@ -49,8 +51,10 @@ __all__ = [
     "DomainConfig",
     "EvaluationConfig",
     "GenerationConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OtherTeacherConfig",
     "PlateauConfig",
     "ReportConfig",
     "ScalingConfig",

@@ -1,4 +1,4 @@
-"""Reading a config: safe YAML, dotted overrides, and errors that a person can act on."""
+"""Reading a config: safe YAML, files laid over it, dotted overrides, and errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pocl_ray.config.root import Config
+from pocl_ray.config.training import ScheduleConfig
 from pocl_ray.errors import ConfigError
+
+LAYER_ENDINGS = (".yaml", ".yml")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply `key.sub=value` overrides.
+    """Read a config file and apply what is laid over it, in order.
 
     Args:
         path: A YAML file.
-        overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`.
+        overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`, and YAML files of some
+            keys, such as `configs/methods/reverse_kl.yaml`.
 
     Returns:
         The validated config.
@@ -31,11 +35,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
-        _apply(tree, override)
+        if is_layer(override):
+            tree = _merged(tree, _read_yaml(Path(override)), Config)
+        else:
+            _apply(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+def is_layer(override: str) -> bool:
+    """Whether an override is a file to lay over the config, and not `key=value`."""
+    return "=" not in override and override.endswith(LAYER_ENDINGS)
 
 
 def dump_config(config: Config) -> str:
@@ -107,6 +119,29 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is {child!r} and has no keys; override it as a whole")
         node = child
     node[leaf] = value
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """The keys of both, those of `above` first; a section is merged, all other values are replaced as a whole.
+
+    Free mappings such as `loss_args` hold what belongs to one choice, and the two forms of a schedule do not mix.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        field = section.model_fields.get(key)
+        inner = None if field is None else _own_section(field.annotation)
+        if inner is not None and isinstance(value, dict) and isinstance(below.get(key), dict):
+            value = _merged(below[key], value, inner)
+        merged[key] = value
+    return merged
+
+
+def _own_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds itself, not as a value of a free mapping."""
+    for kind in (annotation, *(() if get_origin(annotation) is dict else get_args(annotation))):
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+            return None if issubclass(kind, ScheduleConfig) else kind
+    return None
 
 
 def describe(error: ValidationError) -> str:

@@ -11,6 +11,7 @@ from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
     GenerationConfig,
+    OtherTeacherConfig,
     StudentConfig,
     TeacherConfig,
     TokenizerConfig,
@@ -74,6 +75,10 @@ class Config(Section):
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     teacher: TeacherConfig
+    other_teachers: tuple[OtherTeacherConfig, ...] = Field(
+        default=(),
+        description="further teachers, by `weight` or by `stages`; a list under `teacher` puts all but the first here",
+    )
     student: StudentConfig
     difficulty: DifficultyConfig = DifficultyConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -85,15 +90,51 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_teachers(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("teacher"), (list, tuple)):
+            return data
+        teachers = data["teacher"]
+        if not teachers or data.get("other_teachers"):
+            raise ValueError("teacher is a list of at least one, and other_teachers is then left out")
+        return {**data, "teacher": teachers[0], "other_teachers": teachers[1:]}
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.distill.teacher_cache != "none" and any(one.sharded for one in (self.teacher, *self.other_teachers)):
+            raise ValueError(
+                "teacher.sharded splits a teacher that runs live, and distill.teacher_cache is "
+                f"{self.distill.teacher_cache}, where training loads no teacher; set one of them to false or none"
+            )
+        if self.teacher.stages is not None and not self.other_teachers:
+            raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        if self.data.task == "text":
+            self._check_text()
         self._check_training("train", self.train)
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
         return self
+
+    def _check_text(self) -> None:
+        """Refuse what asks for answers to prompts where there are none."""
+        no_prompts = "data.task text has no prompts to answer"
+        if self.data.responses == "teacher":
+            raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")
+        for signal in ("rouge_l", "num_prompt_tokens"):
+            if signal in self.difficulty.signals:
+                raise ValueError(
+                    f"difficulty.signals: {no_prompts}, so there is no {signal}; "
+                    "give others, such as [ce_loss, teacher_ce_loss]"
+                )
+        if self.curriculum.advance == "plateau" and self.curriculum.plateau.metric == "rouge_l":
+            raise ValueError(f"curriculum.plateau.metric: {no_prompts}; set it to kd_loss or ce_loss")
+        for objective in () if self.tune is None else self.tune.objectives:
+            if objective.metric in ("rouge_l", "exact_match"):
+                raise ValueError(f"tune.objectives: {no_prompts}, so there is no {objective.metric}; give kd_loss")
 
     def _check_training(self, key: str, train: TrainConfig) -> None:
         for count in (self.scaling.min_workers, self.scaling.max_workers):

@@ -6,13 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
 
+FIXED_SIGNALS = ("teacher_ce_loss", "teacher_entropy", "num_prompt_tokens", "num_response_tokens")
 SIGNAL_ALIASES = {"response_tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
 
-ColumnRole = Literal["prompt", "instruction", "input", "output", "messages", "system", "topic"]
+ColumnRole = Literal[
+    "prompt", "instruction", "input", "output", "messages", "document", "summary", "text", "system", "topic"
+]
+Task = Literal["instruction", "summarization", "text"]
 
 
 class SourceConfig(Section):
@@ -41,18 +46,36 @@ class DataConfig(Section):
     dev: SourceConfig | None = Field(default=None, description="without it, `holdout_rows` are taken from train")
     holdout_rows: int = Field(default=0, ge=0, description="rows drawn from train (by seed) as dev set")
     tests: dict[str, SourceConfig] = Field(default_factory=dict, description="name -> evaluation set; dev if none")
+    responses: Literal["reference", "teacher"] = Field(
+        default="reference",
+        description="what the student is scored and trained on: the rows' own responses, or those that the teacher "
+        "writes to their prompts (SeqKD); dev and tests keep theirs",
+    )
+    task: Task = Field(
+        default="instruction",
+        description="what rows are: instruction (and chats), summarization (a document and its summary), or text, "
+        "without a prompt, of which every token but the first is learnt",
+    )
     prompt_template: str = Field(
         default="alpaca",
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
-        "or a text of your own with {instruction} and {input}",
+        "or a text of your own with {instruction} and {input}, or {document} for summaries; text has none",
     )
-    max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts lose their beginning")
-    max_tokens: int = Field(default=512, ge=2, description="prompt and response together; longer responses are cut")
+    max_prompt_tokens: int = Field(
+        default=256, ge=1, description="longer prompts lose their beginning, documents to be summarised their end"
+    )
+    max_tokens: int = Field(
+        default=512,
+        ge=2,
+        description="prompt and response together; longer responses are cut, plain text goes on in the next row",
+    )
     max_reject_share: float = Field(default=0.05, ge=0, le=1, description="share of unusable rows that stops the run")
 
     @model_validator(mode="after")
     def _lengths(self) -> DataConfig:
-        if self.max_prompt_tokens >= self.max_tokens:
+        if self.task != "summarization" and "{document}" in self.prompt_template:
+            raise ValueError(f"prompt_template has {{document}}, which data.task {self.task} has not")
+        if self.task != "text" and self.max_prompt_tokens >= self.max_tokens:
             raise ValueError("max_prompt_tokens must be smaller than max_tokens, or no room is left for a response")
         if self.dev is not None and self.holdout_rows:
             raise ValueError("give either dev or holdout_rows, not both")
@@ -102,31 +125,6 @@ class ModelConfig(Section):
     sft: SftConfig | None = Field(default=None, description="supervised fine-tuning before anything else")
 
 
-class TeacherConfig(ModelConfig):
-    """The frozen large model."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TeacherConfig:
-        if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of path and architecture")
-        if self.architecture is not None and self.sft is None:
-            raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
-        return self
-
-
-class StudentConfig(ModelConfig):
-    """The small model that is trained: a checkpoint, an architecture, or some layers of the teacher."""
-
-    num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
-    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentConfig:
-        if sum(x is not None for x in (self.path, self.architecture, self.num_layers)) != 1:
-            raise ValueError("give exactly one of path, architecture and num_layers (layers cut from the teacher)")
-        return self
-
-
 class GenerationConfig(Section):
     """How a response is generated."""
 
@@ -135,6 +133,94 @@ class GenerationConfig(Section):
     no_repeat_ngram_size: int = Field(default=0, ge=0, description="0: repetition is allowed")
     max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
     batch_rows: int = Field(default=64, ge=1, description="rows generated at once")
+
+
+class TeacherGenerationConfig(GenerationConfig):
+    """How the teacher writes responses: greedily, the nearest to SeqKD's beam search."""
+
+    sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen large model."""
+
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="of its divergence beside `other_teachers`; those of a stage are made to sum to 1",
+    )
+    stages: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
+    )
+    adapter: str | None = Field(
+        default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
+    )
+    adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
+    generation: TeacherGenerationConfig = Field(
+        default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
+    )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`), on CUDA GPUs"
+    )
+    sharded: bool = Field(
+        default=False,
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they "
+        "need it, load it whole",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of path and architecture")
+        if self.adapter is not None and self.path is None:
+            raise ValueError("an adapter belongs to the weights that it was trained on: give their path as well")
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision says nothing without adapter")
+        if self.quantization != "none" and (self.path is None or self.sft is not None or self.adapter is not None):
+            raise ValueError("quantization takes a ready-made teacher: give path, and neither sft nor adapter")
+        if self.quantization != "none" and self.sharded:
+            raise ValueError("quantization and sharded cannot both be: ZeRO-3 does not split 8-bit weights")
+        if self.adapter is not None and self.sharded:
+            raise ValueError("a sharded teacher is never whole to be merged: merge the adapter into a directory first")
+        if self.architecture is not None and self.sft is None:
+            raise ValueError("a teacher made from an architecture knows nothing yet: give teacher.sft as well")
+        return self
+
+    def stages_of(self, num_stages: int) -> tuple[int, ...] | None:
+        """Return the stages that it is restricted to; None for all, as in a plan of one stage (such as the control)."""
+        return None if num_stages == 1 else self.stages
+
+
+class OtherTeacherConfig(TeacherConfig):
+    """A further frozen model, ready-made and with the same tokenizer, which teaches and does nothing else."""
+
+    @model_validator(mode="after")
+    def _ready_made(self) -> OtherTeacherConfig:
+        if self.path is None or self.sft is not None:
+            raise ValueError(
+                "a further teacher is ready-made: give path; only `teacher` can be made or fine-tuned here"
+            )
+        return self
+
+
+class StudentConfig(ModelConfig):
+    """The small model that is trained: a checkpoint, an architecture, or some layers of the teacher."""
+
+    num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    lora: LoraConfig | None = Field(
+        default=None, description="train low-rank adapters in place of the weights; {}: with the values below"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentConfig:
+        if sum(x is not None for x in (self.path, self.architecture, self.num_layers)) != 1:
+            raise ValueError("give exactly one of path, architecture and num_layers (layers cut from the teacher)")
+        if self.lora is not None and self.architecture is not None:
+            raise ValueError(
+                "lora adapts weights that know something, and those of a new architecture do not; remove it"
+            )
+        return self
 
 
 class ScoringGenerationConfig(GenerationConfig):
@@ -159,6 +245,11 @@ class DifficultyConfig(Section):
     tie_break: Literal["file_order", "seeded"] = Field(
         default="file_order", description="order of equally hard rows: the file's (the authors'), or drawn by seed"
     )
+    rescore: Literal["never", "each_stage"] = Field(
+        default="never",
+        description="each_stage: before each stage that takes a part of the rows, the student as it then is scores "
+        "them again, and they are ranked anew; the teacher's signals are kept",
+    )
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
     shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")
@@ -178,6 +269,16 @@ class DifficultyConfig(Section):
         if len(named) != len(signals):
             raise ValueError("a signal stands twice, once under another name")
         return named
+
+    @model_validator(mode="after")
+    def _learns(self) -> DifficultyConfig:
+        fixed = [name for name in self.signals if name in FIXED_SIGNALS or name.startswith(COLUMN)]
+        if self.rescore != "never" and len(fixed) == len(self.signals):
+            raise ValueError(
+                f"rescore each_stage: {', '.join(fixed)} never change while the student learns; set rescore to never, "
+                "or add a signal of the student such as ce_loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _directions(self) -> DifficultyConfig:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pocl_ray.config.base import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+TokenScore = Literal["teacher_entropy", "teacher_certainty"]
 
 
 class ScheduleConfig(Section):
@@ -142,13 +143,42 @@ class DistillConfig(Section):
     scale_by_t_squared: bool | None = Field(
         default=None, description="multiply by kd_temperature squared; null: as the authors do for this loss"
     )
-    teacher_cache: Literal["none", "hidden"] = Field(
-        default="hidden", description="hidden: store the teacher's final hidden states once (exact); none: run it live"
+    token_weight: Literal["none"] | TokenScore = Field(
+        default="none",
+        description="which response tokens count more in kd_loss: those of which the teacher is unsure (entropy) "
+        "or sure (certainty); the mean weight of a step is 1",
     )
+    token_weight_strength: float = Field(
+        default=1.0, gt=0, le=1, description="share of a token's weight that follows the teacher; the rest is even"
+    )
+    teacher_cache: Literal["none", "hidden", "topk"] = Field(
+        default="hidden",
+        description="hidden: store the teacher's final hidden states once (exact); topk: its likeliest tokens and the "
+        "mass of the others (smaller for wide teachers, a lower bound of the divergence); none: run it live",
+    )
+    top_k: int = Field(default=64, ge=1, description="tokens that a topk cache keeps of each response token")
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the stored hidden states; auto: the teacher's own"
+        default="auto",
+        description="of what is stored; auto: the teacher's own, and float16 for a topk cache of a half-precision one",
     )
     chunk_mib: int = Field(default=64, ge=1, description="float32 logits held at a time, in MiB")
+    kernel: Literal["auto", "torch", "liger"] = Field(
+        default="auto",
+        description="of the divergence; auto: Liger's on CUDA where it is installed and covers the loss",
+    )
+
+    @model_validator(mode="after")
+    def _cache(self) -> DistillConfig:
+        if self.teacher_cache != "topk":
+            return self
+        if self.cache_dtype == "bfloat16":
+            raise ValueError("cache_dtype bfloat16 is too coarse for log-probabilities; set it to float16 or float32")
+        if self.loss == "top_k_kl":
+            raise ValueError(
+                "loss top_k_kl takes the top k of logits, which a topk cache has done already; set loss to forward_kl, "
+                "which over such a cache is top_k_kl with k = top_k"
+            )
+        return self
 
 
 class TrainConfig(Section):

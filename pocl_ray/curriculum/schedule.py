@@ -10,19 +10,39 @@ from typing import Any, Literal
 from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
+from pocl_ray.curriculum.rescoring import rescored_stages
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Ramp, Stage
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum (POCL, section 3.3).
+    """Return the stages of the curriculum of a run, with the rows ranked anew where the config says so.
+
+    Raises:
+        UserError: What `plan_curriculum`, `check_teachers` and `rescored_stages` raise.
+    """
+    stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    check_teachers(config, len(stages))
+    if config.difficulty.rescore == "never":
+        return stages
+    slices = [(stage.first_rank, stage.end_rank) for stage in stages]
+    rescored = rescored_stages(slices, num_rows, stages[0].order, config.curriculum.pacing)
+    return tuple(replace(stage, rescore=again) for stage, again in zip(stages, rescored, strict=True))
+
+
+def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
+    """Return the stages of a curriculum (POCL, section 3.3).
+
+    Args:
+        curriculum: Buckets, pacing, schedules.
+        num_rows: Ranked rows.
+        batch_rows: Rows of an optimizer step, over all workers.
 
     Raises:
         ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
             has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
-    curriculum, batch_rows = config.curriculum, config.train.global_batch_rows
     ends = bucket_ends(num_rows, curriculum.num_buckets)
     pacing = find_pacing(curriculum.pacing)
     slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
@@ -55,11 +75,34 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     return _with_ramps(_with_lr(stages, curriculum), curriculum)
 
 
-def check_curriculum(curriculum: CurriculumConfig) -> None:
-    """Try the curriculum on made-up rows, before anything is prepared.
+def check_teachers(config: Config, num_stages: int) -> None:
+    """Check that each stage has a teacher, and that teachers name stages that there are.
 
     Raises:
-        UserError: The rule is unknown or does not work, or a list of values has not one for each stage.
+        ConfigError: They do not.
+    """
+    taught: set[int] = set()
+    for place, teacher in enumerate((config.teacher, *config.other_teachers)):
+        stages = teacher.stages_of(num_stages)
+        taught.update(range(num_stages) if stages is None else stages)
+        if stages is not None and max(stages) >= num_stages:
+            key = "teacher.stages" if place == 0 else f"other_teachers.{place - 1}.stages"
+            raise ConfigError(f"{key}: there is no stage {max(stages)}; the stages are 0 to {num_stages - 1}")
+    missing = sorted(set(range(num_stages)) - taught)
+    if missing:
+        raise ConfigError(f"teacher.stages, other_teachers: stage {missing[0]} has no teacher; add it to one's stages")
+
+
+def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> None:
+    """Try the curriculum on made-up rows, before anything is prepared.
+
+    Args:
+        curriculum: The section.
+        rescores: Whether rows are to be ranked anew between stages.
+
+    Raises:
+        UserError: The rule is unknown or does not work, a list of values has not one for each stage, or ranking anew
+            would change nothing.
     """
     ends = tuple(1000 * (bucket + 1) for bucket in range(curriculum.num_buckets))
     pacing = find_pacing(curriculum.pacing)
@@ -67,6 +110,8 @@ def check_curriculum(curriculum: CurriculumConfig) -> None:
     if curriculum.pacing in PACINGS:  # a plug-in's number of stages may depend on the rows
         scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
         scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+        if rescores:
+            rescored_stages(slices, ends[-1], pacing.order, curriculum.pacing)
 
 
 def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:

@@ -9,14 +9,30 @@ cut changes nothing but the padding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from pocl_ray.models.top_k import TopK
 from pocl_ray.records import Stage
 
 # Axes: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says at the response tokens of a batch.
+
+    Attributes:
+        tokens: Its final hidden states, shape (N, K), for its LM head; or its likeliest tokens.
+        teacher: Its place among the run's teachers.
+        weight: Of its divergence in the loss.
+    """
+
+    tokens: torch.Tensor | TopK
+    teacher: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,24 +44,23 @@ class MicroBatch:
         attention_mask_BT: 1 where there is a token.
         response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
         targets_N: These next tokens.
-        teacher_hidden_NK: The teacher's final hidden states at the same positions; None without a teacher.
+        taught: What the teachers say at the same positions; empty without a teacher.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     response_index_N: torch.Tensor
     targets_N: torch.Tensor
-    teacher_hidden_NK: torch.Tensor | None = None
+    taught: tuple[Taught, ...] = ()
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""
-        hidden = self.teacher_hidden_NK
         return MicroBatch(
             self.input_ids_BT.to(device, non_blocking=True),
             self.attention_mask_BT.to(device, non_blocking=True),
             self.response_index_N.to(device, non_blocking=True),
             self.targets_N.to(device, non_blocking=True),
-            None if hidden is None else hidden.to(device, non_blocking=True),
+            tuple(replace(taught, tokens=taught.tokens.to(device, non_blocking=True)) for taught in self.taught),
         )
 
     @property

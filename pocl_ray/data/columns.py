@@ -11,6 +11,9 @@ optional everywhere:
     question, answer
 
 An explicit mapping wins: its columns must exist, and only layouts that have its roles are tried for the rest.
+
+`data.task` chooses other layouts. For summaries: document and summary, article and highlights (CNN/DailyMail), dialogue
+and summary (SAMSum), text and summary. For plain text: text.
 """
 
 from __future__ import annotations
@@ -21,14 +24,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pocl_ray.config.sources import ColumnRole
+from pocl_ray.config.sources import ColumnRole, Task
 from pocl_ray.errors import DataError
 
 Columns = Mapping[ColumnRole, str]
 Message = dict[str, str]
 
 _EVERYWHERE: dict[ColumnRole, str] = {"system": "system", "topic": "topic"}
-_LAYOUTS: tuple[dict[ColumnRole, str], ...] = (
+_LAYOUTS: dict[Task, tuple[dict[ColumnRole, str], ...]] = {
+    "summarization": (
+        {"document": "document", "summary": "summary"},
+        {"document": "article", "summary": "highlights"},
+        {"document": "dialogue", "summary": "summary"},
+        {"document": "text", "summary": "summary"},
+    ),
+    "text": ({"text": "text"},),
+}
+_LAYOUTS["instruction"] = (
     {"messages": "messages"},
     {"messages": "conversations"},
     {"instruction": "instruction", "input": "input", "output": "output"},
@@ -38,6 +50,25 @@ _LAYOUTS: tuple[dict[ColumnRole, str], ...] = (
     {"prompt": "prompt", "output": "output"},
     {"prompt": "question", "output": "answer"},
 )
+_ROLES_OF_TASK: dict[Task, tuple[str, str]] = {
+    "instruction": (
+        "messages alone, or instruction (input) and output, or prompt and output",
+        "cannot tell which columns hold the prompt and the response; found: {found}; expected messages, "
+        "instruction and output, or prompt and response, or a mapping such as `columns: {{prompt: ..., output: ...}}`",
+    ),
+    "summarization": (
+        "document and summary",
+        "cannot tell which columns hold the document and its summary; found: {found}; expected document and summary, "
+        "article and highlights, or dialogue and summary, or a mapping such as "
+        "`columns: {{document: ..., summary: ...}}`",
+    ),
+    "text": (
+        "text alone",
+        "cannot tell which column holds the text; found: {found}; expected text, or a mapping such as "
+        "`columns: {{text: ...}}`",
+    ),
+}
+_SUMMARIZE = "Summarize the following text."
 _OPTIONAL: frozenset[ColumnRole] = frozenset({"input", "system", "topic"})
 _ROLES_OF_CHAT = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -74,12 +105,13 @@ class Request:
     topic: str | None
 
 
-def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole, str]:
+def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "instruction") -> dict[ColumnRole, str]:
     """Decide which column has which role.
 
     Args:
         found: Columns of the source, or of its first rows.
         mapping: Roles that the user gave.
+        task: What rows are for.
 
     Returns:
         Role to column; those of optional roles may be missing (a later row may have them).
@@ -92,20 +124,17 @@ def resolve_columns(found: Collection[str], mapping: Columns) -> dict[ColumnRole
             near = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise DataError(f"no column {column!r}, which `columns.{role}` names{hint}; found: {_names(found)}")
-    fitting = [layout for layout in _LAYOUTS if mapping.keys() <= {*layout, *_EVERYWHERE}]
+    fitting = [layout for layout in _LAYOUTS[task] if mapping.keys() <= {*layout, *_EVERYWHERE}]
     if not fitting:
         raise DataError(
-            f"`columns` gives roles that do not go together ({_names(mapping)}); give messages alone, "
-            "or instruction (input) and output, or prompt and output"
+            f"`columns` gives roles that do not go together ({_names(mapping)}) in data.task {task}; give "
+            f"{_ROLES_OF_TASK[task][0]}"
         )
     for layout in fitting:
         columns: dict[ColumnRole, str] = {**_EVERYWHERE, **layout, **mapping}
         if all(columns[role] in found for role in layout if role not in _OPTIONAL):
             return columns
-    raise DataError(
-        f"cannot tell which columns hold the prompt and the response; found: {_names(found)}; expected messages, "
-        "instruction and output, or prompt and response, or a mapping such as `columns: {prompt: ..., output: ...}`"
-    )
+    raise DataError(_ROLES_OF_TASK[task][1].format(found=_names(found)))
 
 
 def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
@@ -123,10 +152,23 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
     topic = _topic(values, columns.get("topic"))
     if "messages" in columns:
         return _read_chat(values, columns["messages"], system, topic)
+    if "document" in columns:
+        document = _text(_field(values, columns["document"]), columns["document"])
+        summaries = _references(_field(values, columns["summary"]), columns["summary"])
+        return Request(_SUMMARIZE, document, system, (), summaries, topic)
     role: ColumnRole = "instruction" if "instruction" in columns else "prompt"
     instruction = _text(_field(values, columns[role]), columns[role])
     references = _references(_field(values, columns["output"]), columns["output"])
     return Request(instruction, _optional_text(values, columns.get("input")), system, (), references, topic)
+
+
+def read_text(values: Mapping[str, Any], columns: Columns) -> tuple[str, str | None]:
+    """Read one row of plain text: the text and its topic.
+
+    Raises:
+        UnusableRowError: The text is missing, empty, of the wrong type or no Unicode text.
+    """
+    return _text(_field(values, columns["text"]), columns["text"]), _topic(values, columns.get("topic"))
 
 
 def check_numbers(found: Collection[str], columns: Sequence[str]) -> None:

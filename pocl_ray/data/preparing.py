@@ -48,7 +48,8 @@ class Rows:
 def data_fingerprint(config: DataConfig) -> list[object]:
     """Return what the rows depend on: the sources' content, and how rows are read and cut."""
     sources = {name: source_fingerprint(source, default_split(name)) for name, source in _sources(config)}
-    return [sources, config.model_dump(mode="json", exclude={"train", "dev", "tests", "max_reject_share"})]
+    others = {"train", "dev", "tests", "max_reject_share", "responses"}
+    return [sources, config.model_dump(mode="json", exclude=others)]
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -57,12 +58,11 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     Raises:
         ConfigError: The chat template is asked for, which a tokenizer to be trained cannot have.
     """
-    template = PromptTemplate(config.prompt_template, None)
+    template = PromptTemplate("plain" if config.task == "text" else config.prompt_template, None)
     with named_errors("train"):
-        for item in read_examples(config.train, template, default_split("train")):
+        for item in read_examples(config.train, template, default_split("train"), config.task):
             if isinstance(item, Example):
-                yield item.prompt
-                yield item.references[0]
+                yield from filter(None, (item.prompt, item.references[0]))
 
 
 def prepare_all(

@@ -1,21 +1,22 @@
 """Prompt templates: from a request to the text that a model continues.
 
 `alpaca` is the text of the papers (MiniLLM, DistiLLM, POCL), `chat` the tokenizer's own chat template, `plain` the
-request alone; any other text is a template of the user's with `{instruction}` and `{input}`. Braces in the data mean
-nothing, since a template is cut once and filled by joining. `{{` and `}}` stand for braces of the template itself.
+request alone; any other text is a template of the user's with `{instruction}` and `{input}`, or with `{document}` for
+summaries. Braces in the data mean nothing, since a template is cut once and filled by joining. `{{` and `}}` stand for
+braces of the template itself.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from pocl_ray.data.columns import Columns, Request, UnusableRowError, read_numbers, read_request
+from pocl_ray.data.columns import Columns, Request, UnusableRowError, read_numbers, read_request, read_text
 from pocl_ray.data.readers import SourceRow
 from pocl_ray.errors import ConfigError
 
@@ -32,7 +33,12 @@ _ALPACA_WITH_INPUT = (
 )
 _PLAIN = "{instruction}"
 _NAMED = ("alpaca", "chat", "plain")
+_PLACES = ("{instruction}", "{input}", "{document}")
 _PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[A-Za-z_][A-Za-z_0-9]*\})")
+
+
+Fit = Callable[[Request], Request]
+"""Shortens what a request is about, so that its prompt is not too long."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Example:
     """A row as the rest of the system knows it.
 
     Attributes:
-        prompt: Text that the model continues, from the template.
+        prompt: Text that the model continues, from the template; empty for plain text.
         references: Accepted answers; the first is trained on, all are used in evaluation.
         topic: Family of the task, where the source names it.
         source_row: Number of the row in its source, from 1.
@@ -58,7 +64,8 @@ class PromptTemplate:
     """Makes one text of a request.
 
     Args:
-        template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`.
+        template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`; for summaries
+            `{document}` is the input's other name, and the instruction may be left out.
         tokenizer: A Hugging Face tokenizer; its chat template is used by `chat`.
 
     Raises:
@@ -90,11 +97,15 @@ class PromptTemplate:
         if request.history:
             raise UnusableRowError("a conversation of several turns needs data.prompt_template: chat")
         parts = self._with_input if request.input else self._bare
-        has_place = "{input}" in parts
-        texts = (request.system, request.instruction, "" if has_place else request.input)
-        fields = {"{instruction}": _PARAGRAPH.join(filter(None, texts)), "{input}": request.input}
+        has_place = "{input}" in parts or "{document}" in parts
+        says_what = "{instruction}" in parts  # a template for documents may say so in its own words
+        system = request.system if says_what else ""
+        texts = (system, request.instruction, "" if has_place else request.input)
+        fields = dict.fromkeys(("{input}", "{document}"), request.input)
+        fields["{instruction}"] = _PARAGRAPH.join(filter(None, texts))
         # Odd places are placeholders, even ones the template's own text, which may look like a placeholder.
-        return "".join(fields.get(part, part[0]) if place % 2 else part for place, part in enumerate(parts))
+        filled = "".join(fields.get(part, part[0]) if place % 2 else part for place, part in enumerate(parts))
+        return filled if says_what else _PARAGRAPH.join(filter(None, (request.system, filled)))
 
     def _render_chat(self, request: Request) -> str:
         system = [{"role": "system", "content": request.system}] if request.system else []
@@ -106,13 +117,31 @@ class PromptTemplate:
             raise UnusableRowError(f"the tokenizer's chat template refuses it ({error})") from None
 
 
-def read_example(row: SourceRow, columns: Columns, template: PromptTemplate, numbers: Sequence[str] = ()) -> Example:
-    """Read one row and put it into the template; `numbers` are columns that are carried along.
+def read_example(
+    row: SourceRow,
+    columns: Columns,
+    template: PromptTemplate,
+    numbers: Sequence[str] = (),
+    fit: Fit | None = None,
+) -> Example:
+    """Read one row and put it into the template, unless it is plain text.
+
+    Args:
+        row: As the source has it.
+        columns: What its columns mean.
+        template: Makes the prompt.
+        numbers: Columns that are carried along.
+        fit: Shortens requests that are too long.
 
     Raises:
         UnusableRowError: The row cannot be used; the message says why.
     """
+    if "text" in columns:
+        text, topic = read_text(row.values, columns)
+        return Example("", (text,), topic, row.row, read_numbers(row.values, numbers))
     request = read_request(row.values, columns)
+    if fit is not None:
+        request = fit(request)
     return Example(
         template.render(request), request.references, request.topic, row.row, read_numbers(row.values, numbers)
     )
@@ -122,13 +151,13 @@ def _cut(template: str) -> list[str]:
     """Cut a template into its own text (even places) and placeholders or doubled braces (odd places)."""
     parts = _PLACEHOLDER.split(template)
     names = [part for part in parts[1::2] if part not in ("{{", "}}")]
-    unknown = sorted(set(names) - {"{instruction}", "{input}"})
+    unknown = sorted(set(names) - set(_PLACES))
     if unknown:
         raise ConfigError(
-            f"data.prompt_template: unknown placeholder {', '.join(unknown)}; there are {{instruction}} and {{input}} "
-            "(write {{ and }} for braces)"
+            f"data.prompt_template: unknown placeholder {', '.join(unknown)}; there are {{instruction}} and {{input}}, "
+            "for summaries {document} (write {{ and }} for braces)"
         )
-    if "{instruction}" not in names:
+    if "{instruction}" not in names and "{document}" not in names:
         near = difflib.get_close_matches(template, _NAMED, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"give {', '.join(_NAMED)}, or a text with {{instruction}}"
         raise ConfigError(f"data.prompt_template: {template!r} holds no {{instruction}}; {hint}")

@@ -96,6 +96,11 @@ class RowStore:
         return self._batches
 
     @cached_property
+    def has_prompts(self) -> bool:
+        """Whether rows ask for something; those of plain text do not."""
+        return any(batch.column(PROMPT)[0].as_py() != "" for batch in self._batches[:1])
+
+    @cached_property
     def prompt_lengths(self) -> Int32Array:
         """Tokens of each prompt, shape (rows,)."""
         return self._prompt_ids.lengths()
@@ -162,8 +167,14 @@ class RowStore:
 
 
 def shared_prompts(train: RowStore, other: RowStore) -> int:
-    """Count the rows of `other` whose prompt also stands in `train`; a measure of leakage."""
-    theirs = pa.chunked_array([batch.column(PROMPT) for batch in other.batches], pa.string())
-    ours = pa.chunked_array([batch.column(PROMPT) for batch in train.batches], pa.string())
+    """Count the rows of `other` whose prompt, or text without one, also stands in `train`; a measure of leakage."""
+    theirs, ours = _what_is_asked(other), _what_is_asked(train)
     common = pc.unique(ours.filter(pc.is_in(ours, value_set=pc.unique(theirs))))
     return int(pc.sum(pc.is_in(theirs, value_set=common)).as_py() or 0)
+
+
+def _what_is_asked(rows: RowStore) -> pa.ChunkedArray:
+    """The prompt of each row; of plain text, which has none, the text."""
+    if rows.has_prompts:
+        return pa.chunked_array([batch.column(PROMPT) for batch in rows.batches], pa.string())
+    return pa.chunked_array([pc.list_element(batch.column(REFERENCES), 0) for batch in rows.batches], pa.string())

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
+from pocl_ray.data.documents import DocumentFitter
 from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
 from pocl_ray.data.prompts import Example, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
 from pocl_ray.data.sources import read_source
-from pocl_ray.data.tokenization import RowTokenizer
+from pocl_ray.data.texts import TextTokenizer
+from pocl_ray.data.tokenization import PreparedRow, RowTokenizer
 from pocl_ray.errors import DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
 from pocl_ray.storage import file_digest
@@ -72,19 +74,15 @@ def prepare_rows(
         ConfigError: The template does not work.
         ModelError: The tokenizer has no end-of-sequence token.
     """
-    template = PromptTemplate(config.prompt_template, tokenizer)
-    row_tokenizer = RowTokenizer(
-        tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
-    )
-    reader = ExampleReader(source.columns, template, numbers)
+    reader, row_tokenizer = _readers(source, config, tokenizer, numbers)
     preparation = _Preparation(reader, row_tokenizer, len(tokenizer), rows_schema(numbers))
-    with named_errors(name), _atomic_writer(destination, rows_schema(numbers)) as writer:
+    with named_errors(name), arrow_writer(destination, rows_schema(numbers)) as writer:
         stream = read_source(source, default_split(name))
         while chunk := list(islice(stream, CHUNK_ROWS)):
             batch = preparation.prepare(chunk)
             if batch.num_rows:
                 writer.write_batch(batch)
-        _check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
+        check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
     return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
 
 
@@ -116,7 +114,7 @@ def hold_out(
 
     Args:
         rows: Prepared rows of `data.train`.
-        num_rows: `data.holdout_rows`.
+        num_rows: `data.holdout_rows`; of texts in several rows, whole ones are taken until there are so many.
         seed: Draws them.
         train: File to write the rows that stay; may be `rows` itself.
         dev: File to write the rows taken.
@@ -135,11 +133,30 @@ def hold_out(
             f"data.holdout_rows {num_rows} leaves nothing to train on: data.train has {len(store)} usable rows; "
             "set it lower, or give data.dev"
         )
-    taken = np.zeros(len(store), dtype=bool)
-    taken[np.random.default_rng(seed).choice(len(store), size=num_rows, replace=False)] = True
+    taken = _draw(store, num_rows, seed)
     _write_selected(store, taken, dev)
     _write_selected(store, ~taken, train)
     return summarize_rows("train", train, num_rejected), summarize_rows("dev", dev, 0)
+
+
+def _draw(store: RowStore, num_rows: int, seed: int) -> np.ndarray:
+    """Which rows are held out, shape (rows,); the rows of one text stay together."""
+    source_rows = np.concatenate([batch.column(SOURCE_ROW).to_numpy() for batch in store.batches])
+    text_of_row = np.cumsum(np.diff(source_rows, prepend=-1) != 0) - 1
+    sizes = np.bincount(text_of_row)
+    rng = np.random.default_rng(seed)
+    if len(sizes) == len(store):
+        taken = np.zeros(len(store), dtype=bool)
+        taken[rng.choice(len(store), size=num_rows, replace=False)] = True
+        return taken
+    order = rng.permutation(len(sizes))
+    num_texts = int(np.searchsorted(np.cumsum(sizes[order]), num_rows)) + 1
+    if num_texts >= len(sizes):
+        raise DataError(
+            f"data.holdout_rows {num_rows} takes {num_texts} of {len(sizes)} texts of data.train and leaves nothing to "
+            "train on; set it lower, or give data.dev"
+        )
+    return np.isin(text_of_row, order[:num_texts])
 
 
 def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
@@ -148,10 +165,28 @@ def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
+def _readers(
+    source: SourceConfig, config: DataConfig, tokenizer: Any, numbers: Sequence[str]
+) -> tuple[ExampleReader, RowTokenizer | TextTokenizer]:
+    """What the task makes of a row of the source, and of that its tokens."""
+    if config.task == "text":
+        reader = ExampleReader(source.columns, PromptTemplate("plain", None), numbers, config.task)
+        return reader, TextTokenizer(tokenizer, config.max_tokens)
+    template = PromptTemplate(config.prompt_template, tokenizer)
+    is_summary = config.task == "summarization"
+    fit = DocumentFitter(tokenizer, template, config.max_prompt_tokens).fit if is_summary else None
+    row_tokenizer = RowTokenizer(
+        tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
+    )
+    return ExampleReader(source.columns, template, numbers, config.task, fit), row_tokenizer
+
+
 class _Preparation:
     """The pass over a source: turns chunks of it into record batches and collects what was left out."""
 
-    def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer, vocab_size: int, schema: pa.Schema) -> None:
+    def __init__(
+        self, reader: ExampleReader, tokenizer: RowTokenizer | TextTokenizer, vocab_size: int, schema: pa.Schema
+    ) -> None:
         self.num_rows = 0
         self.rejects: list[Reject] = []
         self._reader = reader
@@ -163,23 +198,19 @@ class _Preparation:
         """Return the usable rows of a chunk."""
         items = self._reader.read(chunk)
         examples = [item for item in items if isinstance(item, Example)]
-        prompt_ids, response_ids = self._tokenizer.encode(
-            [example.prompt for example in examples], [example.references[0] for example in examples]
-        )
-        tokens = iter(zip(examples, prompt_ids, response_ids, strict=True))
-        kept: list[tuple[Example, list[int], list[int]]] = []
+        tokenized = iter(self._tokenizer.rows(examples))
+        kept: list[PreparedRow] = []
         for item, origin in zip(items, chunk, strict=True):
             if isinstance(item, Reject):
                 self.rejects.append(item)
                 continue
-            row = next(tokens)
-            if row[2]:
-                kept.append(row)
-            else:
+            rows = next(tokenized)
+            kept.extend(rows)
+            if not rows:
                 self.rejects.append(Reject(origin.source, origin.row, "the response has no tokens"))
         return self._batch(kept)
 
-    def _batch(self, kept: Sequence[tuple[Example, list[int], list[int]]]) -> pa.RecordBatch:
+    def _batch(self, kept: Sequence[PreparedRow]) -> pa.RecordBatch:
         first, self.num_rows = self.num_rows, self.num_rows + len(kept)
         columns = {
             ID: np.arange(first, self.num_rows),
@@ -199,7 +230,18 @@ class _Preparation:
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
 
-def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+def check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
+    """Hold the rows left out to their limit.
+
+    Args:
+        path: Where the rows came from.
+        num_rows: Rows that are left.
+        rejects: Those that are not.
+        max_share: Of the rejects in all rows, at most.
+
+    Raises:
+        DataError: They are more, or no row is left.
+    """
     total = num_rows + len(rejects)
     if num_rows and len(rejects) <= max_share * total:
         return
@@ -215,7 +257,7 @@ def _check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_shar
 def _write_selected(store: RowStore, selected: np.ndarray, path: Path) -> None:
     """Write the selected rows with new ids, one record batch at a time."""
     position, next_id = 0, 0
-    with _atomic_writer(path, store.schema) as writer:
+    with arrow_writer(path, store.schema) as writer:
         for batch in store.batches:
             part = batch.filter(pa.array(selected[position : position + batch.num_rows]))
             position += batch.num_rows
@@ -229,7 +271,8 @@ def _new_ids(first: int, count: int) -> pa.Array:
 
 
 @contextmanager
-def _atomic_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """Give a writer of a local Arrow file, which appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

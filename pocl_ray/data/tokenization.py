@@ -13,7 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pocl_ray.data.prompts import Example
 from pocl_ray.errors import ModelError
+
+PreparedRow = tuple[Example, list[int], list[int]]
+"""A row, the ids of its prompt, and those of its response."""
 
 
 class RowTokenizer:
@@ -38,7 +42,15 @@ class RowTokenizer:
         self._tokenizer = tokenizer
         self._max_prompt_tokens = max_prompt_tokens
         self._max_tokens = max_tokens
-        self._front = _front_tokens(tokenizer) if adds_special_tokens else []
+        self._front = front_tokens(tokenizer) if adds_special_tokens else []
+
+    def rows(self, examples: Sequence[Example]) -> list[list[PreparedRow]]:
+        """Return the one row of each example, or none where the response has no tokens."""
+        prompt_ids, response_ids = self.encode(
+            [example.prompt for example in examples], [example.references[0] for example in examples]
+        )
+        tokenized = zip(examples, prompt_ids, response_ids, strict=True)
+        return [[row] if row[2] else [] for row in tokenized]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Tokenise rows.
@@ -92,7 +104,7 @@ class RowTokenizer:
         return front + body[max(0, len(body) - room) :]
 
 
-def _front_tokens(tokenizer: Any) -> list[int]:
+def front_tokens(tokenizer: Any) -> list[int]:
     """Return the tokens that the tokenizer puts in front of a text by itself."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

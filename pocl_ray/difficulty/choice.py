@@ -19,7 +19,7 @@ from torch import Tensor
 from pocl_ray import plugins
 from pocl_ray.config import DifficultyConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.ranking import SIGNALS, Easy, rank_rows, unknown_signal
+from pocl_ray.difficulty.ranking import SIGNALS, TEACHER_SIGNALS, Easy, rank_rows, unknown_signal
 from pocl_ray.errors import UserError
 from pocl_ray.records import COLUMN, ID, RANK, RRF_SCORE
 
@@ -52,11 +52,15 @@ class Choice:
         easy: Of each chosen signal that is not in `SIGNALS`, which values are easy.
         plugins: The names of those that plug-ins measure.
         origins: Where these come from, with the version; scores depend on it.
+        reads_teacher: Whether any of the chosen signals needs the teacher.
+        compares: Whether any of them needs both models at once.
     """
 
     easy: dict[str, Easy]
     plugins: tuple[str, ...]
     origins: tuple[str, ...]
+    reads_teacher: bool = True
+    compares: bool = True
 
 
 def choose_signals(difficulty: DifficultyConfig) -> Choice:
@@ -71,7 +75,13 @@ def choose_signals(difficulty: DifficultyConfig) -> Choice:
     easy.update({name: signal.easy for name, signal in load_signals(names).items()})
     found = [plugins.installed(GROUP)[name] for name in names]
     origins = tuple(f"{one.value} {one.dist.version if one.dist is not None else ''}" for one in found)
-    return Choice(easy, names, origins)
+    return Choice(
+        easy,
+        names,
+        origins,
+        reads_teacher=bool(names) or not set(TEACHER_SIGNALS).isdisjoint(difficulty.signals),
+        compares=bool(names) or "teacher_student_kl" in difficulty.signals,
+    )
 
 
 def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, seed: int) -> pa.Table:

@@ -53,6 +53,13 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+STUDENT_SIGNALS = ("rouge_l", "ce_loss", "student_confidence", "teacher_student_kl")
+"""Those of `SIGNALS` that change as the student learns."""
+
+TEACHER_SIGNALS = ("teacher_ce_loss", "teacher_student_kl", "teacher_entropy")
+"""Those of `SIGNALS` that need the teacher."""
+
+
 def unknown_signal(name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for a signal that nothing measures; the nearest known one is named."""
     names = list(known)

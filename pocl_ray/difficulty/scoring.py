@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
@@ -30,21 +29,14 @@ from pocl_ray.difficulty.scoring_actors import (
     StudentActor,
     TeacherActor,
     unit_table,
+    unscored_units,
 )
+from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import ID, RowsSummary
 from pocl_ray.storage import RunDirectory
-
-_MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
-_MIN_TASK_ROWS = 32
-_MIN_FILL = 0.75  # of its width that each row of a micro-batch fills,
-_MIN_BATCH_ROWS = 4  # beyond its first few rows
-_LENGTH_MULTIPLE = 8  # that `collate` rounds up to
-
-MicroBatches = list[npt.NDArray[np.int64]]
-"""The work of one task: the row ids of each micro-batch."""
 
 Task = tuple[str, MicroBatches]
 
@@ -55,7 +47,7 @@ def score_rows(
     run_dir: RunDirectory,
     tokenizer: str,
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     cache: str | None,
     cache_dtype: str,
@@ -65,29 +57,28 @@ def score_rows(
     seed: int,
     compare: bool = True,
     plugins: tuple[str, ...] = (),
+    top_k: int | None = None,
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        rows: The set to score; `dev_rows` is one that only the teacher cache is to hold.
+        rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
-        student: The untuned student; `teacher` is the frozen one, whose fingerprint goes into the cache (None: none).
-        cache_dtype: Of its hidden states; `auto` is the teacher's own.
-        difficulty: How answers are generated, and how much is computed at once.
-        scaling: Actors, and what each of them asks for.
+        student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
 
     Returns:
-        One row for each of `rows`, by `id`: the signals (ROUGE-L from 0 to 100, losses in nats a token),
-        `answer_stopped` and the numbers of tokens. And counts for the manifest.
+        One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
-    sets = [rows] if cache is None else [rows, dev_rows]
+    sets = [rows, *([dev_rows] if cache else [])]
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
-    pools = plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], len(tasks))
+    pools = plan_pools(scaling, _actors(scaling, teacher), len(tasks))
     task = ScoringTask(
         run_dir=run_dir,
         rows={made.name: made.path for made in sets},
@@ -100,15 +91,78 @@ def score_rows(
         seed=seed,
         compare=compare,
         plugins=plugins,
+        top_k=top_k,
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
     results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
     by_set = {made.name: _of_set(results, made) for made in sets}
-    for made in sets if cache is not None else ():
+    for made in sets if cache else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    return (table := by_set[rows.name].drop_columns([SET, SHARD])), _counts(table, sets)
+    return (table := _signals(by_set[rows.name])), _counts(table, sets)
+
+
+def _signals(results: pa.Table) -> pa.Table:
+    """The results without what only says where they lie, and without columns that plain text leaves empty."""
+    unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
+    return results.drop_columns([SET, SHARD, *unanswered])
+
+
+def cache_teacher(
+    sets: Sequence[RowsSummary],
+    run_dir: RunDirectory,
+    student: ModelRef,
+    teacher: ModelRef,
+    teacher_fingerprint: str,
+    cache: str,
+    cache_dtype: str,
+    top_k: int | None,
+    difficulty: DifficultyConfig,
+    scaling: ScalingConfig,
+) -> None:
+    """Fill the cache of a further teacher, which reads all sets and measures nothing.
+
+    Args:
+        sets: What it reads.
+        run_dir: Holds the rows and, in directory `cache`, one teacher cache a set.
+        student: Whose vocabulary the top k are cut to.
+        teacher: The frozen model; `teacher_fingerprint` goes into the cache.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        difficulty: How much is computed at once.
+        scaling: Actors, and what each of them asks for.
+
+    Raises:
+        UserError: The model cannot be loaded, or the cluster has no room for the actors.
+    """
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
+    (pool,) = plan_pools(scaling, [scaling.teacher_actors], len(tasks))
+    task = ScoringTask(
+        run_dir=run_dir,
+        rows={made.name: made.path for made in sets},
+        student_set="",
+        tokenizer="",
+        student=student,
+        teacher=teacher,
+        generation=difficulty.generation,
+        max_tokens=0,
+        seed=0,
+        compare=False,
+        cache=cache,
+        cache_dtype=cache_dtype,
+        use_gpu=pool.use_gpu,
+        top_k=top_k,
+    )
+    with quiet_ray_data():
+        dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
+        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
+        results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
+    for made in sets:
+        _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+
+
+def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
+    return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
 
 
 def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
@@ -120,51 +174,14 @@ def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], n
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+        if task.teacher is not None:
+            dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
         return collect(dataset, "scores", num_rows, "rows")
 
 
 def _tasks_of(rows: RowsSummary, run_dir: RunDirectory, difficulty: DifficultyConfig) -> list[MicroBatches]:
     store = RowStore.open(run_dir.local(rows.path))
     return plan_tasks(store.prompt_lengths, store.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
-
-
-def plan_tasks(
-    prompt_lengths: npt.NDArray[np.integer],
-    response_lengths: npt.NDArray[np.integer],
-    shard_rows: int,
-    batch_tokens: int,
-) -> list[MicroBatches]:
-    """Cut rows into tasks, and these into micro-batches of rows of similar length.
-
-    Args:
-        prompt_lengths: Tokens of each prompt, shape (num_rows,).
-        response_lengths: Tokens of each response, shape (num_rows,).
-        shard_rows: Rows of a task, at most; fewer where there would be only a few tasks.
-        batch_tokens: Padded tokens of a micro-batch, at most, save for a single row that is longer.
-
-    Returns:
-        Tasks, the longest rows first, so that the last ones to finish are short: micro-batches of row ids.
-    """
-    lengths = np.asarray(prompt_lengths, dtype=np.int64) + response_lengths
-    order = np.argsort(-lengths, kind="stable")
-    task_rows = min(shard_rows, max(_MIN_TASK_ROWS, -(-len(order) // _MIN_TASKS)))
-    starts = range(0, len(order), task_rows)
-    return [_micro_batches(order[start : start + task_rows], lengths, batch_tokens) for start in starts]
-
-
-def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
-    """Cut rows, longest first, where the padded size would pass the budget or padding would become a large share."""
-    batches: MicroBatches = []
-    start = 0
-    while start < len(ids):
-        longest = int(lengths[ids[start]])
-        width = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        fitting = ids[start : start + max(1, batch_tokens // width)]
-        num_alike = int(np.count_nonzero(lengths[fitting] >= _MIN_FILL * longest))
-        batches.append(fitting[: max(_MIN_BATCH_ROWS, num_alike)])
-        start += len(batches[-1])
-    return batches
 
 
 def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
@@ -180,8 +197,10 @@ def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
 
 
 def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:
-    return {
+    counts = {
         "num_rows": sum(made.num_rows for made in sets),
         "num_tokens": sum(made.num_prompt_tokens + made.num_response_tokens for made in sets),
-        "num_unstopped_answers": table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py()),
     }
+    if ANSWER_STOPPED in table.column_names:
+        counts["num_unstopped_answers"] = table.num_rows - int(pc.sum(table[ANSWER_STOPPED]).as_py())
+    return counts

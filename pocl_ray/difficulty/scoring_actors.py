@@ -22,17 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import MicroBatch, collate
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.answers import score_answers
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
+from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
+from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
-from pocl_ray.evaluation.actors import on_this_node
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import rouge_l_batch
 from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
 from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.models.top_k import TopK
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
 from pocl_ray.storage import RunDirectory
 
@@ -46,7 +47,6 @@ STUDENT_COLUMNS = {
     "ce_loss": pa.float64(),
     "student_confidence": pa.float64(),
 }
-TEACHER_SIGNALS = ("teacher_ce_loss", "teacher_student_kl", "teacher_entropy")
 _HIDDEN = "student_hidden"
 _DTYPE = "student_dtype"
 _MAX_SHARD_BYTES = 256 * 2**20
@@ -62,13 +62,14 @@ class ScoringTask:
         student_set: The set that the student is run on; the teacher is run on all.
         tokenizer: Tokenizer directory.
         student: The untuned student.
-        teacher: The frozen teacher.
+        teacher: The frozen teacher; None where the student's signals are all.
         generation: Of the student's answers.
         max_tokens: Prompt and answer together.
         seed: Of the answers.
         compare: Whether `teacher_student_kl` and the signals of plug-ins are measured.
         cache: Directory of the teacher caches, one for each set; None for no cache.
-        cache_dtype: Of their hidden states; `auto` is the teacher's own.
+        cache_dtype: Of what they hold; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
+        top_k: The tokens that they keep of each response token; None for hidden states.
         use_gpu: Whether actors run on a GPU.
         plugins: Signals that plug-ins measure.
     """
@@ -78,7 +79,7 @@ class ScoringTask:
     student_set: str
     tokenizer: str
     student: ModelRef
-    teacher: ModelRef
+    teacher: ModelRef | None
     generation: GenerationConfig
     max_tokens: int
     seed: int
@@ -87,6 +88,7 @@ class ScoringTask:
     cache_dtype: str
     use_gpu: bool
     plugins: tuple[str, ...] = ()
+    top_k: int | None = None
 
     @property
     def device(self) -> str:
@@ -145,34 +147,38 @@ class StudentActor(_Reader):
             units: `set` and `ids` (the row ids) of each micro-batch; all of one set.
 
         Yields:
-            Each micro-batch with the student's signals by row, and its hidden states as bytes.
+            Each micro-batch with the student's signals by row, and its hidden states as bytes; without a teacher, who
+            would come next, what `TeacherActor` yields.
         """
         name = units[SET][0].as_py()
         batches = _ids_of(units)
         if name != self.task.student_set:
             yield from (_student_unit(name, ids, None, None) for ids in batches)
             return
-        answers = iter(self._answer(name, np.concatenate(batches)))
+        has_prompts = self.rows(name).has_prompts
+        answers = iter(self._answer(name, np.concatenate(batches)) if has_prompts else [])
         for ids in batches:
             unit = self.unit(name, ids)
             hidden_NH = unit.hidden_of(self.model)
             signals = student_signals(hidden_NH, self.model.head.logits, unit.batch.targets_N, unit.response_lengths_R)
-            rouge_l, stopped = zip(*(next(answers) for _ in ids), strict=True)
-            by_row = {**signals, "rouge_l": rouge_l, ANSWER_STOPPED: stopped}
-            yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
+            by_row: dict[str, Any] = dict(signals)
+            if has_prompts:
+                by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
+            if self.task.teacher is not None:
+                yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
+            else:
+                scored = _row_table(unit, {}, _student_unit(name, ids, by_row, None), 0, ())
+                yield _with_place(scored, name, shard=None)
 
     def _answer(self, name: str, ids: npt.NDArray[np.int64]) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer came to an end."""
-        prompts, _ = self.rows(name).tokens(ids)
-        settings = GenerationSettings.of(self.task.generation, self.task.max_tokens, prompts)
-        answers = generate(self.model.model, self.tokenizer, prompts, settings, self.task.seed)
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        stopped = [len(answer) < limit for answer, limit in zip(answers, settings.limits(len(ids)), strict=True)]
-        return list(zip(rouge_l_batch(texts, self.rows(name).references(ids)), stopped, strict=True))
+        task = self.task
+        rows = self.rows(name)
+        return score_answers(self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed)
 
 
 class TeacherActor(_Reader):
-    """Reads each reference with the teacher, and keeps its hidden states as shards of the teacher cache."""
+    """Reads each reference with the teacher, and keeps what it says as shards of the teacher cache."""
 
     def __init__(self, task: ScoringTask) -> None:
         super().__init__(task)
@@ -186,6 +192,7 @@ class TeacherActor(_Reader):
     @cached_property
     def model(self) -> FrozenModel:
         """The teacher."""
+        assert self.task.teacher is not None, "the job has no teacher"
         return FrozenModel(on_this_node(self.task.teacher), self.task.device)
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
@@ -195,15 +202,16 @@ class TeacherActor(_Reader):
             units: What `StudentActor` gives, of one set.
 
         Yields:
-            One row for each row id: set, signals, lengths, and the shard that its hidden states are in.
+            One row for each row id: set, signals, lengths, and the shard of the cache that it is in.
         """
         name = units[SET][0].as_py()
         scored: list[pa.Table] = []
-        hidden: list[torch.Tensor] = []
+        kept: list[torch.Tensor | TopK] = []
         for index, ids in enumerate(_ids_of(units)):
             unit = self.unit(name, ids)
             hidden_NH = unit.hidden_of(self.model)
             student = self._student_part(units, index)
+            keeper = self._keeper(hidden_NH)
             signals = teacher_signals(
                 hidden_NH,
                 self.model.head.logits,
@@ -211,20 +219,25 @@ class TeacherActor(_Reader):
                 unit.response_lengths_R,
                 student,
                 self.plugins if student is not None else {},
+                keeper.watch,
             )
             scored.append(_row_table(unit, signals, units, index, (*TEACHER_SIGNALS, *self.task.plugins)))
-            hidden += self._kept(hidden_NH).split(unit.response_lengths_R.tolist())
-            if sum(part.nbytes for part in hidden) >= _MAX_SHARD_BYTES:
-                yield self._finish(name, scored, hidden)
-                scored, hidden = [], []
+            kept += keeper.rows(unit.response_lengths_R.tolist())
+            if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:
+                yield self._finish(name, scored, kept)
+                scored, kept = [], []
         if scored:
-            yield self._finish(name, scored, hidden)
+            yield self._finish(name, scored, kept)
 
-    def _kept(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        if self.task.cache is None:
-            return hidden_NH[:, :0].cpu()
-        dtype = hidden_NH.dtype if self.task.cache_dtype == "auto" else getattr(torch, self.task.cache_dtype)
-        return hidden_NH.to("cpu", dtype)
+    def _keeper(self, hidden_NH: torch.Tensor) -> Keeper:
+        task = self.task
+        if task.cache is None:
+            return NothingKept()
+        dtype = None if task.cache_dtype == "auto" else getattr(torch, task.cache_dtype)
+        if task.top_k is None:
+            return HiddenKept(hidden_NH, dtype)
+        # What lies beyond the student's vocabulary is padding, in which no student can follow the teacher.
+        return TopKKept(task.top_k, self._student_head(hidden_NH.dtype).vocab_size, hidden_NH.dtype, dtype)
 
     def _student_part(self, units: pa.Table, index: int) -> tuple[torch.Tensor, LmHead] | None:
         """The student's hidden states of a unit, and its head in their dtype."""
@@ -241,21 +254,30 @@ class TeacherActor(_Reader):
             self._head = load_head(on_this_node(self.task.student), self.task.device, dtype)
         return self._head
 
-    def _finish(self, name: str, scored: Sequence[pa.Table], hidden: Sequence[torch.Tensor]) -> pa.Table:
+    def _finish(self, name: str, scored: Sequence[pa.Table], kept: Sequence[torch.Tensor | TopK]) -> pa.Table:
         table = pa.concat_tables(scored)
         shard = None
         if self.task.cache is not None:
             run_dir = self.task.run_dir
             directory = run_dir.fs_path(f"{self.task.cache}/{name}")
-            shard = write_shard(directory, table[ID].to_numpy(), hidden, run_dir.filesystem).name
-        table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
-        return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
+            shard = write_shard(directory, table[ID].to_numpy(), kept, run_dir.filesystem).name
+        return _with_place(table, name, shard)
+
+
+def _with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
+    table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
+    return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
 
 
 def unit_table(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
     """Return the input of one task: the set and the row ids of each of its micro-batches."""
     ids = pa.array([batch.tolist() for batch in batches], pa.list_(pa.int64()))
     return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
+
+
+def unscored_units(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
+    """Return the input of one task of a `TeacherActor` that no student comes before."""
+    return pa.concat_tables(_student_unit(name, ids, None, None) for ids in batches)
 
 
 def _ids_of(units: pa.Table) -> list[npt.NDArray[np.int64]]:
@@ -267,7 +289,7 @@ def _student_unit(
 ) -> pa.Table:
     table = unit_table(name, [ids])
     for column, value_type in STUDENT_COLUMNS.items():
-        values = None if by_row is None else list(by_row[column])
+        values = list(by_row[column]) if by_row is not None and column in by_row else None
         table = table.append_column(column, pa.array([values], pa.list_(value_type)))
     payload = None if hidden_NH is None else hidden_NH.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     dtype = None if hidden_NH is None else str(hidden_NH.dtype).removeprefix("torch.")

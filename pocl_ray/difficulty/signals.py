@@ -15,6 +15,7 @@ chunk, V vocabulary, H hidden, R rows.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
@@ -62,6 +63,7 @@ def teacher_signals(
     lengths_R: npt.NDArray[np.int64],
     student: tuple[torch.Tensor, LmHead] | None = None,
     extra: Mapping[str, TokenSignal] = MappingProxyType({}),
+    watch: Callable[[torch.Tensor], object] | None = None,
 ) -> Signals:
     """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` where the student is given.
 
@@ -72,31 +74,64 @@ def teacher_signals(
         lengths_R: As in `student_signals`.
         student: The student's hidden states at the same positions, of its own width, and its LM head.
         extra: Signals of plug-ins, which need the student.
+        watch: Called with the teacher's logits of each chunk, float32, in the order of the tokens.
 
     Returns:
         Signal name -> means, each of shape (R,), in nats.
     """
     assert student is not None or not extra, "a plug-in's signal compares the two models"
-    ce_loss, entropy, kl = [], [], []
-    others: dict[str, list[torch.Tensor]] = {name: [] for name in extra}
+    ce_loss, entropy = [], []
+    compared: dict[str, list[torch.Tensor]] = defaultdict(list)
     budget_mib = CHUNK_MIB if student is None else CHUNK_MIB // 2
     for part in _chunks(hidden_NH, head, budget_mib):
         logits_CV = head(hidden_NH[part]).float()
+        if watch is not None:
+            watch(logits_CV)
         logp_CV = logits_CV.log_softmax(dim=-1)
         ce_loss.append(_nll(logp_CV, targets_N[part]))
         entropy.append(torch.special.entr(logp_CV.exp()).sum(dim=-1))
         if student is not None:
             student_hidden_NH, student_head = student
             student_CV = student_head(student_hidden_NH[part]).float()
-            kl.append(forward_kl(logits_CV, student_CV))
-            shared = min(logits_CV.shape[-1], student_CV.shape[-1])
-            for name, signal in extra.items():
-                logits = (student_CV[:, :shared], logits_CV[:, :shared])
-                others[name].append(measure(name, signal.function, *logits, targets_N[part]))
+            for name, values_C in _compare(logits_CV, student_CV, targets_N[part], extra):
+                compared[name].append(values_C)
     signals = {"teacher_ce_loss": _row_means(ce_loss, lengths_R), "teacher_entropy": _row_means(entropy, lengths_R)}
-    if student is not None:
-        signals["teacher_student_kl"] = _row_means(kl, lengths_R)
-    return {**signals, **{name: _row_means(values, lengths_R) for name, values in others.items()}}
+    return {**signals, **{name: _row_means(values, lengths_R) for name, values in compared.items()}}
+
+
+@torch.no_grad()
+def comparison_signals(
+    teacher: tuple[torch.Tensor, LmHead],
+    student: tuple[torch.Tensor, LmHead],
+    targets_N: torch.Tensor,
+    lengths_R: npt.NDArray[np.int64],
+    extra: Mapping[str, TokenSignal] = MappingProxyType({}),
+) -> Signals:
+    """Return `teacher_student_kl` of each row, and the signals of plug-ins: what changes as the student learns.
+
+    Args:
+        teacher: Its hidden states at the positions that predict `targets_N`, and its LM head.
+        student: The same of the student.
+        targets_N: As in `student_signals`.
+        lengths_R: As in `student_signals`.
+        extra: Signals of plug-ins.
+    """
+    compared: dict[str, list[torch.Tensor]] = defaultdict(list)
+    (teacher_NH, teacher_head), (student_NH, student_head) = teacher, student
+    for part in _chunks(student_NH, student_head, CHUNK_MIB // 2):
+        teacher_CV, student_CV = teacher_head(teacher_NH[part]).float(), student_head(student_NH[part]).float()
+        for name, values_C in _compare(teacher_CV, student_CV, targets_N[part], extra):
+            compared[name].append(values_C)
+    return {name: _row_means(values, lengths_R) for name, values in compared.items()}
+
+
+def _compare(
+    teacher_CV: torch.Tensor, student_CV: torch.Tensor, targets_C: torch.Tensor, extra: Mapping[str, TokenSignal]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "teacher_student_kl", forward_kl(teacher_CV, student_CV)
+    shared = min(teacher_CV.shape[-1], student_CV.shape[-1])
+    for name, signal in extra.items():
+        yield name, measure(name, signal.function, student_CV[:, :shared], teacher_CV[:, :shared], targets_C)
 
 
 def forward_kl(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Standing:
         num_starts: How often the workers began; more than once after a failure.
         warnings: What the user should know of, each once.
         is_finished: Whether the result is written.
+        node: Ray's id of the node of the first worker.
     """
 
     num_steps: int | None = None
@@ -42,6 +43,7 @@ class Standing:
     num_starts: int = 0
     warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
+    node: str = ""
 
 
 @ray.remote(num_cpus=0)
@@ -53,8 +55,9 @@ class ProgressBoard:
         self.controller: Any = None
         self.group: PlacementGroup | None = None
 
-    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]]) -> None:
-        """Workers stand and start at `first_step`, before which there were these evaluations."""
+    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "") -> None:
+        """Workers stand, the first on `node`, and start at `first_step`, before which there were these evaluations."""
+        self.standing.node = node
         self.standing.num_steps, self.standing.first_step, self.standing.step = num_steps, first_step, first_step
         self.standing.num_starts += 1
         self.standing.evaluations = list(evaluations)

@@ -6,6 +6,7 @@ A checkpoint is a directory:
     metrics.jsonl        every metric of the run so far
     state/*.safetensors  fp32 weights and moments by parameter name
     best/*.safetensors   the same of the best evaluation of this stage, where `hand_off` is `best`
+    order.safetensors    the order of rows that the stage is a slice of, where stages are scored for again
 
 It holds neither layout nor number of workers, so a run goes on with another ZeRO stage or another number of them.
 """
@@ -28,7 +29,7 @@ from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
 from pocl_ray.storage import file_digest
 
-VERSION = 1
+VERSION = 2
 PROGRESS, METRICS, STATE, BEST = "progress.json", "metrics.jsonl", "state", "best"
 SHARD_BYTES = 1 << 30
 
@@ -46,7 +47,7 @@ class Progress:
         num_samples: Global samples consumed in this stage; the cursor into its order.
         step: Optimizer steps over all stages.
         num_tokens: Response tokens trained on so far.
-        best_rouge_l: Best dev ROUGE-L of this stage; None before its first evaluation.
+        best_figure: Best `hand_off_figure` of this stage; None before its first evaluation.
         num_adam_steps: Steps that the moments have seen.
         best_adam_steps: The same at the best evaluation.
         loss_scaler: State of the fp16 loss scaler.
@@ -57,7 +58,7 @@ class Progress:
     num_samples: int = 0
     step: int = 0
     num_tokens: int = 0
-    best_rouge_l: float | None = None
+    best_figure: float | None = None
     num_adam_steps: int = 0
     best_adam_steps: int = 0
     loss_scaler: dict[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,19 @@ from torch.autograd.function import once_differentiable
 
 KdFunction = Callable[[Tensor, Tensor, float], Tensor]
 LogitsFunction = Callable[[Tensor], Tensor]
-TeacherLogits = Callable[[slice], Tensor]
+
+
+class Teaching(Protocol):
+    """What teachers say of a chunk of tokens, where that is not the logits of one teacher."""
+
+    def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
+        """Return the divergence of each token, shape (C,)."""
+
+    def entropy(self) -> Tensor:
+        """Return the entropy of the teachers' plain distribution at each token, shape (C,), in nats."""
+
+
+TeacherLogits = Callable[[slice], "Tensor | Teaching"]
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Probabilities of a large vocabulary underflow in float16. Its gradients are held times this factor until backward,
@@ -43,9 +55,11 @@ class HeadLoss:
         kd_ratio: Weight of the distillation loss; 1 - kd_ratio is that of the cross-entropy.
         kd: The divergence, of (student logits, teacher logits, temperature); not called where kd_ratio is 0.
         kd_temperature: Softens both distributions in the divergence; the cross-entropy is at 1.
-        teacher_logits: From a slice of the tokens to the teacher's logits; not called where kd_ratio is 0.
+        teacher_logits: From a slice of the tokens to the teacher's logits, or to what takes their place; not called
+            where kd_ratio is 0.
         transform: What the student's family does to its logits.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
+        token_weight: From what `teacher_logits` returns to each token's weight in the divergence; None: all weigh 1.
     """
 
     targets_N: Tensor
@@ -55,6 +69,7 @@ class HeadLoss:
     teacher_logits: TeacherLogits | None = None
     transform: LogitsFunction | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    token_weight: Callable[[Tensor | Teaching], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_ratio <= 1.0:
@@ -64,11 +79,7 @@ class HeadLoss:
 
     def chunks(self, vocabulary: int) -> list[slice]:
         """Slices of nearly equal length that cover all tokens."""
-        num_tokens = self.targets_N.shape[0]
-        most = max(1, self.chunk_bytes // (4 * vocabulary))
-        num_chunks = -(-num_tokens // most)
-        bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else [0]
-        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        return token_chunks(self.targets_N.shape[0], vocabulary, self.chunk_bytes)
 
     def sums(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, ce, kd), each summed over the tokens of a chunk; only the first has a gradient that counts."""
@@ -80,10 +91,22 @@ class HeadLoss:
         if self.kd is None or self.teacher_logits is None or self.kd_ratio == 0.0:
             return ce, ce, torch.zeros_like(ce)
         with torch.no_grad():
-            teacher_logits_CV = self.teacher_logits(rows)
-        kd = self.kd(logits_CV, teacher_logits_CV, self.kd_temperature).sum()
+            teacher = self.teacher_logits(rows)
+        if isinstance(teacher, Tensor):
+            kd_C = self.kd(logits_CV, teacher, self.kd_temperature)
+        else:
+            kd_C = teacher.divergence(self.kd, logits_CV, self.kd_temperature)
+        kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher)).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd
+
+
+def token_chunks(num_tokens: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
+    """Cut tokens into slices of nearly equal length whose float32 logits take `chunk_bytes` at most."""
+    most = max(1, chunk_bytes // (4 * vocabulary))
+    num_chunks = -(-num_tokens // most)
+    bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else [0]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def chunked_head_loss(

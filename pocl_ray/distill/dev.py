@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
@@ -16,6 +17,7 @@ from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
+from pocl_ray.models.lora import add_same_adapters
 
 
 class DevEvaluator:
@@ -51,9 +53,10 @@ class DevEvaluator:
         self._copy: PreTrainedModel | None = None
 
     def evaluate(self) -> dict[str, float]:
-        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100."""
+        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100 where there are prompts."""
         figures = self._losses()
-        figures.update(self._answers(self.feed.rows))
+        if self.feed.rows.has_prompts:
+            figures.update(self._answers(self.feed.rows))
         return figures
 
     def _losses(self) -> dict[str, float]:
@@ -73,7 +76,7 @@ class DevEvaluator:
     def _answers(self, rows: RowStore) -> dict[str, float]:
         ids = np.arange(self.engine.rank, self.num_rows, self.engine.world_size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        model = self._inference_model()
+        model = self.inference_model()
         if len(ids):
             prompts, _ = rows.tokens(ids)
             settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
@@ -86,7 +89,7 @@ class DevEvaluator:
         rouge_l, exact_match = (sums / self.num_rows).tolist()
         return {"eval/dev/rouge_l": rouge_l, "eval/dev/exact_match": exact_match}
 
-    def _inference_model(self) -> PreTrainedModel:
+    def inference_model(self) -> PreTrainedModel:
         """Return a model to generate with: the student itself, or under ZeRO-3 a whole copy of it.
 
         A partitioned student would gather every weight for every token; the copy is filled once an evaluation.
@@ -100,6 +103,8 @@ class DevEvaluator:
         if self._copy is None:
             with torch.device(self.engine.device):
                 self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
+            add_same_adapters(self._copy, student)
+            nn.Module.to(self._copy, self.engine.device, next(student.parameters()).dtype)
             self._copy.eval()
         targets: dict[str, Any] = dict(self._copy.named_parameters())
         for name, parameter in student.named_parameters():

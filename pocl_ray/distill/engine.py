@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ class Engine:
         assert len(micro_batches) == self.accumulation
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        settings = self._with_mean_score(micro_batches, settings, num_response_tokens)
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -191,6 +192,22 @@ class Engine:
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
+
+    def _with_mean_score(
+        self, micro_batches: Sequence[MicroBatch], settings: StepSettings, num_response_tokens: int
+    ) -> StepSettings:
+        """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.
+
+        The teacher's head runs once more for it: the sum over the step must be known before its first gradient.
+        """
+        weight = settings.token_weight
+        if weight is None or settings.kd_ratio == 0.0:
+            return settings
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            total += self.module.token_score_sum(batch.to(self.device), settings)
+        dist.all_reduce(total)
+        return replace(settings, token_weight=weight.with_mean(float(total) / num_response_tokens))
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""

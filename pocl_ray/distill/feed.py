@@ -1,4 +1,4 @@
-"""The feed: from a stage's order of rows to micro-batches with the teacher's hidden states, prepared ahead."""
+"""The feed: from a stage's order of rows to micro-batches with the teacher's part, prepared ahead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.models.hidden_cache import HiddenCache
-from pocl_ray.models.live import LiveTeacher
+from pocl_ray.distill.teachers import Teachers
 from pocl_ray.records import Stage
 
 
@@ -41,8 +40,7 @@ class Feed:
         micro_batch_rows: int,
         rank: int,
         world_size: int,
-        cache: HiddenCache | None = None,
-        live: LiveTeacher | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         """Set the feed up.
 
@@ -52,14 +50,13 @@ class Feed:
             micro_batch_rows: Rows of a forward pass.
             rank: This worker.
             world_size: Number of workers.
-            cache: The teacher's stored hidden states.
-            live: The teacher itself, where nothing is stored. With neither, batches carry no teacher.
+            teachers: Where the teachers' part comes from; without any, batches carry none.
         """
         self.rows = rows
         self.pad_id = pad_id
         self.micro_batch_rows = micro_batch_rows
         self.rank, self.world_size = rank, world_size
-        self.cache, self.live = cache, live
+        self.teachers = teachers or Teachers()
         self.lengths = rows.prompt_lengths + rows.response_lengths
 
     def stage(
@@ -67,45 +64,47 @@ class Feed:
     ) -> Generator[GlobalBatch, None, None]:
         """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead."""
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
+        teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher else Teachers()
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:
-                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids)
+                behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, teachers)
                 if behind is not None:
-                    yield self._with_live_teacher(behind.result())
+                    yield _taught(behind.result(), teachers)
             if ahead is not None:
-                yield self._with_live_teacher(ahead.result())
+                yield _taught(ahead.result(), teachers)
+
+    def batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
+        """Return the rows of these ids as one micro-batch, with the part of these teachers."""
+        return teachers.teach(self._micro_batch(ids, teachers))
 
     def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the whole set, and whether each of them counts.
 
         Every worker gets equally many, since the forward pass may be collective: those that come out short repeat
-        their last one, which does not count.
+        their last one, which does not count. All teachers teach, whatever their stages, so that the losses of stages
+        can be compared.
         """
+        teachers = self.teachers.in_stage(None)
         order = np.argsort(-self.lengths, kind="stable")
         num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
         for index in range(num_batches):
             ids = mine[index * self.micro_batch_rows : (index + 1) * self.micro_batch_rows]
             counts = len(ids) > 0
-            batch = self._micro_batch(ids if counts else order[:1])
-            yield self._taught(batch), counts
+            batch = self._micro_batch(ids if counts else order[:1], teachers)
+            yield teachers.teach(batch), counts
 
-    def _global_batch(self, ids: np.ndarray) -> GlobalBatch:
+    def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
         mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
         return GlobalBatch(
-            [self._micro_batch(part) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
+            [self._micro_batch(part, teachers) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
         )
 
-    def _micro_batch(self, ids: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
-        return batch if self.cache is None else replace(batch, teacher_hidden_NK=self.cache.take(ids))
+        return replace(batch, taught=teachers.stored(ids))
 
-    def _with_live_teacher(self, batch: GlobalBatch) -> GlobalBatch:
-        return replace(batch, micro_batches=[self._taught(b) for b in batch.micro_batches])
 
-    def _taught(self, batch: MicroBatch) -> MicroBatch:
-        if self.live is None:
-            return batch
-        hidden = self.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
-        return replace(batch, teacher_hidden_NK=hidden)
+def _taught(batch: GlobalBatch, teachers: Teachers) -> GlobalBatch:
+    return replace(batch, micro_batches=[teachers.teach(part) for part in batch.micro_batches])

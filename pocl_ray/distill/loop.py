@@ -21,11 +21,13 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.plateau import has_converged
+from pocl_ray.distill.kernels import resolve_divergence
+from pocl_ray.distill.plateau import hand_off_figure, has_converged
+from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 
 OnCheckpoint = Callable[[Progress, Path | None], None]
@@ -44,6 +46,7 @@ class TrainingLoop:
         orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
+        rescorer: Rescorer | None = None,
     ) -> None:
         """Set the loop up.
 
@@ -56,12 +59,15 @@ class TrainingLoop:
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
             on_step: Called on every worker with each logged record.
+            rescorer: Ranks the rows anew before the stages that say so.
         """
-        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, orders
+        self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
+        self.rescorer = rescorer
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+        self.divergence = resolve_divergence(task.distill, engine.device)
+        self.token_weight = TokenWeight.of(task.distill)
         self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
@@ -73,11 +79,15 @@ class TrainingLoop:
         self.state.set_loss_scaler(progress.loss_scaler)
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
+        if self.rescorer is not None:
+            self.orders["rank"] = shared_order(source, len(self.orders["rank"]), self.engine.device)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""
         try:
             if self.progress.step == 0 and self.progress.num_samples == 0:
+                if self.rescorer is not None:
+                    self.rescorer.clear()
                 self._evaluate()
                 self._reset_best()
             for stage in self.task.stages[self.progress.stage :]:
@@ -89,6 +99,9 @@ class TrainingLoop:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
+        if progress.num_samples == 0 and stage.rescore:
+            assert self.rescorer is not None, "the task says how rows are ranked anew"
+            self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
@@ -117,7 +130,9 @@ class TrainingLoop:
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
-        settings = StepSettings(stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence)
+        settings = StepSettings(
+            stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence, self.token_weight
+        )
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
         progress.num_samples += batch.num_rows
         progress.step += 1
@@ -164,9 +179,9 @@ class TrainingLoop:
         record = {**position, **figures}
         self.progress.metrics.append(record)
         self.on_step(self.progress, record)
-        best = self.progress.best_rouge_l
-        if self.task.hand_off == "best" and (best is None or figures["eval/dev/rouge_l"] > best):
-            self.progress.best_rouge_l = figures["eval/dev/rouge_l"]
+        best, figure = self.progress.best_figure, hand_off_figure(figures)
+        if self.task.hand_off == "best" and (best is None or figure > best):
+            self.progress.best_figure = figure
             self.progress.best_adam_steps = self.state.num_adam_steps
             write_state(self.state, self._best_kinds(), self._scratch / BEST)
 
@@ -183,11 +198,13 @@ class TrainingLoop:
         if directory is not None:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
+            if self.rescorer is not None:
+                write_order(self.orders["rank"], directory)
             write_progress(self.progress, directory)
         self.on_checkpoint(self.progress, directory)
 
     def _hand_off(self) -> None:
-        if self.task.hand_off == "best" and self.progress.best_rouge_l is not None:
+        if self.task.hand_off == "best" and self.progress.best_figure is not None:
             reads = self.engine.rank == 0
             kinds = self._best_kinds()
             steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
@@ -197,5 +214,5 @@ class TrainingLoop:
         self.progress.num_samples = 0
 
     def _reset_best(self) -> None:
-        self.progress.best_rouge_l = None
+        self.progress.best_figure = None
         shutil.rmtree(self._scratch / BEST, ignore_errors=True)

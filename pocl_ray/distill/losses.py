@@ -32,13 +32,13 @@ LOG_ZERO = math.log(torch.finfo(torch.float32).tiny)
 
 def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(p||q) = sum p log(p/q), the loss of Hinton et al. (arXiv 1503.02531); shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return _kl(logp_NV, logq_NV).float()
 
 
 def reverse_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(q||p) = sum q log(q/p), as in MiniLLM (arXiv 2306.08543); shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return _kl(logq_NV, logp_NV).float()
 
 
@@ -46,13 +46,13 @@ def js_distance(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, lam: float = 0.9
 ) -> Tensor:
     """Skewed Jensen-Shannon: lam KL(q||m) + (1-lam) KL(p||m) with m = (1-lam) p + lam q; shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return _jensen_shannon(logp_NV, logq_NV, teacher_weight=1.0 - lam).float()
 
 
 def tv_distance(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """Total variation, 0.5 sum |p - q|, as in f-distill (arXiv 2307.15190); shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return (0.5 * (logp_NV.exp() - logq_NV.exp()).abs().sum(-1)).float()
 
 
@@ -60,7 +60,7 @@ def skewed_forward_kl(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, alpha: float = 0.1
 ) -> Tensor:
     """KL(p||m) with m = alpha p + (1-alpha) q, of DistiLLM (arXiv 2402.03898, eq. 4); shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return _kl(logp_NV, _log_mixture(logp_NV, logq_NV, teacher_weight=alpha)).float()
 
 
@@ -68,7 +68,7 @@ def skewed_reverse_kl(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, alpha: float = 0.1
 ) -> Tensor:
     """KL(q||m) with m = (1-alpha) p + alpha q, of DistiLLM (arXiv 2402.03898); shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     return _kl(logq_NV, _log_mixture(logp_NV, logq_NV, teacher_weight=1.0 - alpha)).float()
 
 
@@ -76,7 +76,7 @@ def symmetric_kl(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, lam: float = 0.5
 ) -> Tensor:
     """(1-lam) KL(p||q) + lam KL(q||p), at lam 0.5 half the Jeffreys divergence; shape (N,), float32."""
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     weight_NV = (1.0 - lam) * logp_NV.exp() - lam * logq_NV.exp()
     return (weight_NV * (logp_NV - logq_NV)).sum(-1).float()
 
@@ -88,7 +88,7 @@ def generalized_jsd(
 
     The ends are the limits after division by beta (1-beta): beta 0 is exactly KL(p||q), beta 1 exactly KL(q||p).
     """
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     if beta == 0.0:
         return _kl(logp_NV, logq_NV).float()
     if beta == 1.0:
@@ -107,7 +107,7 @@ def adaptive_kl(
     Returns:
         Shape (N,), float32.
     """
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     with torch.no_grad():
         p_NV, order_NV = logp_NV.exp().sort(dim=-1, descending=True)
         gap_NV = (p_NV - logq_NV.exp().gather(-1, order_NV)).abs_()
@@ -125,7 +125,7 @@ def top_k_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: 
 
     Merging the tail can only lower the divergence, so `forward_kl` is never less; for k >= V - 1 they are equal.
     """
-    logq_NV, logp_NV = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
     top_logp_NK, top_NK = logp_NV.topk(min(k, logp_NV.shape[-1]), dim=-1)
     head_N = _kl(top_logp_NK, logq_NV.gather(-1, top_NK))
     tail_logp_N = logp_NV.scatter(-1, top_NK, LOG_ZERO).logsumexp(-1)
@@ -133,8 +133,8 @@ def top_k_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: 
     return (head_N + tail_logp_N.exp() * (tail_logp_N - tail_logq_N)).float()
 
 
-def _log_probs(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log q, log p) over the shared vocabulary: embeddings are padded at their end, to sizes that differ."""
+def log_probs(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return (log q, log p) over the shared vocabulary: embeddings are padded at their end, to sizes that differ."""
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     num_shared = min(student_logits_NV.shape[-1], teacher_logits_NV.shape[-1])

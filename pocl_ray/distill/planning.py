@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_sft
 from pocl_ray.data.preparing import Rows
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import Rescoring, TeacherTask, TrainTask
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import Stage
 from pocl_ray.storage import RunDirectory
+
+RESCORED = "scores/stages"
+"""Tables of the rankings made between stages, beside the output of the run that made them."""
 
 
 def curriculum_task(
@@ -21,13 +25,19 @@ def curriculum_task(
     run_dir: RunDirectory,
     stages: tuple[Stage, ...],
     student: ModelRef,
-    teacher: ModelRef,
+    teacher: ModelRef | None,
     teacher_fingerprint: str,
     rows: Rows,
     output: str,
+    other_teachers: Sequence[tuple[ModelRef, str]] = (),
 ) -> TrainTask:
-    """Return the task that distils the student through `stages`; its result goes to `output`."""
+    """Return the task that distils the student through `stages`; its result goes to `output`.
+
+    `other_teachers` are the models of `config.other_teachers`, each with its fingerprint.
+    Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
+    """
     folder = output.removesuffix("student")
+    rescores = any(stage.rescore for stage in stages)
     return TrainTask(
         name=name,
         fingerprint=fingerprint,
@@ -35,7 +45,7 @@ def curriculum_task(
         stages=stages,
         student=student,
         teacher=teacher,
-        teacher_cache="teacher_cache" if config.distill.teacher_cache == "hidden" else None,
+        teacher_cache=cache_folder(config, 0) if teacher is not None else None,
         teacher_fingerprint=teacher_fingerprint,
         tokenizer="tokenizer",
         rows=rows.train,
@@ -53,7 +63,24 @@ def curriculum_task(
         collective_timeout_s=config.scaling.collective_timeout_s,
         output=output,
         metrics=f"{folder}metrics.jsonl",
+        teacher_weight=config.teacher.weight,
+        teacher_stages=config.teacher.stages_of(len(stages)),
+        teacher_sharded=config.teacher.sharded,
+        other_teachers=tuple(
+            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)), one.sharded)
+            for place, (ref, made_by) in enumerate(other_teachers, start=1)
+            for one in [config.other_teachers[place - 1]]
+        ),
+        lora=config.student.lora,
+        rescoring=Rescoring(config.difficulty, config.seed, f"{folder}{RESCORED}") if rescores else None,
     )
+
+
+def cache_folder(config: Config, place: int) -> str | None:
+    """Return the directory of a teacher's caches, by its place among the teachers; None where teachers run live."""
+    if config.distill.teacher_cache == "none":
+        return None
+    return "teacher_cache" if place == 0 else f"teacher_cache_{place + 1}"
 
 
 def sft_task(
@@ -69,7 +96,7 @@ def sft_task(
     Raises:
         ConfigError: There are fewer rows than one global batch holds.
     """
-    sft = getattr(config, role).sft
+    sft, lora = getattr(config, role).sft, config.student.lora
     train = config.sft_train(sft)
     key = f"{role}.sft"
     stages = plan_sft(rows.train.num_rows, sft.num_epochs, sft.max_steps, train.global_batch_rows, key)
@@ -89,10 +116,13 @@ def sft_task(
         task,
         teacher=None,
         teacher_cache=None,
+        other_teachers=(),
         scores=None,
         train=train,
         seed=config.seed,
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",
         metrics=f"models/{role}_metrics.jsonl",
+        # What distillation starts from is a plain model, whatever is written in the end.
+        lora=lora.model_copy(update={"merge": True}) if role == "student" and lora is not None else None,
     )

@@ -6,6 +6,7 @@ reduced over them. So all workers decide the same, and a resumed run as one that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,18 @@ def has_converged(stage: Stage, steps_done: int, metrics: Sequence[Mapping[str, 
         if key in record and record["curriculum/stage"] == stage.index and record["step"] > 0
     ]
     return num_since_best(figures) >= plateau.patience
+
+
+def hand_off_figure(figures: Mapping[str, Any]) -> float:
+    """Return the dev figure by which the best checkpoint of a stage is chosen; higher is better.
+
+    It is dev ROUGE-L. Plain text has no prompts to answer; there it is the distillation loss, and without a teacher the
+    cross-entropy, with its sign turned. A loss that is not a number is the worst.
+    """
+    if "eval/dev/rouge_l" in figures:
+        return float(figures["eval/dev/rouge_l"])
+    loss = float(figures.get("eval/dev/kd_loss", figures["eval/dev/ce_loss"]))
+    return -math.inf if math.isnan(loss) else -loss
 
 
 def num_since_best(figures: Sequence[float]) -> int:

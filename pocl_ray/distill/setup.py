@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -14,18 +12,17 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
-from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.models.head_files import load_head
-from pocl_ray.models.heads import HeadWeights, check_split
-from pocl_ray.models.hidden_cache import HiddenCache
-from pocl_ray.models.live import LiveTeacher
+from pocl_ray.distill.teachers import load_teachers, teachers_of
+from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
-from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK, Order, RowsSummary
-from pocl_ray.storage import localize
+from pocl_ray.models.lora import add_adapters
+from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.records import RANK, Order
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
 
@@ -38,50 +35,41 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
-    head, live = _teacher(task, device)  # before the engine: ZeRO-3 must not partition it
+    teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
+    num_logits = head_of(student).vocab_size
+    if task.lora is not None:
+        add_adapters(student, task.lora, task.seed)
     if task.gradient_checkpointing:
+        # Non-reentrant: beneath frozen weights the input needs no gradient for the adapters behind it to get theirs.
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
     engine = Engine(module, train, device, task.collective_timeout_s)
-    engine.module.attach_teacher_head(head)
+    engine.module.attach_teacher_heads(*(teacher.head for teacher in teachers))
     stores = [RowStore.open(task.run_dir.local(made.path)) for made in (task.rows, task.dev_rows)]
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     feed, dev_feed = (
-        Feed(store, pad_id, train.micro_batch_rows, rank, world_size, _cache(task, made), live)
+        Feed(store, pad_id, train.micro_batch_rows, rank, world_size, teachers_of(task, made, teachers, num_logits))
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
-    divergence = resolve_loss(task.distill.loss, task.distill.loss_args, task.distill.scale_by_t_squared)
+    divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teacher is not None else 0.0, divergence)
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
     )
-    return TrainingLoop(task, engine, feed, dev, _orders(task, len(stores[0])), on_checkpoint, on_step)
+    rescorer = None
+    if task.rescoring is not None:
+        head_of_first = teachers[0].head if teachers else None
+        rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, dev.inference_model, head_of_first)
+    orders = _orders(task, len(stores[0]))
+    return TrainingLoop(task, engine, feed, dev, orders, on_checkpoint, on_step, rescorer)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:
     """Return a reference whose path is on this node."""
-    return ModelRef(**{**asdict(ref), "path": localize(ref.path)})
-
-
-def _teacher(task: TrainTask, device: torch.device) -> tuple[HeadWeights | None, LiveTeacher | None]:
-    """Return what the loss needs of the teacher: its LM head, and itself only where nothing is cached."""
-    if task.teacher is None:
-        return None, None
-    ref = local_ref(task.teacher)
-    if task.teacher_cache is not None:
-        return load_head(ref, device=device), None
-    live = LiveTeacher(ref, device)
-    return live.head, live
-
-
-def _cache(task: TrainTask, made: RowsSummary) -> HiddenCache | None:
-    if task.teacher is None or task.teacher_cache is None:
-        return None
-    directory = task.run_dir.local(f"{task.teacher_cache}/{made.name}")
-    return HiddenCache.open(directory, task.teacher_fingerprint, made.fingerprint, made.num_rows)
+    return on_this_node(ref)
 
 
 def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:

@@ -4,7 +4,7 @@ Only the hidden states of positions whose next token is a response token reach t
 Sums, not means: the caller divides by the number of response tokens of the whole optimizer step, over all workers and
 micro-batches, so that neither how a batch is split nor how many workers share it changes the loss.
 
-Legend: B batch, T tokens, N response tokens in one flat axis, V vocabulary, H hidden of the student, K of the teacher.
+Legend: B batch, T tokens, N response tokens in one flat axis, V vocabulary, H hidden of the student.
 """
 
 from __future__ import annotations
@@ -12,21 +12,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ray.data.batching import MicroBatch
-from pocl_ray.distill.chunked import DEFAULT_CHUNK_BYTES, HeadLoss, KdFunction, TeacherLogits, chunked_head_loss
+from pocl_ray.distill.chunked import (
+    DEFAULT_CHUNK_BYTES,
+    HeadLoss,
+    KdFunction,
+    TeacherLogits,
+    chunked_head_loss,
+    token_chunks,
+)
+from pocl_ray.distill.teaching import teacher_logits
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a stage sets: the divergence (of `resolve_loss`), its temperature and its weight in the loss."""
+    """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'."""
 
     kd_temperature: float
     kd_ratio: float
     kd: KdFunction | None = None
+    token_weight: TokenWeight | None = None
 
 
 class LossHead(nn.Module):
@@ -62,6 +73,7 @@ class LossHead(nn.Module):
             teacher_logits=teacher_logits,
             transform=self.transform,
             chunk_bytes=chunk_bytes,
+            token_weight=settings.token_weight,
         )
         return chunked_head_loss(hidden_NH, self.weight, self.bias, loss)
 
@@ -78,12 +90,12 @@ class DistillationModule(nn.Module):
         self.student = student
         self.loss_head = LossHead(parts.head, parts.transform)
         self.chunk_bytes = chunk_bytes
-        # A plain dataclass: as a parameter or buffer the frozen head would be partitioned, cast and saved by DeepSpeed.
-        self._teacher_head: HeadWeights | None = None
+        # Plain dataclasses: as parameters or buffers frozen heads would be partitioned, cast and saved by DeepSpeed.
+        self._teacher_heads: tuple[HeadWeights | None, ...] = ()
 
-    def attach_teacher_head(self, head: HeadWeights | None) -> None:
-        """Set the teacher's LM head, on the device of the batches; None for training without a teacher."""
-        self._teacher_head = head
+    def attach_teacher_heads(self, *heads: HeadWeights | None) -> None:
+        """Set the LM head of each teacher, on the device of the batches; None for one whose top k are cached."""
+        self._teacher_heads = heads
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The student's last hidden states at the response positions, shape (N, H)."""
@@ -102,12 +114,19 @@ class DistillationModule(nn.Module):
             self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
         )
 
+    @torch.no_grad()
+    def token_score_sum(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
+        """Sum of the scores that weigh tokens over the response tokens of the batch, a float64 scalar."""
+        teacher = self._teacher_logits(batch, settings)
+        assert settings.token_weight is not None and teacher is not None
+        total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
+        for rows in token_chunks(batch.num_response_tokens, self.student.config.vocab_size, self.chunk_bytes):
+            total += settings.token_weight.scores(teacher(rows)).double().sum()
+        return total
+
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
         if settings.kd_ratio == 0.0:
             return None
-        if self._teacher_head is None or batch.teacher_hidden_NK is None:
-            raise ValueError(
-                "kd_ratio is above 0, but there is no teacher head, or the batch has no teacher hidden states"
-            )
-        head, hidden_NK = self._teacher_head, batch.teacher_hidden_NK
-        return lambda rows: head.logits(hidden_NK[rows])
+        if not batch.taught:
+            raise ValueError("kd_ratio is above 0, but there is no teacher: the batch says nothing of one")
+        return teacher_logits(batch.taught, self._teacher_heads)

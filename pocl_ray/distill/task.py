@@ -5,10 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
+
+
+@dataclass(frozen=True)
+class TeacherTask:
+    """One teacher of a training run.
+
+    Attributes:
+        ref: The frozen model.
+        cache: Directory of its caches (`train`, `dev`), relative to the run directory; None to run it live.
+        fingerprint: Of the teacher that the caches must have been made by.
+        weight: Of its divergence; the weights of a stage are made to sum to 1.
+        stages: In which it teaches; None for all.
+        sharded: Whether it is split over the workers, where it runs live.
+    """
+
+    ref: ModelRef
+    cache: str | None
+    fingerprint: str
+    weight: float = 1.0
+    stages: tuple[int, ...] | None = None
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How the rows are ranked anew between stages.
+
+    Attributes:
+        difficulty: The signals, how they are fused, and how answers are generated.
+        seed: Of the answers, and of ties.
+        folder: Where the tables of it go, relative to the run directory.
+    """
+
+    difficulty: DifficultyConfig
+    seed: int
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -23,7 +59,7 @@ class TrainTask:
         run_dir: The run directory.
         stages: The plan.
         student: What is trained, as it is before.
-        teacher: The frozen teacher; None for supervised fine-tuning.
+        teacher: The frozen teacher; None where no stage distils, as in supervised fine-tuning.
         teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
         teacher_fingerprint: Of the teacher that the caches must have been made by.
         tokenizer: Tokenizer directory.
@@ -42,6 +78,12 @@ class TrainTask:
         collective_timeout_s: After so long a dead peer is noticed.
         output: Where the trained student goes.
         metrics: Where the metric stream goes.
+        teacher_weight: Of the teacher's divergence beside those of the other teachers.
+        teacher_stages: In which it teaches; None for all.
+        teacher_sharded: Whether it is split over the workers, where it runs live.
+        other_teachers: Further teachers.
+        lora: Adapters that are trained in place of the student's weights; None to train these.
+        rescoring: How rows are ranked anew before the stages that say so; None where none does.
     """
 
     name: str
@@ -68,6 +110,27 @@ class TrainTask:
     collective_timeout_s: float
     output: str
     metrics: str
+    teacher_weight: float = 1.0
+    teacher_stages: tuple[int, ...] | None = None
+    teacher_sharded: bool = False
+    other_teachers: tuple[TeacherTask, ...] = ()
+    lora: LoraConfig | None = None
+    rescoring: Rescoring | None = None
+
+    @property
+    def teachers(self) -> tuple[TeacherTask, ...]:
+        """All teachers; none for supervised fine-tuning."""
+        if self.teacher is None:
+            return ()
+        first = TeacherTask(
+            self.teacher,
+            self.teacher_cache,
+            self.teacher_fingerprint,
+            self.teacher_weight,
+            self.teacher_stages,
+            self.teacher_sharded,
+        )
+        return (first, *self.other_teachers)
 
     @property
     def num_steps(self) -> int:

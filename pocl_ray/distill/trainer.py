@@ -23,6 +23,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
+from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
@@ -243,7 +244,9 @@ def _note(standing: Standing) -> str:
     if standing.train:
         parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
     if standing.evaluations:
-        parts.append(f"dev ROUGE-L {standing.evaluations[-1]['eval/dev/rouge_l']:.1f}")
+        figures = standing.evaluations[-1]
+        rouge_l = figures.get("eval/dev/rouge_l")
+        parts.append(f"dev loss {-hand_off_figure(figures):.3f}" if rouge_l is None else f"dev ROUGE-L {rouge_l:.1f}")
     return "  ".join(parts)
 
 

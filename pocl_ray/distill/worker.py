@@ -27,7 +27,7 @@ from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
-from pocl_ray.models.saving import save_model
+from pocl_ray.models.lora import add_adapters, save_student
 from pocl_ray.versions import check_same, versions
 
 MIN_SHOW_INTERVAL_S = 0.25
@@ -67,7 +67,7 @@ def _train(task: TrainTask, board: Any) -> None:
     resume(loop, kept, ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
-        board.begin.remote(task.num_steps, loop.progress.step, evaluations)
+        board.begin.remote(task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id())
     reporter.begin(loop.progress, loop.engine.world_size)
     loop.run()
     _write_result(task, loop)
@@ -84,7 +84,7 @@ def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
 
 def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
     """Check that the checkpoints to come fit: float32 weights and both moments, and the same of the best evaluation."""
-    parameters = loop.engine.module.student.parameters()
+    parameters = [p for p in loop.engine.module.student.parameters() if p.requires_grad]  # all, or adapters
     num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each here
     each = num_weights * 4 * (2 * len(KINDS) if task.hand_off == "best" else len(KINDS))
     missing = max(0, task.train.num_checkpoints - num_kept) + 1  # the oldest goes when the newest is whole
@@ -148,12 +148,15 @@ def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
             pass
         return
     student = load_model(local_ref(task.student), dtype=torch.float32)
+    if task.lora is not None:
+        add_adapters(student, task.lora, task.seed)
     targets = dict(student.named_parameters())
     with torch.no_grad():
         for _, name, tensor in gathered:
             targets[name.removeprefix("student.")].copy_(tensor)
-    torch.nn.Module.to(student, DTYPES[task.train.precision])
     tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     with tempfile.TemporaryDirectory() as scratch:
-        task.run_dir.publish(save_model(student, tokenizer, Path(scratch) / "model"), task.output)
+        folder = Path(scratch) / "model"
+        save_student(student, tokenizer, DTYPES[task.train.precision], folder, task.lora, task.student.path)
+        task.run_dir.publish(folder, task.output)
     _write_metrics(task, loop.progress)

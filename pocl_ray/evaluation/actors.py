@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pyarrow as pa
@@ -21,8 +21,6 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
 from pocl_ray.disk import disk_full, full_disk_error
 from pocl_ray.errors import ResourceError, UserError
-from pocl_ray.models.places import ModelRef
-from pocl_ray.storage import localize
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
@@ -153,11 +151,6 @@ def quiet_ray_data() -> Iterator[None]:
         for name, value in before.items():
             setattr(context, name, value)
         logger.setLevel(level)
-
-
-def on_this_node(ref: ModelRef) -> ModelRef:
-    """Return the model with its directory copied to this node, if it lies on an object store."""
-    return replace(ref, path=localize(ref.path))
 
 
 def _room(total: dict[str, float], needed: dict[str, float]) -> int:

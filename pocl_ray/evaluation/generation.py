@@ -3,8 +3,8 @@
 Prompts of similar length share a batch, padded on the left. A batch is generated in rounds with one key-value cache;
 rows that have stopped leave it between rounds, so that a few endless answers do not keep the others computing.
 
-What is sampled depends on the seed and on the batch's prompts alone: not on the process, on the batches before it, or
-on the number of actors that share the work. Axes: B rows of a batch, T tokens.
+What is sampled depends on the seed and on the batch's prompts alone (with keys, on the row's key): not on the process,
+on the batches before it, or on the number of actors that share the work. Axes: B rows of a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
+from pocl_ray.evaluation.sampling import RowSampler
 
 _FIRST_ROUND_TOKENS = 16
 _ROUND_TOKENS = 32
@@ -75,6 +76,7 @@ def generate(
     prompts: Sequence[Tokens],
     settings: GenerationSettings,
     seed: int,
+    keys: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Generate one answer to each prompt.
 
@@ -87,6 +89,8 @@ def generate(
         prompts: Token ids, one array of shape (tokens,) a prompt, none of them empty.
         settings: See there.
         seed: Of the sampling; greedy answers do not depend on it.
+        keys: One a prompt, such as the row's id: its answer is then drawn by (seed, key) alone (`sampling.py`),
+            whatever prompts share its batch.
 
     Returns:
         Token ids of the answers in the order of `prompts`, without the end-of-sequence token. An answer that never
@@ -98,13 +102,15 @@ def generate(
     order = np.argsort(lengths, kind="stable")
     limits = settings.limits(len(prompts))
     assert min(limits, default=1) > 0, "an answer may have no tokens"
-    config = _explicit_config(model, tokenizer, settings)
+    keyed = keys is not None and settings.sampling_temperature > 0
+    config = _explicit_config(model, tokenizer, replace(settings, sampling_temperature=0.0) if keyed else settings)
     with _prepared(model):
         for start in range(0, len(order), settings.batch_rows):
             rows = order[start : start + settings.batch_rows].tolist()
             batch = [np.asarray(prompts[row], dtype=np.int64) for row in rows]
+            draws = _Draws([keys[row] for row in rows], seed, settings) if keys is not None and keyed else None
             with _seeded(_batch_seed(seed, batch), model.device):
-                generated = _Batch(model, batch, [limits[row] for row in rows], config).run()
+                generated = _Batch(model, batch, [limits[row] for row in rows], config, draws).run()
             for row, answer in zip(rows, generated, strict=True):
                 answers[row] = answer
     return answers
@@ -116,6 +122,20 @@ def num_unstopped(answers: Sequence[Sequence[int]], settings: GenerationSettings
     return sum(len(answer) >= limit for answer, limit in zip(answers, limits, strict=True))
 
 
+@dataclass(frozen=True)
+class _Draws:
+    """How the rows of a batch are sampled, each by its own key."""
+
+    keys: list[int]
+    seed: int
+    settings: GenerationSettings
+
+    def sampler(self, rows: Sequence[int], first_token: int) -> transformers.LogitsProcessorList:
+        keys = [self.keys[row] for row in rows]
+        sampler = RowSampler(keys, first_token, self.seed, self.settings.sampling_temperature, self.settings.top_p)
+        return transformers.LogitsProcessorList([sampler])
+
+
 class _Batch:
     """The rows of one batch that are still being generated, with their cache."""
 
@@ -125,13 +145,15 @@ class _Batch:
         prompts: Sequence[Tokens],
         limits: list[int],
         config: transformers.GenerationConfig,
+        draws: _Draws | None,
     ) -> None:
         self.model: Any = model
-        self.limits, self.config = limits, config
+        self.limits, self.config, self.draws = limits, config, draws
         self.stop_ids = set(config.eos_token_id)
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.rows = list(range(len(prompts)))
         self.input_ids_BT, self.attention_mask_BT = _pad_left(prompts, config.pad_token_id, model.device)
+        self.first_token = self.input_ids_BT.shape[1]
         self.cache: transformers.Cache | None = None
 
     def run(self) -> list[list[int]]:
@@ -146,7 +168,9 @@ class _Batch:
     def _round(self, max_new_tokens: int) -> int:
         """Extend every row; return by how many tokens."""
         self.config.max_new_tokens = max_new_tokens
-        known = {} if self.cache is None else {"past_key_values": self.cache}
+        known: dict[str, Any] = {} if self.cache is None else {"past_key_values": self.cache}
+        if self.draws is not None:
+            known["logits_processor"] = self.draws.sampler(self.rows, self.first_token)
         out = self.model.generate(
             self.input_ids_BT,
             attention_mask=self.attention_mask_BT,

@@ -1,18 +1,19 @@
-"""The teacher cache, its format and its writer: final hidden states of response tokens, by row id, in Arrow shards.
+"""The teacher cache, its format and its writer: a record of fixed size for each response token, by row id, in shards.
 
-On fixed data the teacher says the same in every epoch of every stage, so it is run once. What is kept is the final
-hidden state, from which its LM head gives the full distribution back exactly.
+On fixed data the teacher says the same in every epoch of every stage, so it is run once. What is kept of a token is the
+final hidden state, from which its LM head gives the full distribution back exactly, or its likeliest tokens (`top_k`).
 
 A cache is a directory:
 
-    shard-<digest>.arrow   one record batch: id int64, num_tokens int32, hidden large_binary (raw little-endian)
+    shard-<digest>.arrow   one record batch: id int64, num_tokens int32, tokens large_binary (raw little-endian)
     index.arrow            where each row is: id, shard, row, first_token, num_tokens; sorted by id
     meta.json              what it is, and of which teacher and rows; written last, so no meta.json means no cache
 
-The binary column of a single batch is one contiguous buffer, hence a shard is a matrix (tokens, hidden size) that can
-be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file again.
+The binary column of a single batch is one contiguous buffer, hence a shard is a matrix (tokens, bytes of a record) that
+can be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file
+again.
 
-Legend: N tokens of several rows in one flat axis, K the teacher's hidden size.
+Legend: N tokens of several rows in one flat axis, K the teacher's hidden size, R bytes of a record.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,11 +33,48 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
+from pocl_ray.models.top_k import NUM_CURVE, TopK
+
+FORMAT_VERSION = 2
 META_NAME = "meta.json"
 INDEX_NAME = "index.arrow"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the record of a token is.
+
+    Attributes:
+        kind: `hidden`, a hidden state; `topk`, ids (int32), log-probabilities, and the curve of the tail (float32).
+        dtype: of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
+        width: the hidden size, or the tokens that are kept.
+        vocab_size: of `topk`: tokens of the distribution; 0 for hidden states.
+    """
+
+    kind: Literal["hidden", "topk"]
+    dtype: str
+    width: int
+    vocab_size: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """R: bytes of a record."""
+        itemsize = DTYPES[self.dtype].itemsize
+        return self.width * itemsize if self.kind == "hidden" else self.width * (4 + itemsize) + 4 * NUM_CURVE
+
+    @staticmethod
+    def of(tokens: Tensor | TopK) -> Layout:
+        """Return the layout in which some tokens are stored."""
+        if isinstance(tokens, TopK):
+            return Layout("topk", dtype_name(tokens.logp_NK.dtype), tokens.top_k, tokens.vocab_size)
+        return Layout("hidden", dtype_name(tokens.dtype), tokens.shape[1])
+
+    def __str__(self) -> str:
+        if self.kind == "hidden":
+            return f"hidden states of {self.width} x {self.dtype}"
+        return f"the {self.width} likeliest tokens in {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +93,7 @@ class CacheMeta:
 
     Attributes:
         version: of the format.
-        dtype: of the hidden states: float32, bfloat16 or float16.
-        hidden_size: K.
+        layout: of a token's record.
         num_rows: rows in all.
         num_tokens: response tokens in all.
         num_bytes: size of all shards.
@@ -66,8 +103,7 @@ class CacheMeta:
     """
 
     version: int
-    dtype: str
-    hidden_size: int
+    layout: Layout
     num_rows: int
     num_tokens: int
     num_bytes: int
@@ -84,40 +120,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return names[0]
 
 
-def estimate_bytes(num_tokens: int, hidden_size: int, dtype: str) -> int:
+def estimate_bytes(num_tokens: int, layout: Layout) -> int:
     """Return the size in bytes of a cache of so many response tokens (the index adds 28 bytes a row)."""
-    return num_tokens * hidden_size * DTYPES[dtype].itemsize
+    return num_tokens * layout.row_bytes
 
 
 def write_shard(
     directory: str | Path,
     ids: np.ndarray,
-    hidden: Sequence[Tensor],
+    tokens: Sequence[Tensor | TopK],
     filesystem: pafs.FileSystem | None = None,
 ) -> ShardInfo:
-    """Write the hidden states of some rows as one shard, whole or not at all; doing it again changes nothing.
+    """Write what is kept of some rows as one shard, whole or not at all; doing it again changes nothing.
 
     Args:
         directory: of the cache, a local path or a path on `filesystem`; it is made when missing.
-        ids: row ids, int64, shape (R,).
-        hidden: R tensors of shape (tokens of the row, K), of one dtype, on any device.
+        ids: row ids, int64, one a row.
+        tokens: of each row the hidden states, shape (tokens of the row, K), or the top k; of one layout, on any device.
         filesystem: the local one by default.
 
     Returns:
         The shard's name and sizes; hand the names of all shards to `write_index`.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
-    if len(ids) != len(hidden) or not len(ids):
-        raise ValueError(f"{len(ids)} ids and {len(hidden)} tensors: give as many, and at least one")
-    if len({(tensor.dtype, tensor.shape[1]) for tensor in hidden}) != 1:
-        raise ValueError("the rows of a shard need one dtype and one hidden size")
-    hidden_NK = torch.cat([tensor.detach().cpu() for tensor in hidden]).contiguous()
-    lengths = np.array([len(tensor) for tensor in hidden], dtype=np.int32)
-    payload = _as_bytes(hidden_NK)
+    if len(ids) != len(tokens) or not len(ids):
+        raise ValueError(f"{len(ids)} ids and {len(tokens)} rows: give as many, and at least one")
+    layouts = {Layout.of(row) for row in tokens}
+    if len(layouts) != 1:
+        raise ValueError("the rows of a shard need one dtype and one hidden size or number of tokens kept")
+    lengths = np.array([len(row) for row in tokens], dtype=np.int32)
+    payload = np.concatenate([_as_bytes(row) for row in tokens]).reshape(-1)
     name = f"shard-{_digest(ids, lengths, payload)}.arrow"
-    data = _shard_file(ids, lengths, payload, hidden_NK)
+    data = _shard_file(ids, lengths, payload, layouts.pop())
     num_bytes = _put(filesystem or pafs.LocalFileSystem(), str(directory), name, data)
-    return ShardInfo(name, len(ids), len(hidden_NK), num_bytes)
+    return ShardInfo(name, len(ids), int(lengths.sum()), num_bytes)
 
 
 def write_index(
@@ -129,7 +165,7 @@ def write_index(
 ) -> CacheMeta:
     """Make a cache of the shards: write the index, then meta.json, then delete shards that are not named.
 
-    Ids and lengths are read from the shards; the hidden states are not. Unnamed shards are left-overs of attempts that
+    Ids and lengths are read from the shards; their records are not. Unnamed shards are left-overs of attempts that
     Ray gave up.
 
     Args:
@@ -140,23 +176,21 @@ def write_index(
         filesystem: the local one by default.
 
     Raises:
-        ValueError: no shard, an id in two shards, or shards of different dtype or hidden size.
+        ValueError: no shard, an id in two shards, or shards of different layouts.
     """
     filesystem, folder = filesystem or pafs.LocalFileSystem(), str(directory)
     names = sorted(set(shard_names))
     if not names:
         raise ValueError(f"{folder}: a teacher cache needs at least one shard")
     described = [_describe_shard(filesystem, folder, name) for name in names]
-    kinds = {(dtype, hidden_size) for _, _, dtype, hidden_size in described}
-    if len(kinds) != 1:
-        raise ValueError(f"{folder}: shards of different kinds: {sorted(kinds)}")
-    (dtype, hidden_size) = kinds.pop()
-    infos = tuple(info for info, _, _, _ in described)
-    index = _make_index([table for _, table, _, _ in described])
+    layouts = {layout for _, _, layout in described}
+    if len(layouts) != 1:
+        raise ValueError(f"{folder}: shards of different kinds: {', '.join(sorted(map(str, layouts)))}")
+    infos = tuple(info for info, _, _ in described)
+    index = _make_index([table for _, table, _ in described])
     meta = CacheMeta(
         version=FORMAT_VERSION,
-        dtype=dtype,
-        hidden_size=hidden_size,
+        layout=layouts.pop(),
         num_rows=len(index),
         num_tokens=sum(info.num_tokens for info in infos),
         num_bytes=sum(info.num_bytes for info in infos),
@@ -172,10 +206,13 @@ def write_index(
     return meta
 
 
-def _as_bytes(hidden_NK: Tensor) -> np.ndarray:
+def _as_bytes(tokens: Tensor | TopK) -> np.ndarray:
+    """The records of a row's tokens, uint8, shape (N, R)."""
     if sys.byteorder != "little":
         raise ValueError("the teacher cache is little-endian; this machine is not")
-    return hidden_NK.view(torch.uint8).reshape(-1).numpy()
+    columns = (tokens.ids_NK, tokens.logp_NK, tokens.curve_NP) if isinstance(tokens, TopK) else (tokens,)
+    parts = [column.detach().cpu().contiguous().view(torch.uint8) for column in columns]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).numpy()
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -185,15 +222,14 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:20]
 
 
-def _shard_file(ids: np.ndarray, lengths: np.ndarray, payload: np.ndarray, hidden_NK: Tensor) -> pa.Buffer:
-    hidden_size = hidden_NK.shape[1]
-    row_bytes = lengths.astype(np.int64) * hidden_size * hidden_NK.element_size()
+def _shard_file(ids: np.ndarray, lengths: np.ndarray, payload: np.ndarray, layout: Layout) -> pa.Buffer:
+    row_bytes = lengths.astype(np.int64) * layout.row_bytes
     offsets = np.concatenate([[0], np.cumsum(row_bytes)]).astype(np.int64)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(payload)]
     columns = [pa.array(ids), pa.array(lengths), pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)]
-    metadata = {"version": str(FORMAT_VERSION), "dtype": dtype_name(hidden_NK.dtype), "hidden_size": str(hidden_size)}
+    metadata = {"version": str(FORMAT_VERSION), "layout": json.dumps(asdict(layout))}
     schema = pa.schema(
-        [("id", pa.int64()), ("num_tokens", pa.int32()), ("hidden", pa.large_binary())], metadata=metadata
+        [("id", pa.int64()), ("num_tokens", pa.int32()), ("tokens", pa.large_binary())], metadata=metadata
     )
     return _ipc_file(pa.record_batch(columns, schema=schema))
 
@@ -218,16 +254,15 @@ def _put(filesystem: pafs.FileSystem, folder: str, name: str, data: pa.Buffer) -
     return data.size
 
 
-def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tuple[ShardInfo, pa.RecordBatch, str, int]:
-    """Read ids and lengths of a shard, leaving the hidden states where they are."""
+def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tuple[ShardInfo, pa.RecordBatch, Layout]:
+    """Read ids and lengths of a shard, leaving the records where they are."""
     with filesystem.open_input_file(f"{folder}/{name}") as file:
         options = pa.ipc.IpcReadOptions(included_fields=[0, 1])
         reader = pa.ipc.open_file(file, options=options)
         table, num_bytes = reader.get_batch(0), file.size()
         metadata: dict[bytes, bytes] = reader.schema.metadata
     num_tokens = int(table.column("num_tokens").to_numpy().sum())
-    info = ShardInfo(name, table.num_rows, num_tokens, num_bytes)
-    return info, table, metadata[b"dtype"].decode(), int(metadata[b"hidden_size"])
+    return ShardInfo(name, table.num_rows, num_tokens, num_bytes), table, Layout(**json.loads(metadata[b"layout"]))
 
 
 def _make_index(tables: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

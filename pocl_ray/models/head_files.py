@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from pocl_ray.errors import ModelError
 from pocl_ray.models.heads import HeadWeights, LogitTransform, head_of
 from pocl_ray.models.loading import load_model
+from pocl_ray.models.lora import adapter_changes
 from pocl_ray.models.places import ModelRef, check_place, find_file
 
 _SINGLE = "model.safetensors"
@@ -24,8 +25,8 @@ def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dt
 
     The names of its tensors are asked of the model's own class, made without memory (on the meta device); only these
     tensors are then read, and of a Hub model only the shard that holds them is downloaded. The whole model is loaded
-    where that cannot tell: a class that comes with the model (`trust_remote_code`), quantized weights, or tensors
-    saved under names of an older layout.
+    where that cannot tell: a class that comes with the model (`trust_remote_code`), quantized weights, tensors
+    saved under names of an older layout, or an adapter that changes the head.
 
     Args:
         ref: the model.
@@ -61,7 +62,7 @@ def _read_head(ref: ModelRef, config: PreTrainedConfig) -> tuple[Tensor, Tensor 
     with torch.device("meta"):
         skeleton = architecture(config)
     head = skeleton.get_output_embeddings()
-    if head is None:
+    if head is None or adapter_changes(ref, _names_of(skeleton, head.weight)):
         return None
     weight_VH = _find_tensor(ref, _names_of(skeleton, head.weight), head.weight.shape)
     if weight_VH is None:

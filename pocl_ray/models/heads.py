@@ -220,6 +220,15 @@ def check_split(model: PreTrainedModel) -> None:
         found_NV = parts.logits(parts.response_hidden(ids_BT, mask_BT, index_N)).float()
     finally:
         model.train(was_training)
+    compare_logits(type(model).__name__, found_NV, expected_NV)
+
+
+def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
+    """Hold the logits of head and hidden states against the model's own.
+
+    Raises:
+        ModelError: They differ by more than rounding.
+    """
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
-        raise ModelError(f"{type(model).__name__}: its logits are not head(hidden states); this family cannot be split")
+        raise ModelError(f"{family}: its logits are not head(hidden states); this family cannot be split")

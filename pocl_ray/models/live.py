@@ -34,13 +34,14 @@ class LiveTeacher:
         """Return the final hidden states of response positions.
 
         Args:
-            input_ids_BT: token ids, padded on the right.
+            input_ids_BT: token ids, padded on the right, on any device.
             attention_mask_BT: 1 for tokens, 0 for padding.
             response_index_N: flat positions `b * T + t`.
 
         Returns:
             teacher_hidden_NK, on the teacher's device and in its dtype, without gradient.
         """
+        parts = [tensor.to(self.model.device) for tensor in (input_ids_BT, attention_mask_BT, response_index_N)]
         with torch.inference_mode():
-            hidden_NK = self._parts.response_hidden(input_ids_BT, attention_mask_BT, response_index_N)
+            hidden_NK = self._parts.response_hidden(*parts)
         return hidden_NK.clone()  # made outside: autograd refuses to save an inference tensor, and losses may want to

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.building import build_model
+from pocl_ray.models.lora import merged_with_adapter
 from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
+from pocl_ray.models.quantization import int8_options
 from pocl_ray.models.saving import quiet_transformers, save_model
 
 __all__ = [
@@ -38,7 +40,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     eval_mode: bool = True,
 ) -> PreTrainedModel:
-    """Load a causal language model.
+    """Load a causal language model, its adapter merged where it has one.
 
     Args:
         ref: what to load.
@@ -51,8 +53,9 @@ def load_model(
 
     Raises:
         ModelError: nothing there, weights that are unsafe, missing, damaged or of another shape than config.json
-            says, an unknown architecture, or an attention implementation that is not available.
-        ResourceError: a GPU is asked for where there is none.
+            says, an unknown architecture, an attention implementation that is not available, or an adapter that
+            does not fit.
+        ResourceError: a GPU is asked for where there is none, or 8 bit where that cannot be.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -61,6 +64,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype is not None else ref.dtype}
     if ref.attention != "auto":
         options["attn_implementation"] = ref.attention
+    if ref.quantization == "int8":
+        options.update(int8_options(ref.path, device))
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -75,8 +80,11 @@ def load_model(
         raise ModelError(f"{ref.path}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     _check_complete(ref, loaded[1])
+    if ref.adapter is not None:
+        model = merged_with_adapter(model, ref)
     release_eos_row(model)
-    nn.Module.to(model, device)
+    if ref.quantization == "none":
+        nn.Module.to(model, device)
     return model.eval() if eval_mode else model.train()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING
 
 from pocl_ray.errors import ModelError
+from pocl_ray.storage import localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ_BYTES = 1 << 22
 _UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _hash_of: dict[tuple[str, int, int], str] = {}
@@ -40,6 +42,9 @@ class ModelRef:
         dtype: the dtype to load in; `auto` is the one that the weights were saved in.
         attention: the attention implementation; `auto` leaves the choice to transformers.
         trust_remote_code: run Python code that comes with the model.
+        adapter: a LoRA adapter, a local directory or a Hub id, that is merged into the weights as they are loaded.
+        adapter_revision: branch, tag or commit of a Hub adapter.
+        quantization: `int8` to load the linear layers in 8 bit, for inference alone.
     """
 
     path: str
@@ -47,12 +52,21 @@ class ModelRef:
     dtype: Dtype = "auto"
     attention: Attention = "auto"
     trust_remote_code: bool = False
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    quantization: Literal["none", "int8"] = "none"
 
     @property
     def directory(self) -> Path | None:
         """The local directory, or None for a Hub id."""
         directory = Path(self.path).expanduser()
         return directory if directory.is_dir() else None
+
+
+def on_this_node(ref: ModelRef) -> ModelRef:
+    """Return the model with its directories copied to this node, where they lie on an object store."""
+    adapter = None if ref.adapter is None else localize(ref.adapter)
+    return replace(ref, path=localize(ref.path), adapter=adapter)
 
 
 def file_sha256(path: Path) -> str:
@@ -88,13 +102,17 @@ def read_config(ref: ModelRef) -> dict[str, Any]:
     path = find_file(ref, "config.json")
     if path is None:
         raise ModelError(f"{ref.path}: has no config.json; a Hugging Face model directory is needed")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ModelError(f"{path}: is not a JSON object")
-    return config
+    return content
 
 
 def find_file(ref: ModelRef, name: str) -> Path | None:
@@ -123,8 +141,32 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
         raise ModelError(f"{ref.path}: the Hub failed ({_first_line(error)})") from None
 
 
+def adapter_file(ref: ModelRef, name: str) -> Path | None:
+    """Return the local path of one file of the model's adapter; None if it has none.
+
+    Raises:
+        ModelError: there is no such adapter.
+    """
+    assert ref.adapter is not None
+    return find_file(ModelRef(ref.adapter, ref.adapter_revision), name)
+
+
+def adapter_config(ref: ModelRef) -> dict[str, Any]:
+    """Return `adapter_config.json` of the model's adapter.
+
+    Raises:
+        ModelError: there is no such adapter, or the file is not JSON.
+    """
+    path = adapter_file(ref, ADAPTER_CONFIG)
+    if path is None:
+        raise ModelError(f"{ref.adapter}: has no {ADAPTER_CONFIG}; a LoRA adapter as peft writes it is needed")
+    return _read_json(path)
+
+
 def model_fingerprint(ref: ModelRef) -> str:
     """Return what identifies the weights: hash of config and safetensors, or id and commit of a Hub model.
+
+    An adapter's follows that of the model it is merged into.
 
     Tokenizer files and the place do not count: a copy of a model has the fingerprint of the original. File hashes are
     remembered within the process by path, size and time of change.
@@ -132,6 +174,9 @@ def model_fingerprint(ref: ModelRef) -> str:
     Raises:
         ModelError: the model is not there.
     """
+    if ref.adapter is not None:
+        own = model_fingerprint(replace(ref, adapter=None, adapter_revision=None))
+        return f"{own} + {_adapter_fingerprint(ref)}"
     directory = ref.directory
     if directory is None:
         config_path = find_file(ref, "config.json")
@@ -141,8 +186,18 @@ def model_fingerprint(ref: ModelRef) -> str:
     _check_has_safetensors(directory)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{ref.path}: has no config.json; a Hugging Face model directory is needed")
+    return _hash_of_files([directory / "config.json", *sorted(directory.glob("*.safetensors"))])
+
+
+def _adapter_fingerprint(ref: ModelRef) -> str:
+    adapter_config(ref)
+    files = [path for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (path := adapter_file(ref, name)) is not None]
+    return _hash_of_files(files)
+
+
+def _hash_of_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path in paths:
         digest.update(f"{path.name}\0{_remembered_sha256(path)}\0".encode())
     return f"sha256:{digest.hexdigest()}"
 

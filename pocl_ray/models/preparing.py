@@ -13,7 +13,8 @@ from pocl_ray.config import ModelConfig, StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
-from pocl_ray.models.places import ModelRef, check_place, model_fingerprint
+from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft, target_layers
+from pocl_ray.models.places import ModelRef, check_place, model_fingerprint, on_this_node
 from pocl_ray.models.saving import save_model
 from pocl_ray.models.shrink import cut_layers, evenly_spaced
 from pocl_ray.storage import RunDirectory, localize
@@ -28,17 +29,35 @@ def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
     """
     place = path or config.path
     assert place is not None
-    revision = config.revision if path is None else None
-    ref = ModelRef(place, revision, config.dtype, config.attention, config.trust_remote_code)
-    return ref if ref.directory is None else replace(ref, path=str(ref.directory.absolute()))
+    ref = ModelRef(_absolute(place), None, config.dtype, config.attention, config.trust_remote_code)
+    if path is not None:
+        return ref
+    ref = replace(ref, revision=config.revision)
+    if not isinstance(config, TeacherConfig):
+        return ref
+    ref = replace(ref, quantization=config.quantization)
+    if config.adapter is None:
+        return ref
+    return replace(ref, adapter=_absolute(config.adapter), adapter_revision=config.adapter_revision)
+
+
+def _absolute(place: str) -> str:
+    """A directory here as absolute path; a Hub id or URL as it is."""
+    directory = Path(place).expanduser()
+    return str(directory.absolute()) if directory.is_dir() else place
+
+
+def trained_reference(config: StudentConfig, start: ModelRef, path: str) -> ModelRef:
+    """Return the reference of a student that was trained from `start` and written to `path`."""
+    if config.lora is None or config.lora.merge:
+        return reference(config, path)
+    return replace(start, adapter=f"{path}/{ADAPTER}", adapter_revision=None)
 
 
 def origin_fingerprint(config: ModelConfig) -> str | dict[str, object]:
     """Return what a model's weights depend on before this run does anything to them."""
     if config.path is not None:
-        return model_fingerprint(
-            reference(config, localize(config.path)) if "://" in config.path else reference(config)
-        )
+        return model_fingerprint(on_this_node(reference(config)))
     return config.model_dump(mode="json", include={"architecture", "num_layers"})
 
 
@@ -49,9 +68,13 @@ def make_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def make_student(
-    config: StudentConfig, teacher: ModelRef, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory
+    config: StudentConfig,
+    teacher: ModelRef | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    run_dir: RunDirectory,
 ) -> None:
-    """Build or cut the student into `models/student_init`.
+    """Build or cut the student into `models/student_init`; only to be cut it needs the teacher.
 
     Raises:
         ModelError: The architecture does not work, or more layers are asked for than the teacher has.
@@ -59,9 +82,9 @@ def make_student(
     if config.architecture is not None:
         _save_built(config.architecture, tokenizer, seed + 1, run_dir, "models/student_init")
         return
-    assert config.num_layers is not None
-    path = localize(teacher.path)
-    model = cut_layers(load_model(ModelRef(path, teacher.revision, "auto")), config.num_layers)
+    assert config.num_layers is not None and teacher is not None
+    plain = replace(on_this_node(teacher), dtype="auto", attention="auto", trust_remote_code=False)
+    model = cut_layers(load_model(plain), config.num_layers)
     with tempfile.TemporaryDirectory() as scratch:
         run_dir.publish(save_model(model, tokenizer, Path(scratch) / "model"), "models/student_init")
 
@@ -75,6 +98,39 @@ def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenize
     if config.path is not None:
         place = localize(config.path)
         check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
+
+
+def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a further teacher that cannot be loaded, or that comes with another tokenizer than the run's.
+
+    Raises:
+        ModelError: No weights there, or the vocabularies differ.
+    """
+    assert config.path is not None
+    ref = on_this_node(reference(config))
+    check_place(ref)
+    check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
+
+
+def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
+    """Check, from what lies there, that adapters can be made and merged; nothing large is read.
+
+    Raises:
+        ConfigError: peft is not installed, or a target of the student's adapters is no layer of its.
+        ModelError: A teacher's adapter is not there, or cannot be merged.
+    """
+    for one in (teacher, *others):
+        if one.adapter is not None:
+            import_peft("teacher.adapter")
+            check_adapter(on_this_node(reference(one)))
+    if student.lora is None:
+        return
+    import_peft("student.lora")
+    model = _skeleton(student if student.num_layers is None else teacher, tokenizer=None)
+    if student.num_layers is not None:
+        with torch.device("meta"):
+            model = cut_layers(model, student.num_layers)
+    target_layers(model, student.lora.target_modules)
 
 
 def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -99,13 +155,13 @@ def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreT
     )
 
 
-def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model without memory for its weights."""
+def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """The model without memory for its weights; one that is made has a vocabulary of its own without the tokenizer."""
     with torch.device("meta"):
         if config.architecture is not None:
             return _build(config.architecture, tokenizer, seed=0)
         assert config.path is not None
-        ref = reference(config, localize(config.path)) if "://" in config.path else reference(config)
+        ref = on_this_node(reference(config))
         check_place(ref)
         try:
             loaded = AutoConfig.from_pretrained(
@@ -117,7 +173,9 @@ def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
             raise ModelError(f"{ref.path}: cannot be loaded: {reason}") from error
 
 
-def _build(architecture: dict[str, object], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def _build(architecture: dict[str, object], tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
+    if tokenizer is None:
+        return build_model(architecture, VOCABULARY_MULTIPLE, 0, None, seed)
     vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     assert isinstance(eos_id, int)

@@ -25,6 +25,8 @@ from pocl_ray.report.difficulty import (
 from pocl_ray.report.files import RunData, RunFiles, read_run
 from pocl_ray.report.headline import model_names, result_sentences, tiles, what_was_done
 from pocl_ray.report.page import render_html, render_markdown
+from pocl_ray.report.perplexities import is_of_text, perplexities, perplexity_sentences
+from pocl_ray.report.rescoring import reranked
 from pocl_ray.report.results import compare_with_control, set_results
 from pocl_ray.report.steps import is_done, reject_lines, step_times, total_seconds
 
@@ -78,22 +80,26 @@ def build_report(files: RunFiles) -> str:
         StorageError: A file of the run directory is there but cannot be read.
     """
     run = read_run(files)
-    results = set_results(run.evaluation)
+    answered = {name: models for name, models in run.evaluation.items() if not is_of_text(models)}
+    results, texts = set_results(answered), perplexities(run.evaluation)
+    names = model_names(run.config)
     plots = list(_plots(run))
     difficulty = _difficulty(run)
     context = {
         "name": run.config.name if run.config else "run",
         "run": run,
-        "names": model_names(run.config),
+        "names": names,
         "intro": what_was_done(run, done=is_done(run.steps, "distill")),
-        "sentences": result_sentences(run, results),
+        "sentences": [*result_sentences(run, results), *perplexity_sentences(texts, names)],
         "tiles": tiles(run, results),
         "missing": _missing(run),
         "warnings": _warnings(run),
         "results": results,
+        "perplexities": texts,
         "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,
+        "reranked": reranked(run.rescored, run.plan) if run.plan else [],
         "plots": {plot.name: plot for plot in plots},
         "steps": step_times(run.steps),
         "total_seconds": total_seconds(run.steps),
@@ -115,8 +121,8 @@ def _plots(run: RunData) -> Iterator[Plot]:
 
     names = model_names(run.config)
     ends = run.plan.stage_ends if run.plan else ()
-    if run.evaluation:
-        figure = plots.final_figures(set_results(run.evaluation), names)
+    if answered := {name: models for name, models in run.evaluation.items() if not is_of_text(models)}:
+        figure = plots.final_figures(set_results(answered), names)
         yield plots.render("evaluation", "ROUGE-L of each model", figure)
     if run.plan and run.plan.stages and ends[-1] > 0:
         lr = curve_of(run.metrics.train, "train/lr") if run.metrics else None

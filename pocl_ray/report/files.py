@@ -18,7 +18,7 @@ from pocl_ray.config import Config
 from pocl_ray.errors import StorageError
 from pocl_ray.records import Stage
 
-ROWS_FILE = "rows/train.arrow"
+ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 
 
 class RunFiles(Protocol):
@@ -102,6 +102,7 @@ class RunData:
     control: Metrics | None
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: Rejects | None = None
+    rescored: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -111,19 +112,22 @@ def read_run(files: RunFiles) -> RunData:
         StorageError: A file is there but cannot be understood.
     """
     config_text = _text(files, "config.yaml")
+    config = _read_config(config_text)
     metrics = _read_metrics(files, "metrics.jsonl")
+    plan = _read_plan(files)
     return RunData(
-        config=_read_config(config_text),
+        config=config,
         config_text=config_text,
         environment=_json(files, "environment.json"),
         steps=dict(_json(files, "manifest.json").get("steps") or {}),
-        scores=_read_scores(files),
-        rows=_read_rows(files),
-        plan=_as_taken(_read_plan(files), metrics),
+        scores=_read_scores(files, "scores.parquet"),
+        rows=_read_rows(files, ROWS_FILES["reference" if config is None else config.data.responses]),
+        plan=_as_taken(plan, metrics),
         metrics=metrics,
         control=_read_metrics(files, "control/metrics.jsonl"),
         evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
         rejects=_read_rejects(files),
+        rescored=_read_rescored(files, plan),
     )
 
 
@@ -163,8 +167,14 @@ def _read_config(text: str) -> Config | None:
         raise _broken("config.yaml", error) from None
 
 
-def _read_scores(files: RunFiles) -> dict[str, np.ndarray] | None:
-    rel = "scores.parquet"
+def _read_rescored(files: RunFiles, plan: Plan | None) -> dict[int, dict[str, np.ndarray]]:
+    """The rankings made between stages, by the stage that each was made for."""
+    stages = [stage.index for stage in plan.stages if stage.rescore] if plan is not None else []
+    found = {index: _read_scores(files, f"scores/stages/stage-{index}.parquet") for index in stages}
+    return {index: table for index, table in found.items() if table is not None}
+
+
+def _read_scores(files: RunFiles, rel: str) -> dict[str, np.ndarray] | None:
     if not files.exists(rel):
         return None
     try:
@@ -178,13 +188,13 @@ def _read_scores(files: RunFiles) -> dict[str, np.ndarray] | None:
     }
 
 
-def _read_rows(files: RunFiles) -> pa.Table | None:
-    if not files.exists(ROWS_FILE):
+def _read_rows(files: RunFiles, rel: str) -> pa.Table | None:
+    if not files.exists(rel):
         return None
     try:
-        return pa.ipc.open_file(pa.BufferReader(files.read_bytes(ROWS_FILE))).read_all()
+        return pa.ipc.open_file(pa.BufferReader(files.read_bytes(rel))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise _broken(ROWS_FILE, error) from None
+        raise _broken(rel, error) from None
 
 
 def _read_plan(files: RunFiles) -> Plan | None:

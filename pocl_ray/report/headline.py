@@ -49,9 +49,10 @@ def model_names(config: Config | None) -> dict[str, str]:
 
 def describe_models(config: Config) -> tuple[str, str]:
     """Return teacher and student in a few words each, without the folders of this machine."""
-    teacher = _source(config.teacher)
-    layers = config.student.num_layers
-    return teacher, f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
+    teacher = _source(config.teacher) + (" with its adapter" if config.teacher.adapter is not None else "")
+    layers, lora = config.student.num_layers, config.student.lora
+    student = f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
+    return teacher, student + (f", adapters of rank {lora.rank}" if lora is not None else "")
 
 
 def _source(model: ModelConfig) -> str:

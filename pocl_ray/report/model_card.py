@@ -12,6 +12,7 @@ from pocl_ray.config.sources import ModelConfig
 from pocl_ray.report.files import RunFiles, read_run
 from pocl_ray.report.headline import describe_models, model_names, what_was_done
 from pocl_ray.report.page import render_model_card
+from pocl_ray.report.perplexities import is_of_text, perplexities
 from pocl_ray.report.results import set_results
 
 MODEL_CARD = "student/README.md"
@@ -36,15 +37,19 @@ def write_model_card(files: RunFiles) -> str:
     """
     run = read_run(files)
     names = model_names(run.config)
-    template = run.config.data.prompt_template if run.config else ""
+    has_prompts = run.config is not None and run.config.data.task != "text"
+    template = run.config.data.prompt_template if run.config is not None and has_prompts else ""
+    lora = run.config.student.lora if run.config else None
     context = {
         "front_matter": yaml.safe_dump(_front_matter(run.config), sort_keys=False, allow_unicode=True),
         "name": run.config.name if run.config else "student",
         "intro": what_was_done(run, done=True),
         "models": describe_models(run.config) if run.config else None,
+        "adapters_alone": lora is not None and not lora.merge,
         "run": run,
         "names": names,
-        "results": set_results(run.evaluation),
+        "results": set_results({name: found for name, found in run.evaluation.items() if not is_of_text(found)}),
+        "perplexities": perplexities(run.evaluation),
         "known_template": _TEMPLATES.get(template, ""),
         "own_template": "" if template in _TEMPLATES else template,
     }

@@ -15,6 +15,7 @@ STEPS = {
     "rows": "rows read, checked and tokenized",
     "teacher": "teacher loaded or fine-tuned",
     "student": "student loaded, cut or fine-tuned",
+    "responses": "training prompts answered by the teacher",
     "scores": "difficulty and teacher cache",
     "ranking": "signals fused into one order",
     "plan": "buckets and stages",

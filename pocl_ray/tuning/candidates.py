@@ -184,5 +184,5 @@ def search_fingerprint(config: Config, origins: Origins) -> str:
     """Return what the search depends on: another space or scheduler is another search over the same rows."""
     assert config.tune is not None
     tune = config.tune.model_dump(mode="json", exclude={"max_concurrent", "confirm"})
-    shared = {"curriculum", "distill", "train", "difficulty", "evaluation", "control", "seed"}
+    shared = {"curriculum", "distill", "train", "difficulty", "evaluation", "control", "seed", "other_teachers"}
     return fingerprint([tune, config.model_dump(mode="json", include=shared), asdict(origins)])

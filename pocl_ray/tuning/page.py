@@ -128,8 +128,8 @@ def _plots(config: Config, outcome: Outcome, planner: Planner) -> Iterator[Plot]
 
     assert config.tune is not None
     objective, label = config.tune.objectives[0], LABELS[config.tune.objectives[0].metric]
-    points = [_point(r, outcome, planner, objective.metric) for r in outcome.records if r.candidate.kind == "trial"]
-    points = [point for point in points if point is not None]
+    seen = [_point(r, outcome, planner, objective.metric) for r in outcome.records if r.candidate.kind == "trial"]
+    points = [point for point in seen if point is not None]
     if not points:
         return
     own = outcome.control.record if outcome.control else None  # the control on the trials' own seed

@@ -63,7 +63,9 @@ def _ask_optuna(tune: TuneConfig, num_drawn: int, history: Sequence[Told], seed:
     sampler = optuna.samplers.TPESampler(
         n_startup_trials=num_startup, seed=int(np.random.SeedSequence([seed, num_drawn]).generate_state(1)[0])
     )
-    directions = ["maximize" if objective.sign > 0 else "minimize" for objective in tune.objectives]
+    directions: list[Literal["maximize", "minimize"]] = [
+        "maximize" if objective.sign > 0 else "minimize" for objective in tune.objectives
+    ]
     study = optuna.create_study(sampler=sampler, directions=directions)
     distributions = {key: _distribution(domain) for key, domain in tune.space.items()}
     study.add_trials([_optuna_trial(tune, told, distributions) for told in history])
@@ -81,7 +83,7 @@ def _distribution(domain: DomainConfig) -> optuna.distributions.BaseDistribution
         return IntDistribution(*domain.randint)
     if domain.quniform is not None:
         return IntDistribution(0, num_steps_of(*domain.quniform))
-    low, high = domain.loguniform or domain.uniform or ()
+    low, high = _float_range(domain)
     return FloatDistribution(low, high, log=domain.loguniform is not None)
 
 
@@ -102,8 +104,14 @@ def _encode(domain: DomainConfig, value: Any) -> Any:
         return round((value - domain.quniform[0]) / domain.quniform[2])
     if domain.randint is not None:
         return value
-    low, high = domain.loguniform or domain.uniform or ()
+    low, high = _float_range(domain)
     return min(max(value, low), high)
+
+
+def _float_range(domain: DomainConfig) -> tuple[float, float]:
+    found = domain.loguniform or domain.uniform
+    assert found is not None
+    return found
 
 
 def _optuna_trial(tune: TuneConfig, told: Told, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
@@ -112,7 +120,7 @@ def _optuna_trial(tune: TuneConfig, told: Told, distributions: dict[str, Any]) -
 
     params = {key: _encode(domain, told.settings[key]) for key, domain in tune.space.items()}
     states = optuna.trial.TrialState
-    common = {"params": params, "distributions": distributions}
+    common: dict[str, Any] = {"params": params, "distributions": distributions}
     if told.state == "running":
         return optuna.trial.create_trial(state=states.RUNNING, **common)
     if told.values is None or told.state == "failed":

@@ -48,7 +48,7 @@ class DrawingSearcher(OfThisProcess, Searcher):
         self.take_over()
         self.numbers: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next candidate, or that there are no more."""
         planned = self.drawing.next()
         if planned is None:
@@ -124,7 +124,7 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
     """
     settings, objective = tune.scheduler, tune.objectives[0]
     grace = settings.grace_samples or max(1, num_samples // 4)
-    common = {
+    common: dict[str, Any] = {
         "time_attr": TIME_ATTR,
         "metric": objective.metric,
         "mode": "max" if objective.sign > 0 else "min",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate
 
@@ -29,6 +30,8 @@ class TrialRecord:
         reports: What it told Tune, one entry a dev evaluation; the last one is of the student it left.
         seconds: From its start to its end, over all of its starts.
         start_s: From its start to the first optimizer step, of its last start.
+        started_at: When it was started, in UTC.
+        node: Ray's id of the node that its first worker is on.
     """
 
     name: str
@@ -41,6 +44,8 @@ class TrialRecord:
     reports: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     start_s: float | None = None
+    started_at: str = ""
+    node: str = ""
 
     @property
     def last(self) -> dict[str, Any]:
@@ -70,5 +75,5 @@ def figures_of(evaluations: Sequence[dict[str, Any]], hand_off: Literal["best", 
     chosen = last
     if hand_off == "best":
         of_stage = [e for e in evaluations if e["curriculum/stage"] == last["curriculum/stage"] and e["step"] > 0]
-        chosen = max(of_stage or [last], key=lambda e: e["eval/dev/rouge_l"])
+        chosen = max(of_stage or [last], key=hand_off_figure)
     return {key.removeprefix("eval/dev/"): value for key, value in chosen.items() if key.startswith("eval/dev/")}

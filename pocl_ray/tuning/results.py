@@ -136,7 +136,13 @@ def table_rows(outcome: Outcome, tune: TuneConfig) -> list[dict[str, Any]]:
         row.update({key: record.last.get(key) for key in FIGURES})
         row.update(num_steps=record.last.get("num_steps", 0), num_samples=record.last.get("num_samples", 0))
         row.update(planned_steps=record.num_steps, planned_samples=record.num_samples)
-        row.update(seconds=record.seconds, start_s=record.start_s, fingerprint=record.fingerprint)
+        row.update(
+            seconds=record.seconds,
+            start_s=record.start_s,
+            started_at=record.started_at,
+            node=record.node,
+            fingerprint=record.fingerprint,
+        )
         ends = {report["stage"]: report for report in record.reports}
         for stage in range(num_stages):
             for key in FIGURES[:4]:

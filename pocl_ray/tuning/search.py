@@ -45,7 +45,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
 # Trials take no CPU, so that they never compete with their own workers; Ray wants every actor to ask for something.
-TRIAL_RESOURCES = {"memory": 1}
+TRIAL_RESOURCES: dict[str, int | float] = {"memory": 1}
 
 
 def check_search(config: Config, num_rows: int | None = None) -> Planner:
@@ -89,6 +89,7 @@ class Search:
             student=inputs.student.ref,
             teacher=inputs.teacher.ref,
             teacher_fingerprint=inputs.teacher.fingerprint,
+            other_teachers=tuple((other.ref, other.fingerprint) for other in inputs.other_teachers),
             origins=self.origins,
             ranking=ranking,
             signals=SIGNALS,

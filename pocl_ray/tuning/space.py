@@ -106,8 +106,9 @@ def edge_values(domain: DomainConfig) -> list[Any]:
     listed = listed_values(domain)
     if listed is not None:
         return listed
-    low, high = (domain.uniform or domain.loguniform or domain.quniform or domain.randint or ())[:2]
-    return [low, high]
+    ends = domain.uniform or domain.loguniform or domain.quniform or domain.randint
+    assert ends is not None
+    return list(ends[:2])
 
 
 def listed_values(domain: DomainConfig) -> list[Any] | None:

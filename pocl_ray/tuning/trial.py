@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,6 @@ from pocl_ray.distill.planning import curriculum_task
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.trainer import train_watched
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import RANK
 from pocl_ray.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
 from pocl_ray.tuning.records import TRIALS, TrialRecord, figures_of, read_record
@@ -42,6 +42,7 @@ class Shared:
         student: The student before distillation.
         teacher: The teacher.
         teacher_fingerprint: Of the teacher that the caches were made by.
+        other_teachers: Further teachers, each with its fingerprint.
         origins: Fingerprints of what the students depend on.
         ranking: Fingerprint of the ranking in `scores`, the base config's.
         signals: Parquet file of the signals, for rankings of another kind.
@@ -55,6 +56,7 @@ class Shared:
     student: ModelRef
     teacher: ModelRef
     teacher_fingerprint: str
+    other_teachers: tuple[tuple[ModelRef, str], ...]
     origins: Origins
     ranking: str
     signals: str
@@ -79,13 +81,14 @@ class Shared:
             teacher_fingerprint=self.teacher_fingerprint,
             rows=self.rows,
             output=f"{TRIALS}/{name}/student",
+            other_teachers=self.other_teachers,
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
 
 
 class DivergedError(Exception):
-    """The training loss of a trial is not finite any more."""
+    """Loss, gradients or dev figures of a trial are not finite any more."""
 
 
 class _StoppedError(Exception):
@@ -95,7 +98,7 @@ class _StoppedError(Exception):
 class CurriculumTrial(tune.Trainable):
     """Runs a candidate; a step of it lasts until the next dev evaluation."""
 
-    def setup(self, config: dict[str, Any], shared: Shared) -> None:
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
         """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
         self.shared, self.candidate = shared, Candidate(**config["candidate"])
         self.run: TrialRun | None = None
@@ -145,6 +148,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
+            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()
@@ -184,9 +188,8 @@ class TrialRun:
                 raise _StoppedError
             if self.record.start_s is None and standing.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
-            loss = standing.train.get("train/loss", 0.0)
-            if not math.isfinite(loss):
-                raise DivergedError(f"the training loss is {loss} at step {standing.step}")
+            self._check_finite(standing)
+            self.record.node = standing.node
             for end in range(num_seen + 1, len(standing.evaluations) + 1):
                 if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
                     self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
@@ -202,6 +205,15 @@ class TrialRun:
             return
         except Exception as error:
             self.queue.put(error)
+
+    def _check_finite(self, standing: Standing) -> None:
+        """End a run that has diverged; gradients that overflow are part of how fp16 finds its loss scale."""
+        names = {"train/loss": "training loss"}
+        if self.task.train.precision != "fp16":
+            names["train/grad_norm"] = "gradient norm"
+        for key, name in names.items():
+            if not math.isfinite(value := standing.train.get(key, 0.0)):
+                raise DivergedError(f"the {name} is {value} at step {standing.step}")
 
     def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
         last = evaluations[-1]
@@ -227,7 +239,7 @@ def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
     ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"
-        pq.write_table(ranked.select([RANK]), path)
+        pq.write_table(ranked, path)
         shared.run_dir.publish(path, task.scores)
 
 

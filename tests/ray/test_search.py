@@ -88,7 +88,9 @@ class PretendPipeline:
     def inputs(self) -> Any:
         rows = RowsSummary("train", "rows/train.arrow", NUM_ROWS, 0, 1, 1, 1, "rows")
         made = SimpleNamespace(ref=ModelRef("model"), fingerprint="model")
-        return SimpleNamespace(rows=SimpleNamespace(train=rows, dev=rows), student=made, teacher=made)
+        return SimpleNamespace(
+            rows=SimpleNamespace(train=rows, dev=rows), student=made, teacher=made, other_teachers=[]
+        )
 
 
 def run_search(folder: Path, monkeypatch: pytest.MonkeyPatch, **tune: Any) -> tuple[Outcome, Path]:

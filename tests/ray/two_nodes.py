@@ -28,10 +28,12 @@ class TwoNodes:
 
     Attributes:
         address: Of its dashboard.
+        gcs_address: Of the cluster itself, for `RAY_ADDRESS`.
         env: The environment of those who know the token.
     """
 
     address: str
+    gcs_address: str
     env: Mapping[str, str]
 
 
@@ -78,7 +80,7 @@ def two_nodes() -> Iterator[TwoNodes]:
             for options in (head, other):
                 started.append(_ray_start([*options, *common], env, Path(scratch) / f"node{len(started)}.log"))
                 _wait_for_nodes(address, token, len(started), started)
-            yield TwoNodes(address, env)
+            yield TwoNodes(address, f"127.0.0.1:{gcs}", env)
         finally:
             for process in reversed(started):
                 _end(process)

@@ -43,6 +43,15 @@ def test_overrides_pass_the_shell_of_the_job_unchanged(working_dir: Path) -> Non
     assert entrypoint(given).endswith("'data.prompt_template={a} $b'")
 
 
+def test_files_laid_over_the_config_are_named_as_the_job_will_find_them(working_dir: Path) -> None:
+    layer = working_dir / "configs" / "mine.yaml"
+    layer.write_text("train: {learning_rate: 1e-3}\n", encoding="utf-8")
+    given = Submission(working_dir / "configs" / "run.yaml", ["name=a", str(layer)], "", working_dir)
+    assert entrypoint(given).endswith("configs/run.yaml name=a configs/mine.yaml")
+    with pytest.raises(ConfigError, match="lies outside of the working directory"):
+        entrypoint(Submission(working_dir / "configs" / "run.yaml", [str(QUICKSTART)], "", working_dir))
+
+
 def test_a_config_outside_of_the_working_directory_is_refused(working_dir: Path) -> None:
     with pytest.raises(ConfigError, match="lies outside of the working directory"):
         entrypoint(Submission(QUICKSTART, [], "", working_dir))

@@ -19,7 +19,8 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.records import Stage
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+METHODS = ROOT / "configs" / "methods"  # files of some keys, to lay over a config
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if METHODS not in path.parents]
 GPT2, OPT, QWEN, SMOLLM2 = (
     ROOT / "configs" / name
     for name in ("paper/gpt2-dolly.yaml", "paper/opt-dolly.yaml", "qwen2.5-cluster.yaml", "smollm2.yaml")

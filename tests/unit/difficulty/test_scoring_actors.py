@@ -8,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
 from pocl_ray.models.building import build_model
 from pocl_ray.models.hidden_cache import HiddenCache, write_index
+from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.models.top_k import top_k_of
+from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.storage import RunDirectory
 
 NUM_ROWS = 6
@@ -83,6 +88,29 @@ def test_without_comparison_no_hidden_states_pass_and_all_else_is_the_same(task:
     assert full["teacher_student_kl"].null_count == 0
 
 
+def test_without_a_teacher_the_students_signals_are_the_same_and_no_others_are_there(task: ScoringTask) -> None:
+    alone = changed(task, teacher=None, cache=None, compare=False)
+    table = pa.concat_tables(StudentActor(alone)(unit_table("train", BATCHES))).sort_by("id")
+    full = run(changed(task, cache=None))
+    assert set(full.column_names) - set(table.column_names) == {
+        "teacher_ce_loss",
+        "teacher_student_kl",
+        "teacher_entropy",
+    }
+    assert table.equals(full.select(table.column_names))
+
+
+def test_without_prompts_nothing_is_answered_and_all_else_is_the_same(
+    task: ScoringTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = run(task)
+    monkeypatch.setattr(RowStore, "has_prompts", False)
+    table = run(task)
+    assert table["rouge_l"].null_count == table["answer_stopped"].null_count == NUM_ROWS
+    kept = [name for name in full.column_names if name not in ("rouge_l", "answer_stopped", "shard")]
+    assert table.select(kept).equals(full.select(kept))
+
+
 def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> None:
     table = run(task, "dev")
     assert table["set"].unique().to_pylist() == ["dev"]
@@ -100,6 +128,36 @@ def test_large_tasks_give_several_shards_that_make_one_cache(
     assert len(shards) == len(BATCHES)
     directory = task.run_dir.local(f"cache_{dtype}/train")
     meta = write_index(directory, shards, "teacher", "rows")
-    assert meta.dtype == ("float32" if dtype == "auto" else dtype)
+    assert meta.layout.dtype == ("float32" if dtype == "auto" else dtype)
     cache = HiddenCache.open(directory, "teacher", "rows", NUM_ROWS)
     assert cache.num_tokens(np.arange(NUM_ROWS)).tolist() == table["num_response_tokens"].to_pylist()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("auto", "float32"), ("float16", "float16")])
+def test_the_likeliest_tokens_are_kept_of_the_logits_that_give_the_signals(
+    task: ScoringTask, dtype: str, stored: str
+) -> None:
+    table = run(changed(task, cache=f"topk_{dtype}", cache_dtype=dtype, top_k=5))
+    assert table.drop_columns(["shard"]).equals(run(task).drop_columns(["shard"])), "signals are the same"
+    directory = task.run_dir.local(f"topk_{dtype}/train")
+    meta = write_index(directory, table["shard"].to_pylist(), "teacher", "rows")
+    assert (meta.layout.dtype, meta.layout.width) == (stored, 5)
+    cache = TopKCache.open(directory, "teacher", "rows", NUM_ROWS)
+    teacher = LiveTeacher(task.teacher)
+    unit = TeacherActor(task).unit("train", np.arange(NUM_ROWS))
+    taken, expected = cache.take(np.arange(NUM_ROWS)), top_k_of(teacher.head.logits(unit.hidden_of(teacher)), 5)
+    assert taken.vocab_size == teacher.head.vocab_size
+    assert (taken.ids_NK == expected.ids_NK).float().mean() > 0.99, "but for near ties"
+    torch.testing.assert_close(taken.log_probs(1.5), expected.log_probs(1.5), rtol=0, atol=2e-2)
+
+
+def test_the_likeliest_tokens_are_of_the_vocabulary_that_both_models_share(task: ScoringTask) -> None:
+    """The student's logits end before the teacher's do: a padded vocabulary."""
+    tokenizer = load_tokenizer(str(task.run_dir.local("tokenizer")))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 40}
+    model = build_model({**LLAMA, **sizes}, len(tokenizer) - 4, tokenizer.eos_token_id, None, 3)
+    place = save_model(model, tokenizer, task.run_dir.local("model_short"))
+    short = changed(task, student=ModelRef(str(place)), cache="topk_short", top_k=5, compare=False)
+    table = pa.concat_tables(TeacherActor(short)(pa.concat_tables(StudentActor(task)(unit_table("dev", BATCHES)))))
+    meta = write_index(task.run_dir.local("topk_short/dev"), table["shard"].to_pylist(), "teacher", "rows")
+    assert meta.layout.vocab_size == len(tokenizer) - 4

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pocl_ray.difficulty.scoring import plan_tasks
+from pocl_ray.difficulty.tasks import plan_tasks
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoints import read_progress
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.hidden_cache import write_index, write_shard
@@ -27,6 +27,7 @@ from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.models.top_k import top_k_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -44,6 +45,7 @@ Runs = dict[str, Outcome]
 
 def variants(task: TrainTask) -> dict[str, TrainTask]:
     """The tasks by name; `plain` is what the others are compared with."""
+    assert task.teacher is not None
     plain = replace(task, stages=FRESH, train=TRAIN.model_copy(update={"checkpoint_every_steps": 3, "eps": 1e-5}))
 
     def made(hand_off: str = "last", stages: tuple[Any, ...] = FRESH, **train: Any) -> TrainTask:
@@ -58,6 +60,14 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "micro_8": made(micro_batch_rows=8),
         "micro_2": made(micro_batch_rows=2),
         "cached": replace(plain, teacher_cache="teacher_cache", distill=DistillConfig()),
+        "all_tokens_cached": replace(
+            plain, teacher_cache="topk_cache", distill=DistillConfig(teacher_cache="topk", top_k=300)
+        ),
+        "two_alike": replace(
+            plain,
+            teacher_weight=3.0,
+            other_teachers=(TeacherTask(task.teacher, "teacher_cache", task.teacher_fingerprint, 1.0, (1,)),),
+        ),
         "recomputed": replace(plain, gradient_checkpointing=True),
         "best": made("best"),
         "zero_0_best_continuous": made("best", CONTINUOUS, zero_stage=0),
@@ -103,18 +113,18 @@ def write_cache(task: TrainTask, pad_id: int) -> None:
     assert task.teacher is not None
     teacher = LiveTeacher(task.teacher)
     for summary in (task.rows, task.dev_rows):
-        store, folder = (
-            RowStore.open(task.run_dir.local(summary.path)),
-            task.run_dir.uri_of(f"teacher_cache/{summary.name}"),
-        )
+        store = RowStore.open(task.run_dir.local(summary.path))
         ids = np.arange(summary.num_rows)
         hidden = []
         for row in ids:
             batch = collate(*store.tokens(np.array([row])), pad_id)
             hidden.append(teacher.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N))
+        top_k = [top_k_of(teacher.head.logits(hidden_NK), 300) for hidden_NK in hidden]
         half = len(ids) // 2
-        shards = [write_shard(folder, part, [hidden[i] for i in part]) for part in (ids[:half], ids[half:])]
-        write_index(folder, [shard.name for shard in shards], task.teacher_fingerprint, summary.fingerprint)
+        for name, tokens in (("teacher_cache", hidden), ("topk_cache", top_k)):
+            folder = task.run_dir.uri_of(f"{name}/{summary.name}")
+            shards = [write_shard(folder, part, [tokens[i] for i in part]) for part in (ids[:half], ids[half:])]
+            write_index(folder, [shard.name for shard in shards], task.teacher_fingerprint, summary.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +181,10 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
     assert all(torch.equal(weight, reference.weights[name]) for name, weight in run.weights.items())
 
 
-@pytest.mark.parametrize("name", ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "recomputed"])
+@pytest.mark.parametrize(
+    "name",
+    ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "two_alike", "recomputed"],
+)
 def test_the_way_of_computing_does_not_change_the_training(alone: Runs, name: str) -> None:
     assert_same_training(alone[name], alone["plain"])
 

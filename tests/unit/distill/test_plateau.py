@@ -8,7 +8,7 @@ import pytest
 import runs
 
 from pocl_ray.config import PlateauConfig
-from pocl_ray.distill.plateau import has_converged, num_since_best
+from pocl_ray.distill.plateau import hand_off_figure, has_converged, num_since_best
 
 STAGE = runs.stage(1, 16, num_epochs=9, min_epochs=1)  # 2 steps an epoch
 Metric = Literal["rouge_l", "kd_loss", "ce_loss"]
@@ -72,3 +72,11 @@ def test_the_evaluation_before_training_does_not_count() -> None:
     before = {"step": 0, "curriculum/stage": 0, "eval/dev/rouge_l": 50.0}
     metrics = [before, {"step": 2, "curriculum/stage": 0, "eval/dev/rouge_l": 10.0}]
     assert not has_converged(stage, 2, metrics, PlateauConfig(patience=1))
+
+
+def test_the_best_checkpoint_is_chosen_by_rouge_l_and_without_answers_by_the_loss() -> None:
+    losses = {"eval/dev/ce_loss": 3.0, "eval/dev/kd_loss": 0.5}
+    assert hand_off_figure({**losses, "eval/dev/rouge_l": 40.0}) == 40.0
+    assert hand_off_figure(losses) == -0.5
+    assert hand_off_figure({"eval/dev/ce_loss": 3.0}) == -3.0
+    assert hand_off_figure({"eval/dev/ce_loss": float("nan")}) == float("-inf")

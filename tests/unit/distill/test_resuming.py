@@ -101,7 +101,7 @@ def test_nothing_whole_ends_the_run_and_says_what_to_delete(checkpoints: list[St
 
 def test_a_checkpoint_of_another_version_is_no_damage(checkpoints: list[Stored]) -> None:
     path = Path(checkpoints[0].path) / PROGRESS
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 99'))
     with pytest.raises(StorageError, match="written by another version"):
         chosen(checkpoints, [])
 

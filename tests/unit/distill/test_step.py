@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from pocl_ray.data.batching import MicroBatch
+from pocl_ray.data.batching import MicroBatch, Taught
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ModelError
@@ -75,7 +75,7 @@ def batch(rows: tuple[tuple[int, int], ...] = ((3, 5), (6, 2), (2, 7)), padding:
 
 def with_teacher(x: MicroBatch, teacher: PreTrainedModel) -> MicroBatch:
     with torch.no_grad():
-        return dataclasses.replace(x, teacher_hidden_NK=response_hidden(teacher, x))
+        return dataclasses.replace(x, taught=(Taught(response_hidden(teacher, x)),))
 
 
 def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, x: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def test_sums_and_weight_gradients_equal_the_full_logits_by_hand(family: str) ->
     student, teacher = model(family), model(family, seed=1)
     x = with_teacher(batch(), teacher)
     module = DistillationModule(student, chunk_bytes=5 * V * 4)
-    module.attach_teacher_head(head_of(teacher))
+    module.attach_teacher_heads(head_of(teacher))
 
     expected = by_hand(student, teacher, x)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -150,7 +150,7 @@ def split(x: MicroBatch) -> list[MicroBatch]:
 def test_a_padded_vocabulary_of_the_student_is_cut_to_the_shared_part() -> None:
     student, teacher = model("qwen2", vocab_size=V + 3), model("qwen2", seed=1)
     module = DistillationModule(student)
-    module.attach_teacher_head(head_of(teacher))
+    module.attach_teacher_heads(head_of(teacher))
     x = with_teacher(batch(), teacher)
     student_NV = head_of(student).logits(response_hidden(student, x))[:, :V]
     teacher_NV = head_of(teacher).logits(response_hidden(teacher, x))
@@ -167,7 +167,7 @@ def test_rows_without_response_tokens_still_give_every_parameter_a_gradient() ->
 def test_the_teacher_head_is_no_parameter_and_in_no_state_dict() -> None:
     module = DistillationModule(model("llama_untied"))
     before = set(module.state_dict())
-    module.attach_teacher_head(head_of(model("llama_untied", seed=1)))
+    module.attach_teacher_heads(head_of(model("llama_untied", seed=1)))
     assert set(module.state_dict()) == before
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"student"}
 
@@ -184,4 +184,4 @@ def test_a_model_without_lm_head_is_refused() -> None:
 
 def test_moving_a_batch_keeps_what_is_absent_absent() -> None:
     moved = batch().to("cpu")
-    assert moved.teacher_hidden_NK is None and moved.targets_N.shape == moved.response_index_N.shape
+    assert moved.taught == () and moved.targets_N.shape == moved.response_index_N.shape

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pocl_ray.data.batching import MicroBatch
+from pocl_ray.data.batching import MicroBatch, Taught
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.models.heads import head_of, response_hidden
@@ -68,13 +68,14 @@ def collate(ids: list[Tensor], rows: list[int], teacher: LlamaForCausalLM) -> Mi
     index_N = torch.tensor(index)
     batch = MicroBatch(ids_BT, mask_BT, index_N, ids_BT.flatten()[index_N + 1])
     with torch.no_grad():
-        return MicroBatch(ids_BT, mask_BT, index_N, batch.targets_N, response_hidden(teacher, ids_BT, mask_BT, index_N))
+        taught = Taught(response_hidden(teacher, ids_BT, mask_BT, index_N))
+    return MicroBatch(ids_BT, mask_BT, index_N, batch.targets_N, (taught,))
 
 
 def module_and_teacher(tied: bool) -> tuple[DistillationModule, LlamaForCausalLM]:
     teacher = llama(1, 24, tied=False)
     module = DistillationModule(llama(0, 16, tied), chunk_bytes=4 * V * 4)
-    module.attach_teacher_head(head_of(teacher))
+    module.attach_teacher_heads(head_of(teacher))
     return module, teacher
 
 

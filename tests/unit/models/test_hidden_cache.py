@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pocl_ray.errors import StorageError
-from pocl_ray.models.hidden_cache import HiddenCache, estimate_bytes, write_index, write_shard
+from pocl_ray.models.hidden_cache import HiddenCache, Layout, estimate_bytes, write_index, write_shard
 
 K = 16
 
@@ -90,7 +90,7 @@ def test_a_repeated_shard_is_the_same_file_with_the_same_bytes(tmp_path):
 def test_size_on_disk_is_the_estimate_and_little_more(tmp_path):
     hidden = [torch.zeros(500, K, dtype=torch.bfloat16) for _ in range(20)]
     shard = write_shard(tmp_path, np.arange(20), hidden)
-    estimate = estimate_bytes(500 * 20, K, "bfloat16")
+    estimate = estimate_bytes(500 * 20, Layout("hidden", "bfloat16", K))
     assert estimate == 500 * 20 * K * 2
     assert estimate < shard.num_bytes < estimate + 4096
     assert (shard.num_rows, shard.num_tokens) == (20, 10_000)
@@ -138,9 +138,9 @@ def test_an_unfinished_or_foreign_cache_is_refused(tmp_path):
     meta = tmp_path / "meta.json"
     fields = json.loads(meta.read_text())
     meta.write_text(json.dumps({**fields, "version": 99}))
-    with pytest.raises(StorageError, match="format 99, expected 1"):
+    with pytest.raises(StorageError, match="format 99, expected 2"):
         open_cache(tmp_path)
-    meta.write_text(json.dumps({"version": 1}))
+    meta.write_text(json.dumps({"version": 2}))
     with pytest.raises(StorageError, match="is damaged"):
         open_cache(tmp_path)
     meta.write_text("{")
@@ -181,7 +181,7 @@ def test_a_row_that_is_not_there_is_named(tmp_path):
 
 
 def test_more_shards_than_may_be_open_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("pocl_ray.models.hidden_cache._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("pocl_ray.models.cache_reader._MAX_OPEN_SHARDS", 1)
     rows = make_cache(tmp_path)
     cache = open_cache(tmp_path)
     order = [7, 1, 11, 20, 0, 14]

@@ -67,3 +67,13 @@ def test_foreign_text_cannot_break_out_of_the_card(tmp_path: Path) -> None:
 def test_card_of_a_run_without_config_or_evaluation_still_says_how_to_load(tmp_path: Path) -> None:
     card = write_model_card(LocalFiles(tmp_path))
     assert "How to use it" in card and "Figures" not in card
+
+
+def test_a_student_of_adapters_alone_is_loaded_with_peft(tmp_path: Path) -> None:
+    files = make_run(tmp_path, num_rows=64)
+    _write_config(files, teacher="{path: big, adapter: own}", student="{path: small, lora: {rank: 4, merge: false}}")
+    card = write_model_card(files)
+    assert 'AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter")' in card
+    assert "small, adapters of rank 4" in card and "big with its adapter" in card
+    _write_config(files, teacher="{path: big}", student="{path: small, lora: {}}")
+    assert "AutoPeft" not in write_model_card(files)

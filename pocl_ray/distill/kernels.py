@@ -1,0 +1,103 @@
+"""Which code computes a divergence: ours in torch, or Liger's fused kernel on CUDA.
+
+Liger's generalized JSD (the extra `liger`) makes value and gradient of a chunk's divergence in one pass over the
+log-probabilities; in torch each step of the formula is an array of its own. It covers the losses that are a generalized
+JSD for some beta, with one sum over the tokens. The chunks, the head and the cross-entropy stay ours.
+
+Legend: N response tokens in one flat axis, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pocl_ray.config import DistillConfig
+from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
+from pocl_ray.errors import ConfigError
+
+Kernel = Literal["auto", "torch", "liger"]
+# Liger's mixture leaves log space, where both probabilities may be 0 and their logarithm infinite. e^-80 times any beta
+# above 1e-3 is a normal float32, and what a token of so little probability adds to a bounded divergence is nothing.
+_LOG_FLOOR = -80.0
+
+
+def resolve_divergence(distill: DistillConfig, device: torch.device | None = None) -> ResolvedLoss | LigerLoss:
+    """Return the divergence of the config, on the kernel it asks for.
+
+    Args:
+        distill: Loss, its parameters and the kernel.
+        device: Where it is computed; None where that is not known yet, which checks what can be checked.
+
+    Raises:
+        ConfigError: The loss is unknown or its parameters are wrong, or `liger` cannot compute it here.
+        UserError: A plug-in cannot be loaded or breaks the contract of a loss.
+    """
+    loss = resolve_loss(distill.loss, distill.loss_args, distill.scale_by_t_squared)
+    beta = jsd_beta(loss)
+    if distill.kernel == "liger":
+        _check_liger(distill, beta, device)
+    wanted = distill.kernel == "liger" or (distill.kernel == "auto" and _fits(distill, device))
+    return LigerLoss(loss, beta) if wanted and beta is not None else loss
+
+
+def jsd_beta(loss: ResolvedLoss) -> float | None:
+    """Return the beta for which a loss is a generalized JSD; None where it is none for any."""
+    if loss.name not in LOSSES:
+        return None
+    of_loss: Mapping[str, Any] = {
+        "forward_kl": 0.0,
+        "reverse_kl": 1.0,
+        "generalized_jsd": loss.params.get("beta", 0.5),
+        "js_distance": 1.0 - loss.params.get("lam", 0.9),
+    }
+    beta = of_loss.get(loss.name)
+    return None if beta is not None and 0.0 < min(beta, 1.0 - beta) < 1e-3 else beta
+
+
+@dataclass(frozen=True)
+class LigerLoss:
+    """A generalized JSD by Liger's kernel; called as a ResolvedLoss, it returns the sum over the tokens, shape ()."""
+
+    loss: ResolvedLoss
+    beta: float
+
+    def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
+        """Return the sum of the tokens' divergences, times T^2 where the loss is."""
+        logq_NV, logp_NV = log_probs(student_logits_NV.float(), teacher_logits_NV.float(), temperature)
+        if 0.0 < self.beta < 1.0:
+            logq_NV, logp_NV = logq_NV.clamp(min=_LOG_FLOOR), logp_NV.clamp(min=_LOG_FLOOR)
+        mean = importlib.import_module("liger_kernel.transformers").LigerJSD(beta=self.beta)(logq_NV, logp_NV)
+        scale = temperature**2 if self.loss.scale_by_t_squared else 1.0
+        return mean * (len(student_logits_NV) * scale)
+
+
+def _fits(distill: DistillConfig, device: torch.device | None) -> bool:
+    on_cuda = device is not None and device.type == "cuda"
+    return on_cuda and distill.token_weight == "none" and _is_installed()
+
+
+def _check_liger(distill: DistillConfig, beta: float | None, device: torch.device | None) -> None:
+    if beta is None:
+        raise ConfigError(
+            f"distill.kernel: liger does not cover {distill.loss} with these arguments; it covers forward_kl, "
+            "reverse_kl, js_distance and generalized_jsd. Set kernel to auto"
+        )
+    if distill.token_weight != "none":
+        raise ConfigError("distill.kernel: liger gives no value per token, which token_weight needs; set it to auto")
+    if device is None:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"distill.kernel: liger runs on CUDA, and this worker computes on {device.type}; set auto")
+    if not _is_installed():
+        raise ConfigError("distill.kernel: liger-kernel is not installed: pip install 'pocl-ray[liger]', or set auto")
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None

@@ -1,0 +1,134 @@
+"""Where a training worker has the teachers' part of a batch from: their caches, or the teachers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.distill.engine import import_deepspeed
+from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.models.head_files import load_head
+from pocl_ray.models.heads import HeadWeights
+from pocl_ray.models.hidden_cache import HiddenCache
+from pocl_ray.models.live import LiveTeacher
+from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.models.sharding import ShardedTeacher
+from pocl_ray.models.top_k_cache import TopKCache
+from pocl_ray.records import RowsSummary
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """One teacher, for the rows of one set.
+
+    Attributes:
+        cache: What is stored of it; None where it runs live.
+        live: The teacher itself; None where it is cached.
+        index: Its place among the run's teachers.
+        weight: Of its divergence.
+        stages: In which it teaches; None for all.
+    """
+
+    cache: HiddenCache | TopKCache | None = None
+    live: LiveTeacher | ShardedTeacher | None = None
+    index: int = 0
+    weight: float = 1.0
+    stages: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers of a set, or those of them that teach in a stage."""
+
+    sources: tuple[TeacherSource, ...] = ()
+
+    def in_stage(self, stage: int | None) -> Teachers:
+        """Return those that teach in a stage (None: all of them), their weights made to sum to 1."""
+        chosen = [one for one in self.sources if stage is None or one.stages is None or stage in one.stages]
+        total = sum(one.weight for one in chosen)
+        return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
+
+    def stored(self, ids: np.ndarray) -> tuple[Taught, ...]:
+        """Return what the caches hold of rows; nothing of teachers that run live."""
+        return tuple(
+            Taught(one.cache.take(ids), one.index, one.weight) for one in self.sources if one.cache is not None
+        )
+
+    def teach(self, batch: MicroBatch) -> MicroBatch:
+        """Return the batch with what the live teachers say of it added."""
+        asked = tuple(
+            Taught(
+                one.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N),
+                one.index,
+                one.weight,
+            )
+            for one in self.sources
+            if one.live is not None
+        )
+        return replace(batch, taught=batch.taught + asked)
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """What a worker holds of a teacher in memory.
+
+    Attributes:
+        task: Which teacher.
+        head: Its LM head; None where its likeliest tokens are cached.
+        live: The teacher itself; None where it is cached.
+    """
+
+    task: TeacherTask
+    head: HeadWeights | None
+    live: LiveTeacher | ShardedTeacher | None
+
+
+def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
+    """Load of each teacher what the loss needs: its LM head for hidden states, itself only where nothing is cached.
+
+    Raises:
+        UserError: A teacher cannot be loaded.
+    """
+    loaded = []
+    for one in task.teachers:
+        ref = on_this_node(one.ref)
+        if one.cache is not None and task.distill.teacher_cache == "topk":
+            loaded.append(LoadedTeacher(one, None, None))
+        elif one.cache is not None:
+            loaded.append(LoadedTeacher(one, load_head(ref, device=device), None))
+        else:
+            live = _sharded(ref, device) if one.sharded else LiveTeacher(ref, device)
+            loaded.append(LoadedTeacher(one, live.head, live))
+    return loaded
+
+
+def _sharded(ref: ModelRef, device: torch.device) -> ShardedTeacher:
+    import_deepspeed(device)
+    return ShardedTeacher(ref, device)
+
+
+def teachers_of(
+    task: TrainTask, made: RowsSummary, loaded: Sequence[LoadedTeacher], num_student_logits: int
+) -> Teachers:
+    """Return the teachers of a set of rows, with their caches opened.
+
+    Raises:
+        StorageError: A cache is missing, damaged, or of another teacher or other rows.
+    """
+    sources = []
+    for index, one in enumerate(loaded):
+        cache: HiddenCache | TopKCache | None = None
+        if one.task.cache is not None:
+            directory = task.run_dir.local(f"{one.task.cache}/{made.name}")
+            expected = (one.task.fingerprint, made.fingerprint, made.num_rows)
+            if task.distill.teacher_cache == "topk":
+                cache = TopKCache.open(directory, *expected)
+                cache.check(task.distill.top_k, num_student_logits)
+            else:
+                cache = HiddenCache.open(directory, *expected)
+        sources.append(TeacherSource(cache, one.live, index, one.task.weight, one.task.stages))
+    return Teachers(tuple(sources))

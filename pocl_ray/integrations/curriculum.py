@@ -1,0 +1,262 @@
+"""A curriculum as an object of its own: which rows somebody else's trainer sees, in which order, at which settings.
+
+It is made of a finished run of pocl-ray (`from_run`), or in memory of signals (`from_signals`) or ranks. Everything in
+it is a function of the optimizer step, so that nothing needs to be stored to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from torch.utils.data import Sampler
+
+from pocl_ray.config import CurriculumConfig, load_config
+from pocl_ray.curriculum.schedule import plan_curriculum
+from pocl_ray.data.batching import global_batches, random_order
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.ranking import Easy, rank_rows
+from pocl_ray.errors import ConfigError, DataError
+from pocl_ray.records import RANK, Stage
+from pocl_ray.storage import RunDirectory
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in the curriculum an optimizer step is.
+
+    Attributes:
+        stage: Index of the stage.
+        stage_step: Step within the stage, from 0.
+        kd_temperature: Softens both distributions of the distillation loss.
+        kd_ratio: Weight of the distillation loss; the rest is cross-entropy.
+    """
+
+    stage: int
+    stage_step: int
+    kd_temperature: float
+    kd_ratio: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curriculum:
+    """Stages over a ranking of the rows of a data set.
+
+    The trainer hands on its last weights from stage to stage, as the authors' released runs do: `curriculum.hand_off`
+    does not apply. A rerun in pocl-ray with the same ranking, seed and batch sees the same rows in every step.
+
+    Attributes:
+        stages: The plan.
+        ranked: Row ids, the easiest first; shape (rows,).
+        dataset_rows: Place of each row id in the data set that is trained on; shape (rows,).
+        global_batch_rows: Rows of an optimizer step, over all processes and accumulated batches.
+        seed: Of the order within each epoch.
+    """
+
+    stages: tuple[Stage, ...]
+    ranked: IntArray
+    dataset_rows: IntArray
+    global_batch_rows: int
+    seed: int
+
+    @classmethod
+    def from_ranks(
+        cls,
+        rank: npt.ArrayLike,
+        curriculum: CurriculumConfig,
+        global_batch_rows: int,
+        seed: int = 42,
+        dataset_rows: npt.ArrayLike | None = None,
+    ) -> Curriculum:
+        """Plan the stages over rows of known rank.
+
+        Args:
+            rank: Rank of each row, 1 the easiest; shape (rows,).
+            curriculum: Buckets, pacing and schedules, as in a config of pocl-ray.
+            global_batch_rows: Rows of an optimizer step.
+            seed: Of the order within each epoch.
+            dataset_rows: Place of each row in the data set; None: they are its rows, in order.
+
+        Raises:
+            DataError: The ranks are not 1 to the number of rows, each once.
+            ConfigError: The plan is not possible with so many rows, or ends its stages on a dev figure.
+        """
+        ranks = np.asarray(rank, dtype=np.int64)
+        if not np.array_equal(np.sort(ranks), np.arange(1, ranks.size + 1)):
+            raise DataError(f"rank must hold each of 1 to {ranks.size} once, 1 for the easiest row")
+        if curriculum.advance == "plateau":
+            raise ConfigError(
+                "curriculum.advance plateau leaves the length of a stage open, which a trainer's sampler must know; "
+                "set it to interval"
+            )
+        stages = plan_curriculum(curriculum, ranks.size, global_batch_rows)
+        places = np.arange(ranks.size) if dataset_rows is None else np.asarray(dataset_rows, dtype=np.int64)
+        return cls(stages, np.argsort(ranks, kind="stable"), places, global_batch_rows, seed)
+
+    @classmethod
+    def from_signals(
+        cls,
+        signals: Mapping[str, npt.ArrayLike],
+        curriculum: CurriculumConfig,
+        global_batch_rows: int,
+        seed: int = 42,
+        weights: Mapping[str, float] | None = None,
+        easy: Mapping[str, Easy] | None = None,
+        rrf_k: float = 60.0,
+        tie_break: Literal["file_order", "seeded"] = "file_order",
+    ) -> Curriculum:
+        """Rank rows by difficulty signals that you measured, and plan the stages.
+
+        Args:
+            signals: Signal -> value of each row of the data set, in its order.
+            curriculum: As in `from_ranks`, and so are `global_batch_rows` and `seed`.
+            weights: Signal -> weight in the fusion; 1 for those left out.
+            easy: Which values are easy, for signals that pocl-ray does not know.
+            rrf_k: Constant of reciprocal rank fusion.
+            tie_break: What decides between equally hard rows.
+
+        Raises:
+            UserError: A signal is unknown or not a number for some row; or what `from_ranks` raises.
+        """
+        _, rank = rank_rows(signals, rrf_k, tie_break, seed, weights=weights, easy=easy)
+        return cls.from_ranks(rank, curriculum, global_batch_rows, seed)
+
+    @classmethod
+    def from_run(
+        cls,
+        storage_path: str,
+        name: str,
+        curriculum: CurriculumConfig | None = None,
+        global_batch_rows: int | None = None,
+    ) -> Curriculum:
+        """Take the ranking, and where nothing else is given the plan, of a run that `pocl-ray score` finished.
+
+        The data set to train on is then the source of the run's training rows, whole and in its order: rows that the
+        run left out or held out are not trained on.
+
+        Args:
+            storage_path: Where runs lie, locally or remote.
+            name: Of the run.
+            curriculum: Instead of the run's.
+            global_batch_rows: Instead of the run's.
+
+        Raises:
+            UserError: The run is not there or not scored, or a row of its source became several; or what `from_ranks`
+                raises.
+        """
+        run_dir = RunDirectory.open(storage_path, name, create=False)
+        for needed in ("config.yaml", "scores.parquet", "rows/train.arrow"):
+            if not run_dir.exists(needed):
+                raise DataError(f"{run_dir.uri_of(needed)}: no such file; run `pocl-ray score` with its config first")
+        config = load_config(run_dir.local("config.yaml"))
+        if config.data.responses == "teacher":
+            raise ConfigError(
+                f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set "
+                "holds; put them into your data set and rank it with Curriculum.from_ranks"
+            )
+        rank = pq.read_table(run_dir.local("scores.parquet"), columns=[RANK])[RANK].to_numpy()
+        rows = RowStore.open(run_dir.local("rows/train.arrow"))
+        places = np.asarray(rows.source_rows(np.arange(len(rows))), dtype=np.int64) - 1
+        if len(np.unique(places)) < len(places):
+            raise DataError(
+                f"{run_dir.uri_of('rows/train.arrow')}: several training rows have the same number in their source "
+                "(many files, or a text in parts), so they have no place in one data set; "
+                "rank it with Curriculum.from_ranks"
+            )
+        seed = config.seed if config.train.seed is None else config.train.seed
+        batch_rows = global_batch_rows or config.train.global_batch_rows
+        return cls.from_ranks(rank, curriculum or config.curriculum, batch_rows, seed, places)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return self._ends[-1]
+
+    @property
+    def restarts(self) -> bool:
+        """Whether each stage starts with fresh moments and its own LR schedule, as in the paper."""
+        return any(stage.restart_optimizer for stage in self.stages[1:])
+
+    def at(self, step: int) -> Point:
+        """Return where an optimizer step of the run is, counted from 0; past the end, the last one."""
+        step = max(0, min(step, self.num_steps - 1))
+        index = bisect.bisect_right(self._ends, step)
+        stage = self.stages[index]
+        within = step - (self._ends[index - 1] if index else 0)
+        return Point(index, within, stage.kd_temperature_at(within), stage.kd_ratio_at(within))
+
+    def batches(self) -> Iterator[IntArray]:
+        """Yield the data set's rows of each optimizer step, shape (global_batch_rows,)."""
+        orders = {"rank": self.ranked, "random": random_order(len(self.ranked), self.seed)}
+        for stage in self.stages:
+            rows = orders[stage.order][stage.first_rank : stage.end_rank]
+            for ids in global_batches(stage, rows, self.global_batch_rows, self.seed):
+                yield self.dataset_rows[ids]
+
+    def sampler(self) -> CurriculumSampler:
+        """Return a sampler of the rows of all stages, for a `DataLoader`."""
+        return CurriculumSampler(self)
+
+    def check(self, num_dataset_rows: int, rows_per_step: int) -> None:
+        """Check that a trainer's data set and batch are those of the plan.
+
+        Raises:
+            DataError: The data set has too few rows.
+            ConfigError: An optimizer step takes another number of rows.
+        """
+        if num_dataset_rows <= int(self.dataset_rows.max()):
+            raise DataError(
+                f"the curriculum ranks row {int(self.dataset_rows.max())} (from 0), but the data set has "
+                f"{num_dataset_rows} rows; rank the very data set that is trained on (packing and filtering "
+                "change rows)"
+            )
+        if rows_per_step != self.global_batch_rows:
+            raise ConfigError(
+                f"an optimizer step takes {rows_per_step} rows (per_device_train_batch_size x "
+                f"gradient_accumulation_steps x processes), but the curriculum is planned with "
+                f"{self.global_batch_rows}; make them equal"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the order of rows and the settings of steps depend on."""
+        plan = [[stage.to_json() for stage in self.stages], self.global_batch_rows, self.seed]
+        content = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+        for array in (self.ranked, self.dataset_rows):
+            content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return content.hexdigest()
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The optimizer step at which each stage ends."""
+        return list(itertools.accumulate(stage.num_steps for stage in self.stages))
+
+
+class CurriculumSampler(Sampler[int]):
+    """Yields the data set's rows of all stages of a curriculum in order, epoch after epoch.
+
+    One pass over it is the whole training. Consecutive batches of it are dealt to processes and accumulated, which is
+    what `accelerate` does, so that an optimizer step sees one global batch.
+    """
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        """Take the curriculum; nothing is drawn before iteration."""
+        self.curriculum = curriculum
+
+    def __len__(self) -> int:
+        return self.curriculum.num_steps * self.curriculum.global_batch_rows
+
+    def __iter__(self) -> Iterator[int]:
+        for rows in self.curriculum.batches():
+            yield from rows.tolist()

@@ -1,0 +1,302 @@
+"""POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
+
+`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler: ranking and stages.
+`DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
+pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
+
+    curriculum = Curriculum.from_run("runs", "dolly")
+    trainer = CurriculumTrainer(student, args, train_dataset=rows, curriculum=curriculum, teacher_model=teacher)
+    trainer.train()
+
+Axes: B rows, T tokens, V vocabulary, N response tokens of a batch in one flat axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.errors import ConfigError, DataError, UserError
+from pocl_ray.integrations.curriculum import Curriculum, CurriculumSampler, Point
+
+_STATE_KEY = "pocl_ray.curriculum"
+_FEATURES = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class CurriculumCallback(TrainerCallback):
+    """Ties a training to its curriculum: fresh moments at stage borders, and no resuming with another plan.
+
+    Args:
+        curriculum: The plan.
+        on_point: Called before each optimizer step with where it is, for trainers that read their settings from
+            attributes, such as `lambda point: setattr(trainer, "temperature", point.kd_temperature)`.
+    """
+
+    def __init__(self, curriculum: Curriculum, on_point: Callable[[Point], None] | None = None) -> None:
+        self.curriculum, self.on_point = curriculum, on_point
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to go on from a checkpoint of another plan; write the plan's digest into those to come.
+
+        Raises:
+            ConfigError: The checkpoint was not trained with this curriculum.
+        """
+        stored: Any = state.stateful_callbacks
+        before = stored.get(_STATE_KEY, {}).get("attributes", {}).get("digest")
+        if state.global_step > 0 and before != self.curriculum.digest:
+            found = "without a curriculum" if before is None else "with another curriculum, ranking, batch or seed"
+            raise ConfigError(
+                f"the checkpoint at step {state.global_step} was trained {found}; resume with the same one, or "
+                "start anew"
+            )
+        stored[_STATE_KEY] = {"args": {}, "attributes": {"digest": self.curriculum.digest}}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restart the optimizer where a stage asks for it, and tell of the step's settings."""
+        point = self.curriculum.at(state.global_step)
+        if point.stage > 0 and point.stage_step == 0 and self.curriculum.stages[point.stage].restart_optimizer:
+            kwargs["optimizer"].state.clear()  # torch's optimizers make fresh moments where they find none
+        if self.on_point is not None:
+            self.on_point(point)
+
+
+class CurriculumMixin(_Trainer):
+    """Trains through the stages of a curriculum; goes in front of a trainer class.
+
+    `class MyTrainer(CurriculumMixin, TheirTrainer)` takes all that their trainer takes, and the curriculum. `max_steps`
+    becomes the length of the plan, which is one epoch to the trainer: set evaluation, saving and logging by steps.
+    A loss of yours finds the settings of the step in `self.point`.
+
+    Args:
+        curriculum: The plan.
+
+    Raises:
+        UserError: Data set, batch or arguments do not fit the plan.
+    """
+
+    def __init__(self, *args: Any, curriculum: Curriculum, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.curriculum = curriculum
+        _check_arguments(self, curriculum)
+        if self.args.max_steps < 0:
+            self.args.max_steps = curriculum.num_steps
+        self.add_callback(CurriculumCallback(curriculum))
+
+    @property
+    def point(self) -> Point:
+        """Where the optimizer step at hand is in the curriculum."""
+        return self.curriculum.at(self.state.global_step)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__"):
+            raise DataError("a curriculum needs a data set whose rows have numbers; a streamed one has not")
+        self.curriculum.check(len(dataset), self.get_total_train_batch_size(self.args))
+        return self.curriculum.sampler()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the trainer's own data loader over the rows of the curriculum.
+
+        Raises:
+            UserError: Data set or batch do not fit, or the trainer does not draw its rows with a sampler.
+        """
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            raise DataError("a curriculum needs a data set whose rows have numbers; a streamed one has not")
+        loader = super().get_train_dataloader()
+        if len(loader) != self.curriculum.num_steps * self.args.gradient_accumulation_steps:
+            raise ConfigError(
+                f"{type(self).__name__} cuts the rows of the curriculum into {len(loader)} batches a process instead "
+                f"of {self.curriculum.num_steps * self.args.gradient_accumulation_steps}; it has a sampling of its own"
+            )
+        return loader
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the LR schedule of the arguments; one for each stage where stages restart the optimizer.
+
+        Raises:
+            ConfigError: The kind of schedule cannot be restarted.
+        """
+        if not self.curriculum.restarts or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        found = self.optimizer if optimizer is None else optimizer
+        assert found is not None, "the trainer makes its optimizer first"
+        self.lr_scheduler = _restarting_schedule(self.curriculum, self.args, found)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the stage of the last step beside the losses of training."""
+        if "loss" in logs:
+            logs = {**logs, **self._curriculum_logs(self.curriculum.at(self.state.global_step - 1))}
+        super().log(logs, start_time)
+
+    def _curriculum_logs(self, point: Point) -> dict[str, float]:
+        return {"curriculum/stage": point.stage}
+
+
+class DistillationMixin(CurriculumMixin):
+    """Distils with pocl-ray's loss at the temperature and kd_ratio of the step; needs `self.teacher_model`.
+
+    The loss is a sum over response tokens (labels other than -100), divided by their number in the whole optimizer
+    step, over all processes. In evaluation it is the divergence alone at temperature 1, so that stages can be compared.
+
+    Args:
+        loss: A divergence of `pocl_ray.distill.losses`, or a plug-in's.
+        loss_args: Its parameters.
+        scale_by_t_squared: Multiply by the temperature squared; None: as the loss's authors do.
+
+    Raises:
+        UserError: The loss is unknown; or what `CurriculumMixin` raises.
+    """
+
+    teacher_model: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: str = "forward_kl",
+        loss_args: dict[str, float] | None = None,
+        scale_by_t_squared: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.divergence = resolve_loss(loss, loss_args, scale_by_t_squared)
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            raise ConfigError("compute_loss_func and label_smoothing_factor do not go with the distillation loss")
+        self.model_accepts_loss_kwargs = True  # or the trainer would not count the response tokens of a step
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch, and the student's outputs where asked."""
+        if self.teacher_model is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise DataError("a batch has no labels, -100 outside the response; let the collator make them")
+        features = {name: inputs[name] for name in _FEATURES if name in inputs}
+        outputs = model(**features)
+        is_response_BT = inputs["labels"][:, 1:] != -100
+        targets_N = inputs["labels"][:, 1:][is_response_BT]
+        student_NV = outputs.logits[:, :-1][is_response_BT]
+        self.teacher_model.eval()
+        with torch.no_grad():
+            teacher_NV = self.teacher_model(**features).logits[:, :-1][is_response_BT]
+        point = self.point if model.training else Point(0, 0, kd_temperature=1.0, kd_ratio=1.0)
+        loss = self._summed_loss(point, student_NV, teacher_NV, targets_N)
+        loss = loss / self._normaliser(num_items_in_batch, targets_N)
+        return (loss, outputs) if return_outputs else loss
+
+    def _summed_loss(self, point: Point, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """(1 - kd_ratio) * ce + kd_ratio * kd, summed over tokens; vocabularies are cut to the shared part for kd."""
+        shared = min(student_NV.shape[-1], teacher_NV.shape[-1])
+        kd_N = self.divergence(student_NV[:, :shared], teacher_NV[:, :shared], point.kd_temperature)
+        if point.kd_ratio == 1.0:
+            return kd_N.sum()
+        ce_N = F.cross_entropy(student_NV.float(), targets_N, reduction="none")
+        return ((1 - point.kd_ratio) * ce_N + point.kd_ratio * kd_N).sum()
+
+    def _normaliser(self, num_items_in_batch: Tensor | int | None, targets_N: Tensor) -> Tensor | float:
+        """What the sum is divided by; gradients are averaged over processes, which is undone here."""
+        if num_items_in_batch is None:
+            return max(1, targets_N.numel())
+        spread = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return num_items_in_batch / spread
+
+    def _curriculum_logs(self, point: Point) -> dict[str, float]:
+        logs = super()._curriculum_logs(point)
+        if self.teacher_model is None:
+            return logs
+        settings = {"curriculum/kd_temperature": point.kd_temperature, "curriculum/kd_ratio": point.kd_ratio}
+        return {**logs, **settings}
+
+
+class CurriculumTrainer(DistillationMixin, Trainer):
+    """`transformers.Trainer` that distils through a curriculum, or trains on the references without a teacher.
+
+    Args:
+        teacher_model: The frozen teacher, whole on every process. Without one the loss is the student's own, and
+            temperature and kd_ratio of the curriculum do not apply.
+    """
+
+    def __init__(self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        self.teacher_model = None
+        super().__init__(*args, **kwargs)
+        if teacher_model is not None:
+            self.teacher_model = teacher_model.requires_grad_(False).eval().to(self.args.device)
+
+
+def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
+    """Refuse what would silently train on other rows, or not as planned."""
+    args = trainer.args
+    num_steps = curriculum.num_steps
+    wrong: UserError | None = None
+    if args.max_steps > num_steps:
+        wrong = ConfigError(f"max_steps {args.max_steps} is beyond the curriculum's {num_steps} steps; leave it out")
+    elif args.ignore_data_skip:
+        wrong = ConfigError("ignore_data_skip would start the curriculum anew after a resume; leave it out")
+    elif getattr(args.accelerator_config, "split_batches", False):
+        wrong = ConfigError("accelerator_config.split_batches changes the rows of a step; leave it out")
+    elif args.n_gpu > 1:
+        wrong = ConfigError("several GPUs in one process are not supported; start with torchrun or accelerate launch")
+    elif curriculum.restarts and trainer.is_deepspeed_enabled:
+        wrong = ConfigError("curriculum.optimizer restart does not work with DeepSpeed here; set it to continuous")
+    if wrong is not None:
+        raise wrong
+
+
+def _restarting_schedule(
+    curriculum: Curriculum, args: TrainingArguments, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a schedule that runs through the one of the arguments in every stage."""
+    factors: list[Callable[[int], float]] = []
+    for stage in curriculum.stages:
+        dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=dummy,
+            num_warmup_steps=args.get_warmup_steps(stage.num_steps),
+            num_training_steps=stage.num_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            raise ConfigError(
+                f"lr_scheduler_type {args.lr_scheduler_type!s} cannot be restarted by stage; set curriculum.optimizer "
+                "to continuous, or choose cosine, linear or constant"
+            )
+        factors.append(schedule.lr_lambdas[0])
+
+    def factor(step: int) -> float:
+        point = curriculum.at(step)
+        return factors[point.stage](point.stage_step)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

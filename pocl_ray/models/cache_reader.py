@@ -1,0 +1,218 @@
+"""The teacher cache as training reads it: rows by id out of memory-mapped shards, each byte copied once.
+
+The format and the writer are in `cache_writer`, what the records hold in `hidden_cache` and `top_k_cache`.
+
+Legend: N tokens of several rows in one flat axis, R bytes of a token's record.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from typing_extensions import Self
+
+from pocl_ray.errors import StorageError
+from pocl_ray.models.cache_writer import FORMAT_VERSION, INDEX_NAME, META_NAME, CacheMeta, Layout, ShardInfo
+
+_MAX_OPEN_SHARDS = 256  # each holds a file descriptor
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A mapped shard: its tokens as rows of bytes, and where these begin in the mapping."""
+
+    mapping: mmap.mmap
+    bytes_NR: np.ndarray
+    offset: int
+
+
+class TeacherCache:
+    """A finished teacher cache in a local directory; safe to use from several threads.
+
+    Attributes:
+        meta: what meta.json says.
+        directory: where it is.
+    """
+
+    kind: ClassVar[Literal["hidden", "topk"]]
+
+    def __init__(self, directory: Path, meta: CacheMeta, index: pa.RecordBatch) -> None:
+        self.meta = meta
+        self.directory = directory
+        self._ids = index.column("id").to_numpy()
+        self._shard_of = index.column("shard").to_numpy()
+        self._first_token = index.column("first_token").to_numpy()
+        self._num_tokens = index.column("num_tokens").to_numpy()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, directory: str | Path, expect_teacher: str, expect_rows: str, expect_num_rows: int | None = None
+    ) -> Self:
+        """Open a cache that belongs to this teacher and these rows.
+
+        Sizes of all shards are checked; their content is mapped when it is first asked for.
+
+        Args:
+            directory: a local directory.
+            expect_teacher: the teacher's fingerprint.
+            expect_rows: the rows' fingerprint.
+            expect_num_rows: how many rows there should be, if known.
+
+        Raises:
+            StorageError: not a finished cache, one of another kind, of another teacher, of other rows or of another
+                version of the format, or one with a shard missing or cut short.
+        """
+        directory = Path(directory)
+        meta = _read_meta(directory)
+        remedy = "score again"
+        if meta.layout.kind != cls.kind:
+            raise StorageError(
+                f"{directory}: this teacher cache holds {meta.layout}, "
+                f"and distill.teacher_cache is {cls.kind}; {remedy}"
+            )
+        if meta.teacher != expect_teacher:
+            raise StorageError(f"{directory}: this teacher cache was made by another teacher; {remedy}")
+        if meta.rows != expect_rows:
+            raise StorageError(f"{directory}: this teacher cache belongs to other rows; {remedy}")
+        if expect_num_rows is not None and meta.num_rows != expect_num_rows:
+            found = f"holds {meta.num_rows} rows, expected {expect_num_rows}"
+            raise StorageError(f"{directory}: this teacher cache {found}; {remedy}")
+        for shard in meta.shards:
+            path = directory / shard.name
+            if not path.is_file():
+                raise StorageError(f"{path}: this shard of the teacher cache is missing; {remedy}")
+            size = path.stat().st_size
+            if size != shard.num_bytes:
+                raise StorageError(f"{path}: this shard has {size} bytes, expected {shard.num_bytes}; {remedy}")
+        return cls(directory, meta, _read_index(directory, meta))
+
+    def num_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return the number of response tokens of each row, shape (R,).
+
+        Raises:
+            StorageError: an id that the cache does not hold.
+        """
+        return self._num_tokens[self._find(ids)]
+
+    def records(self, ids: np.ndarray, out_NR: np.ndarray | None = None) -> np.ndarray:
+        """Return the records of rows, one after the other in the order of `ids`.
+
+        Args:
+            ids: row ids, in any order; an id may repeat.
+            out_NR: where to put them, uint8; a new array by default.
+
+        Returns:
+            uint8, shape (N, R), N the sum of `num_tokens(ids)`.
+
+        Raises:
+            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+        """
+        places = self._find(ids)
+        shape = (int(self._num_tokens[places].sum()), self.meta.layout.row_bytes)
+        filled_NR = np.empty(shape, np.uint8) if out_NR is None else out_NR
+        assert filled_NR.shape == shape
+        filled = 0
+        for number, first, length in self._runs(places):
+            filled_NR[filled : filled + length] = self._shard(number).bytes_NR[first : first + length]
+            filled += length
+        return filled_NR
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Ask the kernel to read the pages of these rows; returns at once, a hint and no more.
+
+        Raises:
+            StorageError: an id that the cache does not hold.
+        """
+        row_bytes = self.meta.layout.row_bytes
+        for number, first, length in self._runs(self._find(ids)):
+            shard = self._shard(number)
+            begin = shard.offset + first * row_bytes
+            aligned = begin - begin % mmap.PAGESIZE
+            if hasattr(mmap, "MADV_WILLNEED") and length:
+                shard.mapping.madvise(mmap.MADV_WILLNEED, aligned, begin + length * row_bytes - aligned)
+
+    def _find(self, ids: np.ndarray) -> np.ndarray:
+        wanted = np.asarray(ids, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
+        missing = wanted[self._ids[places] != wanted]
+        if len(missing):
+            raise StorageError(f"{self.directory}: the teacher cache has no row {missing[0]}; score again")
+        return places
+
+    def _runs(self, places: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, first token, number of tokens), rows that follow each other in a shard as one."""
+        if not len(places):
+            return
+        shard, first, length = self._shard_of[places], self._first_token[places], self._num_tokens[places]
+        breaks = (shard[1:] != shard[:-1]) | (first[1:] != first[:-1] + length[:-1])
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        totals = np.add.reduceat(length.astype(np.int64), starts)
+        yield from zip(shard[starts].tolist(), first[starts].tolist(), totals.tolist(), strict=True)
+
+    def _shard(self, number: int) -> _Shard:
+        with self._lock:
+            if number not in self._open:
+                if len(self._open) >= _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)  # unmapped when the last view of it is gone
+                self._open[number] = _map_shard(self.directory, self.meta, self.meta.shards[number])
+            self._open.move_to_end(number)
+            return self._open[number]
+
+
+def _map_shard(directory: Path, meta: CacheMeta, info: ShardInfo) -> _Shard:
+    path = directory / info.name
+    try:
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole = pa.py_buffer(mapping)
+        batch = pa.ipc.open_file(whole).get_batch(0)
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path}: this shard of the teacher cache cannot be read ({error}); score again") from None
+    row_bytes = meta.layout.row_bytes
+    data = batch.column("tokens").buffers()[2]
+    num_bytes = info.num_tokens * row_bytes
+    if data.size < num_bytes:
+        raise StorageError(f"{path}: this shard of the teacher cache is cut short; score again")
+    bytes_NR = np.frombuffer(data, dtype=np.uint8, count=num_bytes).reshape(info.num_tokens, row_bytes)
+    return _Shard(mapping, bytes_NR, data.address - whole.address)
+
+
+def _read_meta(directory: Path) -> CacheMeta:
+    path = directory / META_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{directory}: holds no finished teacher cache (no {META_NAME}); score again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise StorageError(f"{path}: cannot be read ({error}); score again") from None
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise StorageError(f"{path}: teacher cache of format {version}, expected {FORMAT_VERSION}; score again")
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in fields.pop("shards"))
+        return CacheMeta(shards=shards, layout=Layout(**fields.pop("layout")), **fields)
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{path}: is damaged ({error}); score again") from None
+
+
+def _read_index(directory: Path, meta: CacheMeta) -> pa.RecordBatch:
+    path = directory / INDEX_NAME
+    try:
+        with pa.memory_map(str(path)) as file:
+            index = pa.ipc.open_file(file).get_batch(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path}: the index of the teacher cache cannot be read ({error}); score again") from None
+    if index.num_rows != meta.num_rows:
+        raise StorageError(f"{path}: has {index.num_rows} rows, expected {meta.num_rows}; score again")
+    return index

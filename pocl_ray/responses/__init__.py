@@ -1,0 +1,1 @@
+"""Responses that the teacher writes to the training prompts, in place of the rows' own (SeqKD)."""

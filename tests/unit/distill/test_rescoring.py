@@ -1,0 +1,165 @@
+"""Scoring again between stages: the figures of the first scoring, whoever measures them, and resumed to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import runs
+import torch
+
+from pocl_ray.config import DifficultyConfig
+from pocl_ray.config.sources import ScoringGenerationConfig
+from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.ranking import rank_rows
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.difficulty.tasks import plan_tasks
+from pocl_ray.distill.task import Rescoring, TrainTask
+
+SIGNALS = {"rouge_l": 1.0, "ce_loss": 0.5, "teacher_student_kl": 1.0, "student_confidence": 1.0, "teacher_ce_loss": 1.0}
+DIFFICULTY = DifficultyConfig(
+    signals=SIGNALS,
+    rescore="each_stage",
+    generation=ScoringGenerationConfig(max_new_tokens=6),
+    batch_tokens=128,
+    shard_rows=4,
+)
+# Three stages of which the second and the third take a part of the rows, by a ranking of their own.
+STAGES = (
+    runs.stage(0, 8),
+    runs.stage(1, 16, rescore=True),
+    runs.stage(2, 24, rescore=True, kd_ratio=1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
+    """A task whose rows are scored by the untuned student, as the pipeline does it."""
+    made = runs.prepare(tmp_path_factory.mktemp("rescoring"))
+    table = first_scores(made)
+    signals = {name: table[name].to_numpy() for name in SIGNALS}
+    _, rank = rank_rows(signals, weights=SIGNALS)
+    pq.write_table(table.append_column("rank", pa.array(rank)), f"{made.run_dir.uri}/scores.parquet")
+    rescoring = Rescoring(DIFFICULTY, seed=5, folder="scores/stages")
+    return replace(made, stages=STAGES, rescoring=rescoring)
+
+
+def first_scores(task: TrainTask) -> pa.Table:
+    assert task.teacher is not None
+    scoring = ScoringTask(
+        run_dir=task.run_dir,
+        rows={"train": task.rows.path},
+        student_set="train",
+        tokenizer="tokenizer",
+        student=task.student,
+        teacher=task.teacher,
+        generation=DIFFICULTY.generation,
+        max_tokens=task.max_tokens,
+        seed=5,
+        compare=True,
+        cache=None,
+        cache_dtype="auto",
+        use_gpu=False,
+    )
+    store = RowStore.open(task.run_dir.local(task.rows.path))
+    plan = plan_tasks(store.prompt_lengths, store.response_lengths, DIFFICULTY.shard_rows, DIFFICULTY.batch_tokens)
+    student, teacher = StudentActor(scoring), TeacherActor(scoring)
+    parts = []
+    for batches in plan:
+        units = pa.concat_tables(student(unit_table("train", batches)))
+        parts += list(teacher(units))
+    return pa.concat_tables(parts).sort_by("id")
+
+
+def in_folder(task: TrainTask, name: str, **changes: Any) -> TrainTask:
+    """The task with tables in a folder of their own."""
+    assert task.rescoring is not None
+    return replace(task, rescoring=replace(task.rescoring, folder=f"{name}/stages"), **changes)
+
+
+def tables_of(task: TrainTask) -> dict[int, pa.Table]:
+    assert task.rescoring is not None
+    folder = Path(task.run_dir.uri) / task.rescoring.folder
+    return {int(path.stem.removeprefix("stage-")): pq.read_table(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "step_s"} for record in records]
+
+
+def test_a_student_that_has_not_learnt_gets_the_figures_and_the_rank_of_the_first_scoring(
+    task: TrainTask, tmp_path: Path
+) -> None:
+    frozen = runs.TRAIN.model_copy(update={"learning_rate": 1e-30, "weight_decay": 0.0})
+    still = in_folder(task, "still", train=frozen)
+    runs.train(still, tmp_path)
+    first = pq.read_table(task.run_dir.local("scores.parquet"))
+    for table in tables_of(still).values():
+        for name in SIGNALS:
+            np.testing.assert_allclose(table[name].to_numpy(), first[name].to_numpy(), rtol=1e-6, err_msg=name)
+        assert table["previous_rank"].equals(first["rank"])
+        assert table["rank"].equals(first["rank"])
+
+
+def test_the_ranking_follows_the_student_and_the_teachers_part_is_kept(task: TrainTask, tmp_path: Path) -> None:
+    learning = in_folder(task, "learning")
+    outcome = runs.train(learning, tmp_path)
+    first, made = pq.read_table(task.run_dir.local("scores.parquet")), tables_of(learning)
+    assert sorted(made) == [1, 2]
+    assert made[1]["previous_rank"].equals(first["rank"])
+    assert made[2]["previous_rank"].equals(made[1]["rank"])
+    for table in made.values():
+        assert sorted(table["rank"].to_pylist()) == list(range(1, runs.NUM_ROWS + 1))
+        assert table["teacher_ce_loss"].equals(first["teacher_ce_loss"])
+        assert not table["ce_loss"].equals(first["ce_loss"])
+        signals = {name: table[name].to_numpy() for name in SIGNALS}
+        assert rank_rows(signals, weights=SIGNALS)[1].tolist() == table["rank"].to_pylist()
+    assert not made[1]["rank"].equals(first["rank"])
+    never = runs.train(
+        replace(task, stages=tuple(replace(stage, rescore=False) for stage in STAGES), rescoring=None),
+        tmp_path / "never",
+    )
+    assert outcome.losses[:2] == never.losses[:2], "the first stage is the same"
+    assert outcome.losses[2:] != never.losses[2:], "the next one has other rows"
+
+
+@pytest.mark.parametrize("at", ["00001", "00002", "00003", "00007"])
+def test_a_run_resumed_within_or_between_stages_is_the_same_to_the_bit(
+    task: TrainTask, tmp_path: Path, at: str
+) -> None:
+    each = runs.TRAIN.model_copy(update={"checkpoint_every_steps": 1})
+    whole_task = in_folder(task, "whole", train=each, hand_off="best")
+    whole = runs.train(whole_task, tmp_path / "whole")
+    resumed_task = in_folder(task, f"resumed-{at}", train=each, hand_off="best")
+    checkpoint = next(path for path in whole.checkpoints if path.name == at)
+    resumed = runs.train(resumed_task, tmp_path / "resumed", resume=checkpoint)
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+    again = tables_of(resumed_task)
+    assert all(tables_of(whole_task)[index].equals(table) for index, table in again.items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_neither_workers_nor_zero_stage_change_the_figures(task: TrainTask, tmp_path: Path, zero_stage: int) -> None:
+    # Rounding differs with the number of workers once something is learnt; the figures must not, so nothing is.
+    frozen = runs.TRAIN.model_copy(update={"learning_rate": 1e-30, "weight_decay": 0.0, "zero_stage": zero_stage})
+    shared = in_folder(task, f"zero-{zero_stage}", train=frozen)
+    runs.train(shared, tmp_path, num_workers=2)
+    first, made = pq.read_table(task.run_dir.local("scores.parquet")), tables_of(shared)
+    assert sorted(made) == [1, 2]
+    for table in made.values():
+        for name in SIGNALS:
+            np.testing.assert_allclose(table[name].to_numpy(), first[name].to_numpy(), rtol=1e-6, err_msg=name)
+        assert table["rank"].equals(first["rank"])
+
+
+def test_a_fresh_run_leaves_no_table_of_an_earlier_one(task: TrainTask, tmp_path: Path) -> None:
+    fresh = in_folder(task, "fresh", stages=STAGES[:2])
+    task.run_dir.write_text("fresh/stages/stage-9.parquet", "old")
+    runs.train(fresh, tmp_path)
+    assert sorted(tables_of(fresh)) == [1]

@@ -1,0 +1,66 @@
+"""Weights of tokens in real DeepSpeed processes: their mean is taken over the step, so nothing depends on its cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from runs import STAGES, TRAIN, Outcome, prepare, train_all
+
+from pocl_ray.config import DistillConfig
+from pocl_ray.distill.task import TrainTask
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+Runs = dict[Any, Outcome]
+
+
+def variants(task: TrainTask) -> dict[str, TrainTask]:
+    """The tasks by name; `plain` is what the others are compared with."""
+    settings = TRAIN.model_copy(update={"checkpoint_every_steps": 3, "eps": 1e-5})
+    weighted = DistillConfig(teacher_cache="none", token_weight="teacher_entropy", token_weight_strength=0.8)
+    plain = replace(task, stages=(replace(STAGES[0], kd_ratio=0.7),), train=settings, distill=weighted)
+    even = DistillConfig(teacher_cache="none")
+    return {
+        "plain": plain,
+        "micro_2": replace(plain, train=settings.model_copy(update={"micro_batch_rows": 2})),
+        "zero_3": replace(plain, train=settings.model_copy(update={"zero_stage": 3})),
+        "even": replace(plain, distill=even),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every variant on one worker, one again from a checkpoint, and one on two workers."""
+    root = tmp_path_factory.mktemp("weights")
+    tasks = variants(prepare(root))
+    todo: dict[Any, Any] = {name: (task, root / "alone" / name, None) for name, task in tasks.items()}
+    todo["resumed"] = (tasks["plain"], root / "resumed", root / "alone" / "plain" / "checkpoints" / "00003")
+    outcomes: Runs = dict(zip(todo, train_all(list(todo.values())), strict=True))
+    outcomes["pair"] = train_all([(tasks["plain"], root / "pair", None)], num_workers=2)[0]
+    return outcomes
+
+
+def test_neither_micro_batches_nor_zero_nor_workers_change_the_result(runs: Runs, name: str) -> None:
+    got, expected = runs[name], runs["plain"]
+    assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert got.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
+    for key, tensor in expected.weights.items():
+        torch.testing.assert_close(got.weights[key], tensor, rtol=0.0, atol=1e-5, msg=key)
+
+
+def test_a_resumed_run_is_bit_identical(runs: Runs) -> None:
+    assert runs["resumed"].losses == runs["plain"].losses
+    assert all(torch.equal(runs["resumed"].weights[key], tensor) for key, tensor in runs["plain"].weights.items())
+
+
+def test_weights_change_the_distillation_loss_alone(runs: Runs) -> None:
+    weighted, even = (next(m for m in runs[name].metrics if "train/loss" in m) for name in ("plain", "even"))
+    assert weighted["train/ce_loss"] == pytest.approx(even["train/ce_loss"], rel=1e-6)
+    assert weighted["train/kd_loss"] != pytest.approx(even["train/kd_loss"], rel=1e-4)
+    expected = 0.3 * weighted["train/ce_loss"] + 0.7 * weighted["train/kd_loss"]
+    assert weighted["train/loss"] == pytest.approx(expected, rel=1e-6)
+    first = [next(m for m in runs[name].metrics if "eval/dev/kd_loss" in m) for name in ("plain", "even")]
+    assert first[0]["eval/dev/kd_loss"] == first[1]["eval/dev/kd_loss"], "dev losses are even, to be compared"
