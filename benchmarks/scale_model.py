@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 GB, GIB, TERA = 1e9, float(1 << 30), 1e12
 
@@ -222,7 +223,7 @@ def stops_at(totals: Sequence[tuple[int, float]], gain: float = 1.25) -> int:
         totals: (GPUs, seconds), each with twice the GPUs of the one before.
         gain: Of a doubling that is still worth it.
     """
-    for (count, seconds), (_, doubled) in zip(totals, totals[1:], strict=False):
+    for (count, seconds), (_, doubled) in pairwise(totals):
         if seconds / doubled < gain:
             return count
     return totals[-1][0]

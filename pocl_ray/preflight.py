@@ -140,12 +140,12 @@ def check_nodes() -> None:
         return versions()
 
     here, told = versions(), ray.remote(num_cpus=0, max_retries=0)(look)
-    asked: dict[str, Any] = {}
+    asked: list[tuple[str, Any]] = []
     for node in ray.nodes():
         if node["Alive"]:
             only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[node["NodeManagerAddress"]] = told.options(scheduling_strategy=only_there).remote()
-    for address, answer in asked.items():
+            asked.append((node["NodeManagerAddress"], told.options(scheduling_strategy=only_there).remote()))
+    for address, answer in asked:
         try:
             theirs = ray.get(answer, timeout=LOOK_S)
         except RayError as error:  # it may have been taken away, or be busy; training asks again

@@ -51,7 +51,7 @@ def test_a_write_to_a_full_disk_is_known_whoever_wrote() -> None:
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(Exception) as missing:  # noqa: PT011
+    with pytest.raises(Exception) as missing:
         save_file({"x": torch.zeros(1)}, tmp_path / "no" / "such" / "folder.safetensors")
     assert not disk_full(missing.value)
     assert not disk_full(ValueError("a value"))
