@@ -115,6 +115,14 @@ def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, Rows
     return f"{gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
 
 
+def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
+    """Return what the teacher caches of some sets take; None where a teacher's width cannot be told beforehand."""
+    layouts = [_cache_layout(config.distill, teacher) for teacher in (config.teacher, *config.other_teachers)]
+    num_tokens = sum(made.num_response_tokens for made in sets)
+    sizes = [estimate_bytes(num_tokens, layout) for layout in layouts if layout is not None]
+    return sum(sizes) if len(sizes) == len(layouts) else None
+
+
 def _cache_layout(distill: DistillConfig, teacher: TeacherConfig) -> Layout | None:
     """Return what is stored of a token; a teacher's own dtype is taken to be bfloat16."""
     if distill.teacher_cache == "topk":

@@ -159,11 +159,12 @@ class Config(Section):
                 raise ValueError(f"tune.objectives: {no_prompts}, so there is no {objective.metric}; give kd_loss")
 
     def _check_training(self, key: str, train: TrainConfig) -> None:
-        if train.global_batch_rows % self.scaling.num_workers:
-            raise ValueError(
-                f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
-                f"scaling.num_workers ({self.scaling.num_workers})"
-            )
+        for count in (self.scaling.min_workers, self.scaling.max_workers):
+            if train.global_batch_rows % count:
+                raise ValueError(
+                    f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
+                    f"scaling.num_workers ({count})"
+                )
         if train.zero_stage == 0 and train.precision != "fp32":
             raise ValueError(
                 f"{key}.zero_stage 0 works with {key}.precision fp32 alone, since DeepSpeed keeps no exact master "

@@ -71,6 +71,7 @@ class TrainingLoop:
         self.progress = Progress()
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
+        self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -175,6 +176,7 @@ class TrainingLoop:
             "curriculum/kd_ratio": settings.kd_ratio,
             **rollout,
             "num_response_tokens": num_tokens,
+            "num_workers": self.engine.world_size,
             "step_s": round(seconds, 4),
         }
         if self.progress.step % self.task.train.log_every_steps == 0:
@@ -189,7 +191,7 @@ class TrainingLoop:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.task.train.checkpoint_every_steps
-        return every is not None and self.progress.step % every == 0
+        return (every is not None and self.progress.step % every == 0) or self.asks_for_checkpoint()
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()
