@@ -144,6 +144,8 @@ class Config(Section):
         no_prompts = "data.task text has no prompts to answer"
         if self.data.responses == "teacher":
             raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")
+        if self.rollout.mode != "off":
+            raise ValueError(f"rollout.mode: {no_prompts}, which the student could write to; set it to off")
         for signal in ("rouge_l", "num_prompt_tokens"):
             if signal in self.difficulty.signals:
                 raise ValueError(

@@ -135,7 +135,7 @@ class _Batch:
                 torch.cat([self._padded(getattr(cache.layers[index], name)) for cache in caches])
                 for name in ("keys", "values")
             )
-            layer.update(keys, values)
+            layer.update(keys, values)  # type: ignore[union-attr]
         return torch.cat(hidden)
 
     def _padded(self, states: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class _RoomyLayer(DynamicLayer):
             shape = (*states.shape[:-2], length + self.num_spare, states.shape[-1])
             buffer = states.new_empty(shape)
             if before:
-                buffer[..., :before, :] = held
+                buffer[..., :before, :] = held  # type: ignore[assignment]
             grown.append(buffer)
         self.buffers = grown
 
