@@ -22,9 +22,7 @@ from pocl_ray.records import RowsSummary
 pytestmark = pytest.mark.ray
 
 
-DIFFICULTY = DifficultyConfig(
-    generation=ScoringGenerationConfig(max_new_tokens=4), shard_rows=32, batch_tokens=256
-)
+DIFFICULTY = DifficultyConfig(generation=ScoringGenerationConfig(max_new_tokens=4), shard_rows=32, batch_tokens=256)
 
 
 @torch.no_grad()
