@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from runs import STAGES, TRAIN, Outcome, prepare, train_all
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.models.loading import load_model, load_tokenizer
+from pocl_ray.models.saving import save_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -31,11 +34,22 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
     }
 
 
+def sharpen_teacher(task: TrainTask) -> None:
+    """Spread the logits of the fresh teacher, whose entropies are otherwise nearly the same at all tokens."""
+    assert task.teacher is not None
+    model, tokenizer = load_model(task.teacher), load_tokenizer(str(task.run_dir.local(task.tokenizer)))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30.0)
+    save_model(model, tokenizer, Path(task.run_dir.uri) / "models" / "teacher")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every variant on one worker, one again from a checkpoint, and one on two workers."""
     root = tmp_path_factory.mktemp("weights")
-    tasks = variants(prepare(root))
+    task = prepare(root)
+    sharpen_teacher(task)
+    tasks = variants(task)
     todo: dict[Any, Any] = {name: (task, root / "alone" / name, None) for name, task in tasks.items()}
     todo["resumed"] = (tasks["plain"], root / "resumed", root / "alone" / "plain" / "checkpoints" / "00003")
     outcomes: Runs = dict(zip(todo, train_all(list(todo.values())), strict=True))
@@ -43,6 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return outcomes
 
 
+@pytest.mark.parametrize("name", ["micro_2", "zero_3", "pair"])
 def test_neither_micro_batches_nor_zero_nor_workers_change_the_result(runs: Runs, name: str) -> None:
     got, expected = runs[name], runs["plain"]
     assert got.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -59,7 +74,7 @@ def test_a_resumed_run_is_bit_identical(runs: Runs) -> None:
 def test_weights_change_the_distillation_loss_alone(runs: Runs) -> None:
     weighted, even = (next(m for m in runs[name].metrics if "train/loss" in m) for name in ("plain", "even"))
     assert weighted["train/ce_loss"] == pytest.approx(even["train/ce_loss"], rel=1e-6)
-    assert weighted["train/kd_loss"] != pytest.approx(even["train/kd_loss"], rel=1e-4)
+    assert weighted["train/kd_loss"] != pytest.approx(even["train/kd_loss"], rel=1e-2)
     expected = 0.3 * weighted["train/ce_loss"] + 0.7 * weighted["train/kd_loss"]
     assert weighted["train/loss"] == pytest.approx(expected, rel=1e-6)
     first = [next(m for m in runs[name].metrics if "eval/dev/kd_loss" in m) for name in ("plain", "even")]
