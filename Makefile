@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 ROWS   := ../shared/data
 ARGS   ?=
 
-BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py
+BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
@@ -19,10 +19,10 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.11 python3.12 python3.10; do \
     if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test check benchmark clean
+.PHONY: help install quickstart smollm2 test test-faults check benchmark clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with everything pinned in constraints.txt
 
@@ -59,12 +59,15 @@ smollm2: $(STAMP)  ## distil SmolLM2-135M into 6 of its layers
 test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
+	@POCL_FAULTS=all $(BIN)/python -m pytest tests/ray/test_kills.py tests/ray/test_nodes.py tests/ray/test_fault_matrix.py $(ARGS)
+
 check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-benchmark: $(STAMP)  ## speed and memory of a distillation step, memory of the losses
+benchmark: $(STAMP)  ## speed and memory of a step, memory of the losses, speed of rollouts beside TRL's
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:  ## remove .venv and the caches; runs stay

@@ -133,7 +133,7 @@ def _table(title: str, section: type[Section], keys: list[str], used: set[str]) 
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         mark = "\\*" if any(_is_neutral(f"{key}.{name}".lstrip(".")) for key in keys) else ""
-        cells = [f"`{name}`{mark}", _type(field), _default(field), _meaning(section, name, field, used)]
+        cells = [f"`{field.alias or name}`{mark}", _type(field), _default(field), _meaning(section, name, field, used)]
         lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in cells) + " |")
     return "\n".join([*lines, ""])
 

@@ -35,6 +35,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
         *_lora(config),
+        *([config.rollout.model_dump(mode="json")] if config.rollout.is_on else []),
     ]
 
 

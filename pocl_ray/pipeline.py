@@ -36,7 +36,7 @@ from pocl_ray.models.cache_writer import FORMAT_VERSION
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import trained_reference
-from pocl_ray.preflight import check_inputs, check_room, check_settings
+from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
@@ -70,6 +70,7 @@ class Pipeline:
         def connect_and_check() -> None:
             connect()
             check_room(config)
+            check_nodes()
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps)
@@ -127,6 +128,7 @@ class Pipeline:
         student = inputs.student
 
         def work(_: str) -> StepResult:
+            check_disk(config, self.run_dir, inputs.rows)
             table, counts = score_rows(
                 rows=inputs.rows.train,
                 dev_rows=inputs.rows.dev,

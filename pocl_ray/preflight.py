@@ -4,27 +4,38 @@ prepared, and the cluster's room as soon as Ray is connected."""
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
-from pocl_ray.data.preparing import data_fingerprint
+from pocl_ray.data.preparing import Rows, data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.disk import check_free
 from pocl_ray.distill.engine import deepspeed_config
-from pocl_ray.distill.kernels import resolve_divergence
-from pocl_ray.distill.trainer import wait_for_room
+from pocl_ray.distill.kernels import divergences
+from pocl_ray.distill.room import is_one_machine, wait_for_room
+from pocl_ray.distill.writers import check_backend
 from pocl_ray.errors import ConfigError
 from pocl_ray.evaluation.actors import plan_pools, wants_gpu
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.models.quantization import check_int8
+from pocl_ray.preview import cache_bytes
+from pocl_ray.storage import RunDirectory
 from pocl_ray.stores import check_lasts
+from pocl_ray.versions import check_same, versions
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the environment of a submitted job."""
+
+LOOK_S = 120.0
+"""How long a node may take to say which versions it has."""
 
 
 def check_inputs(config: Config) -> None:
@@ -38,8 +49,9 @@ def check_inputs(config: Config) -> None:
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
     check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
-    resolve_divergence(config.distill)
-    deepspeed_config(config.train, config.scaling.num_workers)
+    divergences(config.distill, config.rollout)
+    check_backend(config.rollout)
+    deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)
     _check_rescoring(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
@@ -97,6 +109,51 @@ def check_room(config: Config) -> None:
             check_int8(key, use_gpu)
     wait_for_room(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
+
+
+def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
+    """Check that the teacher caches will fit the disk of the run directory.
+
+    Raises:
+        ResourceError: They will not.
+    """
+    num_bytes = cache_bytes(config, (rows.train, rows.dev))
+    if num_bytes is not None and config.distill.teacher_cache != "none":
+        remedy = "make room, choose another storage_path, or set distill.teacher_cache to topk or none"
+        check_free(run_dir, num_bytes, "the teacher's answers", remedy)
+
+
+def check_nodes() -> None:
+    """Check that all nodes of the cluster run the same versions as this process; a machine alone always does.
+
+    Nodes that an autoscaler starts later are looked at when they train.
+
+    Raises:
+        ResourceError: A node has other versions, or none of the project.
+    """
+    if is_one_machine():
+        return
+
+    def look() -> dict[str, str]:  # nested, so that Ray sends its code: the module may be missing there
+        try:
+            from pocl_ray.versions import versions
+        except ImportError:
+            return {"pocl-ray": "none, or an older one"}
+        return versions()
+
+    here, told = versions(), ray.remote(num_cpus=0, max_retries=0)(look)
+    asked: list[tuple[str, Any]] = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append((node["NodeManagerAddress"], told.options(scheduling_strategy=only_there).remote()))
+    for address, answer in asked:
+        try:
+            theirs = ray.get(answer, timeout=LOOK_S)
+        except RayError as error:  # it may have been taken away, or be busy; training asks again
+            console.print(f"[yellow]warning:[/] node {address} does not tell its versions ({type(error).__name__})")
+            continue
+        check_same(here, theirs, f"node {address}")
 
 
 def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:

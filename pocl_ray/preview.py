@@ -51,6 +51,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
         console.print(f"{name}: {_cache_size(config, teacher, prepared)}")
+    if config.rollout.is_on:
+        console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:
@@ -111,6 +113,14 @@ def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, Rows
     gib = estimate_bytes(num_tokens, layout) / 2**30
     what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)
     return f"{gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
+
+
+def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
+    """Return what the teacher caches of some sets take; None where a teacher's width cannot be told beforehand."""
+    layouts = [_cache_layout(config.distill, teacher) for teacher in (config.teacher, *config.other_teachers)]
+    num_tokens = sum(made.num_response_tokens for made in sets)
+    sizes = [estimate_bytes(num_tokens, layout) for layout in layouts if layout is not None]
+    return sum(sizes) if len(sizes) == len(layouts) else None
 
 
 def _cache_layout(distill: DistillConfig, teacher: TeacherConfig) -> Layout | None:

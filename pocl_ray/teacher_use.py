@@ -16,7 +16,7 @@ def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
     """
     watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
     compares = any(stage.rescore for stage in stages) and choose_signals(config.difficulty).compares
-    return watches or compares or any(stage.uses_teacher for stage in stages)
+    return watches or compares or config.rollout.uses_teacher or any(stage.uses_teacher for stage in stages)
 
 
 def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:

@@ -1,12 +1,13 @@
 """The config: one frozen pydantic model, read from YAML with dotted overrides.
 
 Defaults stand on the fields and nowhere else. `sources.py` describes rows, models and difficulty,
-`training.py` the curriculum and the training, `tuning.py` the search, `root.py` the whole, `loading.py` reads it from a
-file.
+`training.py` the curriculum and the training, `rollout.py` responses of the student's own, `tuning.py` the search,
+`root.py` the whole, `loading.py` reads it from a file.
 """
 
 from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
+from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.sources import (
     DataConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "OtherTeacherConfig",
     "PlateauConfig",
     "ReportConfig",
+    "RolloutConfig",
     "ScalingConfig",
     "ScheduleConfig",
     "SchedulerConfig",

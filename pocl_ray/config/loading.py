@@ -175,7 +175,7 @@ def _keys_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
         if found is None:
             return []
         model = found
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section
+from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -83,6 +84,7 @@ class Config(Section):
     difficulty: DifficultyConfig = DifficultyConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     distill: DistillConfig = DistillConfig()
+    rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     control: ControlConfig | None = Field(default=None, description="also train plain KD, as a control")
     scaling: ScalingConfig = ScalingConfig()
@@ -117,19 +119,41 @@ class Config(Section):
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
+        if self.rollout.is_on:
+            self._check_rollouts()
         return self
+
+    def _check_rollouts(self) -> None:
+        if self.distill.teacher_cache != "none":
+            raise ValueError(
+                f"rollout.mode {self.rollout.mode} writes responses that no teacher cache can hold; set "
+                "distill.teacher_cache to none, which runs the teacher live"
+            )
+        if self.rollout.mode == "adaptive" and self.rollout.buffer_rows < self.train.global_batch_rows:
+            raise ValueError(
+                f"rollout.buffer_rows ({self.rollout.buffer_rows}) must be at least train.global_batch_rows "
+                f"({self.train.global_batch_rows}): a step is drawn from the buffer as a whole"
+            )
+        if self.rollout.backend == "vllm" and self.scaling.use_gpu is False:
+            raise ValueError("rollout.backend vllm runs on GPUs; set it to transformers, or scaling.use_gpu to true")
+        if self.rollout.backend == "vllm" and self.student.lora is not None:
+            raise ValueError("rollout.backend vllm takes no adapters; set it to transformers, or remove student.lora")
 
     def _check_text(self) -> None:
         """Refuse what asks for answers to prompts where there are none."""
         no_prompts = "data.task text has no prompts to answer"
         if self.data.responses == "teacher":
             raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")
+        if self.rollout.mode != "off":
+            raise ValueError(f"rollout.mode: {no_prompts}, which the student could write to; set it to off")
         for signal in ("rouge_l", "num_prompt_tokens"):
             if signal in self.difficulty.signals:
                 raise ValueError(
                     f"difficulty.signals: {no_prompts}, so there is no {signal}; "
                     "give others, such as [ce_loss, teacher_ce_loss]"
                 )
+        if self.rollout.is_on:
+            raise ValueError(f"rollout.mode: {no_prompts}; set it to off")
         if self.curriculum.advance == "plateau" and self.curriculum.plateau.metric == "rouge_l":
             raise ValueError(f"curriculum.plateau.metric: {no_prompts}; set it to kd_loss or ce_loss")
         for objective in () if self.tune is None else self.tune.objectives:
@@ -137,11 +161,12 @@ class Config(Section):
                 raise ValueError(f"tune.objectives: {no_prompts}, so there is no {objective.metric}; give kd_loss")
 
     def _check_training(self, key: str, train: TrainConfig) -> None:
-        if train.global_batch_rows % self.scaling.num_workers:
-            raise ValueError(
-                f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
-                f"scaling.num_workers ({self.scaling.num_workers})"
-            )
+        for count in (self.scaling.min_workers, self.scaling.max_workers):
+            if train.global_batch_rows % count:
+                raise ValueError(
+                    f"{key}.global_batch_rows ({train.global_batch_rows}) must be a multiple of "
+                    f"scaling.num_workers ({count})"
+                )
         if train.zero_stage == 0 and train.precision != "fp32":
             raise ValueError(
                 f"{key}.zero_stage 0 works with {key}.precision fp32 alone, since DeepSpeed keeps no exact master "

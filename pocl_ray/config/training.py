@@ -241,7 +241,13 @@ class SftConfig(Section):
 class ScalingConfig(Section):
     """Workers and actors, and what each of them asks the cluster for."""
 
-    num_workers: int = Field(default=1, ge=1, description="training workers")
+    num_workers: int | tuple[int, int] = Field(
+        default=1,
+        description="training workers; [least, most]: the run goes on with fewer when nodes are lost, and grows back",
+    )
+    resize_interval_s: float = Field(
+        default=60.0, gt=0, description="an elastic run grows at most this often, and only after a checkpoint"
+    )
     use_gpu: bool | None = Field(default=None, description="null: a GPU for each worker if the cluster has any")
     cpus_per_worker: float = Field(default=1.0, gt=0)
     student_actors: int = Field(default=1, ge=1, description="actors that run the student while scoring, at most")
@@ -257,3 +263,29 @@ class ScalingConfig(Section):
     max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
     collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_or_two_counts(cls, given: Any) -> Any:
+        counts = given if isinstance(given, (list, tuple)) else [given]
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+            raise ValueError("an integer, or [least, most]")
+        if counts is given and len(counts) != 2:
+            raise ValueError(f"an elastic run has two numbers, [least, most], and not {len(counts)}")
+        if min(counts) < 1:
+            raise ValueError(f"at least 1 worker is needed, not {min(counts)}")
+        if counts[0] > counts[-1]:
+            raise ValueError(
+                f"the least, {counts[0]}, is above the most, {counts[-1]}; write [{counts[-1]}, {counts[0]}]"
+            )
+        return given
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest training workers that a run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most training workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -45,6 +45,7 @@ class MicroBatch:
         response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
         targets_N: These next tokens.
         taught: What the teachers say at the same positions; empty without a teacher.
+        is_rollout: Whether the student wrote the responses.
     """
 
     input_ids_BT: torch.Tensor
@@ -52,15 +53,17 @@ class MicroBatch:
     response_index_N: torch.Tensor
     targets_N: torch.Tensor
     taught: tuple[Taught, ...] = ()
+    is_rollout: bool = False
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""
-        return MicroBatch(
-            self.input_ids_BT.to(device, non_blocking=True),
-            self.attention_mask_BT.to(device, non_blocking=True),
-            self.response_index_N.to(device, non_blocking=True),
-            self.targets_N.to(device, non_blocking=True),
-            tuple(replace(taught, tokens=taught.tokens.to(device, non_blocking=True)) for taught in self.taught),
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
+            attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=True),
+            response_index_N=self.response_index_N.to(device, non_blocking=True),
+            targets_N=self.targets_N.to(device, non_blocking=True),
+            taught=tuple(replace(one, tokens=one.tokens.to(device, non_blocking=True)) for one in self.taught),
         )
 
     @property

@@ -5,6 +5,7 @@ A checkpoint is a directory:
     progress.json        cursor, best dev figure, Adam steps, loss scaler, sha256 of every other file
     metrics.jsonl        every metric of the run so far
     state/*.safetensors  fp32 weights and moments by parameter name
+    rollouts.safetensors the replay buffer, where `rollout.mode` is `adaptive`
     best/*.safetensors   the same of the best evaluation of this stage, where `hand_off` is `best`
     order.safetensors    the order of rows that the stage is a slice of, where stages are scored for again
 
@@ -51,6 +52,7 @@ class Progress:
         num_adam_steps: Steps that the moments have seen.
         best_adam_steps: The same at the best evaluation.
         loss_scaler: State of the fp16 loss scaler.
+        rollout: State of the adaptive rollouts.
         metrics: The metric stream, one record a logged step.
     """
 
@@ -62,6 +64,7 @@ class Progress:
     num_adam_steps: int = 0
     best_adam_steps: int = 0
     loss_scaler: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.step import StepSettings
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
-from pocl_ray.models.lora import add_same_adapters
 
 
 class DevEvaluator:
@@ -33,6 +30,7 @@ class DevEvaluator:
         max_rows: int | None,
         max_tokens: int,
         seed: int,
+        student: InferenceStudent,
     ) -> None:
         """Choose the dev rows that answers are generated for.
 
@@ -45,12 +43,13 @@ class DevEvaluator:
             max_rows: Rows that answers are generated for; None for all.
             max_tokens: Prompt and answer together.
             seed: Of sampled answers.
+            student: The student, to generate with.
         """
         self.engine, self.feed, self.tokenizer = engine, feed, tokenizer
         self.settings, self.generation = settings, generation
         self.num_rows = min(len(feed.rows), max_rows or len(feed.rows))
         self.max_tokens, self.seed = max_tokens, seed
-        self._copy: PreTrainedModel | None = None
+        self.student = student
 
     def evaluate(self) -> dict[str, float]:
         """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100 where there are prompts."""
@@ -76,7 +75,7 @@ class DevEvaluator:
     def _answers(self, rows: RowStore) -> dict[str, float]:
         ids = np.arange(self.engine.rank, self.num_rows, self.engine.world_size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        model = self.inference_model()
+        model = self.student.current()
         if len(ids):
             prompts, _ = rows.tokens(ids)
             settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
@@ -88,26 +87,3 @@ class DevEvaluator:
         dist.all_reduce(sums)
         rouge_l, exact_match = (sums / self.num_rows).tolist()
         return {"eval/dev/rouge_l": rouge_l, "eval/dev/exact_match": exact_match}
-
-    def inference_model(self) -> PreTrainedModel:
-        """Return a model to generate with: the student itself, or under ZeRO-3 a whole copy of it.
-
-        A partitioned student would gather every weight for every token; the copy is filled once an evaluation.
-        """
-        student = self.engine.module.student
-        if self.engine.train.zero_stage < 3:
-            student.eval()
-            return student
-        import deepspeed
-
-        if self._copy is None:
-            with torch.device(self.engine.device):
-                self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
-            add_same_adapters(self._copy, student)
-            nn.Module.to(self._copy, self.engine.device, next(student.parameters()).dtype)
-            self._copy.eval()
-        targets: dict[str, Any] = dict(self._copy.named_parameters())
-        for name, parameter in student.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
-                targets[name].copy_(parameter)
-        return self._copy

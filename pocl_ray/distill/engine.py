@@ -45,20 +45,25 @@ class StepLosses:
     num_response_tokens: int
 
 
-def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> int:
     """Return the micro-batches that each worker runs for one optimizer step."""
-    return math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
+    return responses_per_row * math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
 
 
-def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> dict[str, Any]:
     """Return the DeepSpeed configuration, the user's own merged in.
+
+    Args:
+        train: The section of the config.
+        world_size: Number of workers.
+        responses_per_row: How often a row of the global batch is trained on in one step; 2 with rollouts beside data.
 
     Raises:
         ConfigError: The user's config sets a key that `train` decides to another value.
     """
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation_steps(train, world_size),
+        "gradient_accumulation_steps": accumulation_steps(train, world_size, responses_per_row),
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.precision == "bf16"},
@@ -125,7 +130,14 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
 class Engine:
     """A DistillationModule inside a DeepSpeed engine."""
 
-    def __init__(self, module: DistillationModule, train: TrainConfig, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self,
+        module: DistillationModule,
+        train: TrainConfig,
+        device: torch.device,
+        timeout_s: float,
+        responses_per_row: int = 1,
+    ) -> None:
         """Wrap the module; collective, so every worker calls it.
 
         Args:
@@ -133,6 +145,7 @@ class Engine:
             train: Precision, ZeRO stage, batch and optimizer.
             device: Where this worker computes.
             timeout_s: After so long a collective operation with a dead peer fails.
+            responses_per_row: How often a row of the global batch is trained on in one step.
         """
         deepspeed = import_deepspeed(device)
         check_precision(train.precision, deepspeed.get_accelerator())
@@ -147,11 +160,11 @@ class Engine:
             eps=train.eps,
             fused=True,
         )
-        config = deepspeed_config(train, self.world_size)
+        config = deepspeed_config(train, self.world_size, responses_per_row)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.accumulation = accumulation_steps(train, self.world_size)
+        self.accumulation = accumulation_steps(train, self.world_size, responses_per_row)
         _set_timeout_of_all_groups(timeout_s)
 
     @property
@@ -176,7 +189,7 @@ class Engine:
         assert len(micro_batches) == self.accumulation
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        settings = self._with_mean_score(micro_batches, settings, num_response_tokens)
+        settings = self._with_mean_score(micro_batches, settings)
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -193,21 +206,22 @@ class Engine:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
 
-    def _with_mean_score(
-        self, micro_batches: Sequence[MicroBatch], settings: StepSettings, num_response_tokens: int
-    ) -> StepSettings:
+    def _with_mean_score(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
         """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.
 
         The teacher's head runs once more for it: the sum over the step must be known before its first gradient.
         """
         weight = settings.token_weight
-        if weight is None or settings.kd_ratio == 0.0:
+        if weight is None:
             return settings
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            total += self.module.token_score_sum(batch.to(self.device), settings)
-        dist.all_reduce(total)
-        return replace(settings, token_weight=weight.with_mean(float(total) / num_response_tokens))
+            if settings.of(batch).kd_ratio > 0.0:
+                totals[0] += self.module.token_score_sum(batch.to(self.device), settings)
+                totals[1] += batch.num_response_tokens
+        dist.all_reduce(totals)
+        score_sum, num_tokens = totals.tolist()
+        return replace(settings, token_weight=weight.with_mean(score_sum / num_tokens)) if num_tokens else settings
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""

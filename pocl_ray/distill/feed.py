@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.adaptive import Source
 from pocl_ray.distill.teachers import Teachers
 from pocl_ray.records import Stage
 
@@ -23,11 +24,18 @@ class GlobalBatch:
         micro_batches: What this worker runs.
         num_rows: Rows over all workers.
         num_response_tokens: Response tokens over all workers.
+        ids: Row ids over all workers.
+        source: Who wrote the responses: the rows' own, the student just now, or the student once (replayed).
     """
 
     micro_batches: list[MicroBatch]
     num_rows: int
     num_response_tokens: int
+    ids: np.ndarray
+    source: Source = "data"
+
+
+Respond = Callable[[GlobalBatch], GlobalBatch]
 
 
 class Feed:
@@ -60,19 +68,29 @@ class Feed:
         self.lengths = rows.prompt_lengths + rows.response_lengths
 
     def stage(
-        self, stage: Stage, stage_rows: np.ndarray, global_batch_rows: int, seed: int, first_step: int
+        self,
+        stage: Stage,
+        stage_rows: np.ndarray,
+        global_batch_rows: int,
+        seed: int,
+        first_step: int,
+        respond: Respond | None = None,
     ) -> Generator[GlobalBatch, None, None]:
-        """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead."""
+        """Yield the global batches of a stage from `first_step` on; closing it stops the reading ahead.
+
+        `respond` may put other responses into a batch, which the teachers then teach whatever the stage's `kd_ratio`.
+        It is called when the batch is asked for, not ahead.
+        """
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
-        teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher else Teachers()
+        teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher or respond else Teachers()
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:
                 behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, teachers)
                 if behind is not None:
-                    yield _taught(behind.result(), teachers)
+                    yield _taught(behind.result(), teachers, respond)
             if ahead is not None:
-                yield _taught(ahead.result(), teachers)
+                yield _taught(ahead.result(), teachers, respond)
 
     def batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         """Return the rows of these ids as one micro-batch, with the part of these teachers."""
@@ -98,7 +116,10 @@ class Feed:
     def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
         mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
         return GlobalBatch(
-            [self._micro_batch(part, teachers) for part in mine], len(ids), int(self.rows.response_lengths[ids].sum())
+            [self._micro_batch(part, teachers) for part in mine],
+            len(ids),
+            int(self.rows.response_lengths[ids].sum()),
+            ids,
         )
 
     def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
@@ -106,5 +127,7 @@ class Feed:
         return replace(batch, taught=teachers.stored(ids))
 
 
-def _taught(batch: GlobalBatch, teachers: Teachers) -> GlobalBatch:
+def _taught(batch: GlobalBatch, teachers: Teachers, respond: Respond | None) -> GlobalBatch:
+    if respond is not None:
+        batch = respond(batch)
     return replace(batch, micro_batches=[teachers.teach(part) for part in batch.micro_batches])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pocl_ray.config import DistillConfig
+from pocl_ray.config import DistillConfig, RolloutConfig
 from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
 from pocl_ray.errors import ConfigError
 
@@ -45,6 +45,17 @@ def resolve_divergence(distill: DistillConfig, device: torch.device | None = Non
         _check_liger(distill, beta, device)
     wanted = distill.kernel == "liger" or (distill.kernel == "auto" and _fits(distill, device))
     return LigerLoss(loss, beta) if wanted and beta is not None else loss
+
+
+def divergences(
+    distill: DistillConfig, rollout: RolloutConfig, device: torch.device | None = None
+) -> tuple[ResolvedLoss | LigerLoss, ResolvedLoss | LigerLoss]:
+    """Return the divergence on the rows' responses and that on rollouts; see `resolve_divergence`."""
+    on_data = resolve_divergence(distill, device)
+    if rollout.loss is None:
+        return on_data, on_data
+    own = distill.model_copy(update={"loss": rollout.loss, "loss_args": rollout.loss_args})
+    return on_data, resolve_divergence(own, device)
 
 
 def jsd_beta(loss: ResolvedLoss) -> float | None:

@@ -21,11 +21,12 @@ from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, wr
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
-from pocl_ray.distill.kernels import resolve_divergence
+from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
+from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
-from pocl_ray.distill.step import StepSettings
+from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
@@ -43,6 +44,7 @@ class TrainingLoop:
         engine: Engine,
         feed: Feed,
         dev: DevEvaluator,
+        rollouts: Rollouts,
         orders: Mapping[Order, np.ndarray],
         on_checkpoint: OnCheckpoint,
         on_step: OnStep,
@@ -55,6 +57,7 @@ class TrainingLoop:
             engine: The student.
             feed: The training rows.
             dev: Dev figures.
+            rollouts: Responses of the student's own.
             orders: Row ids in each order that a stage may be a slice of.
             on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
                 checkpoint, which it takes over.
@@ -62,12 +65,13 @@ class TrainingLoop:
             rescorer: Ranks the rows anew before the stages that say so.
         """
         self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
-        self.rescorer = rescorer
+        self.rollouts, self.rescorer = rollouts, rescorer
         self.on_checkpoint, self.on_step = on_checkpoint, on_step
         self.state = TrainingState(engine)
         self.progress = Progress()
-        self.divergence = resolve_divergence(task.distill, engine.device)
+        self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
+        self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
@@ -76,6 +80,7 @@ class TrainingLoop:
         self.progress = progress
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
+        self.rollouts.restore(progress.rollout, source)
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
         if self.rescorer is not None:
@@ -104,7 +109,8 @@ class TrainingLoop:
         rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
         step = progress.num_samples // batch_rows
         started = time.monotonic()
-        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step)) as batches:
+        respond = self._respond if self.task.rollout.is_on else None
+        with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, respond)) as batches:
             while not self._is_over(stage, step):
                 batch = next(batches)
                 self._step(stage, step, batch, started)
@@ -129,21 +135,36 @@ class TrainingLoop:
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
-        settings = StepSettings(
-            stage.kd_temperature_at(step), stage.kd_ratio_at(step), self.divergence, self.token_weight
-        )
+        settings = self._settings(stage, step)
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
         progress.num_samples += batch.num_rows
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
-        self._log(stage, settings, losses, lr, time.monotonic() - started)
+        self._log(stage, settings, losses, lr, self.rollouts.figures(batch), time.monotonic() - started)
+
+    def _respond(self, batch: GlobalBatch) -> GlobalBatch:
+        return self.rollouts.respond(batch, self.progress.step)
+
+    def _settings(self, stage: Stage, step: int) -> StepSettings:
+        temperature, kd_ratio = stage.kd_temperature_at(step), stage.kd_ratio_at(step)
+        own = self.task.rollout.kd_ratio
+        on_rollouts = RolloutSettings(kd_ratio if own is None else own, self.rollout_divergence)
+        return StepSettings(temperature, kd_ratio, self.divergence, self.token_weight, on_rollouts)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
         sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _log(self, stage: Stage, settings: StepSettings, losses: StepLosses, lr: float, seconds: float) -> None:
+    def _log(
+        self,
+        stage: Stage,
+        settings: StepSettings,
+        losses: StepLosses,
+        lr: float,
+        rollout: dict[str, Any],
+        seconds: float,
+    ) -> None:
         figures = asdict(losses)
         num_tokens = figures.pop("num_response_tokens")
         record = {
@@ -153,7 +174,9 @@ class TrainingLoop:
             "curriculum/stage": stage.index,
             "curriculum/kd_temperature": settings.kd_temperature,
             "curriculum/kd_ratio": settings.kd_ratio,
+            **rollout,
             "num_response_tokens": num_tokens,
+            "num_workers": self.engine.world_size,
             "step_s": round(seconds, 4),
         }
         if self.progress.step % self.task.train.log_every_steps == 0:
@@ -168,10 +191,11 @@ class TrainingLoop:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.task.train.checkpoint_every_steps
-        return every is not None and self.progress.step % every == 0
+        return (every is not None and self.progress.step % every == 0) or self.asks_for_checkpoint()
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()
+        self.rollouts.observe(figures)
         progress = self.progress
         position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
         record = {**position, **figures}
@@ -191,11 +215,13 @@ class TrainingLoop:
         """Write a checkpoint. At the end of a stage it is taken before the hand-off, which a resumed run repeats."""
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
+        self.progress.rollout = self.rollouts.state()
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
         write_state(self.state, KINDS, (directory or self._scratch) / STATE)
         if directory is not None:
             if (self._scratch / BEST).exists():
                 shutil.copytree(self._scratch / BEST, directory / BEST)
+            self.rollouts.write(directory)
             if self.rescorer is not None:
                 write_order(self.orders["rank"], directory)
             write_progress(self.progress, directory)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from pocl_ray.config import Config
+from pocl_ray.config import Config, RolloutConfig
 from pocl_ray.curriculum.schedule import plan_sft
 from pocl_ray.data.preparing import Rows
 from pocl_ray.distill.task import Rescoring, TeacherTask, TrainTask
@@ -53,6 +53,7 @@ def curriculum_task(
         scores="scores.parquet",
         train=config.train,
         distill=config.distill,
+        rollout=config.rollout,
         hand_off=config.curriculum.hand_off,
         plateau=config.curriculum.plateau,
         dev_generation=config.evaluation.dev_generation,
@@ -119,6 +120,7 @@ def sft_task(
         other_teachers=(),
         scores=None,
         train=train,
+        rollout=RolloutConfig(),
         seed=config.seed,
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",

@@ -12,12 +12,16 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
 from pocl_ray.distill.rescoring import Rescorer
+from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import load_teachers, teachers_of
+from pocl_ray.distill.writers import TransformersWriter, VllmWriter, Writer
+from pocl_ray.evaluation.generation import stop_ids_of
 from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters
@@ -45,7 +49,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
         # Non-reentrant: beneath frozen weights the input needs no gradient for the adapters behind it to get theirs.
         student.gradient_checkpointing_enable({"use_reentrant": False})
     module = DistillationModule(student, chunk_bytes=task.distill.chunk_mib << 20)
-    engine = Engine(module, train, device, task.collective_timeout_s)
+    engine = Engine(module, train, device, task.collective_timeout_s, 2 if task.rollout.beside_data else 1)
     engine.module.attach_teacher_heads(*(teacher.head for teacher in teachers))
     stores = [RowStore.open(task.run_dir.local(made.path)) for made in (task.rows, task.dev_rows)]
     pad_id = tokenizer.pad_token_id
@@ -56,20 +60,30 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     )
     divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teacher is not None else 0.0, divergence)
+    copy = InferenceStudent(engine)
     dev = DevEvaluator(
-        engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed
+        engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
     )
+    writer = _writer(task, copy, stop_ids_of(student, tokenizer))
+    rollouts = Rollouts(task.rollout, engine, writer, stores[0], pad_id, task.max_tokens, task.seed, task.num_steps)
     rescorer = None
     if task.rescoring is not None:
         head_of_first = teachers[0].head if teachers else None
-        rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, dev.inference_model, head_of_first)
+        rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, copy.current, head_of_first)
     orders = _orders(task, len(stores[0]))
-    return TrainingLoop(task, engine, feed, dev, orders, on_checkpoint, on_step, rescorer)
+    return TrainingLoop(task, engine, feed, dev, rollouts, orders, on_checkpoint, on_step, rescorer)
 
 
 def local_ref(ref: ModelRef) -> ModelRef:
     """Return a reference whose path is on this node."""
     return on_this_node(ref)
+
+
+def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> Writer:
+    if task.rollout.backend == "vllm":
+        directory = local_ref(task.student).path
+        return VllmWriter(task.rollout, student, stop_ids, task.seed, directory, task.max_tokens)
+    return TransformersWriter(task.rollout, student, stop_ids, task.seed)
 
 
 def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:

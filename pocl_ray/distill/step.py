@@ -9,7 +9,7 @@ Legend: B batch, T tokens, N response tokens in one flat axis, V vocabulary, H h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -31,13 +31,30 @@ from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 
 @dataclass(frozen=True)
+class RolloutSettings:
+    """The weight of the divergence, and the divergence, on responses that the student wrote."""
+
+    kd_ratio: float
+    kd: KdFunction | None = None
+
+
+@dataclass(frozen=True)
 class StepSettings:
-    """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'."""
+    """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'.
+
+    `on_rollouts` takes the place of divergence and weight for micro-batches whose responses the student wrote.
+    """
 
     kd_temperature: float
     kd_ratio: float
     kd: KdFunction | None = None
     token_weight: TokenWeight | None = None
+    on_rollouts: RolloutSettings | None = None
+
+    def of(self, batch: MicroBatch) -> StepSettings:
+        """Return what holds for a micro-batch."""
+        own = self.on_rollouts
+        return replace(self, kd_ratio=own.kd_ratio, kd=own.kd) if batch.is_rollout and own is not None else self
 
 
 class LossHead(nn.Module):
@@ -110,6 +127,7 @@ class DistillationModule(nn.Module):
             (sum of (1 - kd_ratio) ce + kd_ratio kd, sum of ce, sum of kd), float32 scalars; the first carries the
             gradient. With kd_ratio 0 the teacher is left alone and the third is 0.
         """
+        settings = settings.of(batch)
         return self.loss_head(
             self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
         )
@@ -117,7 +135,7 @@ class DistillationModule(nn.Module):
     @torch.no_grad()
     def token_score_sum(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
         """Sum of the scores that weigh tokens over the response tokens of the batch, a float64 scalar."""
-        teacher = self._teacher_logits(batch, settings)
+        teacher = self._teacher_logits(batch, settings.of(batch))
         assert settings.token_weight is not None and teacher is not None
         total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
         for rows in token_chunks(batch.num_response_tokens, self.student.config.vocab_size, self.chunk_bytes):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pocl_ray.config import DifficultyConfig, DistillConfig, GenerationConfig, LoraConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import (
+    DifficultyConfig,
+    DistillConfig,
+    GenerationConfig,
+    LoraConfig,
+    PlateauConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -68,6 +76,7 @@ class TrainTask:
         scores: Parquet file whose `rank` orders the rows; None for file order.
         train: Optimizer, batch and precision.
         distill: Loss and chunking.
+        rollout: Responses of the student's own.
         hand_off: What the next stage, and the result, starts from.
         plateau: When a stage with `min_epochs` has converged.
         dev_generation: How dev answers are generated.
@@ -100,6 +109,7 @@ class TrainTask:
     scores: str | None
     train: TrainConfig
     distill: DistillConfig
+    rollout: RolloutConfig
     hand_off: Literal["best", "last"]
     plateau: PlateauConfig
     dev_generation: GenerationConfig

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
@@ -21,22 +22,26 @@ from rich.markup import escape
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
+from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.plateau import hand_off_figure
+from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.errors import UserError
 from pocl_ray.evaluation.actors import wants_gpu
+from pocl_ray.versions import versions
 
 POLL_S = 0.3
 ABORT_S = 20.0
 CHECKPOINTS = "checkpoints"
 CONTROLLER_FAILURE_LIMIT = 8
+GROUP_START_TIMEOUT_S = 30
 REFUSAL_PATIENCE_S = 15.0  # the others may wait for the worker that refused until their collective times out
 
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # A dead worker is seen at once; and a checkpoint is taken over only then, while the next one waits for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_TIMEOUT_S),
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
@@ -78,17 +83,18 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
     """
     use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
-    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if _is_one_machine() else {})}.items():
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if is_one_machine() else {})}.items():
         os.environ.setdefault(key, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    trainer = (_Trainer if boards or _is_one_machine() else TorchTrainer)(
+    trainer = _Trainer(
         _train_worker,
         # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
-        train_loop_config={"task": ray.put(task), "board": board},
+        train_loop_config={"task": ray.put(task), "board": board, "versions": None if is_one_machine() else versions()},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
+            elastic_resize_monitor_interval_s=scaling.resize_interval_s,
             use_gpu=use_gpu,
             resources_per_worker=resources_per_worker(scaling, use_gpu),
             placement_strategy=scaling.placement,
@@ -96,6 +102,8 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
         ),
         run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
     )
+    trainer.has_watchdog = not (boards or is_one_machine())
+    trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
     standing = _fit(trainer, board, watch)
     ray.kill(board)
     return standing
@@ -115,15 +123,30 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 
 
 class _Trainer(TorchTrainer):
-    """Does without the watchdog of placement groups, where something else frees them: a process less to start.
+    """A TorchTrainer with an elastic policy of our own, and its watchdog of placement groups where it is needed.
 
-    That is the end of this process, where the cluster ends with it, or a board. The watchdog asks the State API, which
-    a cluster without a dashboard lacks; `fit` would wait for it at the end.
+    Attributes:
+        has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
+            cluster ends with it, or a board. The watchdog asks the State API, which a cluster without a dashboard
+            lacks; `fit` would wait for it at the end.
+        global_batch_rows: Rows of an optimizer step, which the workers share evenly.
+        patience_s: How long an elastic run waits for its fewest workers.
     """
+
+    has_watchdog = True
+    global_batch_rows = 1
+    patience_s = 0.0
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [each for each in callbacks if self.has_watchdog or not isinstance(each, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        scaling = cast(RayScalingConfig, self.scaling_config)
+        if scaling.elasticity_enabled:
+            policy = DividingPolicy(scaling, self.global_batch_rows, self.patience_s)
+            arguments["scaling_policy"] = policy
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
 def checkpoint_folder(task: TrainTask) -> str:
@@ -134,12 +157,14 @@ def checkpoint_folder(task: TrainTask) -> str:
 def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
+    # While a lost node is replaced, each start that finds no room counts as a failure of the controller.
+    num_waits = math.ceil(scaling.start_timeout_s / GROUP_START_TIMEOUT_S)
     return RunConfig(
         name=checkpoint_folder(task).rpartition("/")[2],
         storage_path=run_dir.fs_path(CHECKPOINTS),
         storage_filesystem=run_dir.filesystem if remote else None,
         failure_config=FailureConfig(  # type: ignore[call-arg]
-            max_failures=scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURE_LIMIT
+            max_failures=scaling.max_failures, controller_failure_limit=max(CONTROLLER_FAILURE_LIMIT, num_waits)
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
         callbacks=[tell],  # type: ignore[list-item]
@@ -228,59 +253,9 @@ def _note(standing: Standing) -> str:
 
 def _cause(error: BaseException) -> BaseException:
     """Return the user's mistake behind a failed run if there is one, else the failure itself."""
-    for failure in getattr(error, "worker_failures", {}).values():
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for failure in failures:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return cause
     return error
-
-
-def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
-    """Return what one training worker asks the cluster for."""
-    resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
-    return {**resources, "GPU": resources.get("GPU", 1)} if use_gpu else resources
-
-
-def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
-    """Wait until the cluster has room for all workers; an autoscaling one may still be growing.
-
-    Raises:
-        ResourceError: It has not after `scaling.start_timeout_s`.
-    """
-    needed = resources_per_worker(scaling, use_gpu)
-    deadline = time.monotonic() + scaling.start_timeout_s
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = room_for(needed, nodes, scaling.placement)
-        if room >= scaling.num_workers:
-            return
-        if time.monotonic() > deadline or _is_one_machine():
-            each = ", ".join(f"{v:g} {k}" for k, v in needed.items())
-            listed = "; ".join(", ".join(f"{node.get(k, 0):g} {k}" for k in needed) for node in nodes)
-            raise ResourceError(
-                f"scaling.num_workers: the cluster has room for {room} of {scaling.num_workers} workers of {each} each "
-                f"(its nodes have {listed}); lower scaling.num_workers or scaling.cpus_per_worker"
-            )
-        time.sleep(1.0)
-
-
-def room_for(needed: dict[str, float], nodes: list[dict[str, float]], placement: str) -> int:
-    """Return how many workers fit, none of them cut across nodes.
-
-    Args:
-        needed: What one worker asks for.
-        nodes: What each node has.
-        placement: Ray's placement strategy.
-    """
-    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
-    if placement == "STRICT_PACK":
-        return max(fits, default=0)
-    if placement == "STRICT_SPREAD":
-        return sum(fit > 0 for fit in fits)
-    return sum(fits)
-
-
-def _is_one_machine() -> bool:
-    """Whether this process started the cluster itself, which therefore will not grow."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head

@@ -14,16 +14,21 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
+from pocl_ray.disk import check_free, check_free_at, disk_full, full_disk_error
 from pocl_ray.distill.checkpoints import Progress
 from pocl_ray.distill.engine import DTYPES
+from pocl_ray.distill.gauges import Gauges
+from pocl_ray.distill.logs import WorkerLog
 from pocl_ray.distill.loop import TrainingLoop
+from pocl_ray.distill.preemption import Notices, watcher_is_on
 from pocl_ray.distill.resuming import resume
 from pocl_ray.distill.setup import local_ref, set_up_loop
-from pocl_ray.distill.state import WEIGHT
+from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
+from pocl_ray.versions import check_same, versions
 
 MIN_SHOW_INTERVAL_S = 0.25
 
@@ -34,22 +39,36 @@ def train_worker(config: dict[str, Any]) -> None:
     A user's mistake is told to the board, not raised: Ray would try it again.
 
     Args:
-        config: `task`, the reference of a TrainTask, and `board`, the handle of the ProgressBoard.
+        config: `task`, the reference of a TrainTask, `board`, the handle of the ProgressBoard, and `versions`, of the
+            driver; None on one machine.
     """
-    task, board = ray.get(config["task"]), config["board"]
+    board = config["board"]
     try:
-        _train(task, board)
+        if config["versions"] is not None:
+            check_same(config["versions"], versions(), f"node {ray.util.get_node_ip_address()}")
+        _train(ray.get(config["task"]), board)
     except UserError as error:
         ray.get(board.refuse.remote(error))
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        ray.get(board.refuse.remote(full_disk_error(error, f"training on node {ray.util.get_node_ip_address()}")))
 
 
 def _train(task: TrainTask, board: Any) -> None:
     reporter = _Reporter(task, board, dist.get_rank())
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
-    resume(loop, _checkpoints(loop.engine.rank), ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
+    if watcher_is_on():
+        notices = Notices(loop.engine.device, lambda: reporter.node_leaves(loop.progress))
+        loop.asks_for_checkpoint = notices.ask_for_checkpoint
+    kept = _checkpoints(loop.engine.rank)
+    if loop.engine.rank == 0:
+        _check_disk(task, loop, len(kept))
+    resume(loop, kept, ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
         board.begin.remote(task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id())
+    reporter.begin(loop.progress, loop.engine.world_size)
     loop.run()
     _write_result(task, loop)
     if loop.engine.rank == 0:
@@ -63,18 +82,44 @@ def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
     return [reported.checkpoint for reported in reversed(ray.train.get_all_reported_checkpoints())]
 
 
+def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
+    """Check that the checkpoints to come fit: float32 weights and both moments, and the same of the best evaluation."""
+    parameters = [p for p in loop.engine.module.student.parameters() if p.requires_grad]  # all, or adapters
+    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each here
+    each = num_weights * 4 * (2 * len(KINDS) if task.hand_off == "best" else len(KINDS))
+    missing = max(0, task.train.num_checkpoints - num_kept) + 1  # the oldest goes when the newest is whole
+    remedy = "make room, lower train.num_checkpoints, or choose another storage_path"
+    check_free(task.run_dir, missing * each, f"{missing} checkpoints", remedy)
+    check_free_at(Path(tempfile.gettempdir()), each, "checkpoints on their way", "make room, or set TMPDIR")
+
+
 class _Reporter:
     """Takes checkpoints to Ray Train, and progress to the driver's board."""
 
     def __init__(self, task: TrainTask, board: Any, rank: int) -> None:
         self.task, self.board, self.rank = task, board, rank
         self.last_shown = 0.0
+        run = task.run_dir.uri.rstrip("/").rpartition("/")[2]
+        self.log = WorkerLog(run, task.name, rank)
+        self.gauges = Gauges(run, task.name, task.train.global_batch_rows) if rank == 0 else None
+
+    def begin(self, progress: Progress, num_workers: int) -> None:
+        """Note in the log where this start begins."""
+        self.log.stage = progress.stage
+        self.log.info("step %d of %d, %d workers", progress.step, self.task.num_steps, num_workers)
+
+    def node_leaves(self, progress: Progress) -> None:
+        """Tell log and user that a checkpoint is saved for a node that is about to go."""
+        self.log.warning("a node is about to be taken away: saving a checkpoint at step %d", progress.step)
+        if self.rank == 0:
+            self.board.warn.remote("a node is about to be taken away; a checkpoint is saved first")
 
     def checkpoint(self, progress: Progress, directory: Path | None) -> None:
         """Report a checkpoint, which Ray Train uploads; a barrier for all workers."""
         metrics = {"step": progress.step, "stage": progress.stage, "num_samples": progress.num_samples}
         checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
         ray.train.report(metrics, checkpoint=checkpoint, delete_local_checkpoint_after_upload=True)
+        self.log.info("checkpoint at step %d", progress.step)
         if self.rank == 0:
             _write_metrics(self.task, progress)
 
@@ -82,6 +127,9 @@ class _Reporter:
         """Show a record on the driver's board, a few times a second at most."""
         now = time.monotonic()
         is_evaluation = "train/loss" not in record
+        self.log.stage = progress.stage
+        if self.gauges is not None and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
+            self.gauges.show(record)
         if self.rank == 0 and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
             self.last_shown = now
             self.board.show.remote(progress.step, progress.num_tokens, record)

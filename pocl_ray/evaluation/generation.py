@@ -152,7 +152,7 @@ class _Batch:
         self.stop_ids = set(config.eos_token_id)
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.rows = list(range(len(prompts)))
-        self.input_ids_BT, self.attention_mask_BT = _pad_left(prompts, config.pad_token_id, model.device)
+        self.input_ids_BT, self.attention_mask_BT = pad_left(prompts, config.pad_token_id, model.device)
         self.first_token = self.input_ids_BT.shape[1]
         self.cache: transformers.Cache | None = None
 
@@ -206,7 +206,7 @@ def _explicit_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
 ) -> transformers.GenerationConfig:
     sampled = settings.sampling_temperature > 0
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = stop_ids_of(model, tokenizer)
     return transformers.GenerationConfig(
         do_sample=sampled,
         temperature=settings.sampling_temperature if sampled else None,
@@ -221,8 +221,8 @@ def _explicit_config(
     )
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end of sequence, and those that the model was published with (chat models have several)."""
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokenizer's end of sequence and those that the model was published with: chat models have several."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
     found = sorted(int(token) for token in ids if token is not None)
@@ -230,7 +230,8 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     return found
 
 
-def _pad_left(prompts: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(prompts: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts padded on the left and their attention mask, both int64 of shape (prompts, longest)."""
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = np.full((len(prompts), width), pad_id, dtype=np.int64)
     attention_mask_BT = np.zeros((len(prompts), width), dtype=np.int64)

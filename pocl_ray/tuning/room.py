@@ -8,7 +8,7 @@ from typing import Literal
 import ray
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.distill.trainer import resources_per_worker, wait_for_room
+from pocl_ray.distill.room import resources_per_worker, wait_for_room
 from pocl_ray.evaluation.actors import wants_gpu
 
 
@@ -53,5 +53,5 @@ def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
     use_gpu = wants_gpu(scaling, ray.cluster_resources())
     wait_for_room(scaling, use_gpu)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = trials_at_once(nodes, resources_per_worker(scaling, use_gpu), scaling.num_workers, scaling.placement)
+    fitting = trials_at_once(nodes, resources_per_worker(scaling, use_gpu), scaling.max_workers, scaling.placement)
     return max(1, fitting if most is None else min(most, fitting))

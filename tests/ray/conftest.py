@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from matrix import outcomes, table
 from tiny import ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
@@ -26,6 +27,13 @@ from pocl_ray.storage import RunDirectory
 MAX_TOKENS = 48
 _WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
 _SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the fault matrix where its tests were run."""
+    if outcomes:
+        terminalreporter.section("fault matrix")
+        terminalreporter.write_line("\n".join(table()))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pocl_ray import cli as command_line
 from pocl_ray import session
 from pocl_ray.config import Config
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.distill.trainer import room_for
+from pocl_ray.distill.room import room_for
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model

@@ -105,6 +105,7 @@ def test_an_undone_claim_of_an_old_directory_keeps_its_files(made: Made, keep_co
     "keys",
     [
         {"scaling__num_workers": 2},
+        {"scaling__num_workers": [1, 2]},
         {"report__num_examples": 1},
         {"distill__chunk_mib": 3},
         {"difficulty__batch_tokens": 99},

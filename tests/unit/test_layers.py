@@ -22,11 +22,13 @@ LAYERS = (
         "lease",
         "errors",
         "console",
+        "disk",
         "identity",
         "manifest",
         "plugins",
         "session",
         "steps",
+        "versions",
     },
     {"curriculum", "data", "models"},
     {"difficulty", "distill", "evaluation", "responses"},
@@ -43,6 +45,8 @@ NEVER_IMPORTS = {
     "distill/losses.py": {"ray"},
     "distill/step.py": {"ray"},
     "distill/chunked.py": {"ray"},
+    "distill/adaptive.py": {"torch", "ray"},
+    "distill/rollouts.py": {"ray"},
 }
 
 

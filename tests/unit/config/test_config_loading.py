@@ -174,7 +174,12 @@ def test_missing_keys_are_named(file: Path) -> None:
         ("evaluation.seeds=[]", "evaluation.seeds"),
         ("evaluation.seeds=[1, 1]", "evaluation.seeds"),
         ("evaluation.generation.top_p=0", "evaluation.generation.top_p"),
-        ("scaling.num_workers=0", "scaling.num_workers"),
+        ("scaling.num_workers=0", "scaling.num_workers: at least 1 worker is needed, not 0"),
+        ("scaling.num_workers=[0, 2]", "scaling.num_workers: at least 1 worker is needed, not 0"),
+        ("scaling.num_workers=[4, 2]", "scaling.num_workers: the least, 4, is above the most, 2; write [2, 4]"),
+        ("scaling.num_workers=[1, 2, 4]", "scaling.num_workers: an elastic run has two numbers"),
+        ("scaling.num_workers=many", "scaling.num_workers: an integer, or [least, most]"),
+        ("scaling.num_workers=[1, 2.5]", "scaling.num_workers: an integer, or [least, most]"),
         ("teacher.sft={train: {betas: [0.9, 1.5]}}", "teacher.sft.train.betas"),
         ("name=../elsewhere", "name"),
         ("name=''", "name"),
@@ -204,6 +209,7 @@ def test_a_value_out_of_range_names_its_key(file: Path, override: str, place: st
         (["student.path=x"], "exactly one of path, architecture and num_layers"),
         (["tokenizer={path: x, train_vocab_size: 300}"], "either path or train_vocab_size"),
         (["scaling.num_workers=3"], "train.global_batch_rows (64) must be a multiple of scaling.num_workers (3)"),
+        (["scaling.num_workers=[2, 6]"], "train.global_batch_rows (64) must be a multiple of scaling.num_workers (6)"),
         (["scaling.num_workers=4", "student.sft={train: {global_batch_rows: 6}}"], "student.sft.train"),
     ],
 )
@@ -287,3 +293,10 @@ def test_a_config_cannot_be_changed_after_it_is_read(file: Path) -> None:
     config: Any = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
+
+
+@pytest.mark.parametrize(("given", "bounds"), [("3", (3, 3)), ("[2, 4]", (2, 4)), ("[4, 4]", (4, 4))])
+def test_one_number_of_workers_is_fixed_and_two_are_elastic(file: Path, given: str, bounds: tuple[int, int]) -> None:
+    config = load_config(file, [f"scaling.num_workers={given}", "train.global_batch_rows=48"])
+    assert (config.scaling.min_workers, config.scaling.max_workers) == bounds
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config

@@ -31,6 +31,10 @@ def test_plain_text_needs_no_room_for_a_prompt() -> None:
     ("changes", "message"),
     [
         ({"data": {**DATA, "responses": "teacher"}}, "data.responses: .* set it to reference"),
+        (
+            {"rollout": {"mode": "on"}, "distill": {"teacher_cache": "none"}},
+            "rollout.mode: .* which the student could write to; set it to off",
+        ),
         ({"difficulty": {}}, "difficulty.signals: .* no prompts to answer, so there is no rouge_l; give others"),
         ({"difficulty": {"signals": ["prompt_tokens"]}}, "there is no num_prompt_tokens"),
         ({"curriculum": {"advance": "plateau"}}, "curriculum.plateau.metric: .* set it to kd_loss or ce_loss"),

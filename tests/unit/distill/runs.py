@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, TrainConfig
+from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, RolloutConfig, TrainConfig
 from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
@@ -98,6 +98,7 @@ def prepare(folder: Path) -> TrainTask:
         scores="scores.parquet",
         train=TRAIN,
         distill=DistillConfig(teacher_cache="none"),
+        rollout=RolloutConfig(),
         hand_off="last",
         plateau=PlateauConfig(),
         dev_generation=GenerationConfig(sampling_temperature=0.0, max_new_tokens=6),

@@ -1,0 +1,60 @@
+"""Whether the machines of a cluster run the same code: versions of what matters, and a digest of the project's files.
+
+Two versions of the project in one run would train on different ideas of the same checkpoint, or fail somewhere in
+unpickling; so it is said before, with the node and what differs there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pocl_ray.errors import ResourceError
+
+COMPARED = ("ray", "torch", "deepspeed", "transformers", "pyarrow")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions that must agree on all nodes, by package; `pocl-ray` is a digest of its files."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "pocl-ray": _digest(Path(__file__).parent)}
+    for package in COMPARED:
+        try:
+            found[package] = version(package).partition("+")[0]  # +cpu and +cu129 are the same code
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def _digest(package: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) -> None:
+    """Refuse to work together with another version.
+
+    Args:
+        driver: What runs the command.
+        other: What runs elsewhere.
+        place: Where that is, such as `node 10.0.0.4`.
+
+    Raises:
+        ResourceError: They differ; the message names each package with both versions.
+    """
+    differing = [
+        f"{name} {other.get(name, 'none')} (here {driver.get(name, 'none')})"
+        for name in sorted({*driver, *other})
+        if driver.get(name) != other.get(name)
+    ]
+    if differing:
+        raise ResourceError(
+            f"{place} runs other code: {', '.join(differing)}; install the same on all nodes (the image of "
+            "cluster/Dockerfile), or let `pocl-ray submit` upload the project"
+        )

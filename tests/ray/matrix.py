@@ -1,0 +1,120 @@
+"""The fault matrix: what is killed, in which step, and whether the run ended as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records
+from nodes import Nodes
+from tiny import sha256
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the flow in which something is killed.
+
+    Attributes:
+        command: Of `pocl-ray`, which does this step and finds the earlier ones done.
+        without: Outputs that a copy of a finished run lacks, so that the step is to be done.
+        is_amid: Whether the step is under way, and its work worth losing.
+        same: Whether two run directories hold the same result of the step.
+        victims: The class of the actors that do the work.
+    """
+
+    command: str
+    without: tuple[str, ...]
+    is_amid: Callable[[Path, Nodes], Any]
+    same: Callable[[Path, Path], bool]
+    victims: str = ""
+
+
+def _amid_stage(index: int) -> Callable[[Path, Nodes], bool]:
+    def is_amid(run: Path, _: Nodes) -> bool:
+        records = last_records(run)
+        return has_checkpoint(run) and bool(records) and records[-1]["curriculum/stage"] == index
+
+    return is_amid
+
+
+def _same_scores(run: Path, other: Path) -> bool:
+    shards = list((other / "teacher_cache").rglob("*.arrow"))
+    same_cache = all(sha256(run / shard.relative_to(other)) == sha256(shard) for shard in shards)
+    tables = [pq.read_table(each / "scores.parquet") for each in (run, other)]
+    return bool(shards) and same_cache and tables[0].equals(tables[1])
+
+
+def _same_file(name: str) -> Callable[[Path, Path], bool]:
+    return lambda run, other: sha256(run / name) == sha256(other / name)
+
+
+def _same_evaluation(run: Path, other: Path) -> bool:
+    figures = [json.loads((each / "evaluation.json").read_text())["sets"] for each in (run, other)]
+    return bool(figures[0] == figures[1])
+
+
+def _same_report(run: Path, other: Path) -> bool:
+    """The same figures; seconds and file names of the run may differ."""
+    plots = [{plot.name for plot in (each / "plots").glob("*.png")} for each in (run, other)]
+    return plots[0] == plots[1] and (run / "report.html").stat().st_size > 0 and (run / "report.md").exists()
+
+
+STEPS = {
+    "scoring": Step(
+        "score",
+        ("scores", "scores.parquet", "teacher_cache"),
+        lambda run, nodes: list(run.glob("teacher_cache/train/*.arrow")) and nodes.actors("TeacherActor"),
+        _same_scores,
+        "TeacherActor",
+    ),
+    "stage 0": Step("distill", DISTILLED, _amid_stage(0), _same_file(WEIGHTS), "RayTrainWorker"),
+    "stage 1": Step("distill", DISTILLED, _amid_stage(1), _same_file(WEIGHTS), "RayTrainWorker"),
+    "evaluation": Step(
+        "evaluate",
+        ("evaluation.json", "predictions.parquet"),
+        lambda _, nodes: nodes.actors("AnswerActor"),
+        _same_evaluation,
+        "AnswerActor",
+    ),
+    "report": Step(
+        "run", ("report.html", "report.md", "plots"), lambda run, _: list(run.glob("plots/*.png")), _same_report
+    ),
+}
+
+# What can be lost in each step. A training worker is the actor of its stage; the report starts nothing on the cluster.
+CASES = [
+    *(("scoring", fault) for fault in ("actor", "node", "driver")),
+    *((f"stage {index}", fault) for index in (0, 1) for fault in ("worker", "node", "driver")),
+    *(("evaluation", fault) for fault in ("actor", "node", "driver")),
+    ("report", "driver"),
+]
+SHORT = [("scoring", "node"), ("evaluation", "actor"), ("evaluation", "driver"), ("report", "driver")]
+"""Beside test_kills.py and test_nodes.py, which hold the cases of training and of the scoring actor and driver."""
+
+outcomes: list[tuple[str, str, str]] = []
+"""Step, fault and outcome of the cases that were run, for the table at the end."""
+
+
+def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> None:
+    """Kill what the fault names: one process with SIGKILL, or a node with all that runs on it, and give a new one."""
+    if fault == "driver":
+        driver.kill()
+        driver.wait()
+    elif fault == "node":
+        nodes.lose()
+        nodes.add()
+    else:
+        victim: psutil.Process = nodes.actors(step.victims)[-1]
+        victim.kill()
+
+
+def table() -> list[str]:
+    """The matrix as lines of text."""
+    lines = [f"{'step':<12}{'fault':<10}outcome", "-" * 40]
+    return [*lines, *(f"{step:<12}{fault:<10}{outcome}" for step, fault, outcome in outcomes)]

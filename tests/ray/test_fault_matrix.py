@@ -1,0 +1,46 @@
+"""Each step of the flow with each thing that can be lost in it: the run ends with the same result.
+
+`make test` runs the short form; `make test-faults` all cases, and prints them as a table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import started, wait_for
+from matrix import CASES, SHORT, STEPS, outcomes, strike
+from nodes import Nodes, nodes
+from tiny import FullRun
+
+from pocl_ray.config.loading import dump_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Nodes]:
+    with nodes(2) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("name", "fault"), CASES if os.environ.get("POCL_FAULTS") == "all" else SHORT)
+def test_a_fault_in_a_step_changes_nothing_of_its_result(
+    name: str, fault: str, full_run: FullRun, two: Nodes, tmp_path: Path
+) -> None:
+    step, log = STEPS[name], tmp_path / "log"
+    config, run = full_run.copy(tmp_path, step.without, scaling__start_timeout_s=300)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties
+    outcomes.append((name, fault, "FAILED"))
+    with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
+        wait_for(lambda: step.is_amid(run, two), f"work of {name}", lambda: driver.poll() is not None)
+        strike(fault, step, two, driver)
+        assert driver.wait() == 0 or fault == "driver", log.read_text()
+    if fault == "driver":
+        with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
+            assert driver.wait() == 0, log.read_text()
+    assert step.same(run, full_run.run)
+    outcomes[-1] = (name, fault, "resumed by the same command, identical" if fault == "driver" else "identical")

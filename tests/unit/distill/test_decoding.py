@@ -1,0 +1,160 @@
+"""Responses sampled by hand: what the library's own logits say, token by token, however rows are put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
+
+from pocl_ray.distill.decoding import decode, draw, groups_of
+
+V, EOS = 40, 2
+WIDE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENDS = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": EOS}
+LLAMA = {**WIDE, **ENDS, "intermediate_size": 64, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA),
+    "qwen2": Qwen2Config(**LLAMA),
+    "mistral_sliding": MistralConfig(**LLAMA, sliding_window=8),
+    "gemma2_softcapped": Gemma2Config(**LLAMA, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+    "opt": OPTConfig(**WIDE, **ENDS, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0),
+    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ENDS),
+}
+
+
+def tiny_model(family: str = "llama") -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return model
+
+
+def some_prompts(count: int = 12) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, V, int(length)) for length in rng.integers(2, 20, count)]
+
+
+def numbers(limits: list[int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.random(limit, dtype=np.float32) for limit in limits]
+
+
+def written(model: PreTrainedModel, prompts: list[np.ndarray], limits: list[int], **changes: Any) -> list[list[int]]:
+    settings: dict[str, Any] = {"uniforms": numbers(limits), "stop_ids": [EOS], "batch_rows": 5} | changes
+    return [response.tolist() for response in decode(model, prompts, limits, **settings)]
+
+
+@torch.no_grad()
+def by_definition(
+    model: PreTrainedModel, prompt: np.ndarray, limit: int, uniform: np.ndarray, temperature: float, top_p: float
+) -> list[int]:
+    """One row without padding, cache or blocks, in float64; EOS is kept."""
+    tokens = prompt.tolist()
+    for step in range(limit):
+        logits = model(torch.tensor([tokens])).logits[0, -1].double()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            p, order = torch.softmax(logits / temperature, -1), torch.arange(V)
+            if top_p < 1:
+                p, order = p.sort(descending=True, stable=True)
+                p = torch.where(p.cumsum(-1) - p < top_p, p, torch.zeros_like(p))
+            mass = p.cumsum(-1)
+            token = int(order[int((mass <= float(uniform[step]) * mass[-1]).sum())])
+        tokens.append(token)
+        if token == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.3, 1.0), (1.0, 0.7)])
+def test_responses_are_those_of_each_row_alone_by_definition(family: str, temperature: float, top_p: float) -> None:
+    model, prompts = tiny_model(family), some_prompts()
+    limits = [6 + 2 * row for row in range(len(prompts))]
+    found = written(model, prompts, limits, temperature=temperature, top_p=top_p)
+    rows = zip(prompts, limits, numbers(limits), strict=True)
+    assert found == [by_definition(model, *row, temperature, top_p) for row in rows]
+
+
+def test_a_response_keeps_its_end_and_one_that_ran_out_has_none() -> None:
+    limits = [40] * 12
+    found = written(tiny_model(), some_prompts(), limits)
+    ended = [response for response in found if response[-1] == EOS]
+    assert ended and len(ended) < len(found)
+    assert all(EOS not in response[:-1] for response in found)
+    assert all(len(response) == 40 for response in found if response[-1] != EOS)
+
+
+def test_batches_change_no_response() -> None:
+    model, prompts, limits = tiny_model(), some_prompts(), [30] * 12
+    assert written(model, prompts, limits, batch_rows=1) == written(model, prompts, limits, batch_rows=12)
+
+
+def test_any_stop_token_ends_a_response() -> None:
+    model, prompts, limits = tiny_model(), some_prompts(), [30] * 12
+    also = next(response[1] for response in written(model, prompts, limits) if len(response) > 2)
+    for response in written(model, prompts, limits, stop_ids=[EOS, also]):
+        assert not {EOS, also} & set(response[:-1])
+
+
+def test_rows_that_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, widths = tiny_model(), []
+    body = model.base_model
+    original = body.forward
+
+    def counted(input_ids: torch.Tensor, **options: Any) -> Any:
+        widths.append(tuple(input_ids.shape))
+        return original(input_ids=input_ids, **options)
+
+    counted.__signature__ = __import__("inspect").signature(original)  # type: ignore[attr-defined]
+    monkeypatch.setattr(body, "forward", counted)
+    found = written(model, some_prompts(), [60] * 12, batch_rows=12)
+    reading, writing = [w for w in widths if w[1] > 1], [w for w in widths if w[1] == 1]
+    assert widths == reading + writing and sum(width[0] for width in reading) == 12, "each prompt is read once"
+    assert writing[0][0] > writing[-1][0]
+    assert len(writing) == max(map(len, found)) - 1, "nothing runs on after the last row has ended"
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 2, 40, 41, 100], list(range(1, 60, 3)), [7] * 9 + [300]])
+def test_prompts_are_read_in_groups_of_little_padding(lengths: list[int]) -> None:
+    groups = groups_of(lengths)
+    assert [place for rows, _ in groups for place in range(len(lengths))[rows]] == list(range(len(lengths)))
+    for rows, longest in groups:
+        assert longest == max(lengths[rows])
+        assert sum(lengths[rows]) >= 0.8 * longest * len(lengths[rows])
+
+
+def test_draws_have_the_models_distribution() -> None:
+    torch.manual_seed(0)
+    logits_V = 2 * torch.randn(600)
+    uniform_B = (torch.arange(200_000) + 0.5) / 200_000
+    counts_V = torch.bincount(draw(logits_V.expand(200_000, -1), uniform_B), minlength=600) / 200_000
+    torch.testing.assert_close(counts_V, torch.softmax(logits_V, -1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(vocabulary: int) -> None:
+    logits_BV = torch.randn(3, vocabulary)
+    logits_BV[1, -1] = -torch.inf if vocabulary > 1 else 0.0
+    logits_BV[2, : vocabulary // 2] = -torch.inf
+    for number in (0.0, 1 - 2**-24):
+        token_B = draw(logits_BV, torch.full((3,), number))
+        assert bool((token_B < vocabulary).all())
+        assert bool((logits_BV.gather(1, token_B[:, None]) > -torch.inf).all())
+
+
+def test_training_goes_on_from_where_it_was() -> None:
+    model = tiny_model()
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    written(model, some_prompts(), [9] * 12)
+    assert torch.rand(2).tolist() == expected, "the global generator is not used"
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,40 @@
+"""What `plan` says of the teacher caches before anything is prepared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl_ray.config import Config
+from pocl_ray.preview import print_plan
+
+
+def said(folder: Path, capsys: pytest.CaptureFixture[str], **distill: Any) -> str:
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "config.json").write_text(json.dumps({"hidden_size": 4096}))
+    tree = {
+        "name": "run",
+        "storage_path": str(folder / "runs"),
+        "data": {"train": {"path": "train.jsonl"}, "dev": {"path": "dev.jsonl"}},
+        "teacher": [{"path": str(folder / "teacher")}, {"path": str(folder / "elsewhere")}],
+        "student": {"num_layers": 2},
+        "distill": distill,
+    }
+    print_plan(Config.model_validate(tree), 1000)
+    return capsys.readouterr().out
+
+
+def test_a_top_k_cache_takes_the_same_of_every_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(tmp_path, capsys, teacher_cache="topk")
+    assert "teacher cache: 428 bytes a response token" in text
+    assert "teacher cache 2: 428 bytes a response token" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_hidden_states_take_the_width_of_each_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(tmp_path, capsys, cache_dtype="float32")
+    assert "teacher cache: 16,384 bytes a response token" in text
+    assert "teacher cache 2: its size is known once the teacher's config can be read" in text
