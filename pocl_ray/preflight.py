@@ -52,7 +52,7 @@ def check_inputs(config: Config) -> None:
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
     deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)
-    _check_rescoring(config)
+    check_rescoring(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
     for key, teacher in _teachers(config):
@@ -63,13 +63,24 @@ def check_inputs(config: Config) -> None:
     check_adapters(config.teacher, config.student, *config.other_teachers)
 
 
-def _check_rescoring(config: Config) -> None:
+def check_rescoring(config: Config) -> None:
+    """Check that what the teacher says can be compared with the student again between stages.
+
+    Raises:
+        ConfigError: The cache does not hold it, or the teacher cannot be asked by each worker alone.
+    """
     compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
     if compares and config.distill.teacher_cache == "topk":
         raise ConfigError(
             "difficulty.rescore each_stage: a signal that compares the student with the teacher again needs the "
             "teacher's whole distribution, which distill.teacher_cache topk does not keep; set it to hidden or none, "
             "or leave teacher_student_kl and plug-ins out of difficulty.signals"
+        )
+    if compares and any(teacher.sharded for _, teacher in _teachers(config)):
+        raise ConfigError(
+            "difficulty.rescore each_stage: each worker scores rows of its own, and a teacher that is sharded over them "
+            "runs on all at once; leave teacher_student_kl and plug-ins out of difficulty.signals, or set teacher.sharded "
+            "to false"
         )
 
 
