@@ -78,9 +78,9 @@ def check_rescoring(config: Config) -> None:
         )
     if compares and any(teacher.sharded for _, teacher in _teachers(config)):
         raise ConfigError(
-            "difficulty.rescore each_stage: each worker scores rows of its own, and a teacher that is sharded over them "
-            "runs on all at once; leave teacher_student_kl and plug-ins out of difficulty.signals, or set teacher.sharded "
-            "to false"
+            "difficulty.rescore each_stage: each worker scores rows of its own, and a teacher that is sharded over "
+            "them runs on all at once; leave teacher_student_kl and plug-ins out of difficulty.signals, or set "
+            "teacher.sharded to false"
         )
 
 
