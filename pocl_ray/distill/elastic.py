@@ -87,12 +87,12 @@ class DividingPolicy(ElasticScalingPolicy):
             logger.warning("the autoscaling coordinator does not answer; the workers stay as they are", exc_info=True)
             return None
         leaving = ray._private.state.state.get_draining_nodes()
-        if self.scaling_config.placement_strategy.startswith("STRICT"):
+        if str(self.scaling_config.placement_strategy).startswith("STRICT"):
             # What is reserved is packed, whatever the placement; so all that the nodes have is looked at.
             reserved = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         return {node: resources for node, resources in reserved.items() if node not in leaving}
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         config, nodes = self.scaling_config, list(reserved_resources.values())
-        room = room_for(config._resources_per_worker_not_none, nodes, config.placement_strategy)
+        room = room_for(config._resources_per_worker_not_none, nodes, str(config.placement_strategy))
         return largest_share(min(room, config.max_workers), config.min_workers, self._global_batch_rows)

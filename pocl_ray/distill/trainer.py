@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
@@ -142,6 +142,7 @@ class _Trainer(TorchTrainer):
         return [each for each in callbacks if self.has_watchdog or not isinstance(each, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        assert isinstance(self.scaling_config, RayScalingConfig)
         if self.scaling_config.elasticity_enabled:
             policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
