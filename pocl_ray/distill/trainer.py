@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.fs as pafs
 import ray
@@ -142,9 +142,9 @@ class _Trainer(TorchTrainer):
         return [each for each in callbacks if self.has_watchdog or not isinstance(each, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        scaling = cast(RayScalingConfig, self.scaling_config)
-        if scaling.elasticity_enabled:
-            policy = DividingPolicy(scaling, self.global_batch_rows, self.patience_s)
+        assert isinstance(self.scaling_config, RayScalingConfig)
+        if self.scaling_config.elasticity_enabled:
+            policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
