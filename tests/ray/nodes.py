@@ -10,12 +10,13 @@ from typing import Any
 
 import psutil
 from faults import processes_of
-from ray._raylet import GcsClient
+from ray._raylet import Config, GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from tiny import ROOT
 
 PATIENCE_S = 240.0
+START_WAIT = "RAY_raylet_start_wait_time_s"
 # A node that is gone refuses connections and is dead after five seconds; one under load may take a minute to answer.
 HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 60000, "health_check_failure_threshold": 5}
 
@@ -93,10 +94,13 @@ class Nodes:
 @contextmanager
 def nodes(count: int) -> Iterator[Nodes]:
     """Start a cluster of so many nodes, besides its head."""
-    before = {key: os.environ.get(key) for key in ("PYTHONPATH", "OMP_NUM_THREADS", "RAY_ADDRESS", "RAY_AUTH_MODE")}
+    names = ("PYTHONPATH", "OMP_NUM_THREADS", "RAY_ADDRESS", "RAY_AUTH_MODE", START_WAIT)
+    before = {key: os.environ.get(key) for key in names}
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else it depends on whether this machine has a token
+    os.environ[START_WAIT] = str(int(PATIENCE_S))
     os.environ.pop("RAY_ADDRESS", None)
+    Config.initialize("")  # reads the environment again
     made = Nodes()
     try:
         for _ in range(count):
