@@ -164,7 +164,8 @@ def compare(sides: dict[str, Write], num_rows: int, vocabulary: int, rounds: int
         shown = "  ".join(f"{f'{wall:.2f} ({cpu:.2f})':>18}" for wall, cpu in (taken[-1] for taken in seconds.values()))
         print(f"{index or 'warm':>5}  {counts[0]:6d}  {shown}", flush=True)
     rates = {
-        name: [counts[0] / statistics.median(clock) for clock in zip(*taken[1:], strict=True)] for name, taken in seconds.items()
+        name: [counts[0] / statistics.median(clock) for clock in zip(*taken[1:], strict=True)]
+        for name, taken in seconds.items()
     }
     for name in list(sides)[1:]:
         wall, cpu = (ours / theirs for ours, theirs in zip(rates["ours"], rates[name], strict=True))
