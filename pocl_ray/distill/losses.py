@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_ray.distill import plugins
+from pocl_ray import plugins
+from pocl_ray.distill import loss_plugins
 from pocl_ray.errors import ConfigError
 
 LossFunction = Callable[..., Tensor]
@@ -259,12 +260,12 @@ def resolve_loss(
     if name in LOSSES:
         loss = LOSSES[name]
         _check_params(name, params, loss.parameters)
-    elif name in (installed := plugins.installed()):
-        found = plugins.load(name, installed[name])
+    elif name in (installed := plugins.installed(loss_plugins.GROUP)):
+        found = plugins.load("loss", installed[name])
         loss = found if isinstance(found, Loss) else Loss(found, scale_by_t_squared=False)
         if loss.parameters:
             _check_params(name, params, loss.parameters)
-        plugins.probe(name, loss.function, params)
+        loss_plugins.probe(name, loss.function, params)
     else:
         raise ConfigError(f"loss '{name}' is unknown; {_nearest(name, [*LOSSES, *installed])}")
     scaled = loss.scale_by_t_squared if scale_by_t_squared is None else scale_by_t_squared

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pocl_ray.distill import losses, plugins
+from pocl_ray import plugins
+from pocl_ray.distill import losses
+from pocl_ray.distill.loss_plugins import GROUP
 from pocl_ray.distill.losses import LOG_ZERO, LOSSES, Loss, resolve_loss
 from pocl_ray.errors import ConfigError, UserError
 
@@ -292,8 +294,8 @@ good_loss = Loss(good_plugin, scale_by_t_squared=True, parameters={"power": loss
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     def declare(value: str) -> None:
-        entry_point = EntryPoint(name="mine", value=value, group=plugins.GROUP)
-        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry_point] if group == plugins.GROUP else [])
+        entry_point = EntryPoint(name="mine", value=value, group=GROUP)
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry_point] if group == GROUP else [])
 
     return declare
 

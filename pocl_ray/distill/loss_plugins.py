@@ -10,34 +10,15 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocl_ray.errors import UserError
+from pocl_ray.plugins import reason
 
 GROUP = "pocl_ray.losses"
-
-
-def installed() -> dict[str, EntryPoint]:
-    """The plug-ins that installed packages declare, by name; none is imported yet."""
-    return {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
-
-
-def load(name: str, entry_point: EntryPoint) -> Any:
-    """Import what an entry point names.
-
-    Raises:
-        UserError: The import fails.
-    """
-    try:
-        return entry_point.load()
-    except Exception as error:  # a plug-in's import runs code of others, which may fail in any way
-        raise UserError(
-            f"loss plug-in '{name}' ({entry_point.value}) cannot be imported: {_reason(error)}; repair or uninstall it"
-        ) from error
 
 
 def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
@@ -53,7 +34,7 @@ def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) ->
         with torch.enable_grad():
             loss_N = function(student_logits_NV, teacher_logits_NV, 2.0, **params)
     except Exception as error:  # code of others: every failure is reported under the plug-in's name
-        raise UserError(f"loss plug-in '{name}' fails when called: {_reason(error)}; check its parameters") from error
+        raise UserError(f"loss plug-in '{name}' fails when called: {reason(error)}; check its parameters") from error
     wrong = _what_is_wrong(loss_N)
     if wrong:
         raise UserError(f"loss plug-in '{name}' {wrong}; a loss returns one finite float per token, shape (N,)")
@@ -67,7 +48,3 @@ def _what_is_wrong(loss_N: object) -> str:
     if not loss_N.is_floating_point() or not bool(torch.isfinite(loss_N).all()):
         return "returns values that are not finite floats"
     return "" if loss_N.requires_grad else "has no gradient for the student"
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
