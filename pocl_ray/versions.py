@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pocl_ray.errors import ResourceError
 
+UNPACKING_LOOKS, BETWEEN_LOOKS_S = 40, 0.25
 COMPARED = ("ray", "torch", "deepspeed", "transformers", "pyarrow")
 
 
@@ -31,9 +33,24 @@ def versions() -> dict[str, str]:
 
 
 def _digest(package: Path) -> str:
+    """Hash the files once they stand still: Ray may unpack a job's working directory beside a process that runs."""
+    digest, again = "", _digest_now(package)
+    for _ in range(UNPACKING_LOOKS):
+        if again and digest == again:
+            return again
+        time.sleep(BETWEEN_LOOKS_S)
+        digest, again = again, _digest_now(package)
+    raise ResourceError(f"{package}: its files keep changing; run from a directory that nobody writes to")
+
+
+def _digest_now(package: Path) -> str:
+    """Hash the files as they are; an empty string where one of them is just being replaced."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    try:
+        for path in sorted(package.rglob("*.py")):
+            digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    except FileNotFoundError:
+        return ""
     return digest.hexdigest()[:12]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from pocl_ray import versions as versions_module
 from pocl_ray.errors import ResourceError
 from pocl_ray.versions import COMPARED, check_same, versions
 
@@ -27,3 +30,19 @@ def test_what_differs_is_named_with_both_versions() -> None:
 def test_a_node_without_the_project_is_named() -> None:
     with pytest.raises(ResourceError, match="pocl-ray none, or an older one"):
         check_same(versions(), {"pocl-ray": "none, or an older one"}, "node 10.0.0.4")
+
+
+def test_a_digest_waits_until_the_files_stand_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.py").write_text("1")
+    whole = versions_module._digest(tmp_path)
+    looks = iter(["", "half", "half and more", whole, whole])
+    monkeypatch.setattr(versions_module, "BETWEEN_LOOKS_S", 0.0)
+    monkeypatch.setattr(versions_module, "_digest_now", lambda _: next(looks))
+    assert versions_module._digest(tmp_path) == whole
+
+
+def test_files_that_never_stand_still_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions_module, "BETWEEN_LOOKS_S", 0.0)
+    monkeypatch.setattr(versions_module, "_digest_now", lambda _: "")
+    with pytest.raises(ResourceError, match="keep changing"):
+        versions_module._digest(tmp_path)
