@@ -39,7 +39,7 @@ def figures(record: dict[str, Any], global_batch_rows: int) -> dict[str, float]:
             "pocl_tokens_per_s": record["num_response_tokens"] / seconds,
             "pocl_num_workers": record["num_workers"],
         }
-    else:
+    elif "eval/dev/rouge_l" in record:  # plain text has none
         values["pocl_dev_rouge_l"] = record["eval/dev/rouge_l"]
     return {name: float(value) for name, value in values.items()}
 

@@ -49,6 +49,11 @@ def test_an_evaluation_sets_the_dev_figure() -> None:
     assert figures(EVALUATION, 16) == {"pocl_step": 8, "pocl_stage": 2, "pocl_dev_rouge_l": 41.0}
 
 
+def test_plain_text_has_no_dev_rouge_l_to_show() -> None:
+    losses = {key: value for key, value in EVALUATION.items() if key != "eval/dev/rouge_l"}
+    assert figures(losses, 16) == {"pocl_step": 8, "pocl_stage": 2}
+
+
 def test_a_step_too_short_to_measure_has_a_finite_rate() -> None:
     assert figures({**STEP, "step_s": 0.0}, 16)["pocl_tokens_per_s"] < float("inf")
 
