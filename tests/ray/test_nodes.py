@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -92,6 +93,10 @@ def test_an_elastic_run_goes_on_with_one_worker_and_grows_back_to_two(
     assert losses(run) == pytest.approx(losses(full_run.run), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.skipif(
+    os.environ.get("POCL_FAULTS") != "all",
+    reason="part of `make test-faults`: on a busy machine the training is over before Ray looks for notices",
+)
 def test_a_node_that_is_announced_to_go_is_not_left_without_a_checkpoint(
     full_run: FullRun, two: Nodes, tmp_path: Path
 ) -> None:
