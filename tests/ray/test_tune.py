@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from tiny import cli, cli_environment, command, manifest, sha256, write_config
+from tiny import ROOT, cli, cli_environment, command, manifest, sha256, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -26,6 +26,13 @@ SEARCH: dict[str, Any] = {
     "budget": {"steps": 18},
     "scheduler": "none",
     "confirm": {"top_k": 1, "seeds": [7]},
+}
+TWO_TRIALS: dict[str, Any] = {
+    **SEARCH,
+    "space": {"curriculum.num_buckets": {"grid": [1, 2]}},
+    "constraints": [],
+    "control": False,
+    "confirm": None,
 }
 PATIENCE_S = 900.0
 
@@ -101,11 +108,13 @@ def test_best_yaml_trains_the_winner_again_to_the_bit(searched: tuple[Path, Path
 
 
 def test_a_killed_search_goes_on_and_keeps_what_is_finished(searched: tuple[Path, Path], tmp_path: Path) -> None:
-    config, run = searched
     again = tmp_path / "runs/tiny"
-    shutil.copytree(run, again, ignore=shutil.ignore_patterns("tune", "student", "lease*"))
-    arguments = command("tune", str(config), f"storage_path={again.parent}", "--resume-with-changes")
-    process = subprocess.Popen(arguments, env=cli_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shutil.copytree(searched[1], again, ignore=shutil.ignore_patterns("tune", "student", "lease*"))
+    config = write_config(tmp_path, tune=TWO_TRIALS, scaling__num_workers=1)
+    words = ("tune", str(config), "tune.max_concurrent=1", "--resume-with-changes")
+    process = subprocess.Popen(
+        command(*words), cwd=ROOT, env=cli_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + PATIENCE_S
     while not any(record["status"] == "finished" for record in records(again).values()):
         assert process.poll() is None and time.monotonic() < deadline
@@ -115,15 +124,14 @@ def test_a_killed_search_goes_on_and_keeps_what_is_finished(searched: tuple[Path
     process.wait()
     psutil.wait_procs(children, timeout=30)
     kept = {label: record for label, record in records(again).items() if record["status"] == "finished"}
+    assert len(kept) == 1
     students = {path: path.stat().st_mtime_ns for r in kept.values() for path in [student_of(again, r)]}
-    done = cli("tune", str(config), f"storage_path={again.parent}", "--resume-with-changes")
+    done = cli(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     after = records(again)
     assert {label: after[label] for label in kept} == kept
     assert {path: path.stat().st_mtime_ns for path in students} == students
-    assert {label: r["status"] for label, r in after.items()} == {
-        label: r["status"] for label, r in records(run).items()
-    }
+    assert {label: r["status"] for label, r in after.items()} == {"trial-000": "finished", "trial-001": "finished"}
 
 
 def student_of(run: Path, record: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 SCALING = {"num_workers": 2, "placement": "STRICT_PACK", "start_timeout_s": 300}
 SEARCH: dict[str, Any] = {
     "algorithm": "grid",
-    "space": {"curriculum.num_buckets": {"grid": [1, 2, 4]}},
+    "space": {"curriculum.num_buckets": {"grid": [1, 2]}},
     "budget": {"steps": 48},
     "scheduler": "none",
     "control": False,
@@ -41,7 +41,7 @@ def test_trials_train_side_by_side_on_two_nodes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 at once" in done.stderr
     rows = pq.read_table(tmp_path / "runs/tiny/tune/results.parquet").to_pylist()
-    assert [row["status"] for row in rows] == ["finished"] * 3
+    assert [row["status"] for row in rows] == ["finished"] * 2
     pairs = [(one, other) for one, other in combinations(rows, 2) if one["node"] != other["node"]]
     times = [(lifetime(one), lifetime(other)) for one, other in pairs]
     assert any(max(one[0], other[0]) < min(one[1], other[1]) for one, other in times)
