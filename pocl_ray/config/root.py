@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from pocl_ray.config.base import Section
+from pocl_ray.config.base import Section, Seeds
 from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.sources import (
     DataConfig,
@@ -43,22 +43,13 @@ class DevGenerationConfig(GenerationConfig):
 class EvaluationConfig(Section):
     """How the distilled student is compared with where it came from (POCL, section 4.1)."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each"
-    )
+    seeds: Seeds = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
     greedy: bool = Field(default=True, description="greedy answers as well")
     generation: FinalGenerationConfig = FinalGenerationConfig()
     dev_generation: DevGenerationConfig = DevGenerationConfig()
     max_dev_rows: int | None = Field(default=None, ge=1, description="rows of the dev ROUGE-L during training")
     teacher: bool = Field(default=True, description="evaluate the teacher as well")
     student_before: bool = Field(default=True, description="evaluate the student before distillation as well")
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError("seeds must differ from one another")
-        return seeds
 
 
 class ReportConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pocl_ray.config.base import Section
+from pocl_ray.config.base import Section, Seeds
 
 # What a trial reports at each dev evaluation, and whether more of it is better.
 METRIC_MODES: dict[str, Literal["max", "min"]] = {
@@ -117,14 +117,7 @@ class ConfirmConfig(Section):
     """The best trials are repeated on new seeds before one of them is called the winner."""
 
     top_k: int = Field(default=2, ge=1, description="so many of the best trials")
-    seeds: tuple[int, ...] = Field(default=(101, 102), min_length=1, description="a run of each on each")
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError("seeds must differ from one another")
-        return seeds
+    seeds: Seeds = Field(default=(101, 102), min_length=1, description="a run of each on each")
 
 
 class TuneConfig(Section):

@@ -25,7 +25,7 @@ from pocl_ray.evaluation.generation import stop_ids_of
 from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters
-from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.models.places import on_this_node
 from pocl_ray.records import RANK, Order
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
@@ -40,7 +40,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
-    student = load_model(local_ref(task.student), dtype=torch.float32, eval_mode=False)
+    student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
     num_logits = head_of(student).vocab_size
     if task.lora is not None:
@@ -74,14 +74,9 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     return TrainingLoop(task, engine, feed, dev, rollouts, orders, on_checkpoint, on_step, rescorer)
 
 
-def local_ref(ref: ModelRef) -> ModelRef:
-    """Return a reference whose path is on this node."""
-    return on_this_node(ref)
-
-
 def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> Writer:
     if task.rollout.backend == "vllm":
-        directory = local_ref(task.student).path
+        directory = on_this_node(task.student).path
         return VllmWriter(task.rollout, student, stop_ids, task.seed, directory, task.max_tokens)
     return TransformersWriter(task.rollout, student, stop_ids, task.seed)
 

@@ -22,12 +22,13 @@ from pocl_ray.distill.logs import WorkerLog
 from pocl_ray.distill.loop import TrainingLoop
 from pocl_ray.distill.preemption import Notices, watcher_is_on
 from pocl_ray.distill.resuming import resume
-from pocl_ray.distill.setup import local_ref, set_up_loop
+from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
+from pocl_ray.models.places import on_this_node
 from pocl_ray.versions import check_same, versions
 
 MIN_SHOW_INTERVAL_S = 0.25
@@ -147,7 +148,7 @@ def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
         for _ in gathered:
             pass
         return
-    student = load_model(local_ref(task.student), dtype=torch.float32)
+    student = load_model(on_this_node(task.student), dtype=torch.float32)
     if task.lora is not None:
         add_adapters(student, task.lora, task.seed)
     targets = dict(student.named_parameters())
