@@ -38,6 +38,18 @@ def growing() -> Iterator[str]:
     address = f"{get_node_ip_address()}:{port}"
     config = {
         "cluster_name": "growing",
+        "upscaling_speed": 100.0,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
         "max_workers": 4,
         "idle_timeout_minutes": 10,
         "provider": {"type": "fake_multinode", "gcs_address": address, "launch_multiple": True},
