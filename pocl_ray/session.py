@@ -16,14 +16,19 @@ from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError
 
-QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Of this process alone, on a cluster of others as well: its lines would stand between ours, and what fails is raised.
+QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 START_ATTEMPTS = 3
 REACH_S = 10.0
 """A head that was started a moment ago may not listen yet; Ray itself would try for many minutes."""
-# Of a cluster of our own; a shared one keeps its logs, and its idea of when a node is dead: the only node of ours is
-# never dead, however long a machine under load leaves it without an answer. Ray would end this process without a word.
+# Of a cluster of our own; a shared one keeps its idea of when a node is dead. The only node of ours is never dead,
+# however long a machine under load leaves it without an answer: Ray would end this process without a word.
 HERE = {
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
