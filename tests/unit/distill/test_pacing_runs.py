@@ -1,4 +1,4 @@
-"""Small training runs: stages that end on convergence, values that move by step, and slices of other orders."""
+"""Small training runs: every pacing rule, stages that end on convergence, values that move by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import runs
 import torch
 
-from pocl_ray.config import PlateauConfig
+from pocl_ray.config import CurriculumConfig, PlateauConfig
+from pocl_ray.curriculum.pacing import PACINGS
+from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches, random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.task import TrainTask
@@ -19,6 +21,12 @@ from pocl_ray.records import Ramp
 
 RAMP = Ramp((1.0, 3.0), "linear", 12)
 # 2 steps an epoch in stage 0 and 4 in stage 1; at most 6 epochs, of which the runs below need two or three.
+RULES: dict[str, dict[str, Any]] = {"competence": {"start": 0.3, "num_stages": 3}}  # parameters, where a rule needs some
+# A ratio that rises by stage beside a temperature that falls by step, whatever the rule.
+SCHEDULES: dict[str, Any] = {
+    "kd_ratio": {"start": 0.5, "end": 1.0},
+    "kd_temperature": {"shape": "cosine", "start": 2.0, "end": 1.0, "by": "step"},
+}
 EARLY = tuple(runs.stage(i, end, num_epochs=6, min_epochs=1) for i, end in enumerate((16, 32)))
 
 
@@ -84,6 +92,31 @@ def test_values_that_move_by_step_and_slices_of_other_orders(task: TrainTask, tm
     rank = pq.read_table(task.run_dir.local("scores.parquet"))["rank"].to_numpy()
     assert tokens_of(anti) == expected_tokens(task, hardest, rank.argsort()[16:32])
     assert tokens_of(random) == expected_tokens(task, drawn, random_order(len(rank), task.seed)[:16])
+
+
+def test_every_rule_trains_on_the_rows_of_its_stages_at_their_values(task: TrainTask, tmp_path: Path) -> None:
+    rank = pq.read_table(task.run_dir.local("scores.parquet"))["rank"].to_numpy()
+    orders = {"rank": rank.argsort(), "random": random_order(len(rank), task.seed)}
+    tasks = {}
+    for rule in PACINGS:
+        keys = {"pacing": rule, "pacing_args": RULES.get(rule, {}), "num_buckets": 2, "interval_epochs": 1}
+        stages = plan_curriculum(CurriculumConfig.model_validate({**keys, **SCHEDULES}), runs.NUM_ROWS, 8)
+        tasks[rule] = replace(task, stages=stages)
+    outcomes = runs.train_all([(of_rule, tmp_path / rule, None) for rule, of_rule in tasks.items()])
+    for (rule, of_rule), outcome in zip(tasks.items(), outcomes, strict=True):
+        records = [record for record in outcome.metrics if "train/loss" in record]
+        rows = [orders[stage.order][stage.first_rank : stage.end_rank] for stage in of_rule.stages]
+        expected = [expected_tokens(task, *part) for part in zip(of_rule.stages, rows, strict=True)]
+        assert tokens_of(outcome) == sum(expected, []), rule
+        places = [(stage, step) for stage in of_rule.stages for step in range(stage.num_steps)]
+        assert [r["curriculum/stage"] for r in records] == [stage.index for stage, _ in places]
+        assert [r["curriculum/kd_ratio"] for r in records] == [stage.kd_ratio for stage, _ in places]
+        temperatures = [record["curriculum/kd_temperature"] for record in records]
+        assert temperatures == [stage.kd_temperature_at(step) for stage, step in places]
+        assert (temperatures[0], temperatures[-1]) == (2.0, 1.0)
+        assert all(record["train/grad_norm"] > 0 for record in records), rule
+    seen = [tuple(tokens_of(outcome)) for outcome in outcomes]
+    assert len(set(seen)) == len(PACINGS), "each rule trains on rows of its own"
 
 
 def tokens_of(outcome: runs.Outcome) -> list[int]:
