@@ -1,6 +1,6 @@
 """Every method of configs/methods trains at tiny size, and those without distillation never read the teacher.
 
-A method is its file, read as a user's run reads it: the stages, the responses, the loss and the rollouts are the file's.
+A method is its file, read as a run reads it: the stages, the responses, the loss and the rollouts are the file's.
 """
 
 from __future__ import annotations
