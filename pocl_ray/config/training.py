@@ -260,7 +260,11 @@ class ScalingConfig(Section):
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="losses of workers that a training run survives, and of an actor that a piece of other work does",
+    )
     collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
 

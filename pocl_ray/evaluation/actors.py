@@ -15,12 +15,13 @@ from typing import Any, cast
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
+from pocl_ray.deaths import died_of
 from pocl_ray.disk import disk_full, full_disk_error
-from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.errors import GaveUpError, ResourceError, UserError
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
@@ -34,12 +35,15 @@ class ActorPool:
         num_cpus: Logical CPUs of each.
         num_gpus: GPUs of each; 0 runs on the CPU.
         accelerator_type: Kind of GPU that is asked for.
+        max_failures: How often a task that lost its actor is done again; actors themselves are replaced without end,
+            as a long job on nodes that come and go may lose many of them.
     """
 
     size: int
     num_cpus: float
     num_gpus: float
     accelerator_type: str | None
+    max_failures: int = 3
 
     @property
     def use_gpu(self) -> bool:
@@ -51,7 +55,13 @@ class ActorPool:
         strategy = ActorPoolStrategy(
             min_size=1, max_size=self.size, initial_size=self.size, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
-        options = {"compute": strategy, "num_cpus": self.num_cpus, "batch_size": None, "batch_format": "pyarrow"}
+        options = {
+            "compute": strategy,
+            "num_cpus": self.num_cpus,
+            "batch_size": None,
+            "batch_format": "pyarrow",
+            "max_task_retries": self.max_failures,
+        }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
             if self.accelerator_type is not None:
@@ -85,7 +95,8 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
     sizes = [min(size, max(1, num_tasks)) for size in wanted]
     while sum(sizes) > room:
         sizes[sizes.index(max(sizes))] -= 1
-    return [ActorPool(size, scaling.cpus_per_actor, num_gpus, scaling.accelerator_type) for size in sizes]
+    asked = (scaling.cpus_per_actor, num_gpus, scaling.accelerator_type, scaling.max_failures)
+    return [ActorPool(size, *asked) for size in sizes]
 
 
 def _gpus_per_actor(scaling: ScalingConfig, total: dict[str, float], num_pools: int) -> float:
@@ -119,6 +130,7 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
 
     Raises:
         UserError: One that an actor raised.
+        GaveUpError: A task lost its actor more often than it is done again.
     """
     tables: list[pa.Table] = []
     done = 0
@@ -132,7 +144,14 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            raise _user_error_in(error) or error from None
+            if (mistake := _user_error_in(error)) is not None:
+                raise mistake from None
+            if (death := _death_in(error)) is not None:
+                raise GaveUpError(
+                    f"{name}: gave up after a task lost its actor more often than scaling.max_failures allows; the last "
+                    f"time: {died_of(death)}; the same command does the step again"
+                ) from error
+            raise
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -160,18 +179,27 @@ def _room(total: dict[str, float], needed: dict[str, float]) -> int:
 
 def _user_error_in(error: BaseException) -> UserError | None:
     """Find the user's mistake in a chain of Ray's wrappers."""
+    for found in _wrapped(error):
+        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
+        if isinstance(found, UserError) and not isinstance(getattr(found, "cause", None), UserError):
+            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
+        if disk_full(found):
+            return full_disk_error(found, "actors write")
+    return None
+
+
+def _death_in(error: BaseException) -> RayActorError | None:
+    return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, in Python's ways and in Ray's."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         found = pending.pop()
         if found is None or id(found) in seen:
             continue
-        cause = getattr(found, "cause", None)
-        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
-        if isinstance(found, UserError) and not isinstance(cause, UserError):
-            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
-        if disk_full(found):
-            return full_disk_error(found, "actors write")
+        yield found
         seen.add(id(found))
-        pending += [found.__cause__, found.__context__, cause]
-    return None
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]

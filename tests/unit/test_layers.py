@@ -22,6 +22,7 @@ LAYERS = (
         "lease",
         "errors",
         "console",
+        "deaths",
         "disk",
         "identity",
         "manifest",
