@@ -148,8 +148,8 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
                 raise mistake from None
             if (death := _death_in(error)) is not None:
                 raise GaveUpError(
-                    f"{name}: gave up after a task lost its actor more often than scaling.max_failures allows; the last "
-                    f"time: {died_of(death)}; the same command does the step again"
+                    f"{name}: gave up, since a task lost its actor more often than scaling.max_failures allows; the "
+                    f"last time: {died_of(death)}; the same command does the step again"
                 ) from error
             raise
     return pa.concat_tables(tables, promote_options="default")
