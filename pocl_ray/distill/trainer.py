@@ -149,7 +149,7 @@ class _Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
-        arguments["failure_policy"] = TryAgain(self.run_config.failure_config)
+        arguments["failure_policy"] = TryAgain(self.run_config.failure_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
