@@ -270,7 +270,11 @@ class ScalingConfig(Section):
         description="of the nodes that workers and actors run on, as Ray's label selectors: a, !a, in(a,b) or !in(a,b)",
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="losses of workers that a training run survives, and of an actor that a piece of other work does",
+    )
     collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
 

@@ -14,6 +14,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,6 +25,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
+from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import resources_per_worker, wait_for_workers
 from pocl_ray.distill.task import TrainTask
@@ -65,6 +67,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     Raises:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
+        GaveUpError: The workers failed more often than `scaling.max_failures` allows.
     """
     with progress_bar(task.name, task.num_steps, "steps") as bar:
         return train_watched(task, scaling, _show_on(bar))
@@ -103,11 +106,11 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             accelerator_type=scaling.accelerator_type,
             label_selector=dict(scaling.labels) or None,
         ),
-        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
+        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards), TellFailures(board)),
     )
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
-    standing = _fit(trainer, board, watch)
+    standing = _fit(trainer, board, watch, task.name)
     ray.kill(board)
     return standing
 
@@ -126,7 +129,7 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 
 
 class _Trainer(TorchTrainer):
-    """A TorchTrainer with an elastic policy of our own, and its watchdog of placement groups where it is needed.
+    """A TorchTrainer with policies of our own, and its watchdog of placement groups where it is needed.
 
     Attributes:
         has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
@@ -149,6 +152,7 @@ class _Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
+        arguments["failure_policy"] = TryAgain(self.run_config.failure_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
@@ -157,7 +161,7 @@ def checkpoint_folder(task: TrainTask) -> str:
     return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
+def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: ControllerCallback) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     # While a lost node is replaced, each start that finds no room counts as a failure of the controller.
@@ -170,11 +174,11 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> Ru
             max_failures=scaling.max_failures, controller_failure_limit=max(CONTROLLER_FAILURE_LIMIT, num_waits)
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
-        callbacks=[tell],  # type: ignore[list-item]
+        callbacks=[*callbacks],  # type: ignore[list-item]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch, name: str) -> Standing:
     """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
@@ -201,7 +205,7 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
     if standing.refusal is not None:
         raise standing.refusal
     if failures:
-        raise _cause(failures[0])
+        raise _cause(failures[0], name, standing) from failures[0]
     return standing
 
 
@@ -254,11 +258,11 @@ def _note(standing: Standing) -> str:
     return "  ".join(parts)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the user's mistake behind a failed run if there is one, else the failure itself."""
+def _cause(error: BaseException, name: str, standing: Standing) -> BaseException:
+    """Return the user's mistake behind a failed run if there is one, else that it failed as often as it may."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return cause
-    return error
+    return give_up(name, error, standing.failures)

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, wants_gpu, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
+from pocl_ray.deaths import died_of
 from pocl_ray.disk import disk_full, full_disk_error
-from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.errors import GaveUpError, ResourceError, UserError
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
@@ -33,7 +34,8 @@ class ActorPool:
         size: How many, at most.
         num_cpus: Logical CPUs of each.
         num_gpus: GPUs of each; 0 runs on the CPU.
-        scaling: Kind of GPU, custom resources and labels that are asked for.
+        scaling: Kind of GPU, custom resources and labels that are asked for; and how often a task that lost its actor
+            is done again. Actors themselves are replaced without end, as a long job may lose many of them.
     """
 
     size: int
@@ -51,7 +53,13 @@ class ActorPool:
         strategy = ActorPoolStrategy(
             min_size=1, max_size=self.size, initial_size=self.size, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
-        options = {"compute": strategy, "num_cpus": self.num_cpus, "batch_size": None, "batch_format": "pyarrow"}
+        options = {
+            "compute": strategy,
+            "num_cpus": self.num_cpus,
+            "batch_size": None,
+            "batch_format": "pyarrow",
+            "max_task_retries": self.scaling.max_failures,
+        }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
             if self.scaling.accelerator_type is not None:
@@ -117,6 +125,7 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
 
     Raises:
         UserError: One that an actor raised.
+        GaveUpError: A task lost its actor more often than it is done again.
     """
     tables: list[pa.Table] = []
     done = 0
@@ -130,7 +139,14 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            raise _user_error_in(error) or error from None
+            if (mistake := _user_error_in(error)) is not None:
+                raise mistake from None
+            if (death := _death_in(error)) is not None:
+                raise GaveUpError(
+                    f"{name}: gave up, since a task lost its actor more often than scaling.max_failures allows; the "
+                    f"last time: {died_of(death)}; the same command does the step again"
+                ) from error
+            raise
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -153,18 +169,27 @@ def quiet_ray_data() -> Iterator[None]:
 
 def _user_error_in(error: BaseException) -> UserError | None:
     """Find the user's mistake in a chain of Ray's wrappers."""
+    for found in _wrapped(error):
+        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
+        if isinstance(found, UserError) and not isinstance(getattr(found, "cause", None), UserError):
+            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
+        if disk_full(found):
+            return full_disk_error(found, "actors write")
+    return None
+
+
+def _death_in(error: BaseException) -> RayActorError | None:
+    return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, in Python's ways and in Ray's."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         found = pending.pop()
         if found is None or id(found) in seen:
             continue
-        cause = getattr(found, "cause", None)
-        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
-        if isinstance(found, UserError) and not isinstance(cause, UserError):
-            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
-        if disk_full(found):
-            return full_disk_error(found, "actors write")
+        yield found
         seen.add(id(found))
-        pending += [found.__cause__, found.__context__, cause]
-    return None
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]

@@ -23,6 +23,7 @@ LAYERS = (
         "lease",
         "errors",
         "console",
+        "deaths",
         "disk",
         "identity",
         "manifest",

@@ -46,7 +46,7 @@ def test_actors_ask_for_what_the_config_says(nodes: Any) -> None:
 def test_what_is_not_asked_for_is_not_said(nodes: Any) -> None:
     nodes({"CPU": 1.0})
     (pool,) = plan_pools(ScalingConfig(), [1], 1)
-    assert set(pool.options()) == {"compute", "num_cpus", "batch_size", "batch_format"}
+    assert set(pool.options()) == {"compute", "num_cpus", "batch_size", "batch_format", "max_task_retries"}
 
 
 def test_too_little_room_is_told_with_the_labels_of_the_nodes(nodes: Any) -> None:
