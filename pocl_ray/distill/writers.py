@@ -148,5 +148,6 @@ def check_backend(config: RolloutConfig) -> None:
     """
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.backend: vllm is not installed: pip install 'pocl-ray[vllm]' on every node, or set it to transformers"
+            "rollout.backend: vllm is not installed: pip install 'pocl-ray[vllm]' on every node, or set it to "
+            "transformers"
         )
