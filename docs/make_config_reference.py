@@ -37,8 +37,8 @@ A config is one YAML file. `key.sub=value` behind it on the command line overrid
 - A YAML file among them lays its keys over the config: `pocl-ray run my.yaml configs/methods/seqkd.yaml`
   (docs/methods.md). Files and keys apply in the order given.
 - A key that is not on this page is an error, and the message names the nearest one that is.
-- A section that is given replaces its default **as a whole**: with `evaluation.generation: {max_new_tokens: 64}` the
-  other keys of `generation` take the defaults of its own table, so `no_repeat_ngram_size` is 0 there and no longer 6.
+- Keys of a section that are left out have the defaults of its own table: `evaluation.generation: {max_new_tokens: 64}`
+  leaves the others of `generation` as they are. Free mappings and schedules are replaced as a whole.
 - Relative paths are relative to the directory that the command is run in.
 - A run belongs to its config: the same `name` with another config is refused with a list of what differs, unless
   `--resume-with-changes` says to run the steps again that this concerns. Keys marked with * change how fast or on what

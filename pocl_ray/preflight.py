@@ -7,12 +7,14 @@ import os
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import Config, TeacherConfig
+from pocl_ray.config.sources import ModelConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.preparing import Rows, data_fingerprint
@@ -23,7 +25,7 @@ from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.room import wait_for_workers
 from pocl_ray.distill.writers import check_backend
-from pocl_ray.errors import ConfigError
+from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.evaluation.actors import plan_pools
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.models.quantization import check_int8
@@ -59,9 +61,16 @@ def check_inputs(config: Config) -> None:
     for key, teacher in _teachers(config):
         if teacher.quantization == "int8":
             check_int8(key)
-    for model in (config.teacher, *config.other_teachers, config.student):
-        origin_fingerprint(model)
+    for key, model in (*_teachers(config), ("student", config.student)):
+        _check_origin(key, model)
     check_adapters(config.teacher, config.student, *config.other_teachers)
+
+
+def _check_origin(key: str, model: ModelConfig) -> None:
+    try:
+        origin_fingerprint(model)
+    except UserError as error:
+        raise type(error)(f"{key}.path: {error}") from error
 
 
 def check_rescoring(config: Config) -> None:
@@ -119,8 +128,21 @@ def check_room(config: Config) -> None:
     for key, teacher in _teachers(config):
         if teacher.quantization == "int8":
             check_int8(key, use_gpu)
+    if not use_gpu:
+        check_without_gpus(config)
     wait_for_workers(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
+
+
+def check_without_gpus(config: Config) -> None:
+    """Refuse what only GPUs can do.
+
+    Raises:
+        ConfigError: The config asks for it.
+    """
+    divergences(config.distill, config.rollout, torch.device("cpu"))
+    if config.rollout.backend == "vllm":
+        raise ConfigError("rollout.backend: vllm runs on GPUs, and the workers have none; set it to transformers")
 
 
 def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.distill.kernels import divergences
 from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.storage import RunDirectory
@@ -23,7 +25,12 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     Args:
         config: The run.
         num_rows: Training rows; None takes those that the run has prepared, else counts the source's.
+
+    Raises:
+        UserError: The loss, a signal or the curriculum is unknown or cannot work, or there are no rows to count.
     """
+    choose_signals(config.difficulty)
+    divergences(config.distill, config.rollout)
     console = Console(highlight=False, soft_wrap=True)
     prepared = _prepared(config)
     if num_rows is None:

@@ -89,7 +89,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such config file{_beside(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({error})") from None
     try:
@@ -101,10 +101,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _beside(path: Path) -> str:
+    """The file in the same directory whose name is nearest to one that is not there."""
+    names = [one.name for one in sorted(path.parent.glob("*")) if one.suffix in LAYER_ENDINGS]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or key.strip() != key:
-        raise ConfigError(f"override {override!r}: write it as key.sub=value")
+        raise ConfigError(f"override {override!r}: write it as key.sub=value, or name a file that ends in .yaml")
     try:
         value = _parse_yaml(text)
     except yaml.YAMLError:

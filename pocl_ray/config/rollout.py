@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pocl_ray.config.base import Section
+from pocl_ray.config.base import Number, Section
 
 
 class RolloutConfig(Section):
@@ -28,7 +28,7 @@ class RolloutConfig(Section):
         description="train on the rows' own responses in the same optimizer step (DistiLLM-2); in mode on",
     )
     loss: str | None = Field(default=None, description="divergence on rollouts; null: distill.loss, with its loss_args")
-    loss_args: dict[str, float] = Field(default_factory=dict, description="parameters of rollout.loss")
+    loss_args: dict[str, Number] = Field(default_factory=dict, description="parameters of rollout.loss")
     kd_ratio: float | None = Field(
         default=1.0,
         ge=0,

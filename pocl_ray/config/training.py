@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pocl_ray.config.base import Section
+from pocl_ray.config.base import Number, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TokenScore = Literal["teacher_entropy", "teacher_certainty"]
@@ -37,6 +37,8 @@ class ScheduleConfig(Section):
     def _shorthand(cls, data: Any) -> Any:
         if isinstance(data, (int, float)) and not isinstance(data, bool):
             return {"shape": "constant", "start": data, "end": data, "decimals": None}
+        if isinstance(data, str) or (isinstance(data, (list, tuple)) and not data):
+            raise ValueError("a schedule is a number, a list of one number a stage, or {start: ..., end: ...}")
         if isinstance(data, (list, tuple)):
             return {"shape": "list", "values": data, "decimals": None}
         if isinstance(data, dict) and "values" in data and "shape" not in data:
@@ -82,7 +84,7 @@ class CurriculumConfig(Section):
         default="baby_step",
         description="baby_step, one_pass, competence, anti, random, none (plain distillation), or a plug-in's",
     )
-    pacing_args: dict[str, int | float] = Field(
+    pacing_args: dict[str, Number] = Field(
         default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
     num_buckets: int = Field(default=4, ge=1)
@@ -138,13 +140,13 @@ class DistillConfig(Section):
     """The distillation loss, and where the teacher's part of it comes from."""
 
     loss: str = Field(default="forward_kl", description="a divergence of pocl_ray.distill.losses, or a plug-in's")
-    loss_args: dict[str, float] = Field(
-        default_factory=dict, description="parameters of the loss: alpha, lam, beta ..."
+    loss_args: dict[str, Number] = Field(
+        default_factory=dict, description="parameters of the loss: alpha, lam, beta, k ..."
     )
     scale_by_t_squared: bool | None = Field(
         default=None, description="multiply by kd_temperature squared; null: as the authors do for this loss"
     )
-    token_weight: Literal["none"] | TokenScore = Field(
+    token_weight: Literal["none", "teacher_entropy", "teacher_certainty"] = Field(
         default="none",
         description="which response tokens count more in kd_loss: those of which the teacher is unsure (entropy) "
         "or sure (certainty); the mean weight of a step is 1",

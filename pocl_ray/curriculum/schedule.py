@@ -149,7 +149,10 @@ def scheduled(schedule: ScheduleConfig, num_stages: int, key: str = "a schedule"
         return (_points(schedule)[0],) * num_stages
     if schedule.values is not None:
         if len(schedule.values) != num_stages:
-            raise ConfigError(f"{key} lists {len(schedule.values)} values, but there are {num_stages} stages")
+            there = "there is 1 stage" if num_stages == 1 else f"there are {num_stages} stages"
+            raise ConfigError(
+                f"{key} lists {len(schedule.values)} values, but {there}; list one for each, or give start and end"
+            )
         return schedule.values
     ramp = Ramp(_points(schedule), _shape(schedule), num_stages)
     values = [ramp.at(stage) for stage in range(num_stages)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocl_ray.config import DistillConfig, RolloutConfig
 from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
-from pocl_ray.errors import ConfigError
+from pocl_ray.errors import ConfigError, UserError
 
 Kernel = Literal["auto", "torch", "liger"]
 # Liger's mixture leaves log space, where both probabilities may be 0 and their logarithm infinite. e^-80 times any beta
@@ -28,23 +28,34 @@ Kernel = Literal["auto", "torch", "liger"]
 _LOG_FLOOR = -80.0
 
 
-def resolve_divergence(distill: DistillConfig, device: torch.device | None = None) -> ResolvedLoss | LigerLoss:
+def resolve_divergence(
+    distill: DistillConfig, device: torch.device | None = None, key: str = "distill.loss"
+) -> ResolvedLoss | LigerLoss:
     """Return the divergence of the config, on the kernel it asks for.
 
     Args:
         distill: Loss, its parameters and the kernel.
         device: Where it is computed; None where that is not known yet, which checks what can be checked.
+        key: Of the loss in the config, for messages.
 
     Raises:
         ConfigError: The loss is unknown or its parameters are wrong, or `liger` cannot compute it here.
         UserError: A plug-in cannot be loaded or breaks the contract of a loss.
     """
-    loss = resolve_loss(distill.loss, distill.loss_args, distill.scale_by_t_squared)
+    loss = _resolved(distill, key)
     beta = jsd_beta(loss)
     if distill.kernel == "liger":
         _check_liger(distill, beta, device)
     wanted = distill.kernel == "liger" or (distill.kernel == "auto" and _fits(distill, device))
     return LigerLoss(loss, beta) if wanted and beta is not None else loss
+
+
+def _resolved(distill: DistillConfig, key: str) -> ResolvedLoss:
+    """The loss of the config; what is wrong with it is told with the key that names it."""
+    try:
+        return resolve_loss(distill.loss, distill.loss_args, distill.scale_by_t_squared)
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def divergences(
@@ -55,7 +66,7 @@ def divergences(
     if rollout.loss is None:
         return on_data, on_data
     own = distill.model_copy(update={"loss": rollout.loss, "loss_args": rollout.loss_args})
-    return on_data, resolve_divergence(own, device)
+    return on_data, resolve_divergence(own, device, "rollout.loss")
 
 
 def jsd_beta(loss: ResolvedLoss) -> float | None:

@@ -193,9 +193,10 @@ class Range:
         return above and below
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.integer else "a number"
+        if self.integer:
+            return f"a whole number from {self.low:.0f} to {self.high:.0f}"
         brackets = ("(" if self.low_open else "[") + "{}" + (")" if self.high_open else "]")
-        return f"{kind} in " + brackets.format(f"{self.low:g}, {self.high:g}")
+        return "a number in " + brackets.format(f"{self.low:g}, {self.high:g}")
 
 
 @dataclass(frozen=True)

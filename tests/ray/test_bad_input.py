@@ -88,6 +88,19 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "unknown signal": ({"difficulty__signals": ["rouge_l", "ce_los"]}, ("difficulty.signals", "did you mean ce_loss")),
     "unknown loss": ({"distill__loss": "forward_kll"}, ("forward_kll", "did you mean 'forward_kl'")),
+    "beta outside 0 to 1": (
+        {"distill": {"loss": "generalized_jsd", "loss_args": {"beta": 1.5}}},
+        ("distill.loss", "beta must be a number in [0, 1], not 1.5"),
+    ),
+    "a cache with rollouts": ({"rollout": {"mode": "on"}}, ("rollout.mode on", "set distill.teacher_cache to none")),
+    "summaries without their column": (
+        {"data__task": "summarization"},
+        ("data.train:", "found: input, instruction, output", "columns: {document"),
+    ),
+    "a further teacher that is not there": (
+        {"other_teachers": [{"path": "nowhere-at-all"}]},
+        ("other_teachers.0.path", "nowhere-at-all"),
+    ),
     "DeepSpeed config at odds with train": (
         {"train__deepspeed": {"gradient_clipping": 7.0}},
         ("train.deepspeed.gradient_clipping", "change one of them"),
@@ -176,6 +189,17 @@ def test_models_that_do_not_fit_are_refused(
     before = tree_digest(tmp_path)
     line = refused(path, capsys)
     assert all(word in line for word in words), line
+    assert tree_digest(tmp_path) == before
+
+
+def test_adapters_that_match_nothing_are_refused_with_the_names_that_exist(
+    models: Path, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = {"path": str(models / "student"), "lora": {"target_modules": ["c_attn"]}}
+    path = write_config(tmp_path, teacher={"path": str(models / "teacher")}, student=student, tokenizer={})
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert all(word in line for word in ("student.lora.target_modules", "'c_attn'", "q_proj", "down_proj")), line
     assert tree_digest(tmp_path) == before
 
 

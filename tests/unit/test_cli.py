@@ -91,6 +91,13 @@ def test_evaluate_prints_the_figures_of_given_answers_as_json(call: Call, tmp_pa
         (["run", "c.yaml", "trian.eps=1"], "did you mean train?"),
         (["plan", "c.yaml", "train.eps=-1"], "c.yaml: train.eps"),
         (["plan", "c.yaml", "train.eps"], "write it as key.sub=value"),
+        (
+            ["plan", "c.yaml", "distill.loss=revrse_kl"],
+            "distill.loss: loss 'revrse_kl' is unknown; did you mean",
+        ),
+        (["plan", "c.yaml", "distill={loss: generalized_jsd, loss_args: {beta: 1.2}}"], "beta must be a number in [0"),
+        (["plan", "c.yaml", "difficulty.signals=[ce_los]"], "did you mean ce_loss"),
+        (["plan", "c.yaml", "c.yml"], "c.yml: no such config file; did you mean c.yaml?"),
         (["plan", "c.yaml", "curriculum.kd_ratio=[0.1, 0.2]"], "lists 2 values, but there are 4 stages"),
         (["plan", "c.yaml", "data.train.path=none.jsonl"], "none.jsonl"),
         (["plan", "c.yaml", "data.train.path=empty.jsonl"], "empty.jsonl"),

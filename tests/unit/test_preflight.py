@@ -8,7 +8,7 @@ import pytest
 
 from pocl_ray.config import Config
 from pocl_ray.errors import ConfigError
-from pocl_ray.preflight import check_rescoring
+from pocl_ray.preflight import check_rescoring, check_without_gpus
 
 TREE: dict[str, Any] = {
     "name": "run",
@@ -37,3 +37,19 @@ def test_rescoring_by_the_teacher_needs_all_of_it_on_each_worker(changes: dict[s
 
 def test_rescoring_over_a_cache_of_hidden_states_is_no_mistake() -> None:
     check_rescoring(Config.model_validate(TREE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"distill": {"kernel": "liger"}}, "distill.kernel: liger runs on CUDA.* set auto"),
+        (
+            {"distill": {"teacher_cache": "none"}, "rollout": {"mode": "on", "backend": "vllm"}},
+            "rollout.backend: vllm runs on GPUs.* set it to transformers",
+        ),
+    ],
+)
+def test_what_only_gpus_can_do_is_refused_on_a_cluster_without_them(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_without_gpus(Config.model_validate({**TREE, **changes}))
+    check_without_gpus(Config.model_validate(TREE))

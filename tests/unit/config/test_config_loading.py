@@ -10,6 +10,7 @@ import yaml
 
 from pocl_ray.config import Config, TrainConfig, load_config
 from pocl_ray.config.loading import dump_config
+from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
 
 MINIMAL = """
@@ -301,3 +302,27 @@ def test_one_number_of_workers_is_fixed_and_two_are_elastic(file: Path, given: s
     config = load_config(file, [f"scaling.num_workers={given}", "train.global_batch_rows=48"])
     assert (config.scaling.min_workers, config.scaling.max_workers) == bounds
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+def test_parameters_stay_the_numbers_that_they_were_written_as(file: Path) -> None:
+    config = load_config(file, ["distill.loss=top_k_kl", "distill.loss_args={k: 5}", "curriculum.pacing_args={a: 1.0}"])
+    assert type(config.distill.loss_args["k"]) is int and type(config.curriculum.pacing_args["a"]) is float
+    assert resolve_loss(config.distill.loss, config.distill.loss_args).params == {"k": 5}
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("distill.loss_args={beta: half}", "distill.loss_args.beta: a finite number is needed (given: 'half')"),
+        ("distill.loss_args={beta: .nan}", "distill.loss_args.beta: a finite number is needed (given: nan)"),
+        ("rollout={mode: mixed, loss: js_distance, loss_args: {lam: true}}", "rollout.loss_args.lam: a finite number"),
+        ("curriculum.kd_ratio=high", "curriculum.kd_ratio: a schedule is a number, a list of one number a stage, or"),
+        ("curriculum.kd_ratio=[]", "curriculum.kd_ratio: a schedule is a number, a list"),
+        ("distill.token_weight=entropy", "distill.token_weight: Input should be 'none', 'teacher_entropy' or"),
+    ],
+)
+def test_what_is_no_number_or_no_choice_is_told_in_one_line(file: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -123,7 +123,8 @@ def test_a_list_of_another_length_is_refused() -> None:
 def test_a_list_has_one_value_a_stage_and_the_message_names_the_key(key: str) -> None:
     for pacing, num_stages in (("baby_step", 4), ("none", 1), ("competence", 8)):
         curriculum = config(pacing=pacing, **{key: [0.5, 1.0, 1.0]}).curriculum
-        with pytest.raises(ConfigError, match=f"curriculum.{key} lists 3 values, but there are {num_stages} stages"):
+        there = "there is 1 stage;" if num_stages == 1 else f"there are {num_stages} stages;"
+        with pytest.raises(ConfigError, match=f"curriculum.{key} lists 3 values, but {there} list one for each"):
             check_curriculum(curriculum)
     check_curriculum(config(num_buckets=3, **{key: [0.5, 1.0, 1.0]}).curriculum)
 

@@ -21,6 +21,7 @@ from pocl_ray.data.batching import global_batches
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.adaptive import draw_of
 from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.losses import LOSSES
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import Teachers, TeacherSource
 from pocl_ray.models.loading import load_tokenizer
@@ -31,6 +32,10 @@ from pocl_ray.teacher_use import reads_teacher
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 SUPERVISED = ("sft", "seqkd")
 DISTILLING = ("kd", "reverse_kl", "js", "tvd", "skew_kl", "skew_rkl", "adaptive_kl")
+WITHOUT_FILE = {
+    "symmetric_kl": ("distill.loss=symmetric_kl",),
+    "top_k_kl": ("distill.loss=top_k_kl", "distill.loss_args={k: 5}"),
+}
 ON_POLICY = ("gkd", "gkd_on_policy", "distillm", "distillm2")
 SHORT = "rollout.max_new_tokens=8"
 # The dev loss of a student that learns in strides this wide rises, and the threshold of DistiLLM's schedule with it.
@@ -38,6 +43,7 @@ WIDE_STRIDES = ("train.learning_rate=1.0", "rollout.threshold_rise=0.4", "rollou
 LONGER = ("curriculum.interval_epochs=3",)
 VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in (*SUPERVISED, *DISTILLING)},
+    **WITHOUT_FILE,
     **{name: (name, SHORT) for name in ON_POLICY},
     "plain": ("plain", "reverse_kl"),
     "gkd_seq_kd": ("gkd", SHORT, "data.responses=teacher", "rollout.lambda=0"),
@@ -122,12 +128,16 @@ def test_every_file_of_methods_is_run_here_or_where_answers_are_evaluated() -> N
     assert named | evaluated == {path.stem for path in METHODS.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("method", DISTILLING)
+def test_every_loss_is_trained_with(tasks: dict[str, TrainTask]) -> None:
+    assert {loss for task in tasks.values() for loss in (task.distill.loss, task.rollout.loss)} >= set(LOSSES)
+
+
+@pytest.mark.parametrize("method", [*DISTILLING, *WITHOUT_FILE])
 def test_a_distilling_method_trains_by_its_own_divergence(outcomes: dict[str, runs.Outcome], method: str) -> None:
     records = steps_of(outcomes[method])
     assert len(records) == 3
     assert all(math.isfinite(record["train/loss"]) and record["train/kd_loss"] > 0 for record in records)
-    others = [outcomes[other].losses for other in DISTILLING if other != method]
+    others = [outcomes[other].losses for other in (*DISTILLING, *WITHOUT_FILE) if other != method]
     assert outcomes[method].losses not in others
 
 
