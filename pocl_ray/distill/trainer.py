@@ -20,16 +20,16 @@ from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
+from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
-from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
+from pocl_ray.distill.room import resources_per_worker, wait_for_workers
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
-from pocl_ray.evaluation.actors import wants_gpu
 from pocl_ray.versions import versions
 
 POLL_S = 0.3
@@ -48,6 +48,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
+CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # the dashboard's Train page shows what it tracks
 
 
 Watch = Callable[[Standing], None]
@@ -84,9 +85,10 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
         *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it,
             and free it should this process die.
     """
-    use_gpu = wants_gpu(scaling, ray.cluster_resources())
-    wait_for_room(scaling, use_gpu)
-    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if is_one_machine() else {})}.items():
+    use_gpu = wants_gpu(scaling)
+    wait_for_workers(scaling, use_gpu)
+    of_this_cluster = ONE_MACHINE_ENVIRONMENT if is_one_machine() else CLUSTER_ENVIRONMENT
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}.items():
         os.environ.setdefault(key, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -102,6 +104,7 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             resources_per_worker=resources_per_worker(scaling, use_gpu),
             placement_strategy=scaling.placement,
             accelerator_type=scaling.accelerator_type,
+            label_selector=dict(scaling.labels) or None,
         ),
         run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards), TellFailures(board)),
     )

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pyarrow as pa
-import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayActorError, RayError
 
+from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, wants_gpu, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
 from pocl_ray.deaths import died_of
@@ -34,16 +34,13 @@ class ActorPool:
         size: How many, at most.
         num_cpus: Logical CPUs of each.
         num_gpus: GPUs of each; 0 runs on the CPU.
-        accelerator_type: Kind of GPU that is asked for.
-        max_failures: How often a task that lost its actor is done again; actors themselves are replaced without end,
-            as a long job on nodes that come and go may lose many of them.
+        scaling: Kind of GPU, custom resources and labels that are asked for, and how many failures are allowed.
     """
 
     size: int
     num_cpus: float
     num_gpus: float
-    accelerator_type: str | None
-    max_failures: int = 3
+    scaling: ScalingConfig
 
     @property
     def use_gpu(self) -> bool:
@@ -60,12 +57,18 @@ class ActorPool:
             "num_cpus": self.num_cpus,
             "batch_size": None,
             "batch_format": "pyarrow",
-            "max_task_retries": self.max_failures,
+            # Of a task, not of an actor: a long job on nodes that come and go may lose many actors, but a task that
+            # kills each of its actors must end. Once more than allowed, so that the last actor may still say why.
+            "max_task_retries": self.scaling.max_failures + 1,
         }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
-            if self.accelerator_type is not None:
-                options["accelerator_type"] = self.accelerator_type
+            if self.scaling.accelerator_type is not None:
+                options["accelerator_type"] = self.scaling.accelerator_type
+        if self.scaling.resources_per_actor:
+            options["resources"] = dict(self.scaling.resources_per_actor)
+        if self.scaling.labels:
+            options["label_selector"] = dict(self.scaling.labels)
         return options
 
 
@@ -83,37 +86,30 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
     Raises:
         ResourceError: The cluster has no room for one actor of each pool, or no GPU where one is asked for.
     """
-    total = ray.cluster_resources()
-    num_gpus = _gpus_per_actor(scaling, total, len(wanted)) if wants_gpu(scaling, total) else 0.0
-    room = _room(total, {"CPU": scaling.cpus_per_actor, "GPU": num_gpus})
-    if room < len(wanted):
+    num_gpus = _gpus_per_actor(scaling, len(wanted)) if wants_gpu(scaling) else 0.0
+    needed = {"CPU": scaling.cpus_per_actor, "GPU": num_gpus, **scaling.resources_per_actor}
+    needed = with_accelerator({name: amount for name, amount in needed.items() if amount > 0}, scaling)
+    sizes = [min(size, max(1, num_tasks)) for size in wanted]
+
+    def room() -> int:
+        return room_for(needed, list(usable_nodes(scaling.labels).values()))
+
+    fits = wait_for_room(room, len(wanted), [needed] * sum(sizes), scaling)
+    if fits < len(wanted):
         keys = "scaling.cpus_per_actor or scaling.gpus_per_actor" if num_gpus else "scaling.cpus_per_actor"
         raise ResourceError(
-            f"{len(wanted)} actors must run at once, but the cluster ({total.get('CPU', 0):g} CPUs, "
-            f"{total.get('GPU', 0):g} GPUs) has room for {room}; lower {keys}"
+            f"{len(wanted)} actors of {in_words(needed)} each must run at once, but the cluster has room for "
+            f"{fits}{where(scaling)}; lower {keys}"
         )
-    sizes = [min(size, max(1, num_tasks)) for size in wanted]
-    while sum(sizes) > room:
+    while sum(sizes) > fits:
         sizes[sizes.index(max(sizes))] -= 1
-    asked = (scaling.cpus_per_actor, num_gpus, scaling.accelerator_type, scaling.max_failures)
-    return [ActorPool(size, *asked) for size in sizes]
+    return [ActorPool(size, scaling.cpus_per_actor, num_gpus, scaling) for size in sizes]
 
 
-def _gpus_per_actor(scaling: ScalingConfig, total: dict[str, float], num_pools: int) -> float:
+def _gpus_per_actor(scaling: ScalingConfig, num_pools: int) -> float:
     """One GPU each, or an equal share of them where the pools outnumber the GPUs."""
-    return scaling.gpus_per_actor or min(1.0, total.get("GPU", 0) / num_pools)
-
-
-def wants_gpu(scaling: ScalingConfig, cluster: dict[str, float]) -> bool:
-    """Whether actors run on GPUs.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = cluster.get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
+    num_gpus = sum(node.get("GPU", 0) for node in usable_nodes(scaling.labels).values())
+    return scaling.gpus_per_actor or min(1.0, num_gpus / num_pools)
 
 
 def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
@@ -170,11 +166,6 @@ def quiet_ray_data() -> Iterator[None]:
         for name, value in before.items():
             setattr(context, name, value)
         logger.setLevel(level)
-
-
-def _room(total: dict[str, float], needed: dict[str, float]) -> int:
-    """How many actors the cluster can hold at once."""
-    return int(min((total.get(name, 0) / each + 1e-6 for name, each in needed.items() if each > 0), default=1))
 
 
 def _user_error_in(error: BaseException) -> UserError | None:
