@@ -34,8 +34,7 @@ class ActorPool:
         size: How many, at most.
         num_cpus: Logical CPUs of each.
         num_gpus: GPUs of each; 0 runs on the CPU.
-        scaling: Kind of GPU, custom resources and labels that are asked for; and how often a task that lost its actor
-            is done again. Actors themselves are replaced without end, as a long job may lose many of them.
+        scaling: Kind of GPU, custom resources and labels that are asked for, and how many failures are allowed.
     """
 
     size: int
@@ -58,7 +57,9 @@ class ActorPool:
             "num_cpus": self.num_cpus,
             "batch_size": None,
             "batch_format": "pyarrow",
-            "max_task_retries": self.scaling.max_failures,
+            # Of a task, not of an actor: a long job on nodes that come and go may lose many actors, but a task that
+            # kills each of its actors must end. Once more than allowed, so that the last actor may still say why.
+            "max_task_retries": self.scaling.max_failures + 1,
         }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
