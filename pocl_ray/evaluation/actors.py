@@ -106,7 +106,12 @@ def wants_gpu(scaling: ScalingConfig, cluster: dict[str, float]) -> bool:
 
 
 def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
-    """Run a Ray Data job and gather its (small) output, behind a progress bar.
+    """Run a Ray Data job and gather its (small) output: what `stream` yields, in one table."""
+    return pa.concat_tables(stream(dataset, name, num_rows, unit), promote_options="default")
+
+
+def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa.Table]:
+    """Run a Ray Data job behind a progress bar.
 
     Args:
         dataset: The lazy job.
@@ -114,26 +119,24 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
         num_rows: Rows that the job will give.
         unit: What a row is.
 
-    Returns:
-        All rows, in the order in which they came.
+    Yields:
+        Its output, in the order in which it comes.
 
     Raises:
         UserError: One that an actor raised.
     """
-    tables: list[pa.Table] = []
     done = 0
     with progress_bar(name, num_rows, unit) as bar:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 table = cast(pa.Table, batch)
-                tables.append(table)
-                done += table.num_rows
-                if len(tables) == 1:  # before that, processes started and models loaded
+                has_begun, done = done > 0, done + table.num_rows
+                yield table
+                if not has_begun:  # before that, processes started and models loaded
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
             raise _user_error_in(error) or error from None
-    return pa.concat_tables(tables, promote_options="default")
 
 
 @contextmanager
