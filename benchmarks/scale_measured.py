@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import resource
+import math
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 from scale_model import Model, fit, training_flops
 
 from pocl_ray.models.places import ModelRef
@@ -19,8 +24,11 @@ from pocl_ray.storage import RunDirectory
 
 TOLERANCE = 0.25
 EVEN = 0.15
-BYTES_A_ROW = 1024.0
+BYTES_A_ROW = 200.0
 REPEATS = 5
+DISTINCT, DISTINCT_ROWS = "rows/distinct.arrow", 10_000
+WARM_ROWS, MAX_TOKENS = 64, 64
+SMALL_ROWS, SMALL_REPEATS = 20_000, 3
 SHAPES = ((2, 4), (2, 16), (6, 8), (10, 4), (10, 16))
 """Layers and rows; the last is what the fit has not seen."""
 WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
@@ -72,50 +80,68 @@ def _shape(model: object) -> Model:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run directory with two tiny models, in which row sets of any size are scored."""
+    """A run directory with two tiny models and some rows, of which sets of any size are made and scored."""
 
     run_dir: RunDirectory
     teacher: ModelRef
     student: ModelRef
 
 
-def score_sizes(sizes: Sequence[int]) -> bool:
-    """Score row sets of several sizes; whether rows a second are even and the driver's memory does not grow with rows.
+@dataclass(frozen=True)
+class _Scored:
+    """What scoring a set took: rows a second once processes had started, all seconds, and the driver's memory."""
 
-    Seconds of a set of 64 rows, which are process starts, are taken off.
+    rate: float
+    seconds: float
+    bytes_before: int
+    peak_bytes: int
+
+
+def score_sizes(sizes: Sequence[int]) -> bool:
+    """Score row sets of several sizes; whether rows a second are even and the driver's memory stays flat.
+
+    Rows a second are those after the first fifth, when processes have started and models are loaded; small sets are
+    scored several times, as a second of something else on the machine is much for them. Memory is what the driver
+    itself allocated (the kernel's RssAnon), not what it maps of the rows' file and of Ray's object store.
     """
     from pocl_ray.session import ray_session
 
-    print(f"\nscoring on Ray\n{'rows':>9} {'s':>8} {'rows/s':>8} {'driver MiB':>11}")
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers give way to whatever else runs otherwise
+    print(f"\nscoring on Ray\n{'rows':>9} {'s':>8} {'rows/s':>8} {'driver MiB before':>18} {'at its peak':>12}")
     with tempfile.TemporaryDirectory() as folder, ray_session():
-        made = _prepare(Path(folder), max(sizes))
-        start = _score(made, Path(folder), 64)
-        rates, peaks = [], []
+        made = _prepare(Path(folder))
+        _score(made, WARM_ROWS)
+        results = []
         for size in sizes:
-            seconds = _score(made, Path(folder), size) - start
-            rates.append(size / max(seconds, 1e-3))
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)
-            print(f"{size:9,d} {seconds:8.1f} {rates[-1]:8.0f} {peaks[-1] / 2**20:11.0f}", flush=True)
+            runs = [_score(made, size) for _ in range(SMALL_REPEATS if size <= SMALL_ROWS else 1)]
+            median = sorted(runs, key=lambda run: run.rate)[len(runs) // 2]
+            results.append(median)
+            memory = f"{median.bytes_before / 2**20:18.0f} {median.peak_bytes / 2**20:12.0f}"
+            print(f"{size:9,d} {median.seconds:8.1f} {median.rate:8.0f} {memory}", flush=True)
+    rates = [each.rate for each in results]
     evenness = max(rates) / min(rates) - 1
-    growth = (peaks[-1] - peaks[0]) / max(1, sizes[-1] - sizes[0])
+    growth = (results[-1].peak_bytes - results[0].peak_bytes) / max(1, sizes[-1] - sizes[0])
     print(f"rows a second differ by {evenness:.0%}; the driver's peak grows by {growth:.0f} bytes a row")
     return evenness < EVEN and growth < BYTES_A_ROW
 
 
-def _prepare(folder: Path, num_rows: int) -> _Prepared:
+def _prepare(folder: Path) -> _Prepared:
+    from pocl_ray.config import DataConfig, SourceConfig
+    from pocl_ray.data.rows import prepare_rows
     from pocl_ray.data.tokenizer_training import train_tokenizer
     from pocl_ray.models.building import build_model
     from pocl_ray.models.loading import load_tokenizer
     from pocl_ray.models.saving import save_model
 
-    rng, lines = np.random.default_rng(0), []
-    for _ in range(num_rows):
-        text = " ".join(rng.choice(WORDS, size=4))
-        lines.append(json.dumps({"instruction": "Copy:", "input": text, "output": text}) + "\n")
+    texts = [" ".join(words) for words in np.random.default_rng(0).choice(WORDS, size=(DISTINCT_ROWS, 4))]
+    lines = [json.dumps({"instruction": "Copy:", "input": text, "output": text}) + "\n" for text in texts]
     (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     run_dir = RunDirectory.open(str(folder), "run")
     train_tokenizer(lines[:500], 300, run_dir.local("tokenizer"))
     tokenizer = load_tokenizer(str(run_dir.local("tokenizer")))
+    lengths = {"max_prompt_tokens": 40, "max_tokens": MAX_TOKENS}
+    config = DataConfig(train=SourceConfig(path="unused"), holdout_rows=1, prompt_template="plain", **lengths)
+    prepare_rows("distinct", SourceConfig(path=str(folder / "rows.jsonl")), config, tokenizer, run_dir.local(DISTINCT))
     refs = []
     for seed, width in enumerate((32, 16)):
         sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
@@ -126,37 +152,84 @@ def _prepare(folder: Path, num_rows: int) -> _Prepared:
     return _Prepared(run_dir, *refs)
 
 
-def _score(made: _Prepared, folder: Path, num_rows: int) -> float:
-    """Score the first rows, and return the seconds that it took."""
-    from pocl_ray.config import DataConfig, DifficultyConfig, ScalingConfig, SourceConfig
-    from pocl_ray.data.rows import prepare_rows
-    from pocl_ray.difficulty.scoring import score_rows
-    from pocl_ray.models.loading import load_tokenizer
+def _rows(run_dir: RunDirectory, num_rows: int) -> RowsSummary:
+    """Write a set of so many rows, the distinct ones over and over: all sets are then alike but for their size."""
+    from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
+    from pocl_ray.data.rows import arrow_writer, summarize_rows
+    from pocl_ray.records import ID
 
-    source = folder / f"{num_rows}.jsonl"
-    with (folder / "rows.jsonl").open(encoding="utf-8") as lines:
-        source.write_text("".join(line for line, _ in zip(lines, range(num_rows), strict=False)), encoding="utf-8")
-    lengths = {"max_prompt_tokens": 40, "max_tokens": 64}
-    config = DataConfig(train=SourceConfig(path="unused"), holdout_rows=1, prompt_template="plain", **lengths)
-    tokenizer = load_tokenizer(str(made.run_dir.local("tokenizer")))
-    rows = made.run_dir.local(f"rows/{num_rows}.arrow")
-    summary, _ = prepare_rows(f"rows{num_rows}", SourceConfig(path=str(source)), config, tokenizer, rows)
-    start = time.perf_counter()
-    table, _ = score_rows(
-        rows=RowsSummary(**asdict(summary)),
-        dev_rows=summary,
-        run_dir=made.run_dir,
-        tokenizer="tokenizer",
-        student=made.student,
-        teacher=made.teacher,
-        teacher_fingerprint="",
-        cache=None,
-        cache_dtype="auto",
-        difficulty=DifficultyConfig.model_validate({"generation": {"max_new_tokens": 4}}),
-        max_tokens=64,
-        scaling=ScalingConfig(),
-        seed=0,
-        compare=False,
-    )
+    store, name = RowStore.open(run_dir.local(DISTINCT)), f"rows{num_rows}"
+    path = run_dir.local(f"rows/{name}.arrow")
+    with arrow_writer(path, ROWS_SCHEMA) as writer:
+        written = 0
+        for batch in itertools.cycle(store.batches):
+            part = batch.slice(0, num_rows - written)
+            ids = pa.array(np.arange(written, written + part.num_rows))
+            writer.write_batch(part.set_column(0, ROWS_SCHEMA.field(ID), ids))
+            written += part.num_rows
+            if written == num_rows:
+                break
+    return summarize_rows(name, path, 0)
+
+
+def _score(made: _Prepared, num_rows: int) -> _Scored:
+    from pocl_ray.config import DifficultyConfig, ScalingConfig
+    from pocl_ray.difficulty import results, scoring
+
+    came: list[tuple[float, int]] = []
+
+    class Clocked(results.Results):
+        """Results that note when they came."""
+
+        def add(self, table: pa.Table) -> None:
+            super().add(table)
+            came.append((time.perf_counter(), self.num_results))
+
+    rows = _rows(made.run_dir, num_rows)
+    generation = {"max_new_tokens": 4, "batch_rows": 256}
+    before, start = _own_bytes(), time.perf_counter()
+    with patch.object(scoring, "Results", Clocked), _Peak() as peak:
+        table, _ = scoring.score_rows(
+            rows=rows,
+            dev_rows=rows,
+            run_dir=made.run_dir,
+            tokenizer="tokenizer",
+            student=made.student,
+            teacher=made.teacher,
+            teacher_fingerprint="",
+            cache=None,
+            cache_dtype="auto",
+            difficulty=DifficultyConfig.model_validate({"generation": generation}),
+            max_tokens=MAX_TOKENS,
+            scaling=ScalingConfig(),
+            seed=0,
+            compare=False,
+        )
+    seconds = time.perf_counter() - start
     assert table.num_rows == num_rows
-    return time.perf_counter() - start
+    (started, first), (ended, last) = next(each for each in came if each[1] >= num_rows / 5), came[-1]
+    return _Scored((last - first) / (ended - started or math.inf), seconds, before, peak.bytes)
+
+
+class _Peak:
+    """The most memory of its own that this process holds while a block runs, looked at 50 times a second."""
+
+    def __enter__(self) -> _Peak:
+        self.bytes, self._over = _own_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.bytes = max(self.bytes, _own_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def _own_bytes() -> int:
+    """Anonymous resident memory: what this process allocated, without files and shared memory that it maps."""
+    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024

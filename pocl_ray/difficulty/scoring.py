@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
@@ -21,10 +20,9 @@ from ray.data import Dataset
 
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.results import Results, gather
 from pocl_ray.difficulty.scoring_actors import (
     ANSWER_STOPPED,
-    SET,
-    SHARD,
     ScoringTask,
     StudentActor,
     TeacherActor,
@@ -32,7 +30,7 @@ from pocl_ray.difficulty.scoring_actors import (
     unscored_units,
 )
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
-from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
+from pocl_ray.evaluation.actors import ActorPool, plan_pools, quiet_ray_data, stream
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import ID, RowsSummary
@@ -96,17 +94,17 @@ def score_rows(
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
-    results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
-    by_set = {made.name: _of_set(results, made) for made in sets}
+    results = {made.name: Results(made, keeps_signals=made is rows) for made in sets}
+    _run(task, tasks, pools, results)
     for made in sets if cache else ():
-        _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
-    return (table := _signals(by_set[rows.name])), _counts(table, sets)
+        _finish_cache(results[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint)
+    return (table := _signals(results[rows.name].table())), _counts(table, sets)
 
 
 def _signals(results: pa.Table) -> pa.Table:
-    """The results without what only says where they lie, and without columns that plain text leaves empty."""
+    """The results without columns that plain text leaves empty."""
     unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
-    return results.drop_columns([SET, SHARD, *unanswered])
+    return results.drop_columns(unanswered)
 
 
 def cache_teacher(
@@ -153,47 +151,41 @@ def cache_teacher(
         use_gpu=pool.use_gpu,
         top_k=top_k,
     )
+    results = {made.name: Results(made, keeps_signals=False) for made in sets}
     with quiet_ray_data():
-        dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
+        dataset: Dataset = ray.data.from_blocks([unscored_units(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
-        results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
+        gather(stream(dataset, cache, _num_rows(results), "rows"), results)
     for made in sets:
-        _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+        _finish_cache(results[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint)
 
 
 def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
     return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
 
 
-def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
-    shards = results[SHARD].unique().to_pylist()
-    write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
+def _finish_cache(results: Results, run_dir: RunDirectory, rel: str, teacher: str) -> None:
+    fingerprint = results.rows.fingerprint
+    write_index(run_dir.fs_path(rel), results.shards, teacher, fingerprint, run_dir.filesystem)
 
 
-def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
+def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], results: dict[str, Results]) -> None:
     with quiet_ray_data():
-        dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
+        # Not `from_arrow`, which asks for the size of every block by a remote task.
+        dataset: Dataset = ray.data.from_blocks([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
             dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
-        return collect(dataset, "scores", num_rows, "rows")
+        gather(stream(dataset, "scores", _num_rows(results), "rows"), results)
+
+
+def _num_rows(results: dict[str, Results]) -> int:
+    return sum(each.rows.num_rows for each in results.values())
 
 
 def _tasks_of(rows: RowsSummary, run_dir: RunDirectory, difficulty: DifficultyConfig) -> list[MicroBatches]:
     store = RowStore.open(run_dir.local(rows.path))
     return plan_tasks(store.prompt_lengths, store.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
-
-
-def _of_set(results: pa.Table, rows: RowsSummary) -> pa.Table:
-    """The results of one set by id, each row exactly once: a lost one would shift the rank of all others in silence."""
-    table = results.filter(pc.field(SET) == rows.name).sort_by(ID)
-    ids = table[ID].to_numpy()
-    if not np.array_equal(ids, np.arange(rows.num_rows)):
-        missing = np.setdiff1d(np.arange(rows.num_rows), ids)[:5].tolist()
-        raise RuntimeError(
-            f"scoring gave {len(ids)} results for {rows.num_rows} rows of {rows.name}; missing: {missing}"
-        )
-    return table
 
 
 def _counts(table: pa.Table, sets: Sequence[RowsSummary]) -> dict[str, int]:

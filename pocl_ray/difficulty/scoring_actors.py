@@ -271,7 +271,8 @@ def _with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
 
 def unit_table(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
     """Return the input of one task: the set and the row ids of each of its micro-batches."""
-    ids = pa.array([batch.tolist() for batch in batches], pa.list_(pa.int64()))
+    ends = np.cumsum([0, *map(len, batches)], dtype=np.int32)
+    ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(batches)))
     return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
 
 

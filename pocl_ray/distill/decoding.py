@@ -31,8 +31,12 @@ _GPU_TOKENS_BETWEEN_LOOKS = 8  # looking whether rows have ended makes the devic
 # Leaving copies the cache once: worth it when a good part of the batch goes.
 _LEAVING_SHARE = 0.125
 _PADDING_SHARE = 0.2  # of the tokens of a group of prompts, at most
+# Rows of the LM head that a CPU multiplies at once: they and what they make stay in its cache, and a product for few
+# rows of a batch takes a sixth less time. The numbers are the same.
+_HEAD_ROWS = 1024
 
 Choose = Callable[[Tensor, Tensor], Tensor]
+"""From logits (B, V), which may be overwritten, and one number a row to one token a row, shape (B,)."""
 
 
 def decode(
@@ -104,6 +108,7 @@ class _Batch:
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.device)
         self.length_B = self.limit_B.clone()  # of the response, once that is known
         self.ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        self.logits_BV: Tensor | None = None
         self.new_cache = lambda: DynamicCache(config=model.config)
         self.cache = _roomy(self.new_cache(), longest)
 
@@ -111,7 +116,7 @@ class _Batch:
         look_every = 1 if self.device.type == "cpu" else _GPU_TOKENS_BETWEEN_LOOKS
         hidden_BH = self._read_prompts()
         for step in range(self.new_BT.shape[1]):
-            token_B = choose(self.parts.logits(hidden_BH), self.uniform_BT[:, step])
+            token_B = choose(self._logits(hidden_BH), self.uniform_BT[:, step])
             self._take(token_B, step)
             if (step + 1) % look_every == 0 and self._all_left(step):
                 break
@@ -147,6 +152,21 @@ class _Batch:
         if self.takes_positions:
             arguments["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         return self.parts.body(**arguments, use_cache=True).last_hidden_state[:, -1]
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        """The logits of the next token, shape (B, V), until the next call: on a CPU in one buffer for all tokens."""
+        head = self.parts.head
+        if self.device.type != "cpu" or type(head) is not torch.nn.Linear:
+            return self.parts.logits(hidden_BH)
+        if self.logits_BV is None:
+            self.logits_BV = hidden_BH.new_empty(len(hidden_BH), head.out_features)
+        logits_BV = self.logits_BV[: len(hidden_BH)]
+        for start in range(0, head.out_features, _HEAD_ROWS):
+            part = slice(start, start + _HEAD_ROWS)
+            torch.mm(hidden_BH, head.weight[part].t(), out=logits_BV[:, part])
+        if head.bias is not None:
+            logits_BV += head.bias
+        return self.parts.transform(logits_BV)
 
     def _take(self, token_B: Tensor, step: int) -> None:
         self.new_BT[:, step] = token_B
@@ -242,7 +262,7 @@ def _chooser(temperature: float, top_p: float) -> Choose:
         return lambda logits_BV, _: logits_BV.argmax(-1)
 
     def choose(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        scaled_BV = logits_BV.float() if temperature == 1 else logits_BV.float() / temperature
+        scaled_BV = logits_BV.float() if temperature == 1 else logits_BV.float().div_(temperature)
         return draw(scaled_BV, uniform_B) if top_p == 1 else _draw_nucleus(scaled_BV, uniform_B, top_p)
 
     return choose
@@ -251,11 +271,14 @@ def _chooser(temperature: float, top_p: float) -> Choose:
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return the token of each row at which the cumulative distribution passes its number, shape (B,).
 
-    The sum over all tokens is taken by blocks, so that only one block a row is cumulated.
+    The sum over all tokens is taken by blocks, so that only one block a row is cumulated. The logits are overwritten:
+    another array of their size would take as long to be given by the system as the exponentials in it.
     """
-    weight_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_()
+    weight_BV = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
     padding = -weight_BV.shape[-1] % _BLOCK
-    weight_BKW = torch.nn.functional.pad(weight_BV, (0, padding)).unflatten(-1, (-1, _BLOCK))
+    if padding:
+        weight_BV = torch.nn.functional.pad(weight_BV, (0, padding))
+    weight_BKW = weight_BV.unflatten(-1, (-1, _BLOCK))
     mass_BK = weight_BKW.sum(-1).cumsum(-1)
     # Below the whole mass even where the product rounds up to it: a token there would have no weight.
     whole_B = mass_BK[:, -1]

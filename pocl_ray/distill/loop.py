@@ -112,10 +112,8 @@ class TrainingLoop:
         respond = self._respond if self.task.rollout.is_on else None
         with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, respond)) as batches:
             while not self._is_over(stage, step):
-                batch = next(batches)
-                self._step(stage, step, batch, started)
+                started = self._step(stage, step, next(batches), started)
                 step += 1
-                started = time.monotonic()
                 if self._evaluation_is_due(stage, step):
                     self._evaluate()
                     self._checkpoint()
@@ -131,7 +129,8 @@ class TrainingLoop:
         is_evaluated = steps_done > 0 and self._evaluation_is_due(stage, steps_done)
         return is_evaluated and has_converged(stage, steps_done, self.progress.metrics, self.task.plateau)
 
-    def _step(self, stage: Stage, step: int, batch: GlobalBatch, started: float) -> None:
+    def _step(self, stage: Stage, step: int, batch: GlobalBatch, started: float) -> float:
+        """Take a step; return when it ended. What is done to log it belongs to the next one, so no time is left out."""
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
@@ -140,7 +139,9 @@ class TrainingLoop:
         progress.num_samples += batch.num_rows
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
-        self._log(stage, settings, losses, lr, self.rollouts.figures(batch), time.monotonic() - started)
+        ended = time.monotonic()
+        self._log(stage, settings, losses, lr, self.rollouts.figures(batch), ended - started)
+        return ended
 
     def _respond(self, batch: GlobalBatch) -> GlobalBatch:
         return self.rollouts.respond(batch, self.progress.step)

@@ -113,7 +113,12 @@ def _gpus_per_actor(scaling: ScalingConfig, num_pools: int) -> float:
 
 
 def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
-    """Run a Ray Data job and gather its (small) output, behind a progress bar.
+    """Run a Ray Data job and gather its (small) output: what `stream` yields, in one table."""
+    return pa.concat_tables(stream(dataset, name, num_rows, unit), promote_options="default")
+
+
+def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa.Table]:
+    """Run a Ray Data job behind a progress bar.
 
     Args:
         dataset: The lazy job.
@@ -121,22 +126,21 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
         num_rows: Rows that the job will give.
         unit: What a row is.
 
-    Returns:
-        All rows, in the order in which they came.
+    Yields:
+        Its output, in the order in which it comes.
 
     Raises:
         UserError: One that an actor raised.
         GaveUpError: A task lost its actor more often than it is done again.
     """
-    tables: list[pa.Table] = []
     done = 0
     with progress_bar(name, num_rows, unit) as bar:
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 table = cast(pa.Table, batch)
-                tables.append(table)
-                done += table.num_rows
-                if len(tables) == 1:  # before that, processes started and models loaded
+                has_begun, done = done > 0, done + table.num_rows
+                yield table
+                if not has_begun:  # before that, processes started and models loaded
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
@@ -148,7 +152,6 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
                     f"last time: {died_of(death)}; the same command does the step again"
                 ) from error
             raise
-    return pa.concat_tables(tables, promote_options="default")
 
 
 @contextmanager

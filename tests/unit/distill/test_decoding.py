@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
+from pocl_ray.distill import decoding
 from pocl_ray.distill.decoding import decode, draw, groups_of
 
 V, EOS = 40, 2
@@ -96,6 +97,26 @@ def test_batches_change_no_response() -> None:
     assert written(model, prompts, limits, batch_rows=1) == written(model, prompts, limits, batch_rows=12)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2_softcapped"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 1.0), (1.0, 0.7)])
+def test_slices_of_the_head_change_no_response(
+    family: str, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, limits, sampling = tiny_model(family), [30] * 12, {"temperature": temperature, "top_p": top_p}
+    with monkeypatch.context() as whole:
+        whole.setattr(decoding._Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
+        expected = written(model, some_prompts(), limits, **sampling)
+    monkeypatch.setattr(decoding, "_HEAD_ROWS", 7)
+    assert written(model, some_prompts(), limits, **sampling) == expected
+
+
+def test_slices_of_the_head_keep_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, limits = tiny_model(), [9] * 12
+    model.lm_head.bias = torch.nn.Parameter(torch.full((V,), -9.0).index_fill(0, torch.tensor([17]), 9.0))
+    monkeypatch.setattr(decoding, "_HEAD_ROWS", 16)
+    assert {token for response in written(model, some_prompts(), limits, temperature=0.0) for token in response} == {17}
+
+
 def test_any_stop_token_ends_a_response() -> None:
     model, prompts, limits = tiny_model(), some_prompts(), [30] * 12
     also = next(response[1] for response in written(model, prompts, limits) if len(response) > 2)
@@ -134,7 +155,7 @@ def test_draws_have_the_models_distribution() -> None:
     torch.manual_seed(0)
     logits_V = 2 * torch.randn(600)
     uniform_B = (torch.arange(200_000) + 0.5) / 200_000
-    counts_V = torch.bincount(draw(logits_V.expand(200_000, -1), uniform_B), minlength=600) / 200_000
+    counts_V = torch.bincount(draw(logits_V.repeat(200_000, 1), uniform_B), minlength=600) / 200_000
     torch.testing.assert_close(counts_V, torch.softmax(logits_V, -1), atol=2e-5, rtol=0)
 
 
@@ -144,7 +165,7 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(vocabulary: int) -
     logits_BV[1, -1] = -torch.inf if vocabulary > 1 else 0.0
     logits_BV[2, : vocabulary // 2] = -torch.inf
     for number in (0.0, 1 - 2**-24):
-        token_B = draw(logits_BV, torch.full((3,), number))
+        token_B = draw(logits_BV.clone(), torch.full((3,), number))
         assert bool((token_B < vocabulary).all())
         assert bool((logits_BV.gather(1, token_B[:, None]) > -torch.inf).all())
 
