@@ -33,7 +33,7 @@ from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.evaluation.actors import ActorPool, plan_pools, quiet_ray_data, stream
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
-from pocl_ray.records import ID, RowsSummary
+from pocl_ray.records import RowsSummary
 from pocl_ray.storage import RunDirectory
 
 Task = tuple[str, MicroBatches]
