@@ -67,8 +67,8 @@ def test_a_worker_that_fails_at_every_try_ends_the_run_with_its_cause(full_run: 
     cause = r"worker [01] failed: RuntimeError: boom \[this is no markup\]"
     assert re.search(rf"warning: failure 1: {cause}; going on from the last checkpoint", output), output
     assert re.search(
-        rf"error: distill: gave up after 2 tries, as scaling\.max_failures says; the last time {cause}; the same command "
-        r"goes on from the last checkpoint$",
+        rf"error: distill: gave up after 2 tries, as scaling\.max_failures says; the last time {cause}; the same "
+        r"command goes on from the last checkpoint$",
         output,
     ), output
     assert "in failing_kl" in output, "the traceback is there too"
