@@ -28,6 +28,7 @@ class Step:
         is_amid: Whether the step is under way, and its work worth losing.
         same: Whether two run directories hold the same result of the step.
         victims: The class of the actors that do the work.
+        went_on: Whether work was done after a moment, which is what was lost at that moment or had not been begun.
     """
 
     command: str
@@ -35,6 +36,7 @@ class Step:
     is_amid: Callable[[Path, Nodes], Any]
     same: Callable[[Path, Path], bool]
     victims: str = ""
+    went_on: Callable[[Path, float], bool] = lambda run, lost_at: True
 
 
 def _amid_stage(index: int) -> Callable[[Path, Nodes], bool]:
@@ -84,6 +86,7 @@ STEPS = {
         lambda run, nodes: list(run.glob("teacher_cache/train/*.arrow")) and nodes.actors("TeacherActor"),
         _same_scores,
         "TeacherActor",
+        lambda run, lost_at: any(shard.stat().st_mtime > lost_at for shard in run.glob("teacher_cache/*/*.arrow")),
     ),
     "stage 0": Step("distill", DISTILLED, _amid_stage(0), _same_file(WEIGHTS), "RayTrainWorker"),
     "stage 1": Step("distill", DISTILLED, _amid_stage(1), _same_file(WEIGHTS), "RayTrainWorker"),
@@ -153,7 +156,7 @@ def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> float:
         driver.kill()
         driver.wait()
     elif fault == "node":
-        nodes.lose()
+        nodes.lose(step.victims)
         nodes.add()
     else:
         victims[-1].kill()

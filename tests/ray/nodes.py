@@ -63,9 +63,10 @@ class Nodes:
         self.workers.append(self.cluster.add_node(num_cpus=1, wait=False, env_vars=own))
         self._wait(1 + len(self.workers))
 
-    def lose(self) -> None:
-        """End the newest node with all its processes, as if its power had failed."""
-        node = self.workers.pop()
+    def lose(self, actor: str = "") -> None:
+        """End the newest node with all its processes, as if its power had failed; of an `actor`, the one it runs on."""
+        node = next(node for node in reversed(self.workers) if not actor or processes_of(actor, self._raylet(node)))
+        self.workers.remove(node)
         family = self._raylet(node).children(recursive=True)
         self.cluster.remove_node(node, allow_graceful=False)
         for process in family:

@@ -44,6 +44,7 @@ def test_a_fault_in_a_step_changes_nothing_of_its_result(
         with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
             assert driver.wait() == 0, log.read_text()
     outcome.done_s = time.time() - lost_at
+    assert step.went_on(run, lost_at), "nothing was lost"
     assert step.same(run, full_run.run)
     if step.victims == "RayTrainWorker":
         outcome.next_step_s = next_step_after(lost_at, two.logs, run)
