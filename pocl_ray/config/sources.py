@@ -62,7 +62,10 @@ class DataConfig(Section):
         "or a text of your own with {instruction} and {input}, or {document} for summaries; text has none",
     )
     max_prompt_tokens: int = Field(
-        default=256, ge=1, description="longer prompts lose their beginning, documents to be summarised their end"
+        default=256,
+        ge=1,
+        description="longer prompts lose their beginning, chats their oldest turns, documents to be summarised their "
+        "end",
     )
     max_tokens: int = Field(
         default=512,

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
+from pocl_ray.data.conversations import ConversationFitter
 from pocl_ray.data.documents import DocumentFitter
 from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
-from pocl_ray.data.prompts import Example, PromptTemplate
+from pocl_ray.data.prompts import Example, Fit, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
 from pocl_ray.data.sources import read_source
@@ -173,8 +174,11 @@ def _readers(
         reader = ExampleReader(source.columns, PromptTemplate("plain", None), numbers, config.task)
         return reader, TextTokenizer(tokenizer, config.max_tokens)
     template = PromptTemplate(config.prompt_template, tokenizer)
-    is_summary = config.task == "summarization"
-    fit = DocumentFitter(tokenizer, template, config.max_prompt_tokens).fit if is_summary else None
+    fit: Fit | None = None
+    if config.task == "summarization":
+        fit = DocumentFitter(tokenizer, template, config.max_prompt_tokens).fit
+    elif template.is_chat:
+        fit = ConversationFitter(tokenizer, template, config.max_prompt_tokens).fit
     row_tokenizer = RowTokenizer(
         tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
     )
