@@ -11,7 +11,8 @@ rows share a batch therefore does not depend on the number of actors, and neithe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +22,9 @@ from ray.data import Dataset
 
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.scoring_actors import (
-    ANSWER_STOPPED,
-    SET,
-    SHARD,
-    ScoringTask,
-    StudentActor,
-    TeacherActor,
-    unit_table,
-    unscored_units,
-)
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
+from pocl_ray.difficulty.units import ANSWER_STOPPED, SET, SHARD, unit_table, unscored_units
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
@@ -58,6 +51,7 @@ def score_rows(
     compare: bool = True,
     plugins: tuple[str, ...] = (),
     top_k: int | None = None,
+    teacher_rows: Mapping[str, RowsSummary] = MappingProxyType({}),
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
@@ -69,6 +63,8 @@ def score_rows(
         difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
         compare: Whether signals of both models are measured; without it no hidden states pass between actors.
         plugins: Signals that plug-ins measure, which must be installed on every node.
+        teacher_rows: Set -> the same rows in the tokens of a teacher with a tokenizer of its own, which then cannot be
+            compared with the student; empty where both have one.
 
     Returns:
         One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
@@ -95,18 +91,21 @@ def score_rows(
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
+        teacher_rows={made.name: teacher_rows[made.name].path for made in sets if teacher_rows},
+        batch_tokens=difficulty.batch_tokens,
     )
     results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache else ():
-        _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+        read = teacher_rows.get(made.name, made)
+        _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, read)
     return (table := _signals(by_set[rows.name])), _counts(table, sets)
 
 
 def _signals(results: pa.Table) -> pa.Table:
-    """The results without what only says where they lie, and without columns that plain text leaves empty."""
-    unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
-    return results.drop_columns([SET, SHARD, *unanswered])
+    """The results without what only says where they lie, and without columns that nothing was measured for."""
+    empty = [name for name in results.column_names if results[name].null_count == results.num_rows]
+    return results.drop_columns(list(dict.fromkeys([SET, SHARD, *empty])))
 
 
 def cache_teacher(

@@ -89,15 +89,26 @@ def make_student(
         run_dir.publish(save_model(model, tokenizer, Path(scratch) / "model"), "models/student_init")
 
 
-def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_student_tokenizer(
+    config: StudentConfig, tokenizer: PreTrainedTokenizerBase, is_bridged: bool = False
+) -> None:
     """Refuse a student that comes with another tokenizer than the run's.
+
+    Args:
+        config: The student.
+        tokenizer: The run's.
+        is_bridged: Whether that is the student's alone, and not the teacher's as well.
 
     Raises:
         ModelError: The vocabularies differ.
     """
-    if config.path is not None:
-        place = localize(config.path)
-        check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
+    if config.path is None:
+        return
+    own = load_tokenizer(localize(config.path), config.revision, config.trust_remote_code)
+    if not is_bridged:
+        check_same_tokenizer(tokenizer, own)
+    elif tokenizer.get_vocab() != own.get_vocab():
+        raise ModelError("tokenizer: it differs from that of student.path; leave the section out to take the student's")
 
 
 def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,7 +14,8 @@ from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.units import unit_table
 from pocl_ray.models.building import build_model
 from pocl_ray.models.hidden_cache import HiddenCache, write_index
 from pocl_ray.models.live import LiveTeacher
