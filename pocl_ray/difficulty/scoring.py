@@ -59,12 +59,9 @@ def score_rows(
         rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` and `teacher_rows` (by set; no `compare` then) too.
         difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
-        compare: Whether signals of both models are measured; without it no hidden states pass between actors.
-        plugins: Signals that plug-ins measure, which must be installed on every node.
-        teacher_rows: Set -> the same rows in the tokens of a teacher with a tokenizer of its own, which then cannot be
-            compared with the student; empty where both have one.
+        compare: Whether signals of both models are measured, those of `plugins` too, installed on every node.
 
     Returns:
         One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
@@ -91,15 +88,13 @@ def score_rows(
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
-        teacher_rows={made.name: teacher_rows[made.name].path for made in sets if teacher_rows},
+        teacher_rows={name: made.path for name, made in teacher_rows.items()},
         batch_tokens=difficulty.batch_tokens,
     )
-    results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
-    by_set = {made.name: _of_set(results, made) for made in sets}
-    for made in sets if cache else ():
-        read = teacher_rows.get(made.name, made)
-        _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, read)
-    return (table := _signals(by_set[rows.name])), _counts(table, sets)
+    results = _run(task, tasks, pools, sets)
+    if cache:
+        _finish_caches(results, run_dir, cache, teacher_fingerprint, [teacher_rows.get(s.name, s) for s in sets])
+    return (table := _signals(results[rows.name])), _counts(table, sets)
 
 
 def _signals(results: pa.Table) -> pa.Table:
@@ -156,26 +151,33 @@ def cache_teacher(
         dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
         results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
-    for made in sets:
-        _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
+    by_set = {made.name: _of_set(results, made) for made in sets}
+    _finish_caches(by_set, run_dir, cache, teacher_fingerprint, sets)
 
 
 def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
     return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
 
 
-def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: str, made: RowsSummary) -> None:
-    shards = results[SHARD].unique().to_pylist()
-    write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
+def _finish_caches(
+    results: Mapping[str, pa.Table], run_dir: RunDirectory, cache: str, teacher: str, sets: Sequence[RowsSummary]
+) -> None:
+    """Write the index of each set's cache; `sets` are as the teacher reads them."""
+    for made in sets:
+        shards = results[made.name][SHARD].unique().to_pylist()
+        write_index(run_dir.fs_path(f"{cache}/{made.name}"), shards, teacher, made.fingerprint, run_dir.filesystem)
 
 
-def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
+def _run(
+    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], sets: Sequence[RowsSummary]
+) -> dict[str, pa.Table]:
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
             dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
-        return collect(dataset, "scores", num_rows, "rows")
+        results = collect(dataset, "scores", sum(made.num_rows for made in sets), "rows")
+    return {made.name: _of_set(results, made) for made in sets}
 
 
 def _tasks_of(rows: RowsSummary, run_dir: RunDirectory, difficulty: DifficultyConfig) -> list[MicroBatches]:

@@ -128,7 +128,7 @@ class _Reader:
             self._stores[rel] = RowStore.open(self.task.run_dir.local(rel))
         return self._stores[rel]
 
-    def _read(self, model: FrozenModel, rows: RowStore, ids: IntArray) -> _Read:
+    def read(self, model: FrozenModel, rows: RowStore, ids: IntArray) -> _Read:
         batch = collate(*rows.tokens(ids), pad_id=0).to(self.task.device)
         hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
         return _Read(hidden_NH, batch.targets_N, rows.response_lengths[ids].astype(np.int64))
@@ -165,7 +165,7 @@ class StudentActor(_Reader):
         has_prompts = self.rows(name).has_prompts
         answers = iter(self._answer(name, np.concatenate(batches)) if has_prompts else [])
         for ids in batches:
-            read = self._read(self.model, self.rows(name), ids)
+            read = self.read(self.model, self.rows(name), ids)
             signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
             by_row: dict[str, Any] = dict(signals)
             if has_prompts:
@@ -239,11 +239,11 @@ class TeacherActor(_Reader):
         """Read rows in the teacher's tokens; where these are not the student's, in parts that keep to the budget."""
         own = self.task.teacher_rows.get(name)
         if own is None:
-            return self._read(self.model, self.rows(name), ids)
+            return self.read(self.model, self.rows(name), ids)
         rows = self._store(own)
         longest = int((rows.prompt_lengths[ids] + rows.response_lengths[ids]).max())
         num_parts = min(len(ids), -(-len(ids) * longest // self.task.batch_tokens))
-        read = [self._read(self.model, rows, part) for part in np.array_split(ids, num_parts)]
+        read = [self.read(self.model, rows, part) for part in np.array_split(ids, num_parts)]
         return _Read(
             torch.cat([part.hidden_NH for part in read]),
             torch.cat([part.targets_N for part in read]),

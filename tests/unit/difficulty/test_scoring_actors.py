@@ -145,8 +145,9 @@ def test_the_likeliest_tokens_are_kept_of_the_logits_that_give_the_signals(
     assert (meta.layout.dtype, meta.layout.width) == (stored, 5)
     cache = TopKCache.open(directory, "teacher", "rows", NUM_ROWS)
     teacher = LiveTeacher(task.teacher)
-    unit = TeacherActor(task).unit("train", np.arange(NUM_ROWS))
-    taken, expected = cache.take(np.arange(NUM_ROWS)), top_k_of(teacher.head.logits(unit.hidden_of(teacher)), 5)
+    actor, ids = TeacherActor(task), np.arange(NUM_ROWS)
+    read = actor.read(teacher, actor.rows("train"), ids)
+    taken, expected = cache.take(ids), top_k_of(teacher.head.logits(read.hidden_NH), 5)
     assert taken.vocab_size == teacher.head.vocab_size
     assert (taken.ids_NK == expected.ids_NK).float().mean() > 0.99, "but for near ties"
     torch.testing.assert_close(taken.log_probs(1.5), expected.log_probs(1.5), rtol=0, atol=2e-2)
