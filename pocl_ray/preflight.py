@@ -123,15 +123,19 @@ def check_settings(
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
     for other in config.other_teachers:
         check_other_teacher(other, tokenizer)
-    warnings = [check_models(config.teacher, config.student, tokenizer)]
-    if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() == tokenizer.get_vocab():
-        warnings.append(
-            "teacher and student have the same tokenizer: a divergence token by token says more than sorted "
-            "probabilities; remove teacher.cross_tokenizer, and set distill.loss"
+    warn_of_one_tokenizer(tokenizer, teacher_tokenizer)
+    warning = check_models(config.teacher, config.student, tokenizer)
+    if warning is not None:
+        console.print(f"[yellow]warning:[/] {warning}")
+
+
+def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase | None) -> None:
+    """Say where two tokenizers are bridged that are one: it works, and a divergence token by token says more."""
+    if teachers is not None and teachers.get_vocab() == tokenizer.get_vocab():
+        console.print(
+            "[yellow]warning:[/] teacher and student have the same tokenizer, over which a divergence token by token "
+            "says more than sorted probabilities: remove teacher.cross_tokenizer and choose another distill.loss"
         )
-    for warning in warnings:
-        if warning is not None:
-            console.print(f"[yellow]warning:[/] {warning}")
 
 
 def check_room(config: Config) -> None:

@@ -59,9 +59,8 @@ def score_rows(
         rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` and `teacher_rows` (by set; no `compare` then) too.
+        cache_dtype: Of what it holds; for it, `top_k`, `compare`, `plugins` and `teacher_rows` see `ScoringTask`.
         difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
-        compare: Whether signals of both models are measured, those of `plugins` too, installed on every node.
 
     Returns:
         One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.

@@ -65,12 +65,13 @@ class ScoringTask:
         generation: Of the student's answers.
         max_tokens: Prompt and answer together.
         seed: Of the answers.
-        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured.
+        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured, for which the student's hidden
+            states pass from actor to actor; not over two tokenizers.
         cache: Directory of the teacher caches, one for each set; None for no cache.
         cache_dtype: Of what they hold; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
         top_k: The tokens that they keep of each response token; None for hidden states.
         use_gpu: Whether actors run on a GPU.
-        plugins: Signals that plug-ins measure.
+        plugins: Signals that plug-ins measure, which must be installed on every node.
         teacher_rows: Set -> Arrow file of the same rows in the tokens of a teacher with a tokenizer of its own; empty
             where it has the student's.
         batch_tokens: Padded tokens that such a teacher reads at once: micro-batches are cut by the student's.

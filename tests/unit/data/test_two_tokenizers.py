@@ -97,7 +97,7 @@ def test_a_row_that_the_teachers_template_refuses_is_left_out_of_both(tmp_path: 
 
 def test_a_teacher_without_a_chat_template_is_refused_by_name(tmp_path: Path) -> None:
     config = config_of(tmp_path, [counted(1)] * 4, prompt_template="chat")
-    with pytest.raises(ConfigError, match="for the teacher: .*no chat template; use alpaca"):
+    with pytest.raises(ConfigError, match=r"for the teacher: .*no chat template; use alpaca"):
         prepared(tmp_path, config)
 
 
