@@ -28,18 +28,23 @@ def with_bridging_loss(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "distill": {"loss": ULD, **distill}}
 
 
-def uld_problem(distill: DistillConfig, curriculum: CurriculumConfig, control_kd_ratio: float | None) -> str | None:
+def uld_problem(
+    distill: DistillConfig, rollout: RolloutConfig, curriculum: CurriculumConfig, control_kd_ratio: float | None
+) -> str | None:
     """Say where the loss `uld` would stand alone.
 
     It is the same for every renaming of the tokens: which of them is right only the cross-entropy says.
     """
-    if distill.loss != ULD:
-        return None
-    why = "and loss uld alone does not say which token is right; set it lower, such as 0.6, the paper's weight"
-    if curriculum.kd_ratio.bounds()[1] >= 1:
-        return f"curriculum.kd_ratio reaches 1, {why}"
-    if control_kd_ratio is not None and control_kd_ratio >= 1:
-        return f"control.kd_ratio is 1, {why}"
+    on_rollouts = rollout.is_on and (rollout.loss or distill.loss) == ULD
+    ratios = {
+        "curriculum.kd_ratio": curriculum.kd_ratio.bounds()[1] if distill.loss == ULD else None,
+        "control.kd_ratio": control_kd_ratio if distill.loss == ULD else None,
+        "rollout.kd_ratio": rollout.kd_ratio if on_rollouts else None,
+    }
+    for key, ratio in ratios.items():
+        if ratio is not None and ratio >= 1:
+            remedy = "set it lower, such as 0.6, the paper's weight"
+            return f"{key} reaches 1, and loss uld alone does not say which token is right; {remedy}"
     return None
 
 

@@ -126,7 +126,7 @@ class Config(Section):
         if problem is None and self.teacher.cross_tokenizer is not None:
             problem = method_problem(self.distill, self.rollout, self.data.task, self.difficulty.signals)
         control = None if self.control is None else self.control.kd_ratio
-        if problem := problem or uld_problem(self.distill, self.curriculum, control):
+        if problem := problem or uld_problem(self.distill, self.rollout, self.curriculum, control):
             raise ValueError(problem)
 
     def _check_rollouts(self) -> None:

@@ -39,9 +39,10 @@ def test_the_loss_is_uld_without_being_named_and_survives_being_written(tmp_path
 
 def test_without_it_the_loss_is_what_it_was_and_uld_may_be_chosen_over_one_tokenizer(tmp_path: Path) -> None:
     assert config_of(tmp_path, "teacher.cross_tokenizer=null").distill.loss == "forward_kl"
-    alone = config_of(
-        tmp_path, "teacher.cross_tokenizer=null", "distill.loss=uld", "rollout.mode=on", "distill.teacher_cache=none"
-    )
+    one = ["teacher.cross_tokenizer=null", "distill.loss=uld", "rollout.mode=on", "distill.teacher_cache=none"]
+    with pytest.raises(ConfigError, match=r"rollout\.kd_ratio reaches 1"):
+        config_of(tmp_path, *one)
+    alone = config_of(tmp_path, *one, "rollout.kd_ratio=0.5")
     assert alone.distill.loss == "uld" and alone.rollout.is_on
 
 
@@ -70,7 +71,10 @@ def test_without_it_the_loss_is_what_it_was_and_uld_may_be_chosen_over_one_token
         (["student={num_layers: 2}"], "has its tokenizer; give student.path"),
         (["student={architecture: {model_type: llama}}"], "brings no tokenizer; set tokenizer.path or"),
         (["curriculum.kd_ratio={start: 0.7, end: 1.0}"], "curriculum.kd_ratio reaches 1, and loss uld alone"),
-        (["control={}"], "control.kd_ratio is 1, and loss uld alone does not say which token is right; set it lower"),
+        (
+            ["control={}"],
+            "control.kd_ratio reaches 1, and loss uld alone does not say which token is right; set it lower",
+        ),
         (
             ["teacher.cross_tokenizer=null", "distill={loss: uld, teacher_cache: topk}"],
             "loss uld sorts the teacher's whole",

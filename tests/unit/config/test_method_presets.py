@@ -101,3 +101,9 @@ def test_uld_keeps_cross_entropy_beside_it_at_the_papers_weight(base: str) -> No
 def test_uld_over_models_of_one_tokenizer_is_refused(base: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         preset("uld", base)
+
+
+def test_behind_uld_seqkd_takes_the_text_of_a_teacher_with_another_tokenizer() -> None:
+    config = preset("seqkd", "qwen2.5-cluster.yaml", str(METHODS["uld"]))
+    assert config.teacher.cross_tokenizer == "uld" and config.data.responses == "teacher"
+    assert not any_training_reads_teacher(config, plan_stages(config, NUM_ROWS))

