@@ -9,6 +9,7 @@ ROWS   := ../shared/data
 ARGS   ?=
 
 BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py
+FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_node_lost_on_s3.py)
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
@@ -60,7 +61,7 @@ test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
-	@POCL_FAULTS=all $(BIN)/python -m pytest tests/ray/test_kills.py tests/ray/test_nodes.py tests/ray/test_fault_matrix.py $(ARGS)
+	@POCL_FAULTS=all $(BIN)/python -m pytest $(FAULTS) $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ import typer
 
 from pocl_ray.config import load_config
 from pocl_ray.console import console
-from pocl_ray.errors import UserError
+from pocl_ray.errors import GaveUpError, UserError
 from pocl_ray.storage import RunDirectory
 
 app = typer.Typer(
@@ -190,12 +191,17 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
 
 
 def main() -> None:
-    """Run a command; a user's mistake becomes one line and exit code 2."""
+    """Run a command; a user's mistake becomes one line and exit code 2, what failed too often a last line and 1."""
     try:
         app(standalone_mode=True)
     except UserError as error:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
+    except GaveUpError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        console.print(f"[bold red]error:[/] {_plain(str(error))}")
+        sys.exit(1)
 
 
 def _plain(text: str) -> str:

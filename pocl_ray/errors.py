@@ -27,3 +27,10 @@ class StorageError(UserError):
 
 class ResourceError(UserError):
     """More devices, workers or disk than the cluster has."""
+
+
+class GaveUpError(Exception):
+    """Something failed as often as it may, and not through the user's input; the message is one line.
+
+    It says what failed, how often, and why the last time; what was raised then is its `__cause__`. Exit code 1.
+    """

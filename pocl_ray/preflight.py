@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
+from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
@@ -20,10 +21,10 @@ from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.disk import check_free
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
-from pocl_ray.distill.room import is_one_machine, wait_for_room
+from pocl_ray.distill.room import wait_for_workers
 from pocl_ray.distill.writers import check_backend
 from pocl_ray.errors import ConfigError
-from pocl_ray.evaluation.actors import plan_pools, wants_gpu
+from pocl_ray.evaluation.actors import plan_pools
 from pocl_ray.models.preparing import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.models.quantization import check_int8
 from pocl_ray.preview import cache_bytes
@@ -145,11 +146,11 @@ def check_room(config: Config) -> None:
         ResourceError: It has not, or has no GPU where one is asked for.
     """
     scaling = config.scaling
-    use_gpu = wants_gpu(scaling, ray.cluster_resources())
+    use_gpu = wants_gpu(scaling)
     for key, teacher in _teachers(config):
         if teacher.quantization == "int8":
             check_int8(key, use_gpu)
-    wait_for_room(scaling, use_gpu)
+    wait_for_workers(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
 
 

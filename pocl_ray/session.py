@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError
 
-QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-START_ATTEMPTS = 3
-# Of a cluster of our own; a shared one keeps its logs, and its idea of when a node is dead: the only node of ours is
-# never dead, however long a machine under load leaves it without an answer. Ray would end this process without a word.
-HERE = {
+# Of this process alone, on a cluster of others as well: its lines would stand between ours, and what fails is raised.
+QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+START_ATTEMPTS = 3
+REACH_S = 10.0
+"""A head that was started a moment ago may not listen yet; Ray itself would try for many minutes."""
+# Of a cluster of our own; a shared one keeps its idea of when a node is dead. The only node of ours is never dead,
+# however long a machine under load leaves it without an answer: Ray would end this process without a word.
+HERE = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
@@ -38,15 +48,59 @@ def ray_session() -> Iterator[None]:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        check_address(address)
     try:
         with _muted_stderr():
             connect(address)
+    except AuthenticationError:
+        raise ResourceError(
+            f"RAY_ADDRESS {address}: the cluster refuses our token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the one that it was started with"
+        ) from None
     except (ConnectionError, TimeoutError) as error:
         raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+    except RuntimeError as error:
+        if not address or "connect to GCS" not in str(error):
+            raise
+        cause = str(error).strip().splitlines()[-1]
+        raise ResourceError(f"RAY_ADDRESS {address}: what answers there is no Ray cluster of ours ({cause})") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Check that a cluster may be at an address: it is `host:port`, and somebody listens there.
+
+    Args:
+        address: What `RAY_ADDRESS` says; `auto` and `local` are left to Ray.
+
+    Raises:
+        ResourceError: It is of another form, or nobody answers within `REACH_S`.
+    """
+    if address in ("auto", "local"):
+        return
+    scheme, has_scheme, _ = address.partition("://")
+    if has_scheme:
+        what = "a dashboard's address" if scheme.startswith("http") else "the address of a Ray client"
+        raise ResourceError(
+            f"RAY_ADDRESS {address}: {what}, from which no run can be driven; use `pocl-ray submit --address "
+            "http://HEAD:8265`, or set it to HEAD:6379 on a node of the cluster"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ResourceError(f"RAY_ADDRESS {address}: not of the form HOST:PORT, such as 10.0.0.1:6379")
+    deadline = time.monotonic() + REACH_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline or isinstance(error, (socket.gaierror, OverflowError)):
+                raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+        time.sleep(0.5)
 
 
 def connect(address: str | None, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -243,6 +244,10 @@ class SftConfig(Section):
     train: TrainOverrides = TrainOverrides()
 
 
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
 class ScalingConfig(Section):
     """Workers and actors, and what each of them asks the cluster for."""
 
@@ -263,11 +268,28 @@ class ScalingConfig(Section):
         default=None, gt=0, description="where GPUs are used; null: one each, or a share where there are too few"
     )
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
+    resources_per_actor: dict[str, float] = Field(default_factory=dict, description="custom resources of an actor")
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="of the nodes that workers and actors run on, as Ray's label selectors: a, !a, in(a,b) or !in(a,b)",
+    )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="losses of workers that a training run survives, and of an actor that a piece of other work does",
+    )
     collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
+
+    @field_validator("labels")
+    @classmethod
+    def _label_selectors(cls, given: dict[str, str]) -> dict[str, str]:
+        for key, value in given.items():
+            if not _LABEL_SELECTOR.fullmatch(value):
+                raise ValueError(f"{key}: {value!r} is no label selector; write a, !a, in(a,b) or !in(a,b)")
+        return given
 
     @field_validator("num_workers", mode="before")
     @classmethod

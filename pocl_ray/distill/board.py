@@ -28,6 +28,7 @@ class Standing:
         evaluations: The dev figures so far, those of an earlier start included.
         refusal: The user's mistake that ended the run.
         num_starts: How often the workers began; more than once after a failure.
+        failures: Why the workers failed, each time.
         warnings: What the user should know of, each once.
         is_finished: Whether the result is written.
         node: Ray's id of the node of the first worker.
@@ -41,6 +42,7 @@ class Standing:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     refusal: UserError | None = None
     num_starts: int = 0
+    failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
     node: str = ""
@@ -82,6 +84,12 @@ class ProgressBoard:
         """The user should know of something that the run goes on in spite of."""
         if text not in self.standing.warnings:
             self.standing.warnings.append(text)
+
+    def fail(self, cause: str, goes_on: bool) -> None:
+        """The workers failed, and are started again if the run goes on."""
+        self.standing.failures.append(cause)
+        if goes_on:
+            self.warn(f"failure {len(self.standing.failures)}: {cause}; going on from the last checkpoint")
 
     def read(self) -> Standing:
         """Return the standing."""

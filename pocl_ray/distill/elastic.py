@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 
-from pocl_ray.distill.room import room_for
+from pocl_ray.capacity import room_for, usable_nodes
 from pocl_ray.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class DividingPolicy(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._global_batch_rows = global_batch_rows
         self._patience_s = patience_s
+        selector = scaling_config.label_selector
+        self._labels = selector if isinstance(selector, dict) else {}
         self._waits_since: float | None = None
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -86,11 +88,11 @@ class DividingPolicy(ElasticScalingPolicy):
         except RayError:
             logger.warning("the autoscaling coordinator does not answer; the workers stay as they are", exc_info=True)
             return None
-        leaving = ray._private.state.state.get_draining_nodes()
+        leaving, usable = ray._private.state.state.get_draining_nodes(), usable_nodes(self._labels)
         if str(self.scaling_config.placement_strategy).startswith("STRICT"):
             # What is reserved is packed, whatever the placement; so all that the nodes have is looked at.
-            reserved = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        return {node: resources for node, resources in reserved.items() if node not in leaving}
+            reserved = usable
+        return {node: resources for node, resources in reserved.items() if node in usable and node not in leaving}
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         config, nodes = self.scaling_config, list(reserved_resources.values())

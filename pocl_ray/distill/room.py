@@ -1,61 +1,35 @@
-"""Room for training workers: what one of them needs, how many fit the nodes, and waiting for a cluster that grows."""
+"""Room for training workers: what one of them asks for, and waiting until the fewest allowed fit."""
 
 from __future__ import annotations
 
-import time
-
-import ray
-
+from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import ResourceError
 
 
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
-    """Return what one training worker asks the cluster for."""
+    """Return what one training worker asks the cluster for; the kind of its GPU is said apart."""
     resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
     return {**resources, "GPU": resources.get("GPU", 1)} if use_gpu else resources
 
 
-def wait_for_room(scaling: ScalingConfig, use_gpu: bool) -> None:
-    """Wait until the cluster has room for the fewest workers allowed; an autoscaling one may still be growing.
+def wait_for_workers(scaling: ScalingConfig, use_gpu: bool) -> None:
+    """Wait until the cluster has room for the fewest workers allowed.
 
     Raises:
-        ResourceError: It has not after `scaling.start_timeout_s`.
+        ResourceError: It has not after `scaling.start_timeout_s`; at once where it cannot grow.
     """
-    needed = resources_per_worker(scaling, use_gpu)
-    deadline = time.monotonic() + scaling.start_timeout_s
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = room_for(needed, nodes, scaling.placement)
-        if room >= scaling.min_workers:
-            return
-        if time.monotonic() > deadline or is_one_machine():
-            each = ", ".join(f"{v:g} {k}" for k, v in needed.items())
-            listed = "; ".join(", ".join(f"{node.get(k, 0):g} {k}" for k in needed) for node in nodes)
-            raise ResourceError(
-                f"scaling.num_workers: the cluster has room for {room} of {scaling.min_workers} workers of {each} each "
-                f"(its nodes have {listed}); lower scaling.num_workers or scaling.cpus_per_worker"
-            )
-        time.sleep(1.0)
+    needed = with_accelerator(resources_per_worker(scaling, use_gpu), scaling)
 
+    def room() -> int:
+        return room_for(needed, list(usable_nodes(scaling.labels).values()), scaling.placement)
 
-def room_for(needed: dict[str, float], nodes: list[dict[str, float]], placement: str) -> int:
-    """Return how many workers fit, none of them cut across nodes.
-
-    Args:
-        needed: What one worker asks for.
-        nodes: What each node has.
-        placement: Ray's placement strategy.
-    """
-    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
-    if placement == "STRICT_PACK":
-        return max(fits, default=0)
-    if placement == "STRICT_SPREAD":
-        return sum(fit > 0 for fit in fits)
-    return sum(fits)
-
-
-def is_one_machine() -> bool:
-    """Whether this process started the cluster itself, which therefore will not grow."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head
+    fits = wait_for_room(room, scaling.min_workers, [needed] * scaling.max_workers, scaling)
+    if fits < scaling.min_workers:
+        nodes = usable_nodes(scaling.labels).values()
+        listed = "; ".join(in_words({name: node.get(name, 0) for name in needed}) for node in nodes) or "nothing"
+        raise ResourceError(
+            f"scaling.num_workers: the cluster has room for {fits} of {scaling.min_workers} workers of "
+            f"{in_words(needed)} each{where(scaling)} (its nodes have {listed}); lower scaling.num_workers or "
+            "scaling.cpus_per_worker"
+        )

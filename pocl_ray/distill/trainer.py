@@ -14,20 +14,22 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
+from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
+from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
-from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
+from pocl_ray.distill.room import resources_per_worker, wait_for_workers
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
-from pocl_ray.evaluation.actors import wants_gpu
 from pocl_ray.versions import versions
 
 POLL_S = 0.3
@@ -46,6 +48,7 @@ RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
+CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # the dashboard's Train page shows what it tracks
 
 
 Watch = Callable[[Standing], None]
@@ -64,6 +67,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
     Raises:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
+        GaveUpError: The workers failed more often than `scaling.max_failures` allows.
     """
     with progress_bar(task.name, task.num_steps, "steps") as bar:
         return train_watched(task, scaling, _show_on(bar))
@@ -81,9 +85,10 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
         *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it,
             and free it should this process die.
     """
-    use_gpu = wants_gpu(scaling, ray.cluster_resources())
-    wait_for_room(scaling, use_gpu)
-    for key, value in {**RAY_TRAIN_ENVIRONMENT, **(ONE_MACHINE_ENVIRONMENT if is_one_machine() else {})}.items():
+    use_gpu = wants_gpu(scaling)
+    wait_for_workers(scaling, use_gpu)
+    of_this_cluster = ONE_MACHINE_ENVIRONMENT if is_one_machine() else CLUSTER_ENVIRONMENT
+    for key, value in {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}.items():
         os.environ.setdefault(key, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -99,12 +104,13 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             resources_per_worker=resources_per_worker(scaling, use_gpu),
             placement_strategy=scaling.placement,
             accelerator_type=scaling.accelerator_type,
+            label_selector=dict(scaling.labels) or None,
         ),
-        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
+        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards), TellFailures(board)),
     )
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
-    standing = _fit(trainer, board, watch)
+    standing = _fit(trainer, board, watch, task.name)
     ray.kill(board)
     return standing
 
@@ -123,7 +129,7 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 
 
 class _Trainer(TorchTrainer):
-    """A TorchTrainer with an elastic policy of our own, and its watchdog of placement groups where it is needed.
+    """A TorchTrainer with policies of our own, and its watchdog of placement groups where it is needed.
 
     Attributes:
         has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
@@ -146,6 +152,7 @@ class _Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
+        arguments["failure_policy"] = TryAgain(self.run_config.failure_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
@@ -154,7 +161,7 @@ def checkpoint_folder(task: TrainTask) -> str:
     return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
+def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: ControllerCallback) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     # While a lost node is replaced, each start that finds no room counts as a failure of the controller.
@@ -167,11 +174,11 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> Ru
             max_failures=scaling.max_failures, controller_failure_limit=max(CONTROLLER_FAILURE_LIMIT, num_waits)
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
-        callbacks=[tell],  # type: ignore[list-item]
+        callbacks=[*callbacks],  # type: ignore[list-item]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch, name: str) -> Standing:
     """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
@@ -198,7 +205,7 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
     if standing.refusal is not None:
         raise standing.refusal
     if failures:
-        raise _cause(failures[0])
+        raise _cause(failures[0], name, standing) from failures[0]
     return standing
 
 
@@ -251,11 +258,11 @@ def _note(standing: Standing) -> str:
     return "  ".join(parts)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the user's mistake behind a failed run if there is one, else the failure itself."""
+def _cause(error: BaseException, name: str, standing: Standing) -> BaseException:
+    """Return the user's mistake behind a failed run if there is one, else that it failed as often as it may."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError):
             return cause
-    return error
+    return give_up(name, error, standing.failures)

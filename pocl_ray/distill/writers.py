@@ -1,8 +1,7 @@
 """What writes rollouts: transformers on any device, or vLLM on GPUs.
 
-vLLM is no dependency: its releases pin torch and transformers to the patch, so the user brings the one that fits. It
-holds a second copy of the student, which gets the weights of now before each rollout, and gives its memory back in
-between.
+vLLM is the extra `vllm`: of its releases, which pin torch to the patch, those that fit ours. It holds a second copy of
+the student, which gets the weights of now before each rollout, and gives its memory back in between.
 """
 
 from __future__ import annotations
@@ -149,6 +148,6 @@ def check_backend(config: RolloutConfig) -> None:
     """
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.backend: vllm is not installed; install the release for your torch on every node, or set it to "
+            "rollout.backend: vllm is not installed: pip install 'pocl-ray[vllm]' on every node, or set it to "
             "transformers"
         )

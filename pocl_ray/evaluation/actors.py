@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pyarrow as pa
-import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
+from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, wants_gpu, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
+from pocl_ray.deaths import died_of
 from pocl_ray.disk import disk_full, full_disk_error
-from pocl_ray.errors import ResourceError, UserError
+from pocl_ray.errors import GaveUpError, ResourceError, UserError
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
@@ -33,13 +34,14 @@ class ActorPool:
         size: How many, at most.
         num_cpus: Logical CPUs of each.
         num_gpus: GPUs of each; 0 runs on the CPU.
-        accelerator_type: Kind of GPU that is asked for.
+        scaling: Kind of GPU, custom resources and labels that are asked for; and how often a task that lost its actor
+            is done again. Actors themselves are replaced without end, as a long job may lose many of them.
     """
 
     size: int
     num_cpus: float
     num_gpus: float
-    accelerator_type: str | None
+    scaling: ScalingConfig
 
     @property
     def use_gpu(self) -> bool:
@@ -51,11 +53,21 @@ class ActorPool:
         strategy = ActorPoolStrategy(
             min_size=1, max_size=self.size, initial_size=self.size, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
-        options = {"compute": strategy, "num_cpus": self.num_cpus, "batch_size": None, "batch_format": "pyarrow"}
+        options = {
+            "compute": strategy,
+            "num_cpus": self.num_cpus,
+            "batch_size": None,
+            "batch_format": "pyarrow",
+            "max_task_retries": self.scaling.max_failures,
+        }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
-            if self.accelerator_type is not None:
-                options["accelerator_type"] = self.accelerator_type
+            if self.scaling.accelerator_type is not None:
+                options["accelerator_type"] = self.scaling.accelerator_type
+        if self.scaling.resources_per_actor:
+            options["resources"] = dict(self.scaling.resources_per_actor)
+        if self.scaling.labels:
+            options["label_selector"] = dict(self.scaling.labels)
         return options
 
 
@@ -73,36 +85,30 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
     Raises:
         ResourceError: The cluster has no room for one actor of each pool, or no GPU where one is asked for.
     """
-    total = ray.cluster_resources()
-    num_gpus = _gpus_per_actor(scaling, total, len(wanted)) if wants_gpu(scaling, total) else 0.0
-    room = _room(total, {"CPU": scaling.cpus_per_actor, "GPU": num_gpus})
-    if room < len(wanted):
+    num_gpus = _gpus_per_actor(scaling, len(wanted)) if wants_gpu(scaling) else 0.0
+    needed = {"CPU": scaling.cpus_per_actor, "GPU": num_gpus, **scaling.resources_per_actor}
+    needed = with_accelerator({name: amount for name, amount in needed.items() if amount > 0}, scaling)
+    sizes = [min(size, max(1, num_tasks)) for size in wanted]
+
+    def room() -> int:
+        return room_for(needed, list(usable_nodes(scaling.labels).values()))
+
+    fits = wait_for_room(room, len(wanted), [needed] * sum(sizes), scaling)
+    if fits < len(wanted):
         keys = "scaling.cpus_per_actor or scaling.gpus_per_actor" if num_gpus else "scaling.cpus_per_actor"
         raise ResourceError(
-            f"{len(wanted)} actors must run at once, but the cluster ({total.get('CPU', 0):g} CPUs, "
-            f"{total.get('GPU', 0):g} GPUs) has room for {room}; lower {keys}"
+            f"{len(wanted)} actors of {in_words(needed)} each must run at once, but the cluster has room for "
+            f"{fits}{where(scaling)}; lower {keys}"
         )
-    sizes = [min(size, max(1, num_tasks)) for size in wanted]
-    while sum(sizes) > room:
+    while sum(sizes) > fits:
         sizes[sizes.index(max(sizes))] -= 1
-    return [ActorPool(size, scaling.cpus_per_actor, num_gpus, scaling.accelerator_type) for size in sizes]
+    return [ActorPool(size, scaling.cpus_per_actor, num_gpus, scaling) for size in sizes]
 
 
-def _gpus_per_actor(scaling: ScalingConfig, total: dict[str, float], num_pools: int) -> float:
+def _gpus_per_actor(scaling: ScalingConfig, num_pools: int) -> float:
     """One GPU each, or an equal share of them where the pools outnumber the GPUs."""
-    return scaling.gpus_per_actor or min(1.0, total.get("GPU", 0) / num_pools)
-
-
-def wants_gpu(scaling: ScalingConfig, cluster: dict[str, float]) -> bool:
-    """Whether actors run on GPUs.
-
-    Raises:
-        ResourceError: A GPU is asked for where the cluster has none.
-    """
-    has_gpu = cluster.get("GPU", 0) > 0
-    if scaling.use_gpu and not has_gpu:
-        raise ResourceError("scaling.use_gpu: the cluster has no GPU; set it to false, or to null for what there is")
-    return has_gpu if scaling.use_gpu is None else scaling.use_gpu
+    num_gpus = sum(node.get("GPU", 0) for node in usable_nodes(scaling.labels).values())
+    return scaling.gpus_per_actor or min(1.0, num_gpus / num_pools)
 
 
 def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
@@ -119,6 +125,7 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
 
     Raises:
         UserError: One that an actor raised.
+        GaveUpError: A task lost its actor more often than it is done again.
     """
     tables: list[pa.Table] = []
     done = 0
@@ -132,7 +139,14 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            raise _user_error_in(error) or error from None
+            if (mistake := _user_error_in(error)) is not None:
+                raise mistake from None
+            if (death := _death_in(error)) is not None:
+                raise GaveUpError(
+                    f"{name}: gave up, since a task lost its actor more often than scaling.max_failures allows; the "
+                    f"last time: {died_of(death)}; the same command does the step again"
+                ) from error
+            raise
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -153,25 +167,29 @@ def quiet_ray_data() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _room(total: dict[str, float], needed: dict[str, float]) -> int:
-    """How many actors the cluster can hold at once."""
-    return int(min((total.get(name, 0) / each + 1e-6 for name, each in needed.items() if each > 0), default=1))
-
-
 def _user_error_in(error: BaseException) -> UserError | None:
     """Find the user's mistake in a chain of Ray's wrappers."""
+    for found in _wrapped(error):
+        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
+        if isinstance(found, UserError) and not isinstance(getattr(found, "cause", None), UserError):
+            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
+        if disk_full(found):
+            return full_disk_error(found, "actors write")
+    return None
+
+
+def _death_in(error: BaseException) -> RayActorError | None:
+    return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, in Python's ways and in Ray's."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         found = pending.pop()
         if found is None or id(found) in seen:
             continue
-        cause = getattr(found, "cause", None)
-        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
-        if isinstance(found, UserError) and not isinstance(cause, UserError):
-            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
-        if disk_full(found):
-            return full_disk_error(found, "actors write")
+        yield found
         seen.add(id(found))
-        pending += [found.__cause__, found.__context__, cause]
-    return None
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import ray
-
+from pocl_ray.capacity import usable_nodes, wants_gpu, with_accelerator
 from pocl_ray.config import ScalingConfig
-from pocl_ray.distill.room import resources_per_worker, wait_for_room
-from pocl_ray.evaluation.actors import wants_gpu
+from pocl_ray.distill.room import resources_per_worker, wait_for_workers
 
 
 def trials_at_once(
@@ -50,8 +48,9 @@ def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
     Raises:
         ResourceError: Not one fits, after `scaling.start_timeout_s`; at once where the cluster cannot grow.
     """
-    use_gpu = wants_gpu(scaling, ray.cluster_resources())
-    wait_for_room(scaling, use_gpu)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = trials_at_once(nodes, resources_per_worker(scaling, use_gpu), scaling.max_workers, scaling.placement)
+    use_gpu = wants_gpu(scaling)
+    wait_for_workers(scaling, use_gpu)
+    nodes = list(usable_nodes(scaling.labels).values())
+    needed = with_accelerator(resources_per_worker(scaling, use_gpu), scaling)
+    fitting = trials_at_once(nodes, needed, scaling.max_workers, scaling.placement)
     return max(1, fitting if most is None else min(most, fitting))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,31 @@ def checkpoints(run: Path) -> list[Path]:
     (snapshot,) = run.glob("checkpoints/distill-*/checkpoint_manager_snapshot.json")
     taken = json.loads(snapshot.read_text())["checkpoint_results"]
     return [snapshot.parent / result["checkpoint_dir_name"] for result in taken]
+
+
+_BEGINS = re.compile(
+    r"(?P<at>\S+ \S+) INFO run=\S+ task=distill stage=\d+ rank=0 step (?P<step>\d+) of \d+, \d+ workers"
+)
+
+
+def next_step_after(lost_at: float, logs: Path, run: Path) -> float:
+    """Return the seconds from a loss to the end of the optimizer step with which training went on.
+
+    The log of the first worker says when it went on and from which step, `metrics.jsonl` how long the next one took.
+
+    Args:
+        lost_at: Seconds since the epoch.
+        logs: Ray's log directory.
+        run: The directory of the run, which is over.
+    """
+    starts = [
+        (datetime.strptime(found["at"], "%Y-%m-%d %H:%M:%S,%f").timestamp(), int(found["step"]))
+        for log in logs.glob("worker-*.err")
+        for found in _BEGINS.finditer(log.read_text(errors="replace"))
+    ]
+    began, step = min(start for start in starts if start[0] > lost_at)
+    taken = next(record["step_s"] for record in last_records(run) if record["step"] == step + 1)
+    return began - lost_at + float(taken)
 
 
 def last_records(run: Path) -> list[dict[str, Any]]:

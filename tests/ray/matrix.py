@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records
 from nodes import Nodes
-from tiny import sha256
+from tiny import NUM_ROWS, sha256, tree_digest
+
+from pocl_ray.records import ID
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,19 @@ def _amid_stage(index: int) -> Callable[[Path, Nodes], bool]:
 
 
 def _same_scores(run: Path, other: Path) -> bool:
-    shards = list((other / "teacher_cache").rglob("*.arrow"))
-    same_cache = all(sha256(run / shard.relative_to(other)) == sha256(shard) for shard in shards)
-    tables = [pq.read_table(each / "scores.parquet") for each in (run, other)]
-    return bool(shards) and same_cache and tables[0].equals(tables[1])
+    """The same table, of each row once, and the same shards of the cache: none is lost and none is left over."""
+    caches = [tree_digest(each / "teacher_cache") for each in (run, other)]
+    return (
+        any(name.endswith(".arrow") for name in caches[0])
+        and caches[0] == caches[1]
+        and _same_table("scores/signals.parquet")(run, other)
+        and _same_table("scores.parquet")(run, other)
+        and pq.read_table(run / "scores.parquet")[ID].to_pylist() == list(range(NUM_ROWS))
+    )
+
+
+def _same_table(name: str) -> Callable[[Path, Path], bool]:
+    return lambda run, other: bool(pq.read_table(run / name).equals(pq.read_table(other / name)))
 
 
 def _same_file(name: str) -> Callable[[Path, Path], bool]:
@@ -55,8 +66,9 @@ def _same_file(name: str) -> Callable[[Path, Path], bool]:
 
 
 def _same_evaluation(run: Path, other: Path) -> bool:
+    """The same figures, of the same answers."""
     figures = [json.loads((each / "evaluation.json").read_text())["sets"] for each in (run, other)]
-    return bool(figures[0] == figures[1])
+    return bool(figures[0] == figures[1]) and _same_table("predictions.parquet")(run, other)
 
 
 def _same_report(run: Path, other: Path) -> bool:
@@ -97,12 +109,46 @@ CASES = [
 SHORT = [("scoring", "node"), ("evaluation", "actor"), ("evaluation", "driver"), ("report", "driver")]
 """Beside test_kills.py and test_nodes.py, which hold the cases of training and of the scoring actor and driver."""
 
-outcomes: list[tuple[str, str, str]] = []
-"""Step, fault and outcome of the cases that were run, for the table at the end."""
+RECOVERY_S = 90.0
+"""So soon after the loss of a worker its run does the next step, most of it the start of processes."""
 
 
-def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> None:
-    """Kill what the fault names: one process with SIGKILL, or a node with all that runs on it, and give a new one."""
+@dataclass
+class Outcome:
+    """A line of the table.
+
+    Attributes:
+        step: What was under way.
+        fault: What was lost.
+        outcome: What came of it.
+        next_step_s: Seconds from the loss to the end of the next optimizer step; None outside training.
+        done_s: Seconds from the loss to the end of the command.
+    """
+
+    step: str
+    fault: str
+    outcome: str = "FAILED"
+    next_step_s: float | None = None
+    done_s: float | None = None
+
+    def line(self) -> str:
+        """Return it as text."""
+        seconds = ["-" if value is None else f"{value:.1f}" for value in (self.next_step_s, self.done_s)]
+        return f"{self.step:<12}{self.fault:<10}{seconds[0]:>11}{seconds[1]:>9}  {self.outcome}"
+
+
+outcomes: list[Outcome] = []
+"""Of the cases that were run, for the table at the end."""
+
+
+def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> float:
+    """Kill what the fault names: one process with SIGKILL, or a node with all that runs on it, and give a new one.
+
+    Returns:
+        The time of the loss, in seconds since the epoch.
+    """
+    victims = nodes.actors(step.victims) if fault in ("actor", "worker") else []
+    lost_at = time.time()
     if fault == "driver":
         driver.kill()
         driver.wait()
@@ -110,11 +156,11 @@ def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> None:
         nodes.lose()
         nodes.add()
     else:
-        victim: psutil.Process = nodes.actors(step.victims)[-1]
-        victim.kill()
+        victims[-1].kill()
+    return lost_at
 
 
 def table() -> list[str]:
     """The matrix as lines of text."""
-    lines = [f"{'step':<12}{'fault':<10}outcome", "-" * 40]
-    return [*lines, *(f"{step:<12}{fault:<10}{outcome}" for step, fault, outcome in outcomes)]
+    head = f"{'step':<12}{'fault':<10}{'next step s':>11}{'done s':>9}  outcome"
+    return [head, "-" * len(head), *(outcome.line() for outcome in outcomes)]

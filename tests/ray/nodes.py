@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +17,8 @@ from ray.core.generated import autoscaler_pb2
 from tiny import ROOT
 
 PATIENCE_S = 240.0
+TOLD = "received preemption signal"
+CACHE = "POCL_RAY_CACHE"
 START_WAIT = "RAY_raylet_start_wait_time_s"
 # A node that is gone refuses connections and is dead after five seconds; one under load may take a minute to answer.
 HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 60000, "health_check_failure_threshold": 5}
@@ -29,13 +32,18 @@ class Nodes:
         workers: The nodes, the oldest first.
     """
 
-    def __init__(self) -> None:
-        """Start the head alone."""
+    def __init__(self, caches: Path | None = None) -> None:
+        """Start the head alone.
+
+        Args:
+            caches: Where each node has a cache of its own for files of a remote storage; by default they share one.
+        """
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, "wait": False},
         )
         self.workers: list[Any] = []
+        self._caches, self._num_added = caches, 0
         self._wait(1)
 
     @property
@@ -43,9 +51,16 @@ class Nodes:
         """What `RAY_ADDRESS` is to be."""
         return str(self.cluster.address)
 
+    @property
+    def logs(self) -> Path:
+        """Ray's log directory, of all nodes."""
+        return Path(self.cluster.head_node.get_session_dir_path()) / "logs"
+
     def add(self) -> None:
         """Add a node."""
-        self.workers.append(self.cluster.add_node(num_cpus=1, wait=False))
+        self._num_added += 1
+        own = {} if self._caches is None else {CACHE: str(self._caches / f"node-{self._num_added}")}
+        self.workers.append(self.cluster.add_node(num_cpus=1, wait=False, env_vars=own))
         self._wait(1 + len(self.workers))
 
     def lose(self) -> None:
@@ -66,13 +81,14 @@ class Nodes:
         )
         assert is_accepted, why_not
 
-    def training_workers(self) -> list[psutil.Process]:
-        """The processes of Ray Train's workers on all nodes."""
-        return [process for node in self.workers for process in processes_of("RayTrainWorker", self._raylet(node))]
-
     def actors(self, name: str) -> list[psutil.Process]:
-        """The processes of an actor on all nodes."""
+        """The processes of an actor on all nodes, those of the newest node last."""
         return [process for node in self.workers for process in processes_of(name, self._raylet(node))]
+
+    def has_told_a_worker(self) -> bool:
+        """Whether Ray Train has told a training worker, of any run so far, that a node is announced to go."""
+        logs = (self.logs / "train").glob("ray-train-sys-worker-*.log")
+        return any(TOLD in log.read_text(errors="replace") for log in logs)
 
     def end(self) -> None:
         """End all nodes."""
@@ -92,8 +108,8 @@ class Nodes:
 
 
 @contextmanager
-def nodes(count: int) -> Iterator[Nodes]:
-    """Start a cluster of so many nodes, besides its head."""
+def nodes(count: int, caches: Path | None = None) -> Iterator[Nodes]:
+    """Start a cluster of so many nodes, besides its head; see `Nodes` for `caches`."""
     names = ("PYTHONPATH", "OMP_NUM_THREADS", "RAY_ADDRESS", "RAY_AUTH_MODE", START_WAIT)
     before = {key: os.environ.get(key) for key in names}
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -101,7 +117,7 @@ def nodes(count: int) -> Iterator[Nodes]:
     os.environ[START_WAIT] = str(int(PATIENCE_S))
     os.environ.pop("RAY_ADDRESS", None)
     Config.initialize("")  # reads the environment again
-    made = Nodes()
+    made = Nodes(caches)
     try:
         for _ in range(count):
             made.add()

@@ -17,7 +17,6 @@ from pocl_ray import cli as command_line
 from pocl_ray import session
 from pocl_ray.config import Config
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.distill.room import room_for
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model
@@ -236,21 +235,13 @@ def test_the_corrected_config_may_use_the_name(
     assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
 
 
-@pytest.mark.parametrize(
-    ("placement", "num_workers"), [("PACK", 3), ("SPREAD", 3), ("STRICT_PACK", 2), ("STRICT_SPREAD", 2)]
-)
-def test_a_worker_is_not_cut_across_nodes(placement: str, num_workers: int) -> None:
-    nodes = [{"CPU": 5.0, "GPU": 4.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 8.0}]
-    assert room_for({"CPU": 2.0, "GPU": 1.0}, nodes, placement) == num_workers
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("scaling.use_gpu=true", ("scaling.use_gpu", "no GPU", "set it to false")),
         ("scaling.cpus_per_worker=3", ("room for 1 of 2 workers", "lower scaling.num_workers")),
-        ("scaling.cpus_per_actor=3", ("2 actors must run at once", "lower scaling.cpus_per_actor")),
+        ("scaling.cpus_per_actor=3", ("2 actors of 3 CPU each must run at once", "lower scaling.cpus_per_actor")),
     ],
 )
 def test_what_the_cluster_lacks_is_said_before_anything_is_trained(

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import started, wait_for
-from matrix import CASES, SHORT, STEPS, outcomes, strike
+from faults import next_step_after, started, wait_for
+from matrix import CASES, RECOVERY_S, SHORT, STEPS, Outcome, outcomes, strike
 from nodes import Nodes, nodes
 from tiny import FullRun
 
@@ -34,13 +35,17 @@ def test_a_fault_in_a_step_changes_nothing_of_its_result(
     config, run = full_run.copy(tmp_path, step.without, scaling__start_timeout_s=300)
     path = tmp_path / "tiny.yaml"
     path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties
-    outcomes.append((name, fault, "FAILED"))
+    outcomes.append(outcome := Outcome(name, fault))
     with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
         wait_for(lambda: step.is_amid(run, two), f"work of {name}", lambda: driver.poll() is not None)
-        strike(fault, step, two, driver)
+        lost_at = strike(fault, step, two, driver)
         assert driver.wait() == 0 or fault == "driver", log.read_text()
     if fault == "driver":
         with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
             assert driver.wait() == 0, log.read_text()
+    outcome.done_s = time.time() - lost_at
     assert step.same(run, full_run.run)
-    outcomes[-1] = (name, fault, "resumed by the same command, identical" if fault == "driver" else "identical")
+    if step.victims == "RayTrainWorker":
+        outcome.next_step_s = next_step_after(lost_at, two.logs, run)
+        assert outcome.next_step_s < RECOVERY_S or fault != "worker"
+    outcome.outcome = "resumed by the same command, identical" if fault == "driver" else "identical"

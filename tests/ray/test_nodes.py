@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from pocl_ray.config.loading import dump_config
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LOSSES = ("train/loss", "train/kd_loss", "train/ce_loss", "eval/dev/ce_loss", "eval/dev/kd_loss")
-BURST_S, PAUSE_S = 0.05, 0.5
+NOTICE_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def test_an_elastic_run_goes_on_with_one_worker_and_grows_back_to_two(
         two.lose()
         alone = lambda: last_records(run) and last_records(run)[-1]["num_workers"] == 1  # noqa: E731
         wait_for(alone, "a checkpoint of one worker", is_over)
-        survivors = two.training_workers()
+        survivors = two.actors("RayTrainWorker")
         send(survivors, signal.SIGSTOP)  # training is over in seconds, a new node takes longer
         two.add()
         send(survivors, signal.SIGCONT)
@@ -93,33 +91,22 @@ def test_an_elastic_run_goes_on_with_one_worker_and_grows_back_to_two(
     assert losses(run) == pytest.approx(losses(full_run.run), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.skipif(
-    os.environ.get("POCL_FAULTS") != "all",
-    reason="part of `make test-faults`: on a busy machine the training is over before Ray looks for notices",
-)
 def test_a_node_that_is_announced_to_go_is_not_left_without_a_checkpoint(
     full_run: FullRun, two: Nodes, tmp_path: Path
 ) -> None:
     changes = {"train__checkpoint_every_steps": None, "scaling__start_timeout_s": 300}
-    env = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
-    with distilling(full_run, tmp_path, two, env, **changes) as (driver, run, log):
+    evaluated = {r["step"] for r in metrics(full_run.run / "metrics.jsonl") if "train/loss" not in r}
+    with distilling(full_run, tmp_path, two, {NOTICE_INTERVAL: "0.2"}, **changes) as (driver, run, log):
         is_over = lambda: driver.poll() is not None  # noqa: E731
         wait_for(lambda: has_checkpoint(run), "a checkpoint", is_over)
-        workers = two.training_workers()
-        send(workers, signal.SIGSTOP)
+        leaving = two.actors("RayTrainWorker")[-1]
+        leaving.suspend()  # the other one waits for it in its next step, and hears of the notice meanwhile
         two.announce_loss(within_s=600)
-        evaluated = {r["step"] for r in metrics(full_run.run / "metrics.jsonl") if "train/loss" not in r}
-
-        def saved_between() -> bool:
-            send(workers, signal.SIGCONT)  # in bursts: training would be over before Ray looks for notices
-            time.sleep(BURST_S)
-            send(workers, signal.SIGSTOP)
-            time.sleep(PAUSE_S)
-            return last_records(run)[-1]["step"] not in evaluated
-
-        wait_for(saved_between, "a checkpoint for the notice", is_over)
+        wait_for(two.has_told_a_worker, "a worker that was told", is_over)
+        leaving.resume()
+        wait_for(lambda: last_records(run)[-1]["step"] not in evaluated, "a checkpoint for the notice", is_over)
+        leaving.suspend()
         saved = last_records(run)
-        send(workers, signal.SIGCONT)
         two.lose()
         two.add()
         output = " ".join(finish(driver, log).split())

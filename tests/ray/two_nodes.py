@@ -36,6 +36,14 @@ class TwoNodes:
     gcs_address: str
     env: Mapping[str, str]
 
+    def dashboard(self, path: str) -> str:
+        """Return what the dashboard answers to one who knows the token."""
+        headers = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{self.address}/{path}", headers=headers), timeout=60
+        ) as it:
+            return str(it.read().decode())
+
 
 def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on."""
@@ -78,15 +86,16 @@ def two_nodes() -> Iterator[TwoNodes]:
         started: list[subprocess.Popen[bytes]] = []
         try:
             for options in (head, other):
-                started.append(_ray_start([*options, *common], env, Path(scratch) / f"node{len(started)}.log"))
+                started.append(ray_start([*options, *common], env, Path(scratch) / f"node{len(started)}.log"))
                 _wait_for_nodes(address, token, len(started), started)
             yield TwoNodes(address, f"127.0.0.1:{gcs}", env)
         finally:
             for process in reversed(started):
-                _end(process)
+                end(process)
 
 
-def _ray_start(options: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def ray_start(options: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Run `ray start` with these options."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
     with log.open("wb") as output:
         return subprocess.Popen(command, env=dict(env), stdout=output, stderr=output, start_new_session=True)
@@ -109,7 +118,7 @@ def _wait_for_nodes(address: str, token: str, count: int, started: list[subproce
     raise AssertionError(f"{count} nodes did not stand within {START_S:.0f} s")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Ask `ray start --block` to end, and kill what is left of its processes."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

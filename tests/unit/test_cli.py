@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pocl_ray import cli
+from pocl_ray.errors import GaveUpError
 
 Call = Any
 
@@ -135,3 +136,17 @@ def test_an_interrupted_run_says_how_to_go_on(call: Call, config: str, monkeypat
     monkeypatch.setattr(pipeline, "Pipeline", Interrupted)
     code, _, err = call("score", config)
     assert code == 1 and err == "interrupted; the same command goes on from the last checkpoint\n"
+
+
+def test_what_failed_too_often_ends_with_its_traceback_and_one_line_that_says_so(
+    call: Call, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any) -> None:
+        raise GaveUpError("distill: gave up after 4 tries [/]") from RuntimeError("worker 1 died")
+
+    monkeypatch.setattr(cli, "_run_until", give_up)
+    code, out, err = call("distill", config)
+    assert code == 1
+    assert out == ""
+    assert "RuntimeError: worker 1 died" in err
+    assert err.splitlines()[-1] == "error: distill: gave up after 4 tries [/]"

@@ -139,6 +139,23 @@ def test_a_kuberay_resource_is_of_the_stable_api_and_queued_by_kueue(name: str, 
     assert resource["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true", "or no autoscaling"
 
 
+def test_the_queue_is_the_one_that_the_manifests_name_and_lends_all_that_their_pods_ask_for() -> None:
+    queues = {each["kind"]: each for each in yaml.safe_load_all((CLUSTER / "kueue.yaml").read_text(encoding="utf-8"))}
+    local, shared, flavor = queues["LocalQueue"], queues["ClusterQueue"], queues["ResourceFlavor"]
+    assert local["spec"]["clusterQueue"] == shared["metadata"]["name"]
+    (group,) = shared["spec"]["resourceGroups"]
+    assert [each["name"] for each in group["flavors"]] == [flavor["metadata"]["name"]]
+    lent = {each["name"] for each in group["flavors"][0]["resources"]}
+    assert lent == set(group["coveredResources"])
+    for name, kind in zip(KUBERAY, ("RayJob", "RayCluster"), strict=True):
+        queued = ray_resource(name, kind)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+        assert queued == local["metadata"]["name"]
+    for _, spec in ray_clusters():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            for container in group["template"]["spec"]["containers"]:
+                assert set(container["resources"]["requests"]) <= lent
+
+
 def test_the_ray_job_runs_a_command_that_there_is_and_ends_its_cluster() -> None:
     spec = ray_resource("kuberay-rayjob.yaml", "RayJob")["spec"]
     check_command(shlex.split(spec["entrypoint"]))

@@ -175,6 +175,7 @@ def test_missing_keys_are_named(file: Path) -> None:
         ("evaluation.seeds=[1, 1]", "evaluation.seeds"),
         ("evaluation.generation.top_p=0", "evaluation.generation.top_p"),
         ("scaling.num_workers=0", "scaling.num_workers: at least 1 worker is needed, not 0"),
+        ("scaling.labels={pool: in()}", "scaling.labels: pool: 'in()' is no label selector; write a, !a, in(a,b) or"),
         ("scaling.num_workers=[0, 2]", "scaling.num_workers: at least 1 worker is needed, not 0"),
         ("scaling.num_workers=[4, 2]", "scaling.num_workers: the least, 4, is above the most, 2; write [2, 4]"),
         ("scaling.num_workers=[1, 2, 4]", "scaling.num_workers: an elastic run has two numbers"),

@@ -1,4 +1,7 @@
-"""Every plain method of configs/methods trains at tiny size, and those without distillation never read the teacher."""
+"""Every method of configs/methods trains at tiny size, and those without distillation never read the teacher.
+
+A method is its file, read as a run reads it: the stages, the responses, the loss and the rollouts are the file's.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ import yaml
 
 from pocl_ray.config import Config, GenerationConfig, load_config
 from pocl_ray.curriculum.schedule import plan_stages
+from pocl_ray.data.batching import global_batches
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.adaptive import draw_of
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import Teachers, TeacherSource
@@ -26,6 +31,18 @@ from pocl_ray.teacher_use import reads_teacher
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 SUPERVISED = ("sft", "seqkd")
 DISTILLING = ("kd", "reverse_kl", "js", "tvd", "skew_kl", "skew_rkl", "adaptive_kl")
+ON_POLICY = ("gkd", "gkd_on_policy", "distillm", "distillm2")
+SHORT = "rollout.max_new_tokens=8"
+# The dev loss of a student that learns in strides this wide rises, and the threshold of DistiLLM's schedule with it.
+WIDE_STRIDES = ("train.learning_rate=1.0", "rollout.threshold_rise=0.4", "rollout.buffer_rows=8")
+LONGER = ("curriculum.interval_epochs=3",)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in (*SUPERVISED, *DISTILLING)},
+    **{name: (name, SHORT) for name in ON_POLICY},
+    "plain": ("plain", "reverse_kl"),
+    "gkd_seq_kd": ("gkd", SHORT, "data.responses=teacher", "rollout.lambda=0"),
+    "distillm_worsening": ("distillm", SHORT, *WIDE_STRIDES, *LONGER),
+}
 BASE: dict[str, Any] = {
     "name": "tiny",
     "data": {"train": {"path": "train.jsonl"}, "dev": {"path": "dev.jsonl"}, "max_prompt_tokens": 30, "max_tokens": 64},
@@ -37,10 +54,11 @@ BASE: dict[str, Any] = {
 }
 
 
-def config_of(method: str, folder: Path) -> Config:
+def config_of(layers: tuple[str, ...], folder: Path) -> Config:
+    """The tiny config with methods, by name, and overrides laid over it."""
     path = folder / "base.yaml"
     path.write_text(yaml.safe_dump(BASE), encoding="utf-8")
-    return load_config(path, [str(METHODS / f"{method}.yaml")])
+    return load_config(path, [layer if "=" in layer else str(METHODS / f"{layer}.yaml") for layer in layers])
 
 
 def written_by_the_teacher(task: TrainTask) -> TrainTask:
@@ -61,27 +79,52 @@ def written_by_the_teacher(task: TrainTask) -> TrainTask:
     return replace(task, rows=replace_responses(task.rows, answers, tokenizer, task.run_dir, "rows", 0.5))
 
 
-def task_of(method: str, base: TrainTask, folder: Path) -> TrainTask:
-    config = config_of(method, folder)
-    task = written_by_the_teacher(base) if config.data.responses == "teacher" else base
+def task_of(layers: tuple[str, ...], base: TrainTask, by_teacher: TrainTask, folder: Path) -> TrainTask:
+    config = config_of(layers, folder)
+    task = by_teacher if config.data.responses == "teacher" else base
     stages = plan_stages(config, 16)
     teacher = base.teacher if reads_teacher(config, stages) else None
-    return replace(task, distill=config.distill, stages=stages, teacher=teacher, scores=None)
+    return replace(
+        task,
+        stages=stages,
+        teacher=teacher,
+        scores=None,
+        distill=config.distill,
+        rollout=config.rollout,
+        train=config.train,
+        hand_off=config.curriculum.hand_off,
+    )
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Outcome]:
-    """A run of each method, all in one process."""
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainTask]:
     folder = tmp_path_factory.mktemp("methods")
     base = runs.prepare(folder)
-    tasks = {method: task_of(method, base, folder) for method in (*SUPERVISED, *DISTILLING)}
-    done = runs.train_all([(task, folder / method, None) for method, task in tasks.items()])
+    by_teacher = written_by_the_teacher(base)
+    return {name: task_of(layers, base, by_teacher, folder) for name, layers in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tasks: dict[str, TrainTask], tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Outcome]:
+    """A run of each method, all in one process."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    done = runs.train_all([(task, folder / name, None) for name, task in tasks.items()])
     return dict(zip(tasks, done, strict=True))
+
+
+def steps_of(outcome: runs.Outcome) -> list[dict[str, Any]]:
+    return [record for record in outcome.metrics if "train/loss" in record]
+
+
+def test_every_file_of_methods_is_run_here_or_where_answers_are_evaluated() -> None:
+    named = {layer for layers in VARIANTS.values() for layer in layers if "=" not in layer}
+    evaluated = {"minillm_evaluation"}  # tests/unit/evaluation/test_protocol.py
+    assert named | evaluated == {path.stem for path in METHODS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("method", DISTILLING)
 def test_a_distilling_method_trains_by_its_own_divergence(outcomes: dict[str, runs.Outcome], method: str) -> None:
-    records = [record for record in outcomes[method].metrics if "train/loss" in record]
+    records = steps_of(outcomes[method])
     assert len(records) == 3
     assert all(math.isfinite(record["train/loss"]) and record["train/kd_loss"] > 0 for record in records)
     others = [outcomes[other].losses for other in DISTILLING if other != method]
@@ -90,7 +133,7 @@ def test_a_distilling_method_trains_by_its_own_divergence(outcomes: dict[str, ru
 
 @pytest.mark.parametrize("method", SUPERVISED)
 def test_a_supervised_method_is_cross_entropy_alone(outcomes: dict[str, runs.Outcome], method: str) -> None:
-    records = [record for record in outcomes[method].metrics if "train/loss" in record]
+    records = steps_of(outcomes[method])
     assert len(records) == 3
     assert all(r["train/loss"] == pytest.approx(r["train/ce_loss"]) and r["train/kd_loss"] == 0.0 for r in records)
     assert not any("eval/dev/kd_loss" in record for record in outcomes[method].metrics)
@@ -98,6 +141,63 @@ def test_a_supervised_method_is_cross_entropy_alone(outcomes: dict[str, runs.Out
 
 def test_seqkd_trains_on_other_tokens_than_sft(outcomes: dict[str, runs.Outcome]) -> None:
     assert outcomes["sft"].losses != outcomes["seqkd"].losses
+
+
+@pytest.mark.parametrize("method", ON_POLICY)
+def test_an_on_policy_method_trains_by_divergence_alone_on_what_its_rule_says(
+    outcomes: dict[str, runs.Outcome], tasks: dict[str, TrainTask], method: str
+) -> None:
+    records = steps_of(outcomes[method])
+    assert len(records) == 3
+    assert all(r["curriculum/kd_ratio"] == 1.0 and r["train/loss"] == r["train/kd_loss"] > 0 for r in records)
+    draws = [draw_of(tasks[method].seed, step) for step in range(3)]
+    # DistiLLM begins on the rows: its threshold is 0 until the dev loss rises.
+    share = {"gkd": 0.5, "gkd_on_policy": 1.0, "distillm": 0.0, "distillm2": 1.0}[method]
+    assert [r["rollout/source"] for r in records] == ["student" if u < share else "data" for u in draws]
+
+
+def test_distillm_2_trains_on_responses_of_teacher_and_student_in_one_step(
+    outcomes: dict[str, runs.Outcome], tasks: dict[str, TrainTask]
+) -> None:
+    (first, *_), task = steps_of(outcomes["distillm2"]), tasks["distillm2"]
+    lengths = RowStore.open(task.run_dir.local(task.rows.path)).response_lengths
+    by_the_teacher = int(lengths[next(global_batches(task.stages[0], np.arange(8), 8, task.seed))].sum())
+    assert by_the_teacher + 8 <= first["num_response_tokens"] <= by_the_teacher + 8 * 8
+    assert (task.distill.loss, task.rollout.loss) == ("skewed_forward_kl", "skewed_reverse_kl")
+
+
+def test_gkd_with_seq_kd_trains_on_responses_of_the_teacher_where_the_student_does_not_write(
+    outcomes: dict[str, runs.Outcome], tasks: dict[str, TrainTask]
+) -> None:
+    records = steps_of(outcomes["gkd_seq_kd"])
+    assert {r["rollout/source"] for r in records} == {"data"}
+    assert tasks["gkd_seq_kd"].rows == tasks["seqkd"].rows != tasks["kd"].rows
+
+
+def test_the_threshold_of_distillm_moves_from_nothing_as_the_dev_loss_rises(outcomes: dict[str, runs.Outcome]) -> None:
+    phi, reference, sources = 0.0, None, set()
+    for record in outcomes["distillm_worsening"].metrics:
+        if "eval/dev/ce_loss" in record:
+            dev_ce = record["eval/dev/ce_loss"]
+            if reference is None:
+                reference = dev_ce
+            elif dev_ce >= reference + 0.1:
+                phi, reference = min(1.0, phi + 0.4), dev_ce
+        else:
+            assert record["rollout/phi"] == pytest.approx(phi)
+            sources.add(record["rollout/source"])
+    assert phi >= 0.8, "it has risen twice at least"
+    assert sources == {"data", "student", "buffer"}
+
+
+def test_without_the_curriculum_all_rows_are_trained_on_from_the_first_step(
+    outcomes: dict[str, runs.Outcome], tasks: dict[str, TrainTask]
+) -> None:
+    (stage,) = tasks["plain"].stages
+    assert (stage.first_rank, stage.end_rank, tasks["plain"].distill.loss) == (0, 16, "reverse_kl")
+    records = steps_of(outcomes["plain"])
+    assert [(r["curriculum/stage"], r["curriculum/kd_temperature"]) for r in records] == [(0, 1.0)] * 3
+    assert all(r["train/loss"] == r["train/kd_loss"] > 0 for r in records)
 
 
 def test_a_stage_without_distillation_reads_neither_cache_nor_teacher(tmp_path: Path) -> None:

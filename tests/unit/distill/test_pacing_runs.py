@@ -1,4 +1,4 @@
-"""Small training runs: stages that end on convergence, values that move by step, and slices of other orders."""
+"""Small training runs: every pacing rule, stages that end on convergence, values that move by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import runs
 import torch
 
-from pocl_ray.config import PlateauConfig
+from pocl_ray.config import CurriculumConfig, PlateauConfig
+from pocl_ray.curriculum.pacing import PACINGS
+from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches, random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.task import TrainTask
@@ -19,6 +21,12 @@ from pocl_ray.records import Ramp
 
 RAMP = Ramp((1.0, 3.0), "linear", 12)
 # 2 steps an epoch in stage 0 and 4 in stage 1; at most 6 epochs, of which the runs below need two or three.
+RULES: dict[str, dict[str, Any]] = {"competence": {"start": 0.3, "num_stages": 3}}  # parameters of rules
+# A ratio that rises by stage beside a temperature that falls by step, whatever the rule.
+SCHEDULES: dict[str, Any] = {
+    "kd_ratio": {"start": 0.5, "end": 1.0},
+    "kd_temperature": {"shape": "cosine", "start": 2.0, "end": 1.0, "by": "step"},
+}
 EARLY = tuple(runs.stage(i, end, num_epochs=6, min_epochs=1) for i, end in enumerate((16, 32)))
 
 
@@ -61,33 +69,63 @@ def test_two_workers_end_a_stage_together_and_a_stage_that_improves_goes_on(task
     assert evaluated_steps(outcome)[-1] == (0, 6), "its most epochs"
 
 
-def test_values_that_move_by_step_and_slices_of_other_orders(task: TrainTask, tmp_path: Path) -> None:
+def of_rule(task: TrainTask, rule: str) -> TrainTask:
+    keys = {"pacing": rule, "pacing_args": RULES.get(rule, {}), "num_buckets": 2, "interval_epochs": 1}
+    curriculum = CurriculumConfig.model_validate({**keys, **SCHEDULES})
+    return replace(task, stages=plan_curriculum(curriculum, runs.NUM_ROWS, 8))
+
+
+@pytest.fixture(scope="module")
+def trained(task: TrainTask, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainTask, runs.Outcome]]:
+    """A run of each rule, and one whose temperature moves by step, whole and resumed; all in one process."""
+    folder = tmp_path_factory.mktemp("trained")
     stages = tuple(
         replace(stage, kd_temperature_ramp=replace(RAMP, first_position=first))
         for stage, first in zip(runs.STAGES, (0, 4), strict=True)
     )
-    hardest = runs.stage(0, 32, first_rank=16, end_rank=32, steps_per_epoch=2, num_epochs=1)
-    drawn = runs.stage(0, 16, num_epochs=1, order="random")
     checkpointed = runs.TRAIN.model_copy(update={"checkpoint_every_steps": 5})
-    moving_task = replace(task, stages=stages, train=checkpointed)
-    moving, anti, random, resumed = runs.train_all(
-        [
-            (moving_task, tmp_path / "moving", None),
-            (replace(task, stages=(hardest,)), tmp_path / "anti", None),
-            (replace(task, stages=(drawn,)), tmp_path / "random", None),
-            (moving_task, tmp_path / "resumed", tmp_path / "moving" / "checkpoints" / "00005"),
-        ]
-    )
-    steps = [record for record in moving.metrics if "train/loss" in record]
-    assert [r["curriculum/kd_temperature"] for r in steps] == pytest.approx([1 + 2 * k / 11 for k in range(12)])
+    tasks = {rule: of_rule(task, rule) for rule in PACINGS}
+    tasks["moving"] = tasks["resumed"] = replace(task, stages=stages, train=checkpointed)
+    resume = {"resumed": folder / "moving" / "checkpoints" / "00005"}
+    outcomes = runs.train_all([(one, folder / name, resume.get(name)) for name, one in tasks.items()])
+    return {name: (one, outcome) for (name, one), outcome in zip(tasks.items(), outcomes, strict=True)}
+
+
+def test_values_move_by_step_and_a_resumed_run_goes_on_with_them(trained: dict[str, Any]) -> None:
+    moving, resumed = trained["moving"][1], trained["resumed"][1]
+    temperatures = [record["curriculum/kd_temperature"] for record in steps_of(moving)]
+    assert temperatures == pytest.approx([1 + 2 * k / 11 for k in range(12)])
     assert resumed.losses == moving.losses
+
+
+@pytest.mark.parametrize("rule", PACINGS)
+def test_a_rule_trains_on_the_rows_of_its_stages_at_their_values(trained: dict[str, Any], rule: str) -> None:
+    task, outcome = trained[rule]
     rank = pq.read_table(task.run_dir.local("scores.parquet"))["rank"].to_numpy()
-    assert tokens_of(anti) == expected_tokens(task, hardest, rank.argsort()[16:32])
-    assert tokens_of(random) == expected_tokens(task, drawn, random_order(len(rank), task.seed)[:16])
+    orders = {"rank": rank.argsort(), "random": random_order(len(rank), task.seed)}
+    expected = []
+    for stage in task.stages:
+        expected += expected_tokens(task, stage, orders[stage.order][stage.first_rank : stage.end_rank])
+    assert tokens_of(outcome) == expected
+    records, places = steps_of(outcome), [(stage, k) for stage in task.stages for k in range(stage.num_steps)]
+    assert [r["curriculum/stage"] for r in records] == [stage.index for stage, _ in places]
+    assert [r["curriculum/kd_ratio"] for r in records] == [stage.kd_ratio for stage, _ in places]
+    temperatures = [record["curriculum/kd_temperature"] for record in records]
+    assert temperatures == [stage.kd_temperature_at(k) for stage, k in places]
+    assert (temperatures[0], temperatures[-1]) == (2.0, 1.0)
+    assert all(record["train/grad_norm"] > 0 for record in records)
+
+
+def test_no_two_rules_train_on_the_same_rows(trained: dict[str, Any]) -> None:
+    assert len({tuple(tokens_of(trained[rule][1])) for rule in PACINGS}) == len(PACINGS)
+
+
+def steps_of(outcome: runs.Outcome) -> list[dict[str, Any]]:
+    return [record for record in outcome.metrics if "train/loss" in record]
 
 
 def tokens_of(outcome: runs.Outcome) -> list[int]:
-    return [record["num_response_tokens"] for record in outcome.metrics if "train/loss" in record]
+    return [record["num_response_tokens"] for record in steps_of(outcome)]
 
 
 def expected_tokens(task: TrainTask, stage: Any, rows: Any) -> list[int]:

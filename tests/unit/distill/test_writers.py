@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -94,6 +95,22 @@ def test_vllm_on_a_worker_without_a_gpu_is_refused(vllm: None) -> None:
 
 def test_vllm_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"rollout.backend: vllm is not installed; .*transformers"):
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'pocl-ray\[vllm\]'.*to transformers"):
         writers.check_backend(CONFIG)
     writers.check_backend(RolloutConfig(mode="on"))
+
+
+def test_the_vllm_that_is_installed_knows_all_that_it_is_told() -> None:
+    """The stand-in above is only as good as its likeness."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm)")
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    told = ("model", "skip_tokenizer_init", "dtype", "max_model_len", "gpu_memory_utilization", "enable_sleep_mode")
+    options = {*told, "distributed_executor_backend", "tensor_parallel_size"}
+    assert options <= set(inspect.signature(EngineArgs).parameters)
+    settings = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=4, stop_token_ids=[2], seed=1, detokenize=False)
+    assert (settings.max_tokens, settings.seed, settings.stop_token_ids) == (4, 1, [2])
+    assert {"use_tqdm", "sampling_params"} <= set(inspect.signature(LLM.generate).parameters)
+    assert "level" in inspect.signature(LLM.sleep).parameters
+    assert callable(LLM.wake_up) and callable(LLM.reset_prefix_cache)

@@ -1,0 +1,145 @@
+"""What the cluster has room for, and asking one that grows for more.
+
+Only nodes count that are alive and carry the labels of `scaling.labels`. An autoscaler buys nodes for what waits to be
+started; our steps look before they start anything, so they ask it for what they need, until that has come or
+`scaling.start_timeout_s` is over.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from pocl_ray.config import ScalingConfig
+from pocl_ray.console import console
+from pocl_ray.errors import ResourceError
+
+LOOK_EVERY_S = 1.0
+SETTLE_S = 30.0
+"""Nodes that are bought together come within such a time of each other."""
+
+
+def is_one_machine() -> bool:
+    """Whether this process started the cluster itself, which therefore will not grow."""
+    node = ray._private.worker._global_node
+    return node is not None and node.head
+
+
+def usable_nodes(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Return the resources of each node that is alive and that these label selectors choose, by node id."""
+    nodes: list[dict[str, Any]] = ray.nodes()
+    return {
+        node["NodeID"]: node["Resources"]
+        for node in nodes
+        if node["Alive"] and carries(node.get("Labels") or {}, labels)
+    }
+
+
+def carries(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether the labels of a node are those that selectors ask for, in Ray's forms `a`, `!a`, `in(a,b)`, `!in(a,b)`.
+
+    A node without the label satisfies the two that exclude.
+    """
+    for key, selector in labels.items():
+        value = selector.removeprefix("!")
+        among = re.fullmatch(r"in\((.*)\)", value)
+        values = {each.strip() for each in among[1].split(",")} if among else {value}
+        if (node.get(key) in values) == selector.startswith("!"):
+            return False
+    return True
+
+
+def wants_gpu(scaling: ScalingConfig) -> bool:
+    """Whether workers and actors run on GPUs; with `scaling.use_gpu` null, whether a usable node has one now.
+
+    Raises:
+        ResourceError: GPUs are asked for, and no usable node has one after `scaling.start_timeout_s`.
+    """
+
+    def num_gpus() -> int:
+        return int(sum(node.get("GPU", 0) for node in usable_nodes(scaling.labels).values()))
+
+    if not scaling.use_gpu:
+        return scaling.use_gpu is None and num_gpus() > 0
+    if wait_for_room(num_gpus, 1, [{"GPU": 1.0}], scaling) == 0:
+        raise ResourceError(
+            f"scaling.use_gpu: the cluster has no GPU{where(scaling)}; set it to false, or to null for what there is"
+        )
+    return True
+
+
+def where(scaling: ScalingConfig) -> str:
+    """Return the labels that nodes must carry, in words that end a sentence about the cluster."""
+    chosen = ", ".join(f"{key}={value}" for key, value in scaling.labels.items())
+    return f" on nodes labelled {chosen}" if chosen else ""
+
+
+def with_accelerator(needed: Mapping[str, float], scaling: ScalingConfig) -> dict[str, float]:
+    """Return what something on a GPU asks a node for, the kind of the GPU included."""
+    kind = {} if scaling.accelerator_type is None else {f"accelerator_type:{scaling.accelerator_type}": 0.001}
+    return {**needed, **(kind if needed.get("GPU", 0) > 0 else {})}
+
+
+def room_for(needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]], placement: str = "PACK") -> int:
+    """Return how many workers or actors fit, none of them cut across nodes.
+
+    Args:
+        needed: What one of them asks for.
+        nodes: What each node has.
+        placement: Ray's placement strategy.
+    """
+    fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
+    if placement == "STRICT_PACK":
+        return max(fits, default=0)
+    if placement == "STRICT_SPREAD":
+        return sum(fit > 0 for fit in fits)
+    return sum(fits)
+
+
+def wait_for_room(
+    room: Callable[[], int], least: int, wanted: Sequence[Mapping[str, float]], scaling: ScalingConfig
+) -> int:
+    """Return how much room there is; where it is too little, ask a cluster that may grow for all that is wanted.
+
+    A cluster that grows is left to until all that is wanted fits, or the least does and nothing has come for a while.
+
+    Args:
+        room: Counts what fits now.
+        least: What is enough to go on.
+        wanted: What each of them asks for, all together.
+        scaling: Labels of the nodes, and how long to wait.
+    """
+    now = room()
+    if now >= least or is_one_machine():
+        return now
+    console.print(
+        f"  waiting {scaling.start_timeout_s:.0f} s at most for the cluster to grow: "
+        f"{len(wanted)} x {in_words(wanted[0])}{where(scaling)}"
+    )
+    _ask(wanted, scaling.labels)
+    try:
+        changed = start = time.monotonic()
+        while time.monotonic() < start + scaling.start_timeout_s:
+            time.sleep(LOOK_EVERY_S)
+            before, now = now, room()
+            changed = time.monotonic() if now != before else changed
+            if now >= len(wanted) or (now >= least and time.monotonic() > changed + SETTLE_S):
+                break
+        return now
+    finally:
+        _ask([], {})
+
+
+def in_words(resources: Mapping[str, float]) -> str:
+    """Return amounts by name as words."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _ask(wanted: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:
+    """Tell the autoscaler, if there is one, what should fit; nothing takes back what was asked for before."""
+    request_resources(bundles=[dict(each) for each in wanted], bundle_label_selectors=[dict(labels) for _ in wanted])
