@@ -33,7 +33,14 @@ from pocl_ray.evaluation.evaluate import OwnTokens
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import check_student_tokenizer, make_student, make_teacher, origin_fingerprint, reference
+from pocl_ray.models.preparing import (
+    check_student_tokenizer,
+    check_teacher_tokenizer,
+    make_student,
+    make_teacher,
+    origin_fingerprint,
+    reference,
+)
 from pocl_ray.records import TEACHER, RowsSummary
 from pocl_ray.responses.handing_over import hand_over_responses, own_files, with_responses
 from pocl_ray.responses.rows import OWN_REJECTS, replace_responses, settle_rejects
@@ -173,6 +180,8 @@ class Inputs:
         def work(_: str) -> StepResult:
             tokenizer = self.load_tokenizer()
             check_student_tokenizer(config.student, tokenizer, self._is_bridged)
+            if not self._is_bridged:
+                check_teacher_tokenizer(config.teacher, tokenizer)
             teachers = self.load_teacher_tokenizer()
             rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir, numbers, teachers)
             tokens = sum(made.num_prompt_tokens + made.num_response_tokens for made in rows)
