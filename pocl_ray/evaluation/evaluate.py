@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -79,9 +79,8 @@ def evaluate_models(
     items = _plan_items(models, sets, seeds, run_dir, evaluation.generation.batch_rows)
     (pool,) = plan_pools(scaling, [scaling.evaluation_actors], len(items))
     paths = {name: rows.path for name, rows in sets.items()}
-    run_tokens = OwnTokens(tokenizer, paths)
-    tokens = {name: own_tokens.get(name, run_tokens) for name in models}
-    task = EvaluationTask(run_dir, dict(models), tokens, evaluation.generation, max_tokens, pool.use_gpu)
+    settings = (evaluation.generation, max_tokens, pool.use_gpu)
+    task = EvaluationTask(run_dir, dict(models), paths, tokenizer, *settings, dict(own_tokens))
     num_answers = len(models) * len(seeds) * sum(rows.num_rows for rows in sets.values())
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow(items)
@@ -116,18 +115,26 @@ class EvaluationTask:
     Attributes:
         run_dir: The run directory.
         models: By name.
-        tokens: Model -> its tokens.
+        rows: Set -> Arrow file of its rows, relative to the run directory.
+        tokenizer: Tokenizer directory, relative to it.
         generation: How sampled answers are generated; greedy ones differ in the temperature.
         max_tokens: Prompt and answer together.
         use_gpu: Whether actors run on a GPU.
+        own_tokens: Model -> its tokens, for those that do not share the tokenizer.
     """
 
     run_dir: RunDirectory
     models: dict[str, ModelRef]
-    tokens: dict[str, OwnTokens]
+    rows: dict[str, str]
+    tokenizer: str
     generation: GenerationConfig
     max_tokens: int
     use_gpu: bool
+    own_tokens: dict[str, OwnTokens] = field(default_factory=dict)
+
+    def tokens_of(self, model: str) -> OwnTokens:
+        """Return what a model reads and writes in."""
+        return self.own_tokens.get(model) or OwnTokens(self.tokenizer, self.rows)
 
 
 class AnswerActor:
@@ -175,13 +182,13 @@ class AnswerActor:
         return pa.table(columns)
 
     def _rows_of(self, model: str, name: str) -> RowStore:
-        rel = self.task.tokens[model].rows[name]
+        rel = self.task.tokens_of(model).rows[name]
         if rel not in self._rows:
             self._rows[rel] = RowStore.open(self.task.run_dir.local(rel))
         return self._rows[rel]
 
     def _tokenizer_of(self, model: str) -> PreTrainedTokenizerBase:
-        rel = self.task.tokens[model].tokenizer
+        rel = self.task.tokens_of(model).tokenizer
         if rel not in self._tokenizers:
             self._tokenizers[rel] = load_tokenizer(str(self.task.run_dir.local(rel)))
         return self._tokenizers[rel]
