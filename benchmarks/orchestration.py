@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as many as Ray gives a worker of one CPU; before torch is imported
-os.environ["RAY_worker_niceness"] = "0"  # Ray's workers give way to other processes otherwise: both sides are alike
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else workers give way to all that runs
 
 import argparse
 import json

@@ -106,7 +106,7 @@ def score_sizes(sizes: Sequence[int]) -> bool:
     """
     from pocl_ray.session import ray_session
 
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers give way to whatever else runs otherwise
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else workers give way to all that runs
     print(f"\nscoring on Ray\n{'rows':>9} {'s':>8} {'rows/s':>8} {'driver MiB before':>18} {'at its peak':>12}")
     with tempfile.TemporaryDirectory() as folder, ray_session():
         made = _prepare(Path(folder))

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
-from pocl_ray.data.preparing import SUMMARY, Rows, data_fingerprint, prepare_all, read_summary, training_texts
+from pocl_ray.data.pairing import told_pairing
+from pocl_ray.data.preparation import row_tokenizer
+from pocl_ray.data.preparing import (
+    PAIRING,
+    SUMMARY,
+    Rows,
+    data_fingerprint,
+    prepare_all,
+    read_summary,
+    training_texts,
+)
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.dependencies import sft_dependencies
 from pocl_ray.distill.planning import sft_task
 from pocl_ray.distill.trainer import train_counted
+from pocl_ray.evaluation.evaluate import OwnTokens
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import check_student_tokenizer, make_student, make_teacher, origin_fingerprint, reference
-from pocl_ray.responses.rows import OWN_REJECTS, read_responses, replace_responses, settle_rejects
+from pocl_ray.models.preparing import (
+    check_student_tokenizer,
+    check_teacher_tokenizer,
+    make_student,
+    make_teacher,
+    origin_fingerprint,
+    reference,
+)
+from pocl_ray.records import TEACHER, RowsSummary
+from pocl_ray.responses.handing_over import hand_over_responses, own_files, with_responses
+from pocl_ray.responses.rows import OWN_REJECTS, replace_responses, settle_rejects
 from pocl_ray.responses.rows import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
 from pocl_ray.steps import Steps
 from pocl_ray.storage import fingerprint, localize
 
-TOKENIZER = "tokenizer"
+TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -47,12 +69,18 @@ class Inputs:
 
     @cached_property
     def tokenizer(self) -> str:
-        """Fingerprint of the tokenizer in `tokenizer/`: the teacher's, another one, or one trained on the rows."""
+        """Fingerprint of the tokenizer in `tokenizer/`: the teacher's, another one, or one trained on the rows.
+
+        Where the teacher keeps its own, that is in `teacher_tokenizer/`, and `tokenizer/` has the student's.
+        """
         config = self.config
-        place = config.tokenizer.path or config.teacher.path
-        depends: list[Any] = [config.tokenizer.model_dump(mode="json"), place, config.teacher.revision]
+        owner = config.teacher if config.teacher.cross_tokenizer is None else config.student
+        place = config.tokenizer.path or owner.path
+        depends: list[Any] = [config.tokenizer.model_dump(mode="json"), place, owner.revision]
         if config.tokenizer.train_vocab_size is not None:
             depends.append(data_fingerprint(config.data))
+        if self._is_bridged:
+            depends += [config.teacher.path, config.teacher.revision]
 
         def work(_: str) -> StepResult:
             with tempfile.TemporaryDirectory() as scratch:
@@ -61,13 +89,29 @@ class Inputs:
                     train_tokenizer(training_texts(config.data), config.tokenizer.train_vocab_size, folder)
                 else:
                     assert place is not None
-                    revision = config.teacher.revision if config.tokenizer.path is None else None
-                    loaded = load_tokenizer(localize(place), revision, config.teacher.trust_remote_code)
-                    loaded.save_pretrained(folder)
+                    revision = owner.revision if config.tokenizer.path is None else None
+                    _copy_tokenizer(place, revision, owner.trust_remote_code, folder)
                 self.run_dir.publish(folder, TOKENIZER)
-            return StepResult([TOKENIZER], {})
+                if self._is_bridged:
+                    own, teacher = Path(scratch) / TEACHER_TOKENIZER, config.teacher
+                    assert teacher.path is not None, "the config holds it"
+                    _copy_tokenizer(teacher.path, teacher.revision, teacher.trust_remote_code, own)
+                    self.run_dir.publish(own, TEACHER_TOKENIZER)
+            return StepResult([TOKENIZER, *([TEACHER_TOKENIZER] if self._is_bridged else [])], {})
 
         return self.steps.run("tokenizer", depends, work)
+
+    @property
+    def _is_bridged(self) -> bool:
+        return self.config.teacher.cross_tokenizer is not None
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the run's tokenizer, which is the student's."""
+        return load_tokenizer(str(self.run_dir.local(TOKENIZER)))
+
+    def load_teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the teacher's, where it has one of its own."""
+        return load_tokenizer(str(self.run_dir.local(TEACHER_TOKENIZER))) if self._is_bridged else None
 
     @cached_property
     def rows(self) -> Rows:
@@ -76,7 +120,7 @@ class Inputs:
         if is_theirs:
             _ = self.responses
         settle_rejects(self.run_dir, is_theirs)
-        return replace(prepared, train=read_responses(self.run_dir)) if is_theirs else prepared
+        return with_responses(prepared, self.run_dir) if is_theirs else prepared
 
     @cached_property
     def responses(self) -> str:
@@ -88,8 +132,8 @@ class Inputs:
             parts = f"{PARTS}/{fingerprint[:12]}"
             task = WritingTask(
                 run_dir=self.run_dir,
-                rows=prepared.train.path,
-                tokenizer=TOKENIZER,
+                rows=prepared.as_teacher_reads.train.path,
+                tokenizer=TEACHER_TOKENIZER if self._is_bridged else TOKENIZER,
                 teacher=teacher.ref,
                 generation=generation,
                 max_tokens=config.data.max_tokens,
@@ -97,9 +141,7 @@ class Inputs:
                 parts=parts,
             )
             answers = write_answers(task, config.scaling)
-            tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-            limit = config.data.max_reject_share
-            made = replace_responses(prepared.train, answers, tokenizer, self.run_dir, config.data.train.path, limit)
+            made = self._replace_responses(answers)
             self.run_dir.delete(PARTS)
             counts = {
                 "num_rows": made.num_rows,
@@ -107,17 +149,27 @@ class Inputs:
                 "num_unstopped_answers": answers.num_rows - int(pc.sum(answers[STOPPED]).as_py()),
                 "num_rejected": prepared.train.num_rows - made.num_rows,
             }
-            return StepResult([made.path, RESPONSES_SUMMARY, OWN_REJECTS], counts)
+            return StepResult([made.path, RESPONSES_SUMMARY, OWN_REJECTS, *own_files(prepared)], counts)
 
         depends = [
             self.tokenizer,
             prepared.train.fingerprint,
+            *(made.fingerprint for name, made in prepared.for_teacher.items() if name == "train"),
             teacher.fingerprint,
             generation.model_dump(mode="json"),
             config.data.max_tokens,
             config.seed,
         ]
         return self.steps.run("responses", depends, work, on_cluster=True)
+
+    def _replace_responses(self, answers: pa.Table) -> RowsSummary:
+        config, prepared, tokenizer = self.config, self.prepared, self.load_tokenizer()
+        source, limit = config.data.train.path, config.data.max_reject_share
+        teachers = self.load_teacher_tokenizer()
+        if teachers is None:
+            return replace_responses(prepared.train, answers, tokenizer, self.run_dir, source, limit)
+        ours = row_tokenizer(config.data, tokenizer)
+        return hand_over_responses(prepared, answers, teachers, ours, self.run_dir, source, limit)
 
     @cached_property
     def prepared(self) -> Rows:
@@ -126,12 +178,16 @@ class Inputs:
         numbers = list(config.difficulty.columns)
 
         def work(_: str) -> StepResult:
-            tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-            check_student_tokenizer(config.student, tokenizer)
-            rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir, numbers)
+            tokenizer = self.load_tokenizer()
+            check_student_tokenizer(config.student, tokenizer, self._is_bridged)
+            if not self._is_bridged:
+                check_teacher_tokenizer(config.teacher, tokenizer)
+            teachers = self.load_teacher_tokenizer()
+            rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir, numbers, teachers)
             tokens = sum(made.num_prompt_tokens + made.num_response_tokens for made in rows)
             counts = {"num_rows": sum(made.num_rows for made in rows), "num_tokens": tokens}
-            return StepResult([SUMMARY, "rejects.jsonl", *(made.path for made in rows)], counts)
+            written = [made.path for made in (*rows, *rows.for_teacher.values())]
+            return StepResult([SUMMARY, "rejects.jsonl", *written], counts)
 
         depends = [self.tokenizer, data_fingerprint(config.data), config.seed, *([numbers] if numbers else [])]
         self.steps.run("rows", depends, work)
@@ -139,6 +195,8 @@ class Inputs:
         for name, num_leaks in rows.leaks.items():
             if num_leaks:
                 console.print(f"[yellow]note:[/] {num_leaks} prompts of {name} stand in train as well")
+        if rows.for_teacher:
+            console.print(f"[yellow]note:[/] {told_pairing(self.run_dir.read_json(SUMMARY)[PAIRING]['train'])}")
         return rows
 
     @cached_property
@@ -148,15 +206,13 @@ class Inputs:
 
         def work(fingerprint: str) -> StepResult:
             if config.architecture is not None:
-                tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
-                make_teacher(config, tokenizer, self.config.seed, self.run_dir)
+                make_teacher(config, self.load_tokenizer(), self.config.seed, self.run_dir)
             if config.sft is None:
                 return StepResult([], {})
             start = reference(config, self._made("teacher_init") if config.architecture is not None else None)
-            counts = train_counted(
-                sft_task(self.config, "teacher", start, self.prepared, self.run_dir, fingerprint), self.config.scaling
-            )
-            return StepResult(["models/teacher"], counts)
+            rows, tokens = self.prepared.as_teacher_reads, TEACHER_TOKENIZER if self._is_bridged else TOKENIZER
+            task = sft_task(self.config, "teacher", start, rows, self.run_dir, fingerprint, tokens)
+            return StepResult(["models/teacher"], train_counted(task, self.config.scaling))
 
         depends: list[Any] = _loaded_as(config)
         if config.architecture is not None or config.sft is not None:
@@ -179,7 +235,7 @@ class Inputs:
         def work(fingerprint: str) -> StepResult:
             outputs = []
             if is_made:
-                tokenizer = load_tokenizer(str(self.run_dir.local(TOKENIZER)))
+                tokenizer = self.load_tokenizer()
                 make_student(config, teacher.ref if teacher else None, tokenizer, self.config.seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
@@ -200,6 +256,14 @@ class Inputs:
         return Made(reference(config, self._made(name) if name else None), fingerprint)
 
     @property
+    def own_tokens(self) -> dict[str, OwnTokens]:
+        """What the teacher reads and writes in where it has a tokenizer of its own."""
+        if not self._is_bridged:
+            return {}
+        sets = self.prepared.as_teacher_reads.tests
+        return {TEACHER: OwnTokens(TEACHER_TOKENIZER, {name: made.path for name, made in sets.items()})}
+
+    @property
     def rows_fingerprint(self) -> list[str]:
         """Of every set."""
         return _fingerprints(self.rows)
@@ -209,7 +273,11 @@ class Inputs:
 
 
 def _fingerprints(rows: Rows) -> list[str]:
-    return [made.fingerprint for made in rows]
+    return [made.fingerprint for made in (*rows, *rows.for_teacher.values())]
+
+
+def _copy_tokenizer(place: str, revision: str | None, trust_remote_code: bool, folder: Path) -> None:
+    load_tokenizer(localize(place), revision, trust_remote_code).save_pretrained(folder)
 
 
 def _loaded_as(config: TeacherConfig) -> list[Any]:

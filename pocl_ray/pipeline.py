@@ -33,7 +33,6 @@ from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.lease import refusal
 from pocl_ray.manifest import StepResult
 from pocl_ray.models.cache_writer import FORMAT_VERSION
-from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import trained_reference
 from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
@@ -95,7 +94,7 @@ class Pipeline:
         """The curriculum, written to `plan.json`; asked for early, with all that may not fit."""
         config, num_prepared = self.config, self.inputs.prepared.train.num_rows
         plan_stages(config, num_prepared)  # before a teacher is trained to write responses, some of which may be empty
-        check_settings(config, num_prepared, load_tokenizer(str(self.run_dir.local(TOKENIZER))))
+        check_settings(config, num_prepared, self.inputs.load_tokenizer(), self.inputs.load_teacher_tokenizer())
         num_rows = self.inputs.rows.train.num_rows
         stages = plan_stages(config, num_rows)
         content = {
@@ -144,7 +143,9 @@ class Pipeline:
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
                 seed=config.seed,
+                compare=config.teacher.cross_tokenizer is None,
                 plugins=chosen.plugins,
+                teacher_rows=inputs.rows.for_teacher,
             )
             self._publish_table(table, SIGNALS)
             caches = self._cache_other_teachers(student.ref, top_k) if distils else []
@@ -217,6 +218,7 @@ class Pipeline:
                 evaluation=config.evaluation,
                 max_tokens=config.data.max_tokens,
                 scaling=config.scaling,
+                own_tokens=inputs.own_tokens,
             )
             self.run_dir.write_json("evaluation.json", result)
             return StepResult(["evaluation.json", "predictions.parquet"], counts)

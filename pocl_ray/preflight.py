@@ -56,6 +56,7 @@ def check_inputs(config: Config) -> None:
     check_backend(config.rollout)
     deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)
     check_rescoring(config)
+    check_bridging(config)
     if config.data.prompt_template != "chat" and config.data.task != "text":
         PromptTemplate(config.data.prompt_template, None)
     for key, teacher in _teachers(config):
@@ -94,13 +95,33 @@ def check_rescoring(config: Config) -> None:
         )
 
 
-def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_bridging(config: Config) -> None:
+    """Check that no plug-in compares models that have different tokenizers.
+
+    Raises:
+        ConfigError: One of `difficulty.signals` does.
+    """
+    compared = choose_signals(config.difficulty).plugins
+    if config.teacher.cross_tokenizer is not None and compared:
+        raise ConfigError(
+            f"difficulty.signals: {compared[0]} compares the two models' logits, which teacher.cross_tokenizer "
+            f"{config.teacher.cross_tokenizer} leaves without a common vocabulary; leave it out"
+        )
+
+
+def check_settings(
+    config: Config,
+    num_rows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Check what the later steps would stumble over; needs neither weights in memory nor a cluster.
 
     Args:
         config: The run.
         num_rows: Training rows.
         tokenizer: The run's; gives the vocabulary of models that are made.
+        teacher_tokenizer: The teacher's, where it keeps one of its own.
 
     Raises:
         ConfigError: Fewer rows than a global batch holds.
@@ -112,9 +133,19 @@ def check_settings(config: Config, num_rows: int, tokenizer: PreTrainedTokenizer
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
     for other in config.other_teachers:
         check_other_teacher(other, tokenizer)
+    warn_of_one_tokenizer(tokenizer, teacher_tokenizer)
     warning = check_models(config.teacher, config.student, tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")
+
+
+def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase | None) -> None:
+    """Say where two tokenizers are bridged that are one: it works, and a divergence token by token says more."""
+    if teachers is not None and teachers.get_vocab() == tokenizer.get_vocab():
+        console.print(
+            "[yellow]warning:[/] teacher and student have the same tokenizer, over which a divergence token by token "
+            "says more than sorted probabilities: remove teacher.cross_tokenizer and choose another distill.loss"
+        )
 
 
 def check_room(config: Config) -> None:
@@ -151,7 +182,8 @@ def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
     Raises:
         ResourceError: They will not.
     """
-    num_bytes = cache_bytes(config, (rows.train, rows.dev))
+    read = rows.as_teacher_reads
+    num_bytes = cache_bytes(config, (read.train, read.dev))
     if num_bytes is not None and config.distill.teacher_cache != "none":
         remedy = "make room, choose another storage_path, or set distill.teacher_cache to topk or none"
         check_free(run_dir, num_bytes, "the teacher's answers", remedy)

@@ -57,7 +57,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         return
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
-        console.print(f"{name}: {_cache_size(config, teacher, prepared)}")
+        console.print(f"{name}: {_cache_size(config, teacher, _prepared(config, for_teacher=True))}")
     if config.rollout.is_on:
         console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
@@ -90,13 +90,17 @@ def _moving(first: float, last: float) -> str:
     return f"{first:g}" if first == last else f"{first:.3g}..{last:.3g}"
 
 
-def _prepared(config: Config) -> dict[str, RowsSummary]:
+def _prepared(config: Config, for_teacher: bool = False) -> dict[str, RowsSummary]:
+    """The sets that the run has prepared; in the tokens of a teacher with a tokenizer of its own, where asked for."""
     run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
     if not run_dir.exists("rows/summary.json"):
         return {}
-    sets = run_dir.read_json("rows/summary.json")["sets"]
-    if config.data.responses == "teacher" and run_dir.exists("responses/summary.json"):
-        sets["train"] = run_dir.read_json("responses/summary.json")
+    content = run_dir.read_json("rows/summary.json")
+    sets, answered = content["sets"], "responses/summary.json"
+    if for_teacher and "for_teacher" in content:
+        sets, answered = content["for_teacher"], "responses/for_teacher/summary.json"
+    if config.data.responses == "teacher" and run_dir.exists(answered):
+        sets["train"] = run_dir.read_json(answered)
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from pocl_ray.config.base import Section, Seeds
+from pocl_ray.config.bridging import method_problem, model_problem, uld_problem, with_bridging_loss
 from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.sources import (
     DataConfig,
@@ -93,6 +94,11 @@ class Config(Section):
             raise ValueError("teacher is a list of at least one, and other_teachers is then left out")
         return {**data, "teacher": teachers[0], "other_teachers": teachers[1:]}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_over_two_tokenizers(cls, data: Any) -> Any:
+        return with_bridging_loss(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.distill.teacher_cache != "none" and any(one.sharded for one in (self.teacher, *self.other_teachers)):
@@ -104,6 +110,7 @@ class Config(Section):
             raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        self._check_tokenizers()
         if self.data.task == "text":
             self._check_text()
         self._check_training("train", self.train)
@@ -113,6 +120,14 @@ class Config(Section):
         if self.rollout.is_on:
             self._check_rollouts()
         return self
+
+    def _check_tokenizers(self) -> None:
+        problem = model_problem(self.teacher, self.other_teachers, self.student, self.tokenizer)
+        if problem is None and self.teacher.cross_tokenizer is not None:
+            problem = method_problem(self.distill, self.rollout, self.data.task, self.difficulty.signals)
+        control = None if self.control is None else self.control.kd_ratio
+        if problem := problem or uld_problem(self.distill, self.rollout, self.curriculum, control):
+            raise ValueError(problem)
 
     def _check_rollouts(self) -> None:
         if self.distill.teacher_cache != "none":

@@ -162,6 +162,11 @@ class TeacherConfig(ModelConfig):
     generation: TeacherGenerationConfig = Field(
         default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
     )
+    cross_tokenizer: Literal["uld"] | None = Field(
+        default=None,
+        description="uld: the teacher keeps a tokenizer of its own, the run's is the student's, and the loss compares "
+        "sorted probabilities (distill.loss uld); null: both have one tokenizer",
+    )
     quantization: Literal["none", "int8"] = Field(
         default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`), on CUDA GPUs"
     )

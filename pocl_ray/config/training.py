@@ -174,6 +174,11 @@ class DistillConfig(Section):
     def _cache(self) -> DistillConfig:
         if self.teacher_cache != "topk":
             return self
+        if self.loss == "uld":
+            raise ValueError(
+                "loss uld sorts the teacher's whole distribution, which teacher_cache topk does not keep; set it to "
+                "hidden or none"
+            )
         if self.cache_dtype == "bfloat16":
             raise ValueError("cache_dtype bfloat16 is too coarse for log-probabilities; set it to float16 or float32")
         if self.loss == "top_k_kl":

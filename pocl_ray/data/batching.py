@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from pocl_ray.data.pairing import Pairs
 from pocl_ray.models.top_k import TopK
 from pocl_ray.records import Stage
 
@@ -28,11 +29,27 @@ class Taught:
         tokens: Its final hidden states, shape (N, K), for its LM head; or its likeliest tokens.
         teacher: Its place among the run's teachers.
         weight: Of its divergence in the loss.
+        paired_N: Of a teacher with another tokenizer, which of the batch's response tokens have a counterpart among
+            its own; `tokens` then holds these counterparts alone, in their order. On the CPU. None: all have one.
     """
 
     tokens: torch.Tensor | TopK
     teacher: int = 0
     weight: float = 1.0
+    paired_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The rows of a batch in the tokens of a teacher with another tokenizer, for one that runs live.
+
+    Attributes:
+        batch: Its input.
+        pairs: Which of its response tokens belong to which of the student's.
+    """
+
+    batch: MicroBatch
+    pairs: Pairs
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class MicroBatch:
         targets_N: These next tokens.
         taught: What the teachers say at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
+        teacher_rows: What a live teacher reads where it has another tokenizer; None: what the student reads.
     """
 
     input_ids_BT: torch.Tensor
@@ -54,6 +72,7 @@ class MicroBatch:
     targets_N: torch.Tensor
     taught: tuple[Taught, ...] = ()
     is_rollout: bool = False
+    teacher_rows: TeacherRows | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""

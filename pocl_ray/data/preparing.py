@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.examples import read_examples
+from pocl_ray.data.pairing import pairing_figures
 from pocl_ray.data.prompts import Example, PromptTemplate
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore, shared_prompts
-from pocl_ray.data.rows import default_split, hold_out, named_errors, prepare_rows, write_rejects
+from pocl_ray.data.rows import (
+    TeacherTokens,
+    default_split,
+    hold_out,
+    named_errors,
+    prepare_rows,
+    summarize_rows,
+    write_rejects,
+)
 from pocl_ray.data.sources import read_source, source_fingerprint
 from pocl_ray.records import RowsSummary
 from pocl_ray.storage import RunDirectory
 
 SUMMARY, REJECTS = "rows/summary.json", "rejects.jsonl"
+FOR_TEACHER = "for_teacher"
+"""Folder within that of the rows, and key of the summary, of the same rows in the tokens of a teacher with its own."""
+
+PAIRING = "pairing"
+"""Key of the summary of how their tokens meet."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +45,29 @@ class Rows:
         dev: Rows of the dev figures.
         tests: Evaluation sets by name; the dev set where none is given.
         leaks: Prompts of each other set that stand in train as well.
+        for_teacher: Set -> the same rows, by id, in the tokens of a teacher with a tokenizer of its own; empty where
+            there is one tokenizer.
     """
 
     train: RowsSummary
     dev: RowsSummary
     tests: dict[str, RowsSummary]
     leaks: dict[str, int]
+    for_teacher: dict[str, RowsSummary] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RowsSummary]:
         """All sets, each once."""
         yield self.train
         yield self.dev
         yield from (made for made in self.tests.values() if made.name != "dev")
+
+    @property
+    def as_teacher_reads(self) -> Rows:
+        """The sets in the teacher's tokens, which are mostly the student's as well."""
+        own = self.for_teacher
+        if not own:
+            return self
+        return Rows(own["train"], own["dev"], {name: own[name] for name in self.tests}, self.leaks)
 
 
 def data_fingerprint(config: DataConfig) -> list[object]:
@@ -71,6 +96,7 @@ def prepare_all(
     seed: int,
     run_dir: RunDirectory,
     numbers: Sequence[str] = (),
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Rows:
     """Write the rows of every set, `rejects.jsonl` and a summary into the run directory.
 
@@ -80,6 +106,7 @@ def prepare_all(
         seed: Draws the rows that are held out.
         run_dir: Where they go.
         numbers: Numeric columns of the training rows that are carried along, as difficulty signals.
+        teacher_tokenizer: The teacher's, where it has one of its own: all sets are then written in its tokens too.
 
     Raises:
         DataError: A source is missing or unusable, or too many of its rows are.
@@ -90,29 +117,57 @@ def prepare_all(
         folder = Path(scratch)
         for name, source in _sources(config):
             own = numbers if name == "train" else ()
-            made[name], left_out = prepare_rows(name, source, config, tokenizer, folder / f"{name}.arrow", own)
+            teacher = None
+            if teacher_tokenizer is not None:
+                teacher = TeacherTokens(teacher_tokenizer, folder / FOR_TEACHER / f"{name}.arrow")
+            path = folder / f"{name}.arrow"
+            made[name], left_out = prepare_rows(name, source, config, tokenizer, path, own, teacher)
             rejects.extend(left_out)
         if config.dev is None:
-            train, dev = folder / "train.arrow", folder / "dev.arrow"
-            num_rejected = made["train"].num_rejected
-            made["train"], made["dev"] = hold_out(train, config.holdout_rows, seed, train, dev, num_rejected)
+            made["train"], made["dev"] = _hold_out(folder, config, seed, made["train"].num_rejected)
+        for_teacher = {} if teacher_tokenizer is None else _for_teacher(folder / FOR_TEACHER, made, config, seed)
         train_store = RowStore.open(folder / "train.arrow")
         others = [name for name in made if name != "train"]
         leaks = {n: shared_prompts(train_store, RowStore.open(folder / f"{n}.arrow")) for n in others}
-        for name in made:
-            run_dir.publish(folder / f"{name}.arrow", f"rows/{name}.arrow")
+        for summary in (*made.values(), *for_teacher.values()):
+            run_dir.publish(folder / Path(summary.path).relative_to("rows"), summary.path)
         write_rejects(rejects, folder / REJECTS)
         run_dir.publish(folder / REJECTS, REJECTS)
-    run_dir.write_json(SUMMARY, {"sets": {name: asdict(s) for name, s in made.items()}, "leaks": leaks})
+    content = {"sets": {name: asdict(s) for name, s in made.items()}, "leaks": leaks}
+    if for_teacher:
+        content[FOR_TEACHER] = {name: asdict(s) for name, s in for_teacher.items()}
+        content[PAIRING] = {name: _pairing(run_dir, made[name], for_teacher[name], config) for name in made}
+    run_dir.write_json(SUMMARY, content)
     return read_summary(run_dir)
+
+
+def _pairing(run_dir: RunDirectory, ours: RowsSummary, theirs: RowsSummary, config: DataConfig) -> dict[str, int]:
+    student, teacher = (RowStore.open(run_dir.local(summary.path)) for summary in (ours, theirs))
+    return pairing_figures(student, teacher, config.max_prompt_tokens, config.max_tokens)
+
+
+def _hold_out(folder: Path, config: DataConfig, seed: int, num_rejected: int) -> tuple[RowsSummary, RowsSummary]:
+    train, dev = folder / "train.arrow", folder / "dev.arrow"
+    return hold_out(train, config.holdout_rows, seed, train, dev, num_rejected)
+
+
+def _for_teacher(folder: Path, made: dict[str, RowsSummary], config: DataConfig, seed: int) -> dict[str, RowsSummary]:
+    """Summarise the rows in the teacher's tokens, after the very rows of train are held out here too."""
+    if config.dev is None:
+        _hold_out(folder, config, seed, made["train"].num_rejected)
+    found = {name: summarize_rows(name, folder / f"{name}.arrow", one.num_rejected) for name, one in made.items()}
+    assert all(one.num_rows == made[name].num_rows for name, one in found.items())
+    return {name: replace(one, path=f"rows/{FOR_TEACHER}/{name}.arrow") for name, one in found.items()}
 
 
 def read_summary(run_dir: RunDirectory) -> Rows:
     """Return the sets that `prepare_all` wrote."""
     content = run_dir.read_json(SUMMARY)
-    sets = {name: RowsSummary(**fields) for name, fields in content["sets"].items()}
+    sets, for_teacher = (
+        {name: RowsSummary(**fields) for name, fields in content.get(key, {}).items()} for key in ("sets", FOR_TEACHER)
+    )
     tests = {name: made for name, made in sets.items() if name not in ("train", "dev")}
-    return Rows(sets["train"], sets["dev"], tests or {"dev": sets["dev"]}, content["leaks"])
+    return Rows(sets["train"], sets["dev"], tests or {"dev": sets["dev"]}, content["leaks"], for_teacher)
 
 
 def count_rows(config: DataConfig) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,13 @@ import numpy as np
 import pyarrow as pa
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
-from pocl_ray.data.conversations import ConversationFitter
-from pocl_ray.data.documents import DocumentFitter
-from pocl_ray.data.examples import CHUNK_ROWS, ExampleReader
-from pocl_ray.data.prompts import Example, Fit, PromptTemplate
-from pocl_ray.data.readers import Reject, SourceRow
+from pocl_ray.data.examples import CHUNK_ROWS
+from pocl_ray.data.preparation import Preparation
+from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
 from pocl_ray.data.sources import read_source
-from pocl_ray.data.texts import TextTokenizer
-from pocl_ray.data.tokenization import PreparedRow, RowTokenizer
 from pocl_ray.errors import DataError
-from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
+from pocl_ray.records import ID, SOURCE_ROW, RowsSummary
 from pocl_ray.storage import file_digest
 
 __all__ = [
@@ -44,6 +40,14 @@ __all__ = [
 _NUM_REASONS_SHOWN = 3
 
 
+@dataclass(frozen=True)
+class TeacherTokens:
+    """The teacher's own tokenizer, and where the rows in its tokens go."""
+
+    tokenizer: Any
+    destination: Path
+
+
 def default_split(name: str) -> str:
     """Return the split of the shipped samples that a set of this name reads, where the config names none."""
     return name if name in ("train", "dev") else "test"
@@ -56,6 +60,7 @@ def prepare_rows(
     tokenizer: Any,
     destination: Path,
     numbers: Sequence[str] = (),
+    teacher: TeacherTokens | None = None,
 ) -> tuple[RowsSummary, list[Reject]]:
     """Read, template and tokenise the rows of one set.
 
@@ -66,6 +71,8 @@ def prepare_rows(
         tokenizer: A Hugging Face tokenizer.
         destination: Local Arrow file to write; it appears whole or not at all.
         numbers: Numeric columns of the source that are carried along, as difficulty signals.
+        teacher: Where the teacher has another tokenizer: that, and the Arrow file of the same rows in its tokens. A
+            row that only one of the two can use is left out of both.
 
     Returns:
         What became of the set, and the rows left out, in order.
@@ -75,14 +82,17 @@ def prepare_rows(
         ConfigError: The template does not work.
         ModelError: The tokenizer has no end-of-sequence token.
     """
-    reader, row_tokenizer = _readers(source, config, tokenizer, numbers)
-    preparation = _Preparation(reader, row_tokenizer, len(tokenizer), rows_schema(numbers))
-    with named_errors(name), arrow_writer(destination, rows_schema(numbers)) as writer:
+    schema = rows_schema(numbers)
+    tokenizers = [tokenizer, *([] if teacher is None else [teacher.tokenizer])]
+    preparation = Preparation(source, config, tokenizers, numbers)
+    with named_errors(name), ExitStack() as stack:
+        files = [destination, *([] if teacher is None else [teacher.destination])]
+        writers = [stack.enter_context(arrow_writer(file, schema)) for file in files]
         stream = read_source(source, default_split(name))
         while chunk := list(islice(stream, CHUNK_ROWS)):
-            batch = preparation.prepare(chunk)
-            if batch.num_rows:
-                writer.write_batch(batch)
+            for writer, batch in zip(writers, preparation.prepare(chunk), strict=True):
+                if batch.num_rows:
+                    writer.write_batch(batch)
         check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
     return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
 
@@ -164,74 +174,6 @@ def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
     """Write rejects.jsonl: one `{"source", "row", "reason"}` a line."""
     lines = (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-
-
-def _readers(
-    source: SourceConfig, config: DataConfig, tokenizer: Any, numbers: Sequence[str]
-) -> tuple[ExampleReader, RowTokenizer | TextTokenizer]:
-    """What the task makes of a row of the source, and of that its tokens."""
-    if config.task == "text":
-        reader = ExampleReader(source.columns, PromptTemplate("plain", None), numbers, config.task)
-        return reader, TextTokenizer(tokenizer, config.max_tokens)
-    template = PromptTemplate(config.prompt_template, tokenizer)
-    fit: Fit | None = None
-    if config.task == "summarization":
-        fit = DocumentFitter(tokenizer, template, config.max_prompt_tokens).fit
-    elif template.is_chat:
-        fit = ConversationFitter(tokenizer, template, config.max_prompt_tokens).fit
-    row_tokenizer = RowTokenizer(
-        tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not template.is_chat
-    )
-    return ExampleReader(source.columns, template, numbers, config.task, fit), row_tokenizer
-
-
-class _Preparation:
-    """The pass over a source: turns chunks of it into record batches and collects what was left out."""
-
-    def __init__(
-        self, reader: ExampleReader, tokenizer: RowTokenizer | TextTokenizer, vocab_size: int, schema: pa.Schema
-    ) -> None:
-        self.num_rows = 0
-        self.rejects: list[Reject] = []
-        self._reader = reader
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._schema = schema
-
-    def prepare(self, chunk: Sequence[SourceRow | Reject]) -> pa.RecordBatch:
-        """Return the usable rows of a chunk."""
-        items = self._reader.read(chunk)
-        examples = [item for item in items if isinstance(item, Example)]
-        tokenized = iter(self._tokenizer.rows(examples))
-        kept: list[PreparedRow] = []
-        for item, origin in zip(items, chunk, strict=True):
-            if isinstance(item, Reject):
-                self.rejects.append(item)
-                continue
-            rows = next(tokenized)
-            kept.extend(rows)
-            if not rows:
-                self.rejects.append(Reject(origin.source, origin.row, "the response has no tokens"))
-        return self._batch(kept)
-
-    def _batch(self, kept: Sequence[PreparedRow]) -> pa.RecordBatch:
-        first, self.num_rows = self.num_rows, self.num_rows + len(kept)
-        columns = {
-            ID: np.arange(first, self.num_rows),
-            SOURCE_ROW: [example.source_row for example, _, _ in kept],
-            TOPIC: [example.topic for example, _, _ in kept],
-            PROMPT: [example.prompt for example, _, _ in kept],
-            REFERENCES: [example.references for example, _, _ in kept],
-            PROMPT_IDS: [prompt for _, prompt, _ in kept],
-            RESPONSE_IDS: [response for _, _, response in kept],
-        }
-        own = self._schema.names[len(columns) :]
-        columns.update({name: [e.numbers[place] for e, _, _ in kept] for place, name in enumerate(own)})
-        arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
-        for name in (PROMPT_IDS, RESPONSE_IDS):
-            ids = arrays[self._schema.get_field_index(name)].values.to_numpy()
-            assert not ids.size or (ids.min() >= 0 and ids.max() < self._vocab_size), "id outside the vocabulary"
-        return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
 
 def check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:

@@ -73,6 +73,14 @@ class RowTokenizer:
         ]
         return prompt_ids, response_ids
 
+    def responses(self, prompts: Sequence[str], texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of responses; the end-of-sequence token stands behind those alone that came to an end."""
+        eos = self._tokenizer.eos_token_id
+        _, whole = self.encode(prompts, texts)
+        return [
+            ids if has_ended or ids[-1:] != [eos] else ids[:-1] for ids, has_ended in zip(whole, ended, strict=True)
+        ]
+
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []

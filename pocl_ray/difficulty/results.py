@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pocl_ray.difficulty.scoring_actors import SET, SHARD
+from pocl_ray.difficulty.units import SET, SHARD
 from pocl_ray.records import ID, RowsSummary
 
 

@@ -11,7 +11,8 @@ rows share a batch therefore does not depend on the number of actors, and neithe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,15 +22,9 @@ from ray.data import Dataset
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.results import Results, gather
-from pocl_ray.difficulty.scoring_actors import (
-    ANSWER_STOPPED,
-    ScoringTask,
-    StudentActor,
-    TeacherActor,
-    unit_table,
-    unscored_units,
-)
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
+from pocl_ray.difficulty.units import ANSWER_STOPPED, unit_table, unscored_units
 from pocl_ray.evaluation.actors import ActorPool, plan_pools, quiet_ray_data, stream
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
@@ -56,6 +51,7 @@ def score_rows(
     compare: bool = True,
     plugins: tuple[str, ...] = (),
     top_k: int | None = None,
+    teacher_rows: Mapping[str, RowsSummary] = MappingProxyType({}),
 ) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
@@ -63,10 +59,8 @@ def score_rows(
         rows: The set to score; `dev_rows` go into the teacher cache alone.
         run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
         student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        cache_dtype: Of what it holds; for it, `top_k`, `compare`, `plugins` and `teacher_rows` see `ScoringTask`.
         difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
-        compare: Whether signals of both models are measured; without it no hidden states pass between actors.
-        plugins: Signals that plug-ins measure, which must be installed on every node.
 
     Returns:
         One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
@@ -93,18 +87,18 @@ def score_rows(
         cache=cache,
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
+        teacher_rows={name: made.path for name, made in teacher_rows.items()},
+        batch_tokens=difficulty.batch_tokens,
     )
-    results = {made.name: Results(made, keeps_signals=made is rows) for made in sets}
-    _run(task, tasks, pools, results)
-    for made in sets if cache else ():
-        _finish_cache(results[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint)
+    results = _run(task, tasks, pools, {made.name: Results(made, keeps_signals=made is rows) for made in sets})
+    if cache:
+        _finish_caches(results, run_dir, cache, teacher_fingerprint, [teacher_rows.get(s.name, s) for s in sets])
     return (table := _signals(results[rows.name].table())), _counts(table, sets)
 
 
 def _signals(results: pa.Table) -> pa.Table:
-    """The results without columns that plain text leaves empty."""
-    unanswered = ["rouge_l", ANSWER_STOPPED] if results[ANSWER_STOPPED].null_count == results.num_rows else []
-    return results.drop_columns(unanswered)
+    """The results without columns that nothing was measured for."""
+    return results.drop_columns([name for name in results.column_names if results[name].null_count == results.num_rows])
 
 
 def cache_teacher(
@@ -156,20 +150,26 @@ def cache_teacher(
         dataset: Dataset = ray.data.from_blocks([unscored_units(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
         gather(stream(dataset, cache, _num_rows(results), "rows"), results)
-    for made in sets:
-        _finish_cache(results[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint)
+    _finish_caches(results, run_dir, cache, teacher_fingerprint, sets)
 
 
 def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
     return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
 
 
-def _finish_cache(results: Results, run_dir: RunDirectory, rel: str, teacher: str) -> None:
-    fingerprint = results.rows.fingerprint
-    write_index(run_dir.fs_path(rel), results.shards, teacher, fingerprint, run_dir.filesystem)
+def _finish_caches(
+    results: Mapping[str, Results], run_dir: RunDirectory, cache: str, teacher: str, sets: Sequence[RowsSummary]
+) -> None:
+    """Write the index of each set's cache; `sets` are as the teacher reads them."""
+    for made in sets:
+        shards = results[made.name].shards
+        write_index(run_dir.fs_path(f"{cache}/{made.name}"), shards, teacher, made.fingerprint, run_dir.filesystem)
 
 
-def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], results: dict[str, Results]) -> None:
+def _run(
+    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], results: dict[str, Results]
+) -> dict[str, Results]:
+    """Run the job, fill the results and return them."""
     with quiet_ray_data():
         # Not `from_arrow`, which asks for the size of every block by a remote task.
         dataset: Dataset = ray.data.from_blocks([unit_table(name, batches) for name, batches in tasks])
@@ -177,6 +177,7 @@ def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], r
         if task.teacher is not None:
             dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
         gather(stream(dataset, "scores", _num_rows(results), "rows"), results)
+    return results
 
 
 def _num_rows(results: dict[str, Results]) -> int:

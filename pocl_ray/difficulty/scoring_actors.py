@@ -9,24 +9,35 @@ cache) pass the student by. Axes: N response tokens of a unit in one flat axis, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
-from pocl_ray.data.batching import MicroBatch, collate
+from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.answers import score_answers
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
-from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
+from pocl_ray.difficulty.signals import LmHead, student_signals, teacher_signals
+from pocl_ray.difficulty.units import (
+    ANSWER_STOPPED,
+    SET,
+    STUDENT_DTYPE,
+    STUDENT_HIDDEN,
+    IntArray,
+    Lengths,
+    ids_of,
+    row_table,
+    student_unit,
+    with_place,
+)
 from pocl_ray.models.head_files import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
@@ -34,21 +45,9 @@ from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without g
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.top_k import TopK
-from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
+from pocl_ray.records import ID
 from pocl_ray.storage import RunDirectory
 
-SET = "set"
-IDS = "ids"
-SHARD = "shard"
-ANSWER_STOPPED = "answer_stopped"
-STUDENT_COLUMNS = {
-    "rouge_l": pa.float64(),
-    ANSWER_STOPPED: pa.bool_(),
-    "ce_loss": pa.float64(),
-    "student_confidence": pa.float64(),
-}
-_HIDDEN = "student_hidden"
-_DTYPE = "student_dtype"
 _MAX_SHARD_BYTES = 256 * 2**20
 
 
@@ -66,12 +65,16 @@ class ScoringTask:
         generation: Of the student's answers.
         max_tokens: Prompt and answer together.
         seed: Of the answers.
-        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured.
+        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured, for which the student's hidden
+            states pass from actor to actor; not over two tokenizers.
         cache: Directory of the teacher caches, one for each set; None for no cache.
         cache_dtype: Of what they hold; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
         top_k: The tokens that they keep of each response token; None for hidden states.
         use_gpu: Whether actors run on a GPU.
-        plugins: Signals that plug-ins measure.
+        plugins: Signals that plug-ins measure, which must be installed on every node.
+        teacher_rows: Set -> Arrow file of the same rows in the tokens of a teacher with a tokenizer of its own; empty
+            where it has the student's.
+        batch_tokens: Padded tokens that such a teacher reads at once: micro-batches are cut by the student's.
     """
 
     run_dir: RunDirectory
@@ -89,6 +92,8 @@ class ScoringTask:
     use_gpu: bool
     plugins: tuple[str, ...] = ()
     top_k: int | None = None
+    teacher_rows: Mapping[str, str] = field(default_factory=dict)
+    batch_tokens: int = 8192
 
     @property
     def device(self) -> str:
@@ -97,16 +102,12 @@ class ScoringTask:
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """The tensors of a micro-batch of rows."""
+class _Read:
+    """What a model makes of a micro-batch: its hidden states, the tokens to predict, and how many each row has."""
 
-    ids: npt.NDArray[np.int64]
-    batch: MicroBatch
-    prompt_lengths_R: npt.NDArray[np.int64]
-    response_lengths_R: npt.NDArray[np.int64]
-
-    def hidden_of(self, model: FrozenModel) -> torch.Tensor:
-        return model.hidden(self.batch.input_ids_BT, self.batch.attention_mask_BT, self.batch.response_index_N)
+    hidden_NH: torch.Tensor
+    targets_N: torch.Tensor
+    lengths_R: IntArray
 
 
 class _Reader:
@@ -117,14 +118,21 @@ class _Reader:
         self._stores: dict[str, RowStore] = {}
 
     def rows(self, name: str) -> RowStore:
-        if name not in self._stores:
-            self._stores[name] = RowStore.open(self.task.run_dir.local(self.task.rows[name]))
-        return self._stores[name]
+        return self._store(self.task.rows[name])
 
-    def unit(self, name: str, ids: npt.NDArray[np.int64]) -> _Unit:
-        prompts, responses = self.rows(name).tokens(ids)
-        batch = collate(prompts, responses, pad_id=0).to(self.task.device)
-        return _Unit(ids, batch, _lengths(prompts), _lengths(responses))
+    def lengths(self, name: str, ids: IntArray) -> Lengths:
+        rows = self.rows(name)
+        return rows.prompt_lengths[ids].astype(np.int64), rows.response_lengths[ids].astype(np.int64)
+
+    def _store(self, rel: str) -> RowStore:
+        if rel not in self._stores:
+            self._stores[rel] = RowStore.open(self.task.run_dir.local(rel))
+        return self._stores[rel]
+
+    def read(self, model: FrozenModel, rows: RowStore, ids: IntArray) -> _Read:
+        batch = collate(*rows.tokens(ids), pad_id=0).to(self.task.device)
+        hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
+        return _Read(hidden_NH, batch.targets_N, rows.response_lengths[ids].astype(np.int64))
 
 
 class StudentActor(_Reader):
@@ -137,7 +145,7 @@ class StudentActor(_Reader):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of both models."""
+        """The student's tokenizer."""
         return load_tokenizer(str(self.task.run_dir.local(self.task.tokenizer)))
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
@@ -151,26 +159,25 @@ class StudentActor(_Reader):
             would come next, what `TeacherActor` yields.
         """
         name = units[SET][0].as_py()
-        batches = _ids_of(units)
+        batches = ids_of(units)
         if name != self.task.student_set:
-            yield from (_student_unit(name, ids, None, None) for ids in batches)
+            yield from (student_unit(name, ids, None, None) for ids in batches)
             return
         has_prompts = self.rows(name).has_prompts
         answers = iter(self._answer(name, np.concatenate(batches)) if has_prompts else [])
         for ids in batches:
-            unit = self.unit(name, ids)
-            hidden_NH = unit.hidden_of(self.model)
-            signals = student_signals(hidden_NH, self.model.head.logits, unit.batch.targets_N, unit.response_lengths_R)
+            read = self.read(self.model, self.rows(name), ids)
+            signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
             by_row: dict[str, Any] = dict(signals)
             if has_prompts:
                 by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
             if self.task.teacher is not None:
-                yield _student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
+                yield student_unit(name, ids, by_row, read.hidden_NH if self.task.compare else None)
             else:
-                scored = _row_table(unit, {}, _student_unit(name, ids, by_row, None), 0, ())
-                yield _with_place(scored, name, shard=None)
+                scored = row_table(ids, self.lengths(name, ids), {}, student_unit(name, ids, by_row, None), 0, ())
+                yield with_place(scored, name, shard=None)
 
-    def _answer(self, name: str, ids: npt.NDArray[np.int64]) -> list[tuple[float, bool]]:
+    def _answer(self, name: str, ids: IntArray) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer came to an end."""
         task = self.task
         rows = self.rows(name)
@@ -207,27 +214,42 @@ class TeacherActor(_Reader):
         name = units[SET][0].as_py()
         scored: list[pa.Table] = []
         kept: list[torch.Tensor | TopK] = []
-        for index, ids in enumerate(_ids_of(units)):
-            unit = self.unit(name, ids)
-            hidden_NH = unit.hidden_of(self.model)
+        for index, ids in enumerate(ids_of(units)):
+            read = self._read_own(name, ids)
             student = self._student_part(units, index)
-            keeper = self._keeper(hidden_NH)
+            keeper = self._keeper(read.hidden_NH)
             signals = teacher_signals(
-                hidden_NH,
+                read.hidden_NH,
                 self.model.head.logits,
-                unit.batch.targets_N,
-                unit.response_lengths_R,
+                read.targets_N,
+                read.lengths_R,
                 student,
                 self.plugins if student is not None else {},
                 keeper.watch,
             )
-            scored.append(_row_table(unit, signals, units, index, (*TEACHER_SIGNALS, *self.task.plugins)))
-            kept += keeper.rows(unit.response_lengths_R.tolist())
+            names = (*TEACHER_SIGNALS, *self.task.plugins)
+            scored.append(row_table(ids, self.lengths(name, ids), signals, units, index, names))
+            kept += keeper.rows(read.lengths_R.tolist())
             if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:
                 yield self._finish(name, scored, kept)
                 scored, kept = [], []
         if scored:
             yield self._finish(name, scored, kept)
+
+    def _read_own(self, name: str, ids: IntArray) -> _Read:
+        """Read rows in the teacher's tokens; where these are not the student's, in parts that keep to the budget."""
+        own = self.task.teacher_rows.get(name)
+        if own is None:
+            return self.read(self.model, self.rows(name), ids)
+        rows = self._store(own)
+        longest = int((rows.prompt_lengths[ids] + rows.response_lengths[ids]).max())
+        num_parts = min(len(ids), -(-len(ids) * longest // self.task.batch_tokens))
+        read = [self.read(self.model, rows, part) for part in np.array_split(ids, num_parts)]
+        return _Read(
+            torch.cat([part.hidden_NH for part in read]),
+            torch.cat([part.targets_N for part in read]),
+            np.concatenate([part.lengths_R for part in read]),
+        )
 
     def _keeper(self, hidden_NH: torch.Tensor) -> Keeper:
         task = self.task
@@ -241,10 +263,10 @@ class TeacherActor(_Reader):
 
     def _student_part(self, units: pa.Table, index: int) -> tuple[torch.Tensor, LmHead] | None:
         """The student's hidden states of a unit, and its head in their dtype."""
-        payload = units[_HIDDEN][index]
+        payload = units[STUDENT_HIDDEN][index]
         if not payload.is_valid:
             return None
-        dtype = getattr(torch, units[_DTYPE][index].as_py())
+        dtype = getattr(torch, units[STUDENT_DTYPE][index].as_py())
         head = self._student_head(dtype)
         raw = torch.from_numpy(np.frombuffer(payload.as_buffer(), dtype=np.uint8).copy())
         return raw.view(dtype).view(-1, head.hidden_size).to(self.task.device), head.logits
@@ -261,55 +283,4 @@ class TeacherActor(_Reader):
             run_dir = self.task.run_dir
             directory = run_dir.fs_path(f"{self.task.cache}/{name}")
             shard = write_shard(directory, table[ID].to_numpy(), kept, run_dir.filesystem).name
-        return _with_place(table, name, shard)
-
-
-def _with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
-    table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
-    return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
-
-
-def unit_table(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
-    """Return the input of one task: the set and the row ids of each of its micro-batches."""
-    ends = np.cumsum([0, *map(len, batches)], dtype=np.int32)
-    ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(batches)))
-    return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
-
-
-def unscored_units(name: str, batches: Sequence[npt.NDArray[np.int64]]) -> pa.Table:
-    """Return the input of one task of a `TeacherActor` that no student comes before."""
-    return pa.concat_tables(_student_unit(name, ids, None, None) for ids in batches)
-
-
-def _ids_of(units: pa.Table) -> list[npt.NDArray[np.int64]]:
-    return [np.array(ids, dtype=np.int64) for ids in units[IDS].to_pylist()]
-
-
-def _student_unit(
-    name: str, ids: npt.NDArray[np.int64], by_row: Mapping[str, Any] | None, hidden_NH: torch.Tensor | None
-) -> pa.Table:
-    table = unit_table(name, [ids])
-    for column, value_type in STUDENT_COLUMNS.items():
-        values = list(by_row[column]) if by_row is not None and column in by_row else None
-        table = table.append_column(column, pa.array([values], pa.list_(value_type)))
-    payload = None if hidden_NH is None else hidden_NH.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    dtype = None if hidden_NH is None else str(hidden_NH.dtype).removeprefix("torch.")
-    table = table.append_column(_HIDDEN, pa.array([payload], pa.large_binary()))
-    return table.append_column(_DTYPE, pa.array([dtype], pa.string()))
-
-
-def _row_table(unit: _Unit, signals: Signals, units: pa.Table, index: int, names: Sequence[str]) -> pa.Table:
-    columns = {ID: pa.array(unit.ids)}
-    for name, value_type in STUDENT_COLUMNS.items():
-        values = units[name][index]
-        columns[name] = values.values if values.is_valid else pa.nulls(len(unit.ids), value_type)
-    for name in names:
-        values = signals.get(name)
-        columns[name] = pa.nulls(len(unit.ids), pa.float64()) if values is None else pa.array(values)
-    columns[NUM_PROMPT_TOKENS] = pa.array(unit.prompt_lengths_R)
-    columns[NUM_RESPONSE_TOKENS] = pa.array(unit.response_lengths_R)
-    return pa.table(columns)
-
-
-def _lengths(rows: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
-    return np.array([len(row) for row in rows], dtype=np.int64)
+        return with_place(table, name, shard)

@@ -124,7 +124,8 @@ class Feed:
 
     def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
-        return replace(batch, taught=teachers.stored(ids))
+        lengths_R = self.rows.response_lengths[ids]
+        return replace(batch, taught=teachers.stored(ids, lengths_R), teacher_rows=teachers.own_rows(ids, lengths_R))
 
 
 def _taught(batch: GlobalBatch, teachers: Teachers, respond: Respond | None) -> GlobalBatch:

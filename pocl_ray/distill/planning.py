@@ -67,6 +67,7 @@ def curriculum_task(
         teacher_weight=config.teacher.weight,
         teacher_stages=config.teacher.stages_of(len(stages)),
         teacher_sharded=config.teacher.sharded,
+        teacher_rows=rows.for_teacher or None,
         other_teachers=tuple(
             TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)), one.sharded)
             for place, (ref, made_by) in enumerate(other_teachers, start=1)
@@ -91,8 +92,11 @@ def sft_task(
     rows: Rows,
     run_dir: RunDirectory,
     fingerprint: str,
+    tokenizer: str = "tokenizer",
 ) -> TrainTask:
     """Return the task that fine-tunes the teacher or the student on the references, before anything else.
+
+    `rows` are in the tokens of that model, and `tokenizer` is the directory of what made them.
 
     Raises:
         ConfigError: There are fewer rows than one global batch holds.
@@ -117,6 +121,7 @@ def sft_task(
         task,
         teacher=None,
         teacher_cache=None,
+        tokenizer=tokenizer,
         other_teachers=(),
         scores=None,
         train=train,

@@ -129,7 +129,11 @@ class DistillationModule(nn.Module):
         """
         settings = settings.of(batch)
         return self.loss_head(
-            self.hidden(batch), batch.targets_N, self._teacher_logits(batch, settings), settings, self.chunk_bytes
+            self.hidden(batch),
+            batch.targets_N,
+            self._teacher_logits(batch, settings),
+            settings,
+            self._chunk_bytes(batch),
         )
 
     @torch.no_grad()
@@ -141,6 +145,13 @@ class DistillationModule(nn.Module):
         for rows in token_chunks(batch.num_response_tokens, self.student.config.vocab_size, self.chunk_bytes):
             total += settings.token_weight.scores(teacher(rows)).double().sum()
         return total
+
+    def _chunk_bytes(self, batch: MicroBatch) -> int:
+        """Size of the student's logits of a chunk; less where those of a teacher with another tokenizer are larger."""
+        own = [self._teacher_heads[one.teacher] for one in batch.taught if one.paired_N is not None]
+        widest = max((head.vocab_size for head in own if head is not None), default=0)
+        vocab_size = self.student.config.vocab_size
+        return self.chunk_bytes * vocab_size // max(vocab_size, widest)
 
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
         if settings.kd_ratio == 0.0:

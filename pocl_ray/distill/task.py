@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ class TeacherTask:
         weight: Of its divergence; the weights of a stage are made to sum to 1.
         stages: In which it teaches; None for all.
         sharded: Whether it is split over the workers, where it runs live.
+        rows: Set -> the rows in its own tokens; None where its tokenizer is the student's.
     """
 
     ref: ModelRef
@@ -38,6 +40,7 @@ class TeacherTask:
     weight: float = 1.0
     stages: tuple[int, ...] | None = None
     sharded: bool = False
+    rows: Mapping[str, RowsSummary] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class TrainTask:
         teacher_weight: Of the teacher's divergence beside those of the other teachers.
         teacher_stages: In which it teaches; None for all.
         teacher_sharded: Whether it is split over the workers, where it runs live.
+        teacher_rows: Set -> the rows in the teacher's own tokens; None where its tokenizer is the student's.
         other_teachers: Further teachers.
         lora: Adapters that are trained in place of the student's weights; None to train these.
         rescoring: How rows are ranked anew before the stages that say so; None where none does.
@@ -123,6 +127,7 @@ class TrainTask:
     teacher_weight: float = 1.0
     teacher_stages: tuple[int, ...] | None = None
     teacher_sharded: bool = False
+    teacher_rows: Mapping[str, RowsSummary] | None = None
     other_teachers: tuple[TeacherTask, ...] = ()
     lora: LoraConfig | None = None
     rescoring: Rescoring | None = None
@@ -139,6 +144,7 @@ class TrainTask:
             self.teacher_weight,
             self.teacher_stages,
             self.teacher_sharded,
+            self.teacher_rows,
         )
         return (first, *self.other_teachers)
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.data.batching import MicroBatch, Taught, TeacherRows, collate
+from pocl_ray.data.pairing import Pairs
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.models.head_files import load_head
@@ -17,6 +19,7 @@ from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.sharding import ShardedTeacher
+from pocl_ray.models.top_k import TopK
 from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.records import RowsSummary
 
@@ -31,6 +34,7 @@ class TeacherSource:
         index: Its place among the run's teachers.
         weight: Of its divergence.
         stages: In which it teaches; None for all.
+        rows: The rows in its own tokens; None where its tokenizer is the student's.
     """
 
     cache: HiddenCache | TopKCache | None = None
@@ -38,6 +42,31 @@ class TeacherSource:
     index: int = 0
     weight: float = 1.0
     stages: tuple[int, ...] | None = None
+    rows: RowStore | None = None
+
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> Taught | None:
+        """Return what its cache holds of rows whose responses have so many tokens; None where it runs live."""
+        if self.cache is None:
+            return None
+        tokens = self.cache.take(ids)
+        return self._taught(tokens, None if self.rows is None else Pairs.of(lengths_R, self.rows.response_lengths[ids]))
+
+    def asked(self, batch: MicroBatch) -> Taught | None:
+        """Return what it says of a batch; None where it is cached."""
+        if self.live is None:
+            return None
+        own = batch.teacher_rows
+        read, pairs = (batch, None) if own is None else (own.batch, own.pairs)
+        tokens = self.live.hidden(read.input_ids_BT, read.attention_mask_BT, read.response_index_N)
+        return self._taught(tokens, pairs)
+
+    def _taught(self, tokens: torch.Tensor | TopK, pairs: Pairs | None) -> Taught:
+        if pairs is None:
+            return Taught(tokens, self.index, self.weight)
+        assert isinstance(tokens, torch.Tensor), "over two tokenizers hidden states are compared"
+        if not pairs.teacher_M.all():
+            tokens = tokens[torch.from_numpy(np.flatnonzero(pairs.teacher_M)).to(tokens.device)]
+        return Taught(tokens, self.index, self.weight, torch.from_numpy(pairs.student_N))
 
 
 @dataclass(frozen=True)
@@ -52,24 +81,27 @@ class Teachers:
         total = sum(one.weight for one in chosen)
         return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
 
-    def stored(self, ids: np.ndarray) -> tuple[Taught, ...]:
-        """Return what the caches hold of rows; nothing of teachers that run live."""
-        return tuple(
-            Taught(one.cache.take(ids), one.index, one.weight) for one in self.sources if one.cache is not None
-        )
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> tuple[Taught, ...]:
+        """Return what the caches hold of rows; nothing of teachers that run live.
+
+        Args:
+            ids: The rows.
+            lengths_R: The student's response tokens of each.
+        """
+        return tuple(taught for one in self.sources if (taught := one.stored(ids, lengths_R)) is not None)
+
+    def own_rows(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherRows | None:
+        """Return rows as a live teacher with another tokenizer reads them; None where there is none such."""
+        for one in self.sources:
+            if one.live is not None and one.rows is not None:
+                batch = collate(*one.rows.tokens(ids), pad_id=0)
+                return TeacherRows(batch, Pairs.of(lengths_R, one.rows.response_lengths[ids]))
+        return None
 
     def teach(self, batch: MicroBatch) -> MicroBatch:
         """Return the batch with what the live teachers say of it added."""
-        asked = tuple(
-            Taught(
-                one.live.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N),
-                one.index,
-                one.weight,
-            )
-            for one in self.sources
-            if one.live is not None
-        )
-        return replace(batch, taught=batch.taught + asked)
+        asked = tuple(taught for one in self.sources if (taught := one.asked(batch)) is not None)
+        return replace(batch, taught=batch.taught + asked, teacher_rows=None)
 
 
 @dataclass(frozen=True)
@@ -121,14 +153,18 @@ def teachers_of(
     """
     sources = []
     for index, one in enumerate(loaded):
+        own = None if one.task.rows is None else one.task.rows[made.name]
+        read = made if own is None else own
         cache: HiddenCache | TopKCache | None = None
         if one.task.cache is not None:
             directory = task.run_dir.local(f"{one.task.cache}/{made.name}")
-            expected = (one.task.fingerprint, made.fingerprint, made.num_rows)
+            expected = (one.task.fingerprint, read.fingerprint, read.num_rows)
             if task.distill.teacher_cache == "topk":
                 cache = TopKCache.open(directory, *expected)
                 cache.check(task.distill.top_k, num_student_logits)
             else:
                 cache = HiddenCache.open(directory, *expected)
-        sources.append(TeacherSource(cache, one.live, index, one.task.weight, one.task.stages))
+        rows = None if own is None else RowStore.open(task.run_dir.local(own.path))
+        assert rows is None or len(rows) == made.num_rows, "the teacher's rows are the student's, by id"
+        sources.append(TeacherSource(cache, one.live, index, one.task.weight, one.task.stages, rows))
     return Teachers(tuple(sources))

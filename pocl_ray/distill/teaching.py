@@ -1,14 +1,17 @@
 """What teachers say of a chunk of tokens, in the form in which the loss takes it.
 
-One teacher's hidden states become logits through its LM head, and nothing else happens. Two cases differ:
+One teacher's hidden states become logits through its LM head, and nothing else happens. Three cases differ:
 
 - *Top k.* The divergence is taken over k + 1 events: the teacher's k likeliest tokens, and one bucket for all others,
   which holds the student's mass of them too. So it is a divergence still, zero if and only if the events agree, and
   never more than the one over the whole vocabulary (data processing inequality of f-divergences).
 - *Several teachers.* The loss is the weighted sum of the divergences from each of them, not the divergence from their
   mixture: the sum keeps the mode of each teacher apart, and teachers need not share a vocabulary's padding.
+- *Another tokenizer.* The teacher says nothing of the student's tokens that have no counterpart among its own: their
+  divergence is 0. They count among the response tokens that losses are divided by all the same.
 
-Legend: N response tokens in one flat axis, C those of a chunk, V vocabulary, K tokens kept, E = K + 1 events.
+Legend: N response tokens in one flat axis, C those of a chunk, P those of a chunk with a counterpart, V vocabulary,
+W the teacher's, K tokens kept, E = K + 1 events.
 """
 
 from __future__ import annotations
@@ -45,6 +48,27 @@ class TopKTeaching:
     def entropy(self) -> Tensor:
         """Return the entropy of each token's whole distribution, shape (C,): the tail's curve holds its part."""
         return self.top_k.entropy()
+
+
+@dataclass(frozen=True)
+class PairedTeaching:
+    """A teacher with another tokenizer: its logits at the counterparts of some of a chunk's C tokens, and of which."""
+
+    logits_PW: Tensor
+    index_P: Tensor
+    num_tokens: int
+
+    def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
+        """Return the divergence of each token, shape (C,), 0 where it has no counterpart."""
+        kd_P = kd(student_logits_CV.index_select(0, self.index_P), self.logits_PW, temperature)
+        return self._placed(kd_P)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy at each token's counterpart, shape (C,), 0 where it has none."""
+        return self._placed(entropy_of(self.logits_PW))
+
+    def _placed(self, value_P: Tensor) -> Tensor:
+        return value_P.new_zeros(self.num_tokens).index_copy(0, self.index_P, value_P)
 
 
 @dataclass(frozen=True)
@@ -92,7 +116,12 @@ def teacher_logits(taught: Sequence[Taught], heads: Sequence[HeadWeights | None]
         head = heads[one.teacher] if one.teacher < len(heads) else None
         if head is None:
             raise ValueError("there are hidden states, but no teacher head to make logits of them")
-        return head.logits(one.tokens[rows])
+        if one.paired_N is None:
+            return head.logits(one.tokens[rows])
+        num_before = int(one.paired_N[: rows.start].sum())
+        index_P = one.paired_N[rows].nonzero().squeeze(-1)
+        logits_PW = head.logits(one.tokens[num_before : num_before + len(index_P)])
+        return PairedTeaching(logits_PW, index_P.to(logits_PW.device), len(one.paired_N[rows]))
 
     if len(taught) == 1 and taught[0].weight == 1.0:
         return lambda rows: part(taught[0], rows)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ def evaluate_models(
     evaluation: EvaluationConfig,
     scaling: ScalingConfig,
     max_tokens: int,
+    own_tokens: Mapping[str, OwnTokens] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Generate and score the answers of all models on all sets, on the running Ray cluster.
 
@@ -58,10 +59,11 @@ def evaluate_models(
         models: Name in the result -> model.
         sets: Name in the result -> prepared rows.
         run_dir: Holds the rows; the predictions are written there.
-        tokenizer: Tokenizer directory of all models, relative to the run directory.
+        tokenizer: Tokenizer directory of the models, relative to the run directory.
         evaluation: Seeds, and how answers are generated.
         scaling: Actors, and what each of them asks for.
         max_tokens: `data.max_tokens`: prompt and answer together.
+        own_tokens: Model -> its tokenizer, for those that have another.
 
     Returns:
         `{"sets": {set: {model: {"rouge_l": {"mean", "std", "by_seed"}, "exact_match": {...}, "greedy": {"rouge_l",
@@ -77,7 +79,8 @@ def evaluate_models(
     items = _plan_items(models, sets, seeds, run_dir, evaluation.generation.batch_rows)
     (pool,) = plan_pools(scaling, [scaling.evaluation_actors], len(items))
     paths = {name: rows.path for name, rows in sets.items()}
-    task = EvaluationTask(run_dir, dict(models), paths, tokenizer, evaluation.generation, max_tokens, pool.use_gpu)
+    settings = (evaluation.generation, max_tokens, pool.use_gpu)
+    task = EvaluationTask(run_dir, dict(models), paths, tokenizer, *settings, dict(own_tokens))
     num_answers = len(models) * len(seeds) * sum(rows.num_rows for rows in sets.values())
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow(items)
@@ -93,6 +96,19 @@ def evaluate_models(
 
 
 @dataclass(frozen=True)
+class OwnTokens:
+    """What a model reads and writes in; paths are relative to the run directory.
+
+    Attributes:
+        tokenizer: Tokenizer directory.
+        rows: Set -> Arrow file of its rows in these tokens.
+    """
+
+    tokenizer: str
+    rows: dict[str, str]
+
+
+@dataclass(frozen=True)
 class EvaluationTask:
     """What the actors are told.
 
@@ -104,6 +120,7 @@ class EvaluationTask:
         generation: How sampled answers are generated; greedy ones differ in the temperature.
         max_tokens: Prompt and answer together.
         use_gpu: Whether actors run on a GPU.
+        own_tokens: Model -> its tokens, for those that do not share the tokenizer.
     """
 
     run_dir: RunDirectory
@@ -113,6 +130,11 @@ class EvaluationTask:
     generation: GenerationConfig
     max_tokens: int
     use_gpu: bool
+    own_tokens: dict[str, OwnTokens] = field(default_factory=dict)
+
+    def tokens_of(self, model: str) -> OwnTokens:
+        """Return what a model reads and writes in."""
+        return self.own_tokens.get(model) or OwnTokens(self.tokenizer, self.rows)
 
 
 class AnswerActor:
@@ -122,11 +144,7 @@ class AnswerActor:
         self.task = task
         self._model: tuple[str, PreTrainedModel] | None = None
         self._rows: dict[str, RowStore] = {}
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of all models."""
-        return load_tokenizer(str(self.task.run_dir.local(self.task.tokenizer)))
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         """Answer the prompts of items.
@@ -141,15 +159,15 @@ class AnswerActor:
             yield self._answers(item["model"], item["set"], item["seed"], item["ids"])
 
     def _answers(self, model: str, name: str, seed: int, ids: list[int]) -> pa.Table:
-        rows = self._rows_of(name)
+        rows, tokenizer = self._rows_of(model, name), self._tokenizer_of(model)
         prompts, _ = rows.tokens(ids)
         references = rows.references(ids)
         generation = self.task.generation
         if seed == GREEDY:
             generation = generation.model_copy(update={"sampling_temperature": 0.0})
         settings = GenerationSettings.of(generation, self.task.max_tokens, prompts)
-        answers = generate(self._load(model), self.tokenizer, prompts, settings, seed)
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        answers = generate(self._load(model), tokenizer, prompts, settings, seed)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         columns = {
             "model": [model] * len(ids),
             "set": [name] * len(ids),
@@ -163,10 +181,17 @@ class AnswerActor:
         }
         return pa.table(columns)
 
-    def _rows_of(self, name: str) -> RowStore:
-        if name not in self._rows:
-            self._rows[name] = RowStore.open(self.task.run_dir.local(self.task.rows[name]))
-        return self._rows[name]
+    def _rows_of(self, model: str, name: str) -> RowStore:
+        rel = self.task.tokens_of(model).rows[name]
+        if rel not in self._rows:
+            self._rows[rel] = RowStore.open(self.task.run_dir.local(rel))
+        return self._rows[rel]
+
+    def _tokenizer_of(self, model: str) -> PreTrainedTokenizerBase:
+        rel = self.task.tokens_of(model).tokenizer
+        if rel not in self._tokenizers:
+            self._tokenizers[rel] = load_tokenizer(str(self.task.run_dir.local(rel)))
+        return self._tokenizers[rel]
 
     def _load(self, name: str) -> PreTrainedModel:
         if self._model is None or self._model[0] != name:

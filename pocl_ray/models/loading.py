@@ -127,7 +127,7 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
         return
     token, _ = min(differing, key=lambda item: (item[1], item[0]))
     place = f"token {token!r} is {_told(teacher_ids.get(token))} for the teacher"
-    remedy = "distillation compares token by token and needs one tokenizer"
+    remedy = "distillation compares token by token and needs one tokenizer; teacher.cross_tokenizer: uld bridges two"
     raise ModelError(f"tokenizers differ: {place} and {_told(student_ids.get(token))} for the student; {remedy}")
 
 

@@ -14,7 +14,7 @@ from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
 from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft, target_layers
-from pocl_ray.models.places import ModelRef, check_place, model_fingerprint, on_this_node
+from pocl_ray.models.places import ModelRef, check_place, find_file, model_fingerprint, on_this_node
 from pocl_ray.models.saving import save_model
 from pocl_ray.models.shrink import cut_layers, evenly_spaced
 from pocl_ray.storage import RunDirectory, localize
@@ -89,15 +89,39 @@ def make_student(
         run_dir.publish(save_model(model, tokenizer, Path(scratch) / "model"), "models/student_init")
 
 
-def check_student_tokenizer(config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_student_tokenizer(
+    config: StudentConfig, tokenizer: PreTrainedTokenizerBase, is_bridged: bool = False
+) -> None:
     """Refuse a student that comes with another tokenizer than the run's.
+
+    Args:
+        config: The student.
+        tokenizer: The run's.
+        is_bridged: Whether that is the student's alone, and not the teacher's as well.
 
     Raises:
         ModelError: The vocabularies differ.
     """
-    if config.path is not None:
-        place = localize(config.path)
-        check_same_tokenizer(tokenizer, load_tokenizer(place, config.revision, config.trust_remote_code))
+    if config.path is None:
+        return
+    own = load_tokenizer(localize(config.path), config.revision, config.trust_remote_code)
+    if not is_bridged:
+        check_same_tokenizer(tokenizer, own)
+    elif tokenizer.get_vocab() != own.get_vocab():
+        raise ModelError("tokenizer: it differs from that of student.path; leave the section out to take the student's")
+
+
+def check_teacher_tokenizer(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a ready-made teacher that comes with another tokenizer than the run's, such as one of `tokenizer.path`.
+
+    Raises:
+        ModelError: The vocabularies differ.
+    """
+    if config.path is None:
+        return
+    ref = on_this_node(reference(config))
+    if any(find_file(ref, name) is not None for name in ("tokenizer.json", "tokenizer_config.json")):
+        check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
 
 
 def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +64,23 @@ def replace_responses(
             for batch in store.batches:
                 answered = answers.slice(first, batch.num_rows).combine_chunks()
                 first += batch.num_rows
-                made, left_out = _answered(batch, answered, tokenizer, next_id)
+                read = read_answers(answered, tokenizer)
+                made = with_answers(batch, read, next_id)
                 next_id += made.num_rows
-                rejects += [Reject(source, number, reason) for number, reason in left_out]
+                rejects += left_out(batch, read, source)
                 if made.num_rows:
                     writer.write_batch(made)
         check_rejects(source, next_id, rejects, max_reject_share)
         made_rows = replace(summarize_rows("train", path, rows.num_rejected + len(rejects)), path=ROWS)
         run_dir.publish(path, ROWS)
-    run_dir.write_text(OWN_REJECTS, _lines(rejects))
-    run_dir.write_json(SUMMARY, asdict(made_rows))
+    write_summary(made_rows, rejects, run_dir)
     return made_rows
+
+
+def write_summary(rows: RowsSummary, rejects: list[Reject], run_dir: RunDirectory) -> None:
+    """Note what the new training rows are, and which answers could not be used."""
+    run_dir.write_text(OWN_REJECTS, _lines(rejects))
+    run_dir.write_json(SUMMARY, asdict(rows))
 
 
 def read_responses(run_dir: RunDirectory) -> RowsSummary:
@@ -98,32 +104,48 @@ def settle_rejects(run_dir: RunDirectory, is_used: bool) -> None:
         run_dir.write_text(REJECTS, now)
 
 
-def _answered(
-    batch: pa.RecordBatch, answers: pa.Table, tokenizer: PreTrainedTokenizerBase, first_id: int
-) -> tuple[pa.RecordBatch, list[tuple[int, str]]]:
-    """A batch of rows with new responses, and of those left out the source row and the reason."""
+@dataclass(frozen=True)
+class Answers:
+    """A batch of answers: each one's text, its tokens as a response, and why it cannot be used, or None."""
+
+    texts: list[str]
+    responses: list[list[int]]
+    faults: list[str | None]
+
+
+def read_answers(answers: pa.Table, tokenizer: PreTrainedTokenizerBase) -> Answers:
+    """Read answers in the tokens of the tokenizer that they were written with."""
     tokens = answers[RESPONSE_IDS].to_pylist()
     # The padding of a vocabulary can be drawn from a model that was hardly trained, and is no token of anything.
     foreign = [max(ids, default=0) >= len(tokenizer) for ids in tokens]
     known = [[] if is_foreign else ids for ids, is_foreign in zip(tokens, foreign, strict=True)]
     texts = tokenizer.batch_decode(known, skip_special_tokens=True)
-    kept = np.array([bool(text.strip()) for text in texts], dtype=bool)
     end = [tokenizer.eos_token_id]
     responses = [ids + end if ended else ids for ids, ended in zip(tokens, answers[STOPPED].to_pylist(), strict=True)]
+    faults = [
+        FOREIGN if is_foreign else None if text.strip() else EMPTY
+        for text, is_foreign in zip(texts, foreign, strict=True)
+    ]
+    return Answers(texts, responses, faults)
+
+
+def with_answers(batch: pa.RecordBatch, answers: Answers, first_id: int) -> pa.RecordBatch:
+    """Return the rows of a batch whose answers can be used, with these in place of their responses, and new ids."""
     columns = {
-        REFERENCES: pa.array([[text] for text in texts], ROWS_SCHEMA.field(REFERENCES).type),
-        RESPONSE_IDS: pa.array(responses, ROWS_SCHEMA.field(RESPONSE_IDS).type),
+        REFERENCES: pa.array([[text] for text in answers.texts], ROWS_SCHEMA.field(REFERENCES).type),
+        RESPONSE_IDS: pa.array(answers.responses, ROWS_SCHEMA.field(RESPONSE_IDS).type),
     }
     for name, values in columns.items():
         batch = batch.set_column(batch.schema.get_field_index(name), ROWS_SCHEMA.field(name), values)
-    left_out = [
-        (row, FOREIGN if foreign[place] else EMPTY)
-        for place, row in enumerate(batch.column(SOURCE_ROW).to_pylist())
-        if not kept[place]
-    ]
-    made = batch.filter(pa.array(kept))
+    made = batch.filter(pa.array([fault is None for fault in answers.faults], pa.bool_()))
     ids = pa.array(np.arange(first_id, first_id + made.num_rows), pa.int64())
-    return made.set_column(0, ROWS_SCHEMA.field(ID), ids), left_out
+    return made.set_column(0, ROWS_SCHEMA.field(ID), ids)
+
+
+def left_out(batch: pa.RecordBatch, answers: Answers, source: str) -> list[Reject]:
+    """Return the rows of a batch whose answers cannot be used."""
+    faults = zip(batch.column(SOURCE_ROW).to_pylist(), answers.faults, strict=True)
+    return [Reject(source, row, fault) for row, fault in faults if fault is not None]
 
 
 def _lines(rejects: list[Reject]) -> str:

@@ -203,6 +203,17 @@ def test_adapters_that_match_nothing_are_refused_with_the_names_that_exist(
     assert tree_digest(tmp_path) == before
 
 
+def test_a_tokenizer_of_the_config_that_is_not_the_teachers_is_refused(
+    models: Path, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roles = {"teacher": {"path": str(models / "teacher")}, "student": {"path": str(models / "foreign")}}
+    path = write_config(tmp_path, **roles, tokenizer={"path": str(models / "foreign")})
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert "tokenizers differ" in line and "teacher.cross_tokenizer: uld bridges two" in line
+    assert tree_digest(tmp_path) == before
+
+
 def test_a_student_larger_than_its_teacher_is_warned_of_and_goes_on(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from pocl_ray import preflight
 from pocl_ray.config import Config
+from pocl_ray.difficulty.choice import Choice
 from pocl_ray.errors import ConfigError
-from pocl_ray.preflight import check_rescoring, check_without_gpus
+from pocl_ray.preflight import check_bridging, check_rescoring, check_without_gpus, warn_of_one_tokenizer
 
 TREE: dict[str, Any] = {
     "name": "run",
@@ -53,3 +55,41 @@ def test_what_only_gpus_can_do_is_refused_on_a_cluster_without_them(changes: dic
     with pytest.raises(ConfigError, match=says):
         check_without_gpus(Config.model_validate({**TREE, **changes}))
     check_without_gpus(Config.model_validate(TREE))
+
+
+BRIDGED: dict[str, Any] = {
+    **TREE,
+    "teacher": {"path": "teacher", "cross_tokenizer": "uld"},
+    "curriculum": {"kd_ratio": 0.6},
+    "difficulty": {"signals": ["ce_loss"]},
+}
+
+
+def test_a_plug_in_cannot_compare_models_of_two_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.model_validate(BRIDGED)
+    check_bridging(config)
+    monkeypatch.setattr(preflight, "choose_signals", lambda difficulty: Choice({}, ("margin",), ()))
+    with pytest.raises(ConfigError, match=r"difficulty\.signals: margin compares the two models' logits.*leave it out"):
+        check_bridging(config)
+    check_bridging(Config.model_validate({**BRIDGED, "teacher": {"path": "teacher"}}))
+
+
+class Vocabulary:
+    """As much of a tokenizer as is compared."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = {word: number for number, word in enumerate(words)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.words
+
+
+def test_bridging_one_tokenizer_to_itself_is_done_and_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    here: Any = Vocabulary("a", "b")
+    there: Any = Vocabulary("b", "a")
+    for teachers in (None, there):
+        warn_of_one_tokenizer(here, teachers)
+        assert not capsys.readouterr().err
+    warn_of_one_tokenizer(here, Vocabulary("a", "b"))  # type: ignore[arg-type]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the same tokenizer" in told and "remove teacher.cross_tokenizer" in told

@@ -11,11 +11,13 @@ import yaml
 from pocl_ray.config import load_config
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.errors import ConfigError
 from pocl_ray.teacher_use import any_training_reads_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
 BASES = ("quickstart.yaml", "smollm2.yaml", "paper/gpt2-dolly.yaml")
+READY_MADE = ("paper/gpt2-dolly.yaml", "qwen2.5-cluster.yaml")  # both models come with tokenizers of their own
 NUM_ROWS = 2_000
 
 
@@ -23,8 +25,9 @@ def preset(name: str, base: str = "quickstart.yaml", *more: str) -> Any:
     return load_config(ROOT / "configs" / base, [*more, str(METHODS[name])])
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "base"), [(name, base) for name in METHODS for base in (READY_MADE if name == "uld" else BASES)]
+)
 def test_a_method_is_valid_over_every_base_and_can_be_planned(name: str, base: str) -> None:
     config = preset(name, base)
     resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
@@ -83,3 +86,24 @@ def test_minillms_evaluation_is_our_default() -> None:
     assert (generation.sampling_temperature, generation.top_p, generation.no_repeat_ngram_size) == (1.0, 1.0, 6)
     assert (named.generation.sampling_temperature, named.generation.top_p) == (1.0, 1.0)
     assert named.generation.no_repeat_ngram_size == 6
+
+
+@pytest.mark.parametrize("base", READY_MADE)
+def test_uld_keeps_cross_entropy_beside_it_at_the_papers_weight(base: str) -> None:
+    config = preset("uld", base)
+    assert (config.teacher.cross_tokenizer, config.distill.loss, config.distill.loss_args) == ("uld", "uld", {})
+    assert {stage.kd_ratio for stage in plan_stages(config, NUM_ROWS)} == {0.6}  # CE + 1.5 ULD, divided by 2.5
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"), [("quickstart.yaml", "give teacher.path"), ("smollm2.yaml", "student cut")]
+)
+def test_uld_over_models_of_one_tokenizer_is_refused(base: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        preset("uld", base)
+
+
+def test_behind_uld_seqkd_takes_the_text_of_a_teacher_with_another_tokenizer() -> None:
+    config = preset("seqkd", "qwen2.5-cluster.yaml", str(METHODS["uld"]))
+    assert config.teacher.cross_tokenizer == "uld" and config.data.responses == "teacher"
+    assert not any_training_reads_teacher(config, plan_stages(config, NUM_ROWS))

@@ -14,7 +14,8 @@ from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.units import unit_table
 from pocl_ray.models.building import build_model
 from pocl_ray.models.hidden_cache import HiddenCache, write_index
 from pocl_ray.models.live import LiveTeacher
@@ -144,8 +145,9 @@ def test_the_likeliest_tokens_are_kept_of_the_logits_that_give_the_signals(
     assert (meta.layout.dtype, meta.layout.width) == (stored, 5)
     cache = TopKCache.open(directory, "teacher", "rows", NUM_ROWS)
     teacher = LiveTeacher(task.teacher)
-    unit = TeacherActor(task).unit("train", np.arange(NUM_ROWS))
-    taken, expected = cache.take(np.arange(NUM_ROWS)), top_k_of(teacher.head.logits(unit.hidden_of(teacher)), 5)
+    actor, ids = TeacherActor(task), np.arange(NUM_ROWS)
+    read = actor.read(teacher, actor.rows("train"), ids)
+    taken, expected = cache.take(ids), top_k_of(teacher.head.logits(read.hidden_NH), 5)
     assert taken.vocab_size == teacher.head.vocab_size
     assert (taken.ids_NK == expected.ids_NK).float().mean() > 0.99, "but for near ties"
     torch.testing.assert_close(taken.log_probs(1.5), expected.log_probs(1.5), rtol=0, atol=2e-2)
@@ -161,3 +163,35 @@ def test_the_likeliest_tokens_are_of_the_vocabulary_that_both_models_share(task:
     table = pa.concat_tables(TeacherActor(short)(pa.concat_tables(StudentActor(task)(unit_table("dev", BATCHES)))))
     meta = write_index(task.run_dir.local("topk_short/dev"), table["shard"].to_pylist(), "teacher", "rows")
     assert meta.layout.vocab_size == len(tokenizer) - 4
+
+
+def test_a_teacher_of_another_tokenizer_reads_its_own_rows_and_the_lengths_stay_the_students(task: ScoringTask) -> None:
+    texts = ["Count to one one"]
+    train_tokenizer(texts * 3, 270, task.run_dir.local("teacher_tokenizer"))
+    own = load_tokenizer(str(task.run_dir.local("teacher_tokenizer")))
+    source = SourceConfig(path=str(Path(task.run_dir.uri).parent / "rows.jsonl"))
+    config = DataConfig(train=source, holdout_rows=1, prompt_template="plain", max_prompt_tokens=20, max_tokens=40)
+    theirs = {"train": "rows/for_teacher/train.arrow"}
+    prepare_rows("train", source, config, own, task.run_dir.local(theirs["train"]))
+    alone = changed(task, rows=theirs, compare=False, cache="own")  # a run whose only tokenizer is the teacher's
+    bridged = changed(task, teacher_rows=theirs, compare=False, cache="bridged")
+    narrow = changed(bridged, cache="narrow", batch_tokens=60)
+    ours, read, cut, expected = run(task), run(bridged), run(narrow), run(alone)
+
+    for name in ("num_prompt_tokens", "num_response_tokens", "ce_loss", "rouge_l"):
+        assert read[name].equals(ours[name])
+    assert not read["num_response_tokens"].equals(expected["num_response_tokens"])
+    for name in ("teacher_ce_loss", "teacher_entropy"):
+        np.testing.assert_allclose(read[name].to_numpy(), expected[name].to_numpy(), rtol=1e-5)
+        np.testing.assert_allclose(cut[name].to_numpy(), expected[name].to_numpy(), rtol=1e-5)
+    assert read["teacher_student_kl"].null_count == NUM_ROWS
+
+    taken = {}
+    for place, table in (("own", expected), ("bridged", read), ("narrow", cut)):
+        directory = task.run_dir.local(f"{place}/train")
+        write_index(directory, table["shard"].unique().to_pylist(), "teacher", "rows")
+        cache = HiddenCache.open(directory, "teacher", "rows", NUM_ROWS)
+        assert cache.num_tokens(np.arange(NUM_ROWS)).tolist() == expected["num_response_tokens"].to_pylist()
+        taken[place] = cache.take(np.arange(NUM_ROWS))
+    torch.testing.assert_close(taken["bridged"], taken["own"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(taken["narrow"], taken["own"], rtol=1e-4, atol=1e-5)

@@ -54,6 +54,12 @@ def top_k(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
     return kl(merge(p), merge(q))
 
 
+def sorted_distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (np.pad(x, ((0, 0), (0, width - x.shape[-1]))) for x in (p, q))
+    return np.abs(np.sort(p, -1)[:, ::-1] - np.sort(q, -1)[:, ::-1]).sum(-1)
+
+
 FORMULAS: dict[str, tuple[dict[str, Any], Any]] = {
     "forward_kl": ({}, kl),
     "reverse_kl": ({}, lambda p, q: kl(q, p)),
@@ -65,6 +71,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Any]] = {
     "generalized_jsd": ({"beta": 0.5}, lambda p, q: 0.5 * kl(p, mix(p, q, 0.5)) + 0.5 * kl(q, mix(p, q, 0.5))),
     "adaptive_kl": ({"head_mass": 0.5}, lambda p, q: adaptive(p, q, 0.5)),
     "top_k_kl": ({"k": 5}, lambda p, q: top_k(p, q, 5)),
+    "uld": ({}, sorted_distance),
 }
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
@@ -127,7 +134,7 @@ def test_equal_distributions_have_zero_loss_and_zero_gradient(name: str) -> None
     student_NV = logits(1).requires_grad_()
     loss_N = value(name, student_NV, student_NV.detach() + 5.0, temperature=1.33)
     assert loss_N.detach().abs().max() < 2e-6
-    if name != "tv_distance":  # it has a kink there
+    if name not in ("tv_distance", "uld"):  # they have a kink there
         assert torch.autograd.grad(loss_N.sum(), student_NV)[0].abs().max() < 1e-5
 
 
@@ -186,9 +193,37 @@ def test_large_logits_stay_exact(name: str) -> None:
 
 @every_loss
 def test_vocabularies_of_different_size_are_cut_to_the_shared_part(name: str) -> None:
+    if name == "uld":
+        return  # its vocabularies have nothing in common; tested on its own
     student_NV, teacher_NV = logits(1, vocabulary=V + 8), logits(2, vocabulary=V)
     torch.testing.assert_close(value(name, student_NV, teacher_NV), value(name, student_NV[:, :V], teacher_NV))
     torch.testing.assert_close(value(name, teacher_NV, student_NV), value(name, teacher_NV, student_NV[:, :V]))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize(("num_student", "num_teacher"), [(V, 3 * V), (3 * V, V)])
+def test_uld_fills_the_smaller_vocabulary_up_with_zeros(num_student: int, num_teacher: int, temperature: float) -> None:
+    student_NV, teacher_NV = logits(1, num_student).requires_grad_(), logits(2, num_teacher)
+    p = probabilities(teacher_NV, temperature)
+    loss_N = losses.uld(student_NV, teacher_NV, temperature)
+    expected = sorted_distance(p, probabilities(student_NV.detach(), temperature))
+    np.testing.assert_allclose(loss_N.detach().numpy(), expected, rtol=2e-5)
+
+    (gradient_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
+    direction_NV, step = logits(3, num_student, scale=1.0), 1e-6
+    ends = [
+        sorted_distance(p, probabilities(student_NV.detach().double() + sign * step * direction_NV, temperature)).sum()
+        for sign in (1, -1)
+    ]
+    slope = float((gradient_NV * direction_NV).sum())
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=1e-4)
+
+
+def test_uld_knows_no_token_by_name() -> None:
+    student_NV, teacher_NV = logits(1), logits(2, V + 7)
+    order = torch.randperm(V + 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses.uld(student_NV, teacher_NV[:, order]), losses.uld(student_NV, teacher_NV))
+    assert (losses.uld(student_NV, student_NV.flip(-1)) < 1e-6).all()
 
 
 @every_loss

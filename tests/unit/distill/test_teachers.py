@@ -102,8 +102,9 @@ def test_a_top_k_cache_needs_neither_the_teacher_nor_its_head(task: TrainTask) -
     assert [(one.head, one.live) for one in loaded] == [(None, None)]
     teachers = teachers_of(gone, gone.rows, loaded, V)
     ids = np.array([5, 2])
-    (taught,) = teachers.in_stage(0).stored(ids)
-    assert len(taught.tokens) == RowStore.open(task.run_dir.local(task.rows.path)).response_lengths[ids].sum()
+    lengths_R = RowStore.open(task.run_dir.local(task.rows.path)).response_lengths[ids]
+    (taught,) = teachers.in_stage(0).stored(ids, lengths_R)
+    assert len(taught.tokens) == lengths_R.sum()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,10 @@ def test_each_teacher_has_its_own_cache(task: TrainTask) -> None:
     both = TrainTask(**{**first.__dict__, "other_teachers": (other,)})
     assert [one.cache for one in both.teachers] == ["first", "second"]
     teachers = teachers_of(both, both.rows, load_teachers(both, torch.device("cpu")), V)
-    assert [(t.teacher, t.weight) for t in teachers.in_stage(1).stored(np.array([0]))] == [(0, 0.25), (1, 0.75)]
+    assert [(t.teacher, t.weight) for t in teachers.in_stage(1).stored(np.array([0]), np.array([1]))] == [
+        (0, 0.25),
+        (1, 0.75),
+    ]
     swapped = TrainTask(**{**both.__dict__, "teacher_cache": "second"})
     with pytest.raises(StorageError, match="made by another teacher"):
         teachers_of(swapped, swapped.rows, load_teachers(swapped, torch.device("cpu")), V)
