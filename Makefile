@@ -60,7 +60,7 @@ test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
-	@POCL_FAULTS=all $(BIN)/python -m pytest tests/ray/test_kills.py tests/ray/test_nodes.py tests/ray/test_fault_matrix.py $(ARGS)
+	@POCL_FAULTS=all $(BIN)/python -m pytest tests/ray/test_kills.py tests/ray/test_nodes.py tests/ray/test_fault_matrix.py tests/ray/test_hangs.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff check .

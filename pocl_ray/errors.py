@@ -27,3 +27,7 @@ class StorageError(UserError):
 
 class ResourceError(UserError):
     """More devices, workers or disk than the cluster has."""
+
+
+class StalledError(UserError):
+    """Work that stood still, again and again: something in it hangs, or its time is too short."""

@@ -261,7 +261,17 @@ class ScalingConfig(Section):
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: int = Field(default=3, ge=0, description="worker losses that a training run survives")
-    collective_timeout_s: float = Field(default=300.0, gt=0, description="a dead peer is noticed after this long")
+    collective_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="a collective that lasts longer fails, and the workers start again from the last checkpoint",
+    )
+    stall_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="workers or actors that do nothing for so long are killed and their work is done again; longer "
+        "than a model takes to load, or a batch to compute",
+    )
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
 
     @field_validator("num_workers", mode="before")

@@ -33,6 +33,7 @@ from pocl_ray.difficulty.scoring_actors import (
 )
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
+from pocl_ray.evaluation.stalls import Watched, stall_watch
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import ID, RowsSummary
@@ -96,7 +97,8 @@ def score_rows(
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
-    results = _run(task, tasks, pools, sum(made.num_rows for made in sets))
+    with stall_watch(scaling, "scores") as watched:
+        results = _run(task, tasks, pools, sum(made.num_rows for made in sets), watched)
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
@@ -153,9 +155,9 @@ def cache_teacher(
         use_gpu=pool.use_gpu,
         top_k=top_k,
     )
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, cache) as watched:
         dataset: Dataset = ray.data.from_arrow([unscored_units(name, batches) for name, batches in tasks])
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
+        dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pool.options())
         results = collect(dataset, cache, sum(made.num_rows for made in sets), "rows")
     for made in sets:
         _finish_cache(_of_set(results, made), run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
@@ -170,12 +172,14 @@ def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: s
     write_index(run_dir.fs_path(rel), shards, teacher, made.fingerprint, run_dir.filesystem)
 
 
-def _run(task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int) -> pa.Table:
+def _run(
+    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int, watched: Watched
+) -> pa.Table:
     with quiet_ray_data():
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
-        dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
+        dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
-            dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+            dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pools[1].options())
         return collect(dataset, "scores", num_rows, "rows")
 
 

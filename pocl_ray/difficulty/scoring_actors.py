@@ -34,6 +34,7 @@ from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without g
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.top_k import TopK
+from pocl_ray.pulse import beat
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
 from pocl_ray.storage import RunDirectory
 
@@ -122,6 +123,7 @@ class _Reader:
         return self._stores[name]
 
     def unit(self, name: str, ids: npt.NDArray[np.int64]) -> _Unit:
+        beat("scoring rows")
         prompts, responses = self.rows(name).tokens(ids)
         batch = collate(prompts, responses, pad_id=0).to(self.task.device)
         return _Unit(ids, batch, _lengths(prompts), _lengths(responses))

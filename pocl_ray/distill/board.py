@@ -31,6 +31,7 @@ class Standing:
         warnings: What the user should know of, each once.
         is_finished: Whether the result is written.
         node: Ray's id of the node of the first worker.
+        num_looks: How often Ray Train's controller has looked at its workers.
     """
 
     num_steps: int | None = None
@@ -44,6 +45,7 @@ class Standing:
     warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
     node: str = ""
+    num_looks: int = 0
 
 
 @ray.remote(num_cpus=0)
@@ -82,6 +84,10 @@ class ProgressBoard:
         """The user should know of something that the run goes on in spite of."""
         if text not in self.standing.warnings:
             self.standing.warnings.append(text)
+
+    def controller_lives(self) -> None:
+        """The controller looks at its workers."""
+        self.standing.num_looks += 1
 
     def read(self) -> Standing:
         """Return the standing."""

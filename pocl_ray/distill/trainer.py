@@ -14,6 +14,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,6 +26,7 @@ from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
+from pocl_ray.distill.stalls import Silence, StallWatch
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.evaluation.actors import wants_gpu
@@ -100,11 +102,17 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             placement_strategy=scaling.placement,
             accelerator_type=scaling.accelerator_type,
         ),
-        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards)),
+        run_config=_run_config(
+            task,
+            scaling,
+            TellBoards(task.name, board, *boards),
+            StallWatch(task.name, board, scaling.stall_timeout_s, scaling.collective_timeout_s),
+        ),
     )
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
-    standing = _fit(trainer, board, watch)
+    silence = Silence(task.name, scaling.stall_timeout_s + scaling.start_timeout_s)
+    standing = _fit(trainer, board, watch, silence)
     ray.kill(board)
     return standing
 
@@ -154,7 +162,7 @@ def checkpoint_folder(task: TrainTask) -> str:
     return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> RunConfig:
+def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: RayTrainCallback) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     # While a lost node is replaced, each start that finds no room counts as a failure of the controller.
@@ -167,11 +175,11 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, tell: TellBoards) -> Ru
             max_failures=scaling.max_failures, controller_failure_limit=max(CONTROLLER_FAILURE_LIMIT, num_waits)
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
-        callbacks=[tell],  # type: ignore[list-item]
+        callbacks=list(callbacks),  # type: ignore[arg-type]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch, silence: Silence) -> Standing:
     """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
@@ -189,6 +197,7 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch) -> Standing:
             thread.join(POLL_S)
             standing: Standing = ray.get(board.read.remote())
             watch(standing)
+            silence.hear(standing.num_looks)
             if standing.refusal is not None:
                 refused_at = min(refused_at, time.monotonic())
     except BaseException:

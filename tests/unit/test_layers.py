@@ -26,6 +26,7 @@ LAYERS = (
         "identity",
         "manifest",
         "plugins",
+        "pulse",
         "session",
         "steps",
         "versions",
