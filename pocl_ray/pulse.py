@@ -58,6 +58,10 @@ class Pulse:
         self._thread, self._doing, self._is_idle = threading.get_ident(), doing, False
         self._at = self._clock()
 
+    def touch(self) -> None:
+        """Something went on that the work waits for, in another thread."""
+        self._at = self._clock()
+
     def rest(self) -> None:
         """There is nothing to do."""
         self._is_idle = True
@@ -89,5 +93,6 @@ _PULSE = Pulse()
 """Of this process."""
 
 beat = _PULSE.beat
+touch = _PULSE.touch
 rest = _PULSE.rest
 vital = _PULSE.vital

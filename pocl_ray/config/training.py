@@ -205,6 +205,12 @@ class TrainConfig(Section):
         default=None, ge=1, description="also between evaluations; null: at each evaluation only"
     )
     num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    checkpoint_buffer_gib: float = Field(
+        default=4.0,
+        ge=0,
+        description="memory of the first worker's node in which a checkpoint may wait while training goes on; of a "
+        "larger one training waits for the rest to be written; 0: for all of it",
+    )
     log_every_steps: int = Field(default=1, ge=1)
     seed: int | None = Field(
         default=None, ge=0, description="of the order of rows and of dropout in distillation; null: the run's"

@@ -33,7 +33,7 @@ from pocl_ray.difficulty.scoring_actors import (
 )
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.evaluation.actors import ActorPool, collect, plan_pools, quiet_ray_data
-from pocl_ray.evaluation.stalls import Watched, stall_watch
+from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import ID, RowsSummary
@@ -97,8 +97,7 @@ def score_rows(
         cache_dtype=cache_dtype,
         use_gpu=pools[0].use_gpu,
     )
-    with stall_watch(scaling, "scores") as watched:
-        results = _run(task, tasks, pools, sum(made.num_rows for made in sets), watched)
+    results = _run(task, tasks, pools, sum(made.num_rows for made in sets), scaling)
     by_set = {made.name: _of_set(results, made) for made in sets}
     for made in sets if cache else ():
         _finish_cache(by_set[made.name], run_dir, f"{cache}/{made.name}", teacher_fingerprint, made)
@@ -173,9 +172,9 @@ def _finish_cache(results: pa.Table, run_dir: RunDirectory, rel: str, teacher: s
 
 
 def _run(
-    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int, watched: Watched
+    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], num_rows: int, scaling: ScalingConfig
 ) -> pa.Table:
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, "scores") as watched:
         dataset: Dataset = ray.data.from_arrow([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:

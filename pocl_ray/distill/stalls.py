@@ -160,9 +160,9 @@ class Silence:
             self._heard, self._at = num_looks, self._clock()
         elif self._clock() - self._at > self._limit_s:
             raise StalledError(
-                f"{self._name}: nothing is heard of its workers since {self._limit_s:.0f} s: one hangs while it starts, "
-                "or its node does; look at the nodes and give the same command again, or raise scaling.stall_timeout_s if "
-                "they are only slow"
+                f"{self._name}: nothing is heard of its workers since {self._limit_s:.0f} s: one hangs while it "
+                "starts, or its node does; look at the nodes and give the same command again, or raise "
+                "scaling.stall_timeout_s if they are only slow"
             )
 
 

@@ -27,6 +27,7 @@ from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
 from pocl_ray.distill.stalls import Silence, StallWatch
+from pocl_ray.distill.storing import prune_orphans
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.evaluation.actors import wants_gpu
@@ -112,7 +113,9 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
     silence = Silence(task.name, scaling.stall_timeout_s + scaling.start_timeout_s)
+    prune_orphans(task.run_dir, checkpoint_folder(task))
     standing = _fit(trainer, board, watch, silence)
+    prune_orphans(task.run_dir, checkpoint_folder(task))
     ray.kill(board)
     return standing
 
@@ -205,6 +208,8 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch, silence: Silence) -> S
         raise
     standing = ray.get(board.read.remote())
     if standing.refusal is not None:
+        if thread.is_alive():
+            _abort(thread, board)
         raise standing.refusal
     if failures:
         raise _cause(failures[0])

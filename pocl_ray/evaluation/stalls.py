@@ -26,6 +26,7 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
+from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import StalledError
@@ -45,17 +46,17 @@ class Process:
     Attributes:
         node: Ray's id of its node.
         pid: Its number there.
-        started: When it started, in seconds since 1970; a number may be given again.
+        started_s: When it started, in seconds since the boot; a number may be given again.
     """
 
     node: str
     pid: int
-    started: float
+    started_s: float
 
     @classmethod
     def here(cls) -> Process:
         """Return this process."""
-        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+        return cls(ray.get_runtime_context().get_node_id(), os.getpid(), started_after_boot_s(os.getpid()))
 
 
 @dataclass
@@ -217,16 +218,16 @@ def _kill(prefix: str, process: Process) -> bool:
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
     try:
         killer = ray.remote(num_cpus=0)(kill_here).options(scheduling_strategy=there)
-        return bool(ray.get(killer.remote(process.pid, process.started), timeout=KILL_S))
+        return bool(ray.get(killer.remote(process.pid, process.started_s), timeout=KILL_S))
     except RayError:
         return False  # the node is gone, and the process with it
 
 
-def kill_here(pid: int, started: float) -> bool:
+def kill_here(pid: int, started_s: float) -> bool:
     """End a process of this machine, a stopped one too; whether it still lived."""
     try:
         process = psutil.Process(pid)
-        lives = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1.0
+        lives = process.status() != psutil.STATUS_ZOMBIE and abs(started_after_boot_s(pid) - started_s) < 1.0
         if lives:
             process.kill()
     except psutil.NoSuchProcess:

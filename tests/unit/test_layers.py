@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 # From the bottom up. A room may import rooms of its own layer and of those below, but no circle may close.
 LAYERS = (
     {
+        "clocks",
         "config",
         "dependencies",
         "records",

@@ -24,6 +24,7 @@ from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.distill.checkpoints import Progress, read_progress
+from pocl_ray.distill.saving import Written
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
@@ -184,9 +185,9 @@ def _worker(rank: int, runs: list[tuple[TrainTask, Path, Path | None]], num_work
 def _run_one(rank: int, task: TrainTask, folder: Path, resume: Path | None) -> None:
     from pocl_ray.distill.setup import set_up_loop
 
-    def on_checkpoint(progress: Progress, directory: Path | None) -> None:
-        if directory is not None:
-            shutil.move(directory, folder / "checkpoints" / f"{progress.step:05d}")
+    def on_checkpoint(progress: Progress, written: Written | None) -> None:
+        if written is not None:
+            shutil.move(written.wait(), folder / "checkpoints" / f"{progress.step:05d}")
 
     if rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

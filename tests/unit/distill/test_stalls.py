@@ -84,9 +84,7 @@ def test_one_worker_that_works_alone_while_others_wait_is_no_hang(monkeypatch: p
 
 def test_a_group_in_which_nothing_moves_is_a_failed_one_and_who_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, Worker(vital(140.0, waits=True)), Worker(vital(150.0)))
-    with pytest.raises(
-        WorkerGroupError, match=r"since 140 s: rank 1 \(process 4242 on node-7\)"
-    ) as raised:
+    with pytest.raises(WorkerGroupError, match=r"since 140 s: rank 1 \(process 4242 on node-7\)") as raised:
         watched.poll(6.0)
     failures = raised.value.worker_failures
     assert {rank: type(error) for rank, error in failures.items()} == {0: StalledError, 1: StalledError}
@@ -118,7 +116,9 @@ def test_a_single_worker_that_never_answers_is_noticed(monkeypatch: pytest.Monke
 def test_a_collective_that_failed_blames_the_worker_that_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, Worker(vital(31.0, waits=True)), Worker(vital(31.0)))
     gloo = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete")
-    with pytest.raises(WorkerGroupError, match="did not end within 30 s: rank 1 .* raise scaling.collective_timeout_s"):
+    with pytest.raises(
+        WorkerGroupError, match=r"did not end within 30 s: rank 1 .* raise scaling.collective_timeout_s"
+    ):
         watched.poll(31.0, rank0=gloo)
 
 

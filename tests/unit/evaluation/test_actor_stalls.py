@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import cloudpickle
 import psutil
 
+from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.evaluation.stalls import Process, StallFinder, kill_here, pulse_text, watched
 from pocl_ray.pulse import Vital
 
@@ -58,7 +59,7 @@ def test_silence_does_not_count_while_the_reader_could_not_hear() -> None:
 def test_a_stopped_process_is_killed_once_and_a_number_given_again_is_another_process() -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     process = psutil.Process(sleeper.pid)
-    started = process.create_time()
+    started = started_after_boot_s(sleeper.pid)
     process.suspend()
     assert not kill_here(sleeper.pid, started - 100.0)
     assert process.is_running()
