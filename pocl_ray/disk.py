@@ -85,8 +85,5 @@ def machine_fault(error: BaseException, what: str) -> UserError | None:
     """
     if disk_full(error):
         return full_disk_error(error, what)
-    if any(clock_is_off(link) for link in _chain(error)):
-        return StorageError(
-            f"a store refused its part while {what}: {next(reason(e) for e in _chain(error) if clock_is_off(e))}"
-        )
-    return None
+    refused = [reason(link) for link in _chain(error) if clock_is_off(link)]
+    return StorageError(f"a store refused its part while {what}: {refused[0]}") if refused else None

@@ -92,7 +92,24 @@ def _is_standard(frame: FrameType) -> bool:
 _PULSE = Pulse()
 """Of this process."""
 
-beat = _PULSE.beat
-touch = _PULSE.touch
-rest = _PULSE.rest
-vital = _PULSE.vital
+# Functions and no bound methods: what Ray sends to a worker refers to them by name, and means the worker's own pulse.
+
+
+def beat(doing: str) -> None:
+    """Note that this process's work went on; see `Pulse.beat`."""
+    _PULSE.beat(doing)
+
+
+def touch() -> None:
+    """Note that something went on that its work waits for."""
+    _PULSE.touch()
+
+
+def rest() -> None:
+    """Note that it has nothing to do."""
+    _PULSE.rest()
+
+
+def vital() -> Vital:
+    """Return how it is."""
+    return _PULSE.vital()

@@ -6,6 +6,7 @@ names those that it has taken over.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -18,6 +19,8 @@ from pocl_ray.stores import reason
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's, in the folder of the checkpoints."""
+KEPT = "checkpoint_manager_snapshot.kept.json"
+"""Our copy of it: Ray Train writes over its own in place, and a kill in that moment would leave half of it."""
 PREFIX = "checkpoint_"
 CHUNK_BYTES = 64 << 20
 
@@ -48,6 +51,32 @@ def copy_checkpoint(directory: Path, filesystem: pafs.FileSystem, target: str) -
             use_threads=False,
         )
     touch()
+
+
+def keep_snapshot(run_dir: RunDirectory, folder: str) -> None:
+    """Copy Ray Train's snapshot, once it is whole; before the next one is, nothing that this one names is deleted.
+
+    Raises:
+        StorageError: It cannot be read, or the copy written.
+    """
+    if isinstance(run_dir.filesystem, pafs.LocalFileSystem):  # an object store replaces a file whole, or not at all
+        run_dir.write_bytes(f"{folder}/{KEPT}", run_dir.read_bytes(f"{folder}/{SNAPSHOT}"))
+
+
+def mend_snapshot(run_dir: RunDirectory, folder: str) -> bool:
+    """Put our copy in the place of a snapshot that a kill left half written; whether that was needed.
+
+    Raises:
+        StorageError: The storage does not answer.
+    """
+    if not (run_dir.exists(f"{folder}/{SNAPSHOT}") and run_dir.exists(f"{folder}/{KEPT}")):
+        return False
+    try:
+        json.loads(run_dir.read_bytes(f"{folder}/{SNAPSHOT}"))
+    except ValueError:
+        run_dir.write_bytes(f"{folder}/{SNAPSHOT}", run_dir.read_bytes(f"{folder}/{KEPT}"))
+        return True
+    return False
 
 
 def prune_orphans(run_dir: RunDirectory, folder: str) -> list[str]:

@@ -22,12 +22,12 @@ from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
+from pocl_ray.distill.board import KeepSnapshots, ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import is_one_machine, resources_per_worker, wait_for_room
 from pocl_ray.distill.stalls import Silence, StallWatch
-from pocl_ray.distill.storing import prune_orphans
+from pocl_ray.distill.storing import mend_snapshot, prune_orphans
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.evaluation.actors import wants_gpu
@@ -108,11 +108,13 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             scaling,
             TellBoards(task.name, board, *boards),
             StallWatch(task.name, board, scaling.stall_timeout_s, scaling.collective_timeout_s),
+            KeepSnapshots(task.run_dir, checkpoint_folder(task)),
         ),
     )
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
     silence = Silence(task.name, scaling.stall_timeout_s + scaling.start_timeout_s)
+    mend_snapshot(task.run_dir, checkpoint_folder(task))
     prune_orphans(task.run_dir, checkpoint_folder(task))
     standing = _fit(trainer, board, watch, silence)
     prune_orphans(task.run_dir, checkpoint_folder(task))

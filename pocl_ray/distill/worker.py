@@ -35,6 +35,7 @@ from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
 from pocl_ray.models.places import on_this_node
+from pocl_ray.pulse import beat
 from pocl_ray.versions import check_same, versions
 
 MIN_SHOW_INTERVAL_S = 0.25
@@ -68,6 +69,7 @@ def _fault(error: BaseException) -> UserError | None:
 
 
 def _train(task: TrainTask, board: Any) -> None:
+    beat("setting up")
     reporter = _Reporter(task, board, dist.get_rank())
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
     loop.uploads = reporter
@@ -170,12 +172,13 @@ class _Reporter(Uploads):
         try:
             storage._check_validation_file()  # a local path that is not shared is told from one that is
             copy_checkpoint(written.wait(), storage.storage_filesystem, target)
+            _write_metrics(self.task, progress)
         except Exception as error:
-            if fault := _fault(error):
+            fault = error if isinstance(error, UserError) else _fault(error)
+            if fault is not None:
                 ray.get(self.board.refuse.remote(fault))
             raise
         self.log.info("checkpoint at step %d", progress.step)
-        _write_metrics(self.task, progress)
         return ray.train.Checkpoint(target, storage.storage_filesystem)
 
     def step(self, progress: Progress, record: dict[str, Any]) -> None:

@@ -67,14 +67,16 @@ def finish(driver: Popen[bytes], log: Path) -> str:
 
 
 def test_a_stopped_worker_is_killed_and_changes_no_bit_of_the_student(full_run: FullRun, tmp_path: Path) -> None:
-    config, run, log = distilling(full_run, tmp_path, scaling__collective_timeout_s=COLLECTIVE_S)
+    timeouts = {"scaling__collective_timeout_s": COLLECTIVE_S, "scaling__stall_timeout_s": STALL_S}
+    config, run, log = distilling(full_run, tmp_path, **timeouts)
     with started("distill", str(config), log=log) as driver:
         wait_for(lambda: has_checkpoint(run), "a checkpoint", lambda: driver.poll() is not None)
         stopped = workers_of(driver)[-1]
         stopped.send_signal(signal.SIGSTOP)
         output = finish(driver, log)
         assert outliving([stopped], 30.0) == []
-    assert f"a collective did not end within {COLLECTIVE_S} s: rank" in output
+    # The other worker waits in a collective, or for a checkpoint that both must come to.
+    assert f"a collective did not end within {COLLECTIVE_S} s: rank" in output or "nothing moves since" in output
     assert f"(process {stopped.pid} on" in output
     assert sha256(run / WEIGHTS) == sha256(full_run.run / WEIGHTS)
 

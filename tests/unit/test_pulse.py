@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+import cloudpickle
+
+from pocl_ray import pulse as module
 from pocl_ray.pulse import Pulse
 
 
@@ -40,3 +43,10 @@ def test_the_place_is_the_line_of_ours_that_hangs_not_the_library_beneath_it() -
     assert "code_that_hangs" in seen.place
     assert not seen.waits
     assert pulse.vital().place == "a thread that is gone"
+
+
+def test_what_is_sent_to_a_worker_reads_the_pulse_of_that_worker() -> None:
+    module.beat("training")
+    for function in (module.beat, module.touch, module.rest, module.vital):
+        assert cloudpickle.loads(cloudpickle.dumps(function)) is function
+    assert cloudpickle.loads(cloudpickle.dumps(module.vital))().doing == "training"

@@ -11,6 +11,7 @@ from ray.train import WorkerGroupError
 
 from pocl_ray.distill import stalls
 from pocl_ray.distill.stalls import Silence, StallWatch, blame
+from pocl_ray.distill.trainer import _cause
 from pocl_ray.errors import StalledError
 from pocl_ray.pulse import Vital
 
@@ -116,9 +117,7 @@ def test_a_single_worker_that_never_answers_is_noticed(monkeypatch: pytest.Monke
 def test_a_collective_that_failed_blames_the_worker_that_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, Worker(vital(31.0, waits=True)), Worker(vital(31.0)))
     gloo = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete")
-    with pytest.raises(
-        WorkerGroupError, match=r"did not end within 30 s: rank 1 .* raise scaling.collective_timeout_s"
-    ):
+    with pytest.raises(WorkerGroupError, match=r"within 30 s: rank 1 .* raise scaling.collective_timeout_s"):
         watched.poll(31.0, rank0=gloo)
 
 
@@ -135,6 +134,15 @@ def test_a_new_group_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     watched.watch.after_worker_group_start(SimpleNamespace(get_workers=lambda: [Worker(None)]))
     watched.poll(5099.0)
     assert watched.warnings == []
+
+
+def test_after_too_many_hangs_the_user_reads_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch, Worker(vital(150.0)))
+    with pytest.raises(WorkerGroupError) as raised:
+        watched.poll(6.0)
+    cause = _cause(raised.value)
+    assert isinstance(cause, StalledError)
+    assert str(cause) == watched.warnings[0]
 
 
 def test_all_are_named_where_all_wait_for_each_other() -> None:

@@ -11,7 +11,14 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from pocl_ray.distill.checkpoints import DamagedCheckpointError, Progress, read_progress, write_progress
-from pocl_ray.distill.storing import PREFIX, SNAPSHOT, copy_checkpoint, prune_orphans
+from pocl_ray.distill.storing import (
+    PREFIX,
+    SNAPSHOT,
+    copy_checkpoint,
+    keep_snapshot,
+    mend_snapshot,
+    prune_orphans,
+)
 from pocl_ray.storage import RunDirectory
 
 FOLDER = "checkpoints/distill-0123"
@@ -94,6 +101,18 @@ def test_orphans_on_an_object_store_go_as_well(s3_bucket: str, tmp_path: Path) -
     assert prune_orphans(run_dir, FOLDER) == [OLD]
     assert not run_dir.exists(f"{FOLDER}/{OLD}")
     assert read_progress(run_dir.local(f"{FOLDER}/{NEWEST}")).step == 3
+
+
+@pytest.mark.parametrize("torn", ["", '{"checkpoint_results": ['])
+def test_a_snapshot_that_a_kill_left_half_written_is_mended(tmp_path: Path, torn: str) -> None:
+    run_dir = run_with(tmp_path, KEPT, NEWEST)
+    assert not mend_snapshot(run_dir, FOLDER)
+    keep_snapshot(run_dir, FOLDER)
+    whole = run_dir.read_bytes(f"{FOLDER}/{SNAPSHOT}")
+    assert not mend_snapshot(run_dir, FOLDER)
+    run_dir.write_text(f"{FOLDER}/{SNAPSHOT}", torn)
+    assert mend_snapshot(run_dir, FOLDER)
+    assert run_dir.read_bytes(f"{FOLDER}/{SNAPSHOT}") == whole
 
 
 def test_names_are_those_of_ray_train() -> None:

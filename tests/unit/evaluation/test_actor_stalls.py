@@ -11,7 +11,7 @@ import psutil
 
 from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.evaluation.stalls import Process, StallFinder, kill_here, pulse_text, watched
-from pocl_ray.pulse import Vital
+from pocl_ray.pulse import Vital, vital
 
 HERE = Process("node", 4242, 1000.0)
 
@@ -84,4 +84,8 @@ def test_a_watched_actor_gives_what_the_plain_one_gives_under_its_name() -> None
     assert made.__name__ == "Doubler"
     actor = made(2)
     actor._is_new = False  # no cluster to write to
-    assert list(actor([1, 2])) == [2, 4]
+    given = actor([1, 2])
+    assert next(given) == 2
+    assert (vital().age_s, vital().doing) == (0.0, "starting a batch"), "it waits for who takes it, which is no hang"
+    assert list(given) == [4]
+    assert vital().doing == "going on with a batch"
