@@ -71,7 +71,7 @@ class Holder:
         return cls(
             id=uuid.uuid4().hex,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
             process_started_s=started_after_boot_s(os.getpid()),
             taken_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -80,7 +80,7 @@ class Holder:
 
     def lives(self) -> bool | None:
         """Whether the holder still runs; None where that cannot be told from here."""
-        if self.machine == _machine():
+        if self.machine == machine():
             if self.pid == os.getpid():
                 return self.id in _held
             return _runs(self.pid, self.process_started_s)
@@ -216,7 +216,7 @@ def _runs(pid: int, started: float) -> bool:
         return False
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return what tells this machine, boot and process namespace from others with the same host name."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")

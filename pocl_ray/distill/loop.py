@@ -28,6 +28,7 @@ from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.saving import Uploads, Writer, Written
+from pocl_ray.distill.scratch import make_scratch
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.task import TrainTask
@@ -76,7 +77,7 @@ class TrainingLoop:
         self.token_weight = TokenWeight.of(task.distill)
         self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self.uploads = Uploads()
-        self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
+        self._scratch = make_scratch()
         self._writer = Writer(round(task.train.checkpoint_buffer_gib * GIB))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
