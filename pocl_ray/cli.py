@@ -168,7 +168,7 @@ def submit(
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
     """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
     config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
-    from pocl_ray.disk import disk_full, full_disk_error
+    from pocl_ray.disk import machine_fault
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.session import ray_session
 
@@ -181,9 +181,9 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
             pipeline.withdraw()
             raise
         except OSError as error:
-            if not disk_full(error):
-                raise
-            raise full_disk_error(error, f"step {step} writes") from None
+            if fault := machine_fault(error, f"step {step} writes"):
+                raise fault from None
+            raise
         except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
             console.print("interrupted; the same command goes on from the last checkpoint")
             raise typer.Exit(1) from None

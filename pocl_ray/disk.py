@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pocl_ray.errors import ResourceError
+from pocl_ray.errors import ResourceError, StorageError, UserError
 from pocl_ray.storage import RunDirectory
+from pocl_ray.stores import clock_is_off, reason
 
 GIB = float(1 << 30)
 MARGIN = 1.05
@@ -73,3 +74,16 @@ def full_disk_error(error: BaseException, what: str) -> ResourceError:
         f"the disk is full while {what} ({detail}); what was finished before is kept: make room, or move the run to "
         "another storage_path, and give the same command again"
     )
+
+
+def machine_fault(error: BaseException, what: str) -> UserError | None:
+    """Return what the user is told of an error that a machine is to blame for: a full disk, or a wrong clock.
+
+    Args:
+        error: Any.
+        what: Was being done.
+    """
+    if disk_full(error):
+        return full_disk_error(error, what)
+    refused = [reason(link) for link in _chain(error) if clock_is_off(link)]
+    return StorageError(f"a store refused its part while {what}: {refused[0]}") if refused else None

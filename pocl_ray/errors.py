@@ -29,6 +29,10 @@ class ResourceError(UserError):
     """More devices, workers or disk than the cluster has."""
 
 
+class StalledError(UserError):
+    """Work that stood still, again and again: something in it hangs, or its time is too short."""
+
+
 class GaveUpError(Exception):
     """Something failed as often as it may, and not through the user's input; the message is one line.
 

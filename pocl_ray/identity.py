@@ -43,6 +43,7 @@ NEUTRAL = (
     "train.offload_optimizer",
     "train.num_checkpoints",
     "train.checkpoint_every_steps",
+    "train.checkpoint_buffer_gib",
     "train.log_every_steps",
 )
 

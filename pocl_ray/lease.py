@@ -1,8 +1,9 @@
 """The lease of a run directory: one run at a time writes there, and a second one is refused.
 
-The holder renews `lease.json` from a thread. Whether a holder on another machine lives is judged by watching whether
-it renews, timed by the watcher's own clock; clocks of two machines are never compared closer than `MAX_SKEW_S`. A
-holder on this machine is looked up among its processes, so that a run that was killed is taken over at once.
+The holder renews `lease.json` from a thread. Whether a holder on another machine lives is judged by the age of that
+file, which the store measures with its own clock, and else by watching whether it is renewed, timed by the watcher's
+monotonic clock; the clocks of two machines are never compared. A holder on this machine is looked up among its
+processes, so that a run that was killed is taken over at once.
 
 No filesystem here offers compare-and-swap, so taking is write, wait, read back: of two that start within
 `SETTLE_S`, the later writer stays. A holder that was stopped for long and taken over notices when it renews.
@@ -24,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from pocl_ray.clocks import age_in_store, started_after_boot_s
 from pocl_ray.errors import StorageError
 from pocl_ray.storage import RunDirectory
 
@@ -32,7 +34,8 @@ LEASE_S = 60.0
 RENEW_S = 15.0
 SETTLE_S = 0.5
 POLL_S = 1.0
-MAX_SKEW_S = 300.0
+MARGIN_S = 60.0
+"""More than `LEASE_S` without a renewal that a store must have seen before nobody watches any more."""
 
 _held: set[str] = set()
 """Leases that this process holds."""
@@ -47,9 +50,9 @@ class Holder:
         host: Name of the machine.
         machine: Tells machines, reboots and process namespaces apart.
         pid: The process.
-        process_started: When it started, in seconds since 1970.
+        process_started_s: When it started, in seconds since the boot.
         taken_at: When the lease was taken, for the reader.
-        renewed_at: Seconds since 1970 by the holder's clock.
+        renewed_at: Seconds since 1970 by the holder's clock; for the reader, nothing is decided by it.
         num_renewals: Rises with every renewal.
     """
 
@@ -57,7 +60,7 @@ class Holder:
     host: str
     machine: str
     pid: int
-    process_started: float
+    process_started_s: float
     taken_at: str
     renewed_at: float
     num_renewals: int = 0
@@ -68,20 +71,20 @@ class Holder:
         return cls(
             id=uuid.uuid4().hex,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
-            process_started=psutil.Process().create_time(),
+            process_started_s=started_after_boot_s(os.getpid()),
             taken_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             renewed_at=time.time(),
         )
 
     def lives(self) -> bool | None:
         """Whether the holder still runs; None where that cannot be told from here."""
-        if self.machine == _machine():
+        if self.machine == machine():
             if self.pid == os.getpid():
                 return self.id in _held
-            return _runs(self.pid, self.process_started)
-        return False if time.time() - self.renewed_at > LEASE_S + MAX_SKEW_S else None
+            return _runs(self.pid, self.process_started_s)
+        return None
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.taken_at}"
@@ -147,6 +150,8 @@ def take(run_dir: RunDirectory, say: Callable[[str], None]) -> Lease:
     present = read_holder(run_dir)
     if present is not None:
         lives = present.lives()
+        if lives is None and _is_over(run_dir):
+            lives = False
         if lives is None:
             say(f"{run_dir.uri} was in use by {present}; waiting {LEASE_S:.0f} s at most to see whether it still is")
             lives = _renews(run_dir, present)
@@ -184,6 +189,12 @@ def read_holder(run_dir: RunDirectory) -> Holder | None:
         ) from None
 
 
+def _is_over(run_dir: RunDirectory) -> bool:
+    """Whether the store has seen no renewal for so long that there is nothing to watch."""
+    age_s = age_in_store(run_dir, FILE)
+    return age_s is not None and age_s > LEASE_S + MARGIN_S
+
+
 def _renews(run_dir: RunDirectory, seen: Holder) -> bool:
     """Watch a lease for as long as one lasts; whether its holder, or another one, renewed it."""
     deadline = time.monotonic() + LEASE_S
@@ -199,14 +210,13 @@ def _renews(run_dir: RunDirectory, seen: Holder) -> bool:
 
 def _runs(pid: int, started: float) -> bool:
     try:
-        process = psutil.Process(pid)
-        is_the_same = abs(process.create_time() - started) < 1.0  # a pid may be given again
-        return is_the_same and process.status() != psutil.STATUS_ZOMBIE
+        is_the_same = abs(started_after_boot_s(pid) - started) < 1.0  # a pid may be given again
+        return is_the_same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return what tells this machine, boot and process namespace from others with the same host name."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")

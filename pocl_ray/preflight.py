@@ -4,6 +4,7 @@ prepared, and the cluster's room as soon as Ray is connected."""
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.capacity import is_one_machine, wants_gpu
+from pocl_ray.clocks import skew_s, skew_warning
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.console import console
@@ -192,7 +194,7 @@ def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
 def check_nodes() -> None:
     """Check that all nodes of the cluster run the same versions as this process; a machine alone always does.
 
-    Nodes that an autoscaler starts later are looked at when they train.
+    Nodes that an autoscaler starts later are looked at when they train. A clock that is far off is told.
 
     Raises:
         ResourceError: A node has other versions, or none of the project.
@@ -200,14 +202,15 @@ def check_nodes() -> None:
     if is_one_machine():
         return
 
-    def look() -> dict[str, str]:  # nested, so that Ray sends its code: the module may be missing there
+    def look() -> tuple[dict[str, str], float]:  # nested, so that Ray sends its code: the module may be missing there
         try:
             from pocl_ray.versions import versions
         except ImportError:
-            return {"pocl-ray": "none, or an older one"}
-        return versions()
+            return {"pocl-ray": "none, or an older one"}, time.time()
+        return versions(), time.time()
 
     here, told = versions(), ray.remote(num_cpus=0, max_retries=0)(look)
+    asked_at = time.time()
     asked: list[tuple[str, Any]] = []
     for node in ray.nodes():
         if node["Alive"]:
@@ -215,11 +218,13 @@ def check_nodes() -> None:
             asked.append((node["NodeManagerAddress"], told.options(scheduling_strategy=only_there).remote()))
     for address, answer in asked:
         try:
-            theirs = ray.get(answer, timeout=LOOK_S)
+            theirs, their_time = ray.get(answer, timeout=LOOK_S)
         except RayError as error:  # it may have been taken away, or be busy; training asks again
             console.print(f"[yellow]warning:[/] node {address} does not tell its versions ({type(error).__name__})")
             continue
         check_same(here, theirs, f"node {address}")
+        if warning := skew_warning(f"node {address}", skew_s(asked_at, their_time, time.time())):
+            console.print(f"[yellow]warning:[/] {warning}")
 
 
 def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:

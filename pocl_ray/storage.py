@@ -95,6 +95,15 @@ class RunDirectory:
         """
         return _info(self.filesystem, self.fs_path(rel), self.uri_of(rel)).type != pafs.FileType.NotFound
 
+    def written_at(self, rel: str) -> float | None:
+        """Return when a file was written by the clock of the store, in seconds since 1970; None: it does not say.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        time = _info(self.filesystem, self.fs_path(rel), self.uri_of(rel)).mtime
+        return None if time is None else time.timestamp()
+
     def read_bytes(self, rel: str) -> bytes:
         """Return a file's content.
 

@@ -63,12 +63,21 @@ def check_bucket(storage_path: str) -> None:
     try:
         kind = filesystem.get_file_info(bucket).type
     except OSError as error:
-        raise StorageError(f"{url}: cannot be used ({reason(error)}); check its name and your credentials") from None
+        raise StorageError(
+            f"{url}: cannot be used ({reason(error)}); check its name, your credentials and this machine's clock"
+        ) from None
     if kind == pafs.FileType.NotFound:
         raise StorageError(f"{url}: there is no such bucket; create it, or set storage_path elsewhere")
 
 
+def clock_is_off(error: BaseException) -> bool:
+    """Whether a store refused a request because of the time on it."""
+    return any(sign in str(error) for sign in ("REQUEST_TIME_TOO_SKEWED", "RequestTimeTooSkewed"))
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an error, without the number that a store gives every request."""
+    if clock_is_off(error):
+        return "the clock of this machine is off by more than the store allows: synchronise it (NTP)"
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.partition(" (Request ID:")[0]

@@ -1,14 +1,15 @@
 """The config: one frozen pydantic model, read from YAML with dotted overrides.
 
 Defaults stand on the fields and nowhere else. `sources.py` describes rows, models and difficulty,
-`training.py` the curriculum and the training, `rollout.py` responses of the student's own, `tuning.py` the search,
-`root.py` the whole, `loading.py` reads it from a file.
+`training.py` the curriculum and the training, `rollout.py` responses of the student's own, `scaling.py` workers
+and actors, `tuning.py` the search, `root.py` the whole, `loading.py` reads it from a file.
 """
 
 from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
+from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -24,7 +25,6 @@ from pocl_ray.config.training import (
     CurriculumConfig,
     DistillConfig,
     PlateauConfig,
-    ScalingConfig,
     ScheduleConfig,
     SftConfig,
     TrainConfig,

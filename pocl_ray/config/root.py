@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pocl_ray.config.base import Section, Seeds
 from pocl_ray.config.bridging import method_problem, model_problem, uld_problem, with_bridging_loss
 from pocl_ray.config.rollout import RolloutConfig
+from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -18,7 +19,7 @@ from pocl_ray.config.sources import (
     TeacherConfig,
     TokenizerConfig,
 )
-from pocl_ray.config.training import CurriculumConfig, DistillConfig, ScalingConfig, SftConfig, TrainConfig
+from pocl_ray.config.training import CurriculumConfig, DistillConfig, SftConfig, TrainConfig
 from pocl_ray.config.tuning import TuneConfig
 
 

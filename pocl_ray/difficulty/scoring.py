@@ -26,6 +26,7 @@ from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, Teache
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.difficulty.units import ANSWER_STOPPED, unit_table, unscored_units
 from pocl_ray.evaluation.actors import ActorPool, plan_pools, quiet_ray_data, stream
+from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary
@@ -90,7 +91,7 @@ def score_rows(
         teacher_rows={name: made.path for name, made in teacher_rows.items()},
         batch_tokens=difficulty.batch_tokens,
     )
-    results = _run(task, tasks, pools, {made.name: Results(made, keeps_signals=made is rows) for made in sets})
+    results = _run(task, tasks, pools, sets, scaling)
     if cache:
         _finish_caches(results, run_dir, cache, teacher_fingerprint, [teacher_rows.get(s.name, s) for s in sets])
     return (table := _signals(results[rows.name].table())), _counts(table, sets)
@@ -146,9 +147,9 @@ def cache_teacher(
         top_k=top_k,
     )
     results = {made.name: Results(made, keeps_signals=False) for made in sets}
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, cache) as watched:
         dataset: Dataset = ray.data.from_blocks([unscored_units(name, batches) for name, batches in tasks])
-        dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pool.options())
+        dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pool.options())
         gather(stream(dataset, cache, _num_rows(results), "rows"), results)
     _finish_caches(results, run_dir, cache, teacher_fingerprint, sets)
 
@@ -167,15 +168,19 @@ def _finish_caches(
 
 
 def _run(
-    task: ScoringTask, tasks: Sequence[Task], pools: Sequence[ActorPool], results: dict[str, Results]
+    task: ScoringTask,
+    tasks: Sequence[Task],
+    pools: Sequence[ActorPool],
+    sets: Sequence[RowsSummary],
+    scaling: ScalingConfig,
 ) -> dict[str, Results]:
-    """Run the job, fill the results and return them."""
-    with quiet_ray_data():
+    results = {made.name: Results(made, keeps_signals=made.name == task.student_set) for made in sets}
+    with quiet_ray_data(), stall_watch(scaling, "scores") as watched:
         # Not `from_arrow`, which asks for the size of every block by a remote task.
         dataset: Dataset = ray.data.from_blocks([unit_table(name, batches) for name, batches in tasks])
-        dataset = dataset.map_batches(StudentActor, fn_constructor_args=(task,), **pools[0].options())
+        dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
-            dataset = dataset.map_batches(TeacherActor, fn_constructor_args=(task,), **pools[1].options())
+            dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pools[1].options())
         gather(stream(dataset, "scores", _num_rows(results), "rows"), results)
     return results
 

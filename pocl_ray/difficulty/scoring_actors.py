@@ -45,6 +45,7 @@ from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without g
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.top_k import TopK
+from pocl_ray.pulse import beat
 from pocl_ray.records import ID
 from pocl_ray.storage import RunDirectory
 
@@ -130,6 +131,7 @@ class _Reader:
         return self._stores[rel]
 
     def read(self, model: FrozenModel, rows: RowStore, ids: IntArray) -> _Read:
+        beat("scoring rows")
         batch = collate(*rows.tokens(ids), pad_id=0).to(self.task.device)
         hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
         return _Read(hidden_NH, batch.targets_N, rows.response_lengths[ids].astype(np.int64))

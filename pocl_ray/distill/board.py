@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 from ray.util.placement_group import PlacementGroup
 
+from pocl_ray.distill.storing import keep_snapshot
 from pocl_ray.errors import UserError
+from pocl_ray.storage import RunDirectory
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Standing:
         warnings: What the user should know of, each once.
         is_finished: Whether the result is written.
         node: Ray's id of the node of the first worker.
+        num_looks: How often Ray Train's controller has looked at its workers.
     """
 
     num_steps: int | None = None
@@ -46,6 +49,7 @@ class Standing:
     warnings: list[str] = field(default_factory=list)
     is_finished: bool = False
     node: str = ""
+    num_looks: int = 0
 
 
 @ray.remote(num_cpus=0)
@@ -91,6 +95,10 @@ class ProgressBoard:
         if goes_on:
             self.warn(f"failure {len(self.standing.failures)}: {cause}; going on from the last checkpoint")
 
+    def controller_lives(self) -> None:
+        """The controller looks at its workers."""
+        self.standing.num_looks += 1
+
     def read(self) -> Standing:
         """Return the standing."""
         return self.standing
@@ -102,6 +110,19 @@ class ProgressBoard:
     def held(self) -> tuple[Any, PlacementGroup | None]:
         """Return the controller and the placement group of the workers, where they stand."""
         return self.controller, self.group
+
+
+class KeepSnapshots(ReportCallback):
+    """Keeps a copy of what Ray Train knows of the checkpoints; runs in the controller, after Ray Train's own part."""
+
+    def __init__(self, run_dir: RunDirectory, folder: str) -> None:
+        """Take the run directory and the folder of the checkpoints in it."""
+        self.run_dir, self.folder = run_dir, folder
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        """Copy it when a checkpoint was taken over."""
+        if training_report.checkpoint is not None:
+            keep_snapshot(self.run_dir, self.folder)
 
 
 class TellBoards(ControllerCallback, WorkerGroupCallback):

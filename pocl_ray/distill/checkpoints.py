@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pocl_ray.distill.saving import Writer, link_tree
 from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
 from pocl_ray.storage import file_digest
@@ -67,16 +70,25 @@ class Progress:
     rollout: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
+    def snapshot(self) -> Progress:
+        """Return a copy that stays as it is while training goes on; records are never changed once they stand."""
+        return replace(self, metrics=list(self.metrics), rollout=deepcopy(self.rollout))
 
-def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path) -> None:
-    """Write the training state to `directory`; collective, rank 0 writes.
 
-    Tensors are gathered one at a time, and written in files of about a gibibyte.
+def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path, writer: Writer) -> None:
+    """Gather the training state and have it written to `directory`; collective, rank 0 writes.
+
+    Tensors are gathered one at a time, and written in files of about a gibibyte while training goes on.
+
+    Args:
+        state: What is written.
+        kinds: Weights, or the moments too.
+        directory: Emptied first.
+        writer: Does the writing, in the order of the calls; `join` tells when it is done.
     """
     writes = state.engine.rank == 0
     if writes:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        writer.submit(partial(_empty, directory))
     shard: dict[str, torch.Tensor] = {}
     num_files, num_bytes = 0, 0
     for kind, name, tensor in state.gather(kinds):
@@ -85,10 +97,28 @@ def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path) -
         shard[f"{kind}/{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
         num_bytes += shard[f"{kind}/{name}"].nbytes
         if num_bytes >= SHARD_BYTES:
-            save_file(shard, directory / f"{num_files:05d}.safetensors")
+            writer.submit(partial(save_file, shard, directory / f"{num_files:05d}.safetensors"), num_bytes)
             shard, num_files, num_bytes = {}, num_files + 1, 0
     if writes and shard:
-        save_file(shard, directory / f"{num_files:05d}.safetensors")
+        writer.submit(partial(save_file, shard, directory / f"{num_files:05d}.safetensors"), num_bytes)
+
+
+def _empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def complete(progress: Progress, directory: Path, best: Path) -> None:
+    """Make a checkpoint of a directory that holds the state: the best weights of the stage, if any, and progress.
+
+    Args:
+        progress: The cursor at the time when the state was gathered.
+        directory: The checkpoint.
+        best: What `write_state` wrote at the best evaluation.
+    """
+    if best.exists():
+        link_tree(best, directory / BEST)
+    write_progress(progress, directory)
 
 
 def state_reader(directory: Path | None) -> Callable[[str, str], torch.Tensor]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pocl_ray.evaluation.generation import Tokens, pad_left
 from pocl_ray.models.heads import split_model
+from pocl_ray.pulse import beat
 
 _CACHE_SPARE_TOKENS = 64
 _BLOCK = 256  # of the vocabulary: a draw finds its block first, then its place in it
@@ -69,6 +70,7 @@ def decode(
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
     for start in range(0, len(order), batch_rows):
+        beat("writing responses")
         rows = order[start : start + batch_rows]
         picked = ([prompts[r] for r in rows], [limits[r] for r in rows], [uniforms[r] for r in rows])
         with torch.no_grad():  # not inference_mode: the model may keep what it computes, and is trained on afterwards

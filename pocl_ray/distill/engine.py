@@ -21,6 +21,7 @@ from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ConfigError
+from pocl_ray.pulse import beat
 from pocl_ray.records import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,6 +196,7 @@ class Engine:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         grad_norm: float | None = None
         for batch in micro_batches:
+            beat("training")
             losses = self.deepspeed(batch.to(self.device), settings)
             self.deepspeed.backward(losses[0] * scale)
             grad_norm = self._plain_grad_norm()
@@ -233,6 +235,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:
         """Return the sums (loss, ce, kd) of a micro-batch, float64, not reduced over workers."""
+        beat("evaluating")
         self.deepspeed.eval()
         losses = self.deepspeed(batch.to(self.device), settings)
         return torch.stack([loss.detach().double() for loss in losses])

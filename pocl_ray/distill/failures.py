@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from pocl_ray.deaths import died_of, one_line
-from pocl_ray.errors import GaveUpError, UserError
+from pocl_ray.errors import GaveUpError, StalledError, UserError
 
 # What a worker meets in a collective whose other end is gone: a consequence, never the cause.
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -70,6 +70,8 @@ class TellFailures(ControllerCallback):
 def cause_of(error: BaseException) -> str:
     """Return why a run failed, as one line: the first cause where several workers report consequences of it too."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
+        if hung := next((each for each in error.worker_failures.values() if isinstance(each, StalledError)), None):
+            return str(hung)  # it names the workers, and where they stand
         rank, failure = min(error.worker_failures.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
         return f"worker {rank} {_said(failure)}"
     if isinstance(error, ControllerError):

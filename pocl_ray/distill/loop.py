@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pocl_ray.distill.checkpoints import BEST, STATE, Progress, state_reader, write_progress, write_state
+from pocl_ray.disk import GIB
+from pocl_ray.distill.checkpoints import BEST, STATE, Progress, complete, state_reader, write_state
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
@@ -25,13 +27,15 @@ from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
+from pocl_ray.distill.saving import Uploads, Writer, Written
+from pocl_ray.distill.scratch import make_scratch
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 
-OnCheckpoint = Callable[[Progress, Path | None], None]
+OnCheckpoint = Callable[[Progress, Written | None], None]
 OnStep = Callable[[Progress, dict[str, Any]], None]
 
 
@@ -59,8 +63,8 @@ class TrainingLoop:
             dev: Dev figures.
             rollouts: Responses of the student's own.
             orders: Row ids in each order that a stage may be a slice of.
-            on_checkpoint: Called on every worker with the progress and, on rank 0, the directory of a finished
-                checkpoint, which it takes over.
+            on_checkpoint: Called on every worker with a copy of the progress and, on rank 0, the checkpoint that is
+                being written.
             on_step: Called on every worker with each logged record.
             rescorer: Ranks the rows anew before the stages that say so.
         """
@@ -72,7 +76,9 @@ class TrainingLoop:
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
         self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
-        self._scratch = Path(tempfile.mkdtemp(prefix="pocl-ray-"))
+        self.uploads = Uploads()
+        self._scratch = make_scratch()
+        self._writer = Writer(round(task.train.checkpoint_buffer_gib * GIB))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
         """Go on from a checkpoint: weights, moments, cursor and metric stream; collective, rank 0 reads `directory`."""
@@ -96,8 +102,17 @@ class TrainingLoop:
                 self._reset_best()
             for stage in self.task.stages[self.progress.stage :]:
                 self._run_stage(stage)
+            self._settle()
         finally:
+            self._writer.close()
+            self.uploads.wait()  # also where training failed: it needs the files, and saves the work until then
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _settle(self) -> None:
+        """Wait until nothing is on its way to storage any more; all workers at once."""
+        self._writer.join()
+        self.uploads.wait()
+        self.uploads.meet()
 
     def _run_stage(self, stage: Stage) -> None:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
@@ -119,7 +134,9 @@ class TrainingLoop:
                     self._checkpoint()
                     started = time.monotonic()
                 elif self._checkpoint_is_due():
+                    self._settle()
                     self._checkpoint()
+                    started = time.monotonic()
         self._hand_off()
 
     def _is_over(self, stage: Stage, steps_done: int) -> bool:
@@ -202,42 +219,49 @@ class TrainingLoop:
         record = {**position, **figures}
         self.progress.metrics.append(record)
         self.on_step(self.progress, record)
+        self._settle()
         best, figure = self.progress.best_figure, hand_off_figure(figures)
         if self.task.hand_off == "best" and (best is None or figure > best):
             self.progress.best_figure = figure
             self.progress.best_adam_steps = self.state.num_adam_steps
-            write_state(self.state, self._best_kinds(), self._scratch / BEST)
+            write_state(self.state, self._best_kinds(), self._scratch / BEST, self._writer)
 
     def _best_kinds(self) -> tuple[str, ...]:
         """What of the best evaluation is kept: its moments only where the next stage goes on with them."""
         return (WEIGHT,) if all(s.restart_optimizer for s in self.task.stages) else KINDS
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint. At the end of a stage it is taken before the hand-off, which a resumed run repeats."""
+        """Gather a checkpoint and have it written; nothing else may be on its way, but the best state before it.
+
+        At the end of a stage it is taken before the hand-off, which a resumed run repeats.
+        """
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
         self.progress.rollout = self.rollouts.state()
+        progress, written = self.progress.snapshot(), None
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
-        write_state(self.state, KINDS, (directory or self._scratch) / STATE)
+        write_state(self.state, KINDS, (directory or self._scratch) / STATE, self._writer)
         if directory is not None:
-            if (self._scratch / BEST).exists():
-                shutil.copytree(self._scratch / BEST, directory / BEST)
             self.rollouts.write(directory)
             if self.rescorer is not None:
                 write_order(self.orders["rank"], directory)
-            write_progress(self.progress, directory)
-        self.on_checkpoint(self.progress, directory)
+            whole = self._writer.submit(partial(complete, progress, directory, self._scratch / BEST))
+            written = Written(directory, whole)
+        self.on_checkpoint(progress, written)
 
     def _hand_off(self) -> None:
         if self.task.hand_off == "best" and self.progress.best_figure is not None:
             reads = self.engine.rank == 0
             kinds = self._best_kinds()
             steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
+            self._writer.join()
+            self.uploads.meet()
             self.state.load(state_reader(self._scratch / BEST if reads else None), kinds, steps)
         self._reset_best()
         self.progress.stage += 1
         self.progress.num_samples = 0
 
     def _reset_best(self) -> None:
+        self._writer.join()
         self.progress.best_figure = None
         shutil.rmtree(self._scratch / BEST, ignore_errors=True)

@@ -33,6 +33,7 @@ from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.task import Rescoring, TrainTask
 from pocl_ray.distill.teachers import Teachers
 from pocl_ray.models.heads import HeadWeights, head_of, split_model
+from pocl_ray.pulse import beat
 from pocl_ray.records import ID, PREVIOUS_RANK, RANK, RRF_SCORE, Stage
 
 ORDER = "order.safetensors"
@@ -147,6 +148,7 @@ class Rescorer:
 
     def _read(self, model: PreTrainedModel, ids: IntArray) -> dict[str, FloatArray]:
         """The signals of a micro-batch that come from reading the responses."""
+        beat("scoring rows")
         batch = self.feed.batch(ids, self.teachers).to(self.engine.device)
         lengths_R = self.feed.rows.response_lengths[ids].astype(np.int64)
         head = head_of(model)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pocl_ray.distill.engine import Engine
 from pocl_ray.errors import ConfigError
+from pocl_ray.pulse import beat
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
@@ -71,6 +72,7 @@ class TrainingState:
         """Yield (kind, parameter name, full fp32 tensor), on every worker, one at a time."""
         for name, parameter in self.parameters:
             for kind in kinds:
+                beat("gathering the state")
                 yield kind, name, self._get(parameter, kind)
 
     def load(
@@ -88,6 +90,7 @@ class TrainingState:
         for name, parameter in self.parameters:
             shape = parameter.ds_shape if self.stage == 3 else parameter.shape
             for kind in kinds:
+                beat("loading the state")
                 value = torch.empty(tuple(shape), dtype=torch.float32, device=self.engine.device)
                 if self.engine.rank == 0:
                     value.copy_(read(kind, name))

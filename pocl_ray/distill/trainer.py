@@ -14,7 +14,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,13 +23,15 @@ from rich.markup import escape
 from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.board import ProgressBoard, Standing, TellBoards
+from pocl_ray.distill.board import KeepSnapshots, ProgressBoard, Standing, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import resources_per_worker, wait_for_workers
+from pocl_ray.distill.stalls import Silence, StallWatch
+from pocl_ray.distill.storing import mend_snapshot, prune_orphans
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.errors import UserError
+from pocl_ray.errors import StalledError, UserError
 from pocl_ray.versions import versions
 
 POLL_S = 0.3
@@ -106,11 +108,22 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
             accelerator_type=scaling.accelerator_type,
             label_selector=dict(scaling.labels) or None,
         ),
-        run_config=_run_config(task, scaling, TellBoards(task.name, board, *boards), TellFailures(board)),
+        run_config=_run_config(
+            task,
+            scaling,
+            TellBoards(task.name, board, *boards),
+            TellFailures(board),
+            StallWatch(board, scaling.stall_timeout_s, scaling.collective_timeout_s),
+            KeepSnapshots(task.run_dir, checkpoint_folder(task)),
+        ),
     )
     trainer.has_watchdog = not (boards or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
-    standing = _fit(trainer, board, watch, task.name)
+    silence = Silence(task.name, scaling.stall_timeout_s + scaling.start_timeout_s)
+    mend_snapshot(task.run_dir, checkpoint_folder(task))
+    prune_orphans(task.run_dir, checkpoint_folder(task))
+    standing = _fit(trainer, board, watch, silence, task.name)
+    prune_orphans(task.run_dir, checkpoint_folder(task))
     ray.kill(board)
     return standing
 
@@ -161,7 +174,7 @@ def checkpoint_folder(task: TrainTask) -> str:
     return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
 
 
-def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: ControllerCallback) -> RunConfig:
+def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: RayTrainCallback) -> RunConfig:
     run_dir = task.run_dir
     remote = not isinstance(run_dir.filesystem, pafs.LocalFileSystem)
     # While a lost node is replaced, each start that finds no room counts as a failure of the controller.
@@ -174,11 +187,11 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: ControllerC
             max_failures=scaling.max_failures, controller_failure_limit=max(CONTROLLER_FAILURE_LIMIT, num_waits)
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=task.train.num_checkpoints),
-        callbacks=[*callbacks],  # type: ignore[list-item]
+        callbacks=list(callbacks),  # type: ignore[arg-type]
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch, name: str) -> Standing:
+def _fit(trainer: TorchTrainer, board: Any, watch: Watch, silence: Silence, name: str) -> Standing:
     """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
@@ -196,6 +209,7 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch, name: str) -> Standing
             thread.join(POLL_S)
             standing: Standing = ray.get(board.read.remote())
             watch(standing)
+            silence.hear(standing.num_looks)
             if standing.refusal is not None:
                 refused_at = min(refused_at, time.monotonic())
     except BaseException:
@@ -203,6 +217,8 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch, name: str) -> Standing
         raise
     standing = ray.get(board.read.remote())
     if standing.refusal is not None:
+        if thread.is_alive():
+            _abort(thread, board)
         raise standing.refusal
     if failures:
         raise _cause(failures[0], name, standing) from failures[0]
@@ -263,6 +279,6 @@ def _cause(error: BaseException, name: str, standing: Standing) -> BaseException
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         cause = getattr(failure, "cause", failure)
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError) and not isinstance(cause, StalledError):
             return cause
     return give_up(name, error, standing.failures)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import ray.train
 import ray.train.collective
 import torch
 import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context
 
-from pocl_ray.disk import check_free, check_free_at, disk_full, full_disk_error
+from pocl_ray.disk import check_free, check_free_at, machine_fault
 from pocl_ray.distill.checkpoints import Progress
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.gauges import Gauges
@@ -22,13 +26,16 @@ from pocl_ray.distill.logs import WorkerLog
 from pocl_ray.distill.loop import TrainingLoop
 from pocl_ray.distill.preemption import Notices, watcher_is_on
 from pocl_ray.distill.resuming import resume
+from pocl_ray.distill.saving import Uploads, Written
 from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
+from pocl_ray.distill.storing import copy_checkpoint
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
 from pocl_ray.models.places import on_this_node
+from pocl_ray.pulse import beat
 from pocl_ray.versions import check_same, versions
 
 MIN_SHOW_INTERVAL_S = 0.25
@@ -51,14 +58,21 @@ def train_worker(config: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(board.refuse.remote(error))
     except Exception as error:
-        if not disk_full(error):
+        fault = _fault(error)
+        if fault is None:
             raise
-        ray.get(board.refuse.remote(full_disk_error(error, f"training on node {ray.util.get_node_ip_address()}")))
+        ray.get(board.refuse.remote(fault))
+
+
+def _fault(error: BaseException) -> UserError | None:
+    return machine_fault(error, f"training on node {ray.util.get_node_ip_address()}")
 
 
 def _train(task: TrainTask, board: Any) -> None:
+    beat("setting up")
     reporter = _Reporter(task, board, dist.get_rank())
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
+    loop.uploads = reporter
     if watcher_is_on():
         notices = Notices(loop.engine.device, lambda: reporter.node_leaves(loop.progress))
         loop.asks_for_checkpoint = notices.ask_for_checkpoint
@@ -94,12 +108,18 @@ def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
     check_free_at(Path(tempfile.gettempdir()), each, "checkpoints on their way", "make room, or set TMPDIR")
 
 
-class _Reporter:
-    """Takes checkpoints to Ray Train, and progress to the driver's board."""
+class _Reporter(Uploads):
+    """Takes checkpoints to Ray Train, and progress to the driver's board.
+
+    Attributes:
+        is_last_chance: Training waits until the next checkpoint is in storage.
+    """
 
     def __init__(self, task: TrainTask, board: Any, rank: int) -> None:
         self.task, self.board, self.rank = task, board, rank
         self.last_shown = 0.0
+        self.is_last_chance = False
+        self._arrived: Future[None] | None = None
         run = task.run_dir.uri.rstrip("/").rpartition("/")[2]
         self.log = WorkerLog(run, task.name, rank)
         self.gauges = Gauges(run, task.name, task.train.global_batch_rows) if rank == 0 else None
@@ -111,18 +131,55 @@ class _Reporter:
 
     def node_leaves(self, progress: Progress) -> None:
         """Tell log and user that a checkpoint is saved for a node that is about to go."""
+        self.is_last_chance = True
         self.log.warning("a node is about to be taken away: saving a checkpoint at step %d", progress.step)
         if self.rank == 0:
             self.board.warn.remote("a node is about to be taken away; a checkpoint is saved first")
 
-    def checkpoint(self, progress: Progress, directory: Path | None) -> None:
-        """Report a checkpoint, which Ray Train uploads; a barrier for all workers."""
+    def checkpoint(self, progress: Progress, written: Written | None) -> None:
+        """Report a checkpoint, which goes to storage while training goes on; all workers meet here."""
         metrics = {"step": progress.step, "stage": progress.stage, "num_samples": progress.num_samples}
-        checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(str(directory))
-        ray.train.report(metrics, checkpoint=checkpoint, delete_local_checkpoint_after_upload=True)
-        self.log.info("checkpoint at step %d", progress.step)
-        if self.rank == 0:
+        checkpoint = None if written is None else ray.train.Checkpoint.from_directory(str(written.directory))
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=None if written is None else partial(self._upload, progress, written),
+        )
+        # Ray Train's thread takes one after the other: when this is done, so is the checkpoint before it.
+        self._arrived = get_train_context().checkpoint_upload_threadpool.submit(lambda: None)
+        if self.is_last_chance or self.task.train.checkpoint_buffer_gib == 0:
+            self.wait()
+        self.is_last_chance = False
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is in storage, or could not be written there."""
+        if self._arrived is not None:
+            self._arrived.result()
+
+    def meet(self) -> None:
+        """Wait for all workers, for as long as it takes."""
+        if dist.get_world_size() > 1:
+            ray.train.collective.barrier()
+
+    def _upload(
+        self, progress: Progress, written: Written, checkpoint: ray.train.Checkpoint, name: str
+    ) -> ray.train.Checkpoint:
+        """Take a checkpoint to storage; in Ray Train's thread, which tells the controller what is raised here."""
+        storage = get_train_context().get_storage()
+        target = storage.build_checkpoint_path_from_name(name)
+        try:
+            storage._check_validation_file()  # a local path that is not shared is told from one that is
+            copy_checkpoint(written.wait(), storage.storage_filesystem, target)
             _write_metrics(self.task, progress)
+        except Exception as error:
+            fault = error if isinstance(error, UserError) else _fault(error)
+            if fault is not None:
+                ray.get(self.board.refuse.remote(fault))
+            raise
+        self.log.info("checkpoint at step %d", progress.step)
+        return ray.train.Checkpoint(target, storage.storage_filesystem)
 
     def step(self, progress: Progress, record: dict[str, Any]) -> None:
         """Show a record on the driver's board, a few times a second at most."""

@@ -20,7 +20,7 @@ from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, w
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
 from pocl_ray.deaths import died_of
-from pocl_ray.disk import disk_full, full_disk_error
+from pocl_ray.disk import machine_fault
 from pocl_ray.errors import GaveUpError, ResourceError, UserError
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
@@ -177,8 +177,8 @@ def _user_error_in(error: BaseException) -> UserError | None:
         # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
         if isinstance(found, UserError) and not isinstance(getattr(found, "cause", None), UserError):
             return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
-        if disk_full(found):
-            return full_disk_error(found, "actors write")
+        if fault := machine_fault(found, "actors write"):
+            return fault
     return None
 
 

@@ -27,6 +27,7 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
 from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
+from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import ID, RowsSummary
@@ -82,9 +83,9 @@ def evaluate_models(
     settings = (evaluation.generation, max_tokens, pool.use_gpu)
     task = EvaluationTask(run_dir, dict(models), paths, tokenizer, *settings, dict(own_tokens))
     num_answers = len(models) * len(seeds) * sum(rows.num_rows for rows in sets.values())
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, "evaluate") as watched:
         dataset: Dataset = ray.data.from_arrow(items)
-        dataset = dataset.map_batches(AnswerActor, fn_constructor_args=(task,), **pool.options())
+        dataset = dataset.map_batches(watched(AnswerActor), fn_constructor_args=(task,), **pool.options())
         answers = collect(dataset, "evaluate", num_answers, "answers").sort_by(_ORDER)
     if answers.num_rows != num_answers:
         raise RuntimeError(f"evaluation gave {answers.num_rows} answers instead of {num_answers}")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.config import GenerationConfig
 from pocl_ray.evaluation.sampling import RowSampler
+from pocl_ray.pulse import beat
 
 _FIRST_ROUND_TOKENS = 16
 _ROUND_TOKENS = 32
@@ -159,6 +160,7 @@ class _Batch:
     def run(self) -> list[list[int]]:
         num_new, round_tokens = 0, _FIRST_ROUND_TOKENS
         while self.rows:
+            beat("generating answers")
             longest = max(self.limits[row] for row in self.rows)
             num_new += self._round(min(round_tokens, longest - num_new))
             round_tokens = _ROUND_TOKENS

@@ -26,6 +26,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
+from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import RowsSummary
@@ -66,9 +67,9 @@ def measure_perplexity(
     paths = {name: rows.path for name, rows in sets.items()}
     task = ReadingTask(run_dir, dict(models), paths, pool.use_gpu)
     num_rows = len(models) * sum(rows.num_rows for rows in sets.values())
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, "evaluate") as watched:
         dataset: Dataset = ray.data.from_arrow(items)
-        dataset = dataset.map_batches(ReadingActor, fn_constructor_args=(task,), **pool.options())
+        dataset = dataset.map_batches(watched(ReadingActor), fn_constructor_args=(task,), **pool.options())
         read = collect(dataset, "evaluate", len(items), "batches")
     if pc.sum(read["num_rows"]).as_py() != num_rows:
         raise RuntimeError(f"evaluation read {pc.sum(read['num_rows']).as_py()} rows instead of {num_rows}")

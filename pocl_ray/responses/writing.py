@@ -25,6 +25,7 @@ from pocl_ray.config import GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
 from pocl_ray.evaluation.generation import GenerationSettings, generate
+from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import ID, RESPONSE_IDS
@@ -153,9 +154,9 @@ def _write(task: WritingTask, missing: dict[int, Batches], scaling: ScalingConfi
     task = WritingTask(**{**vars(task), "use_gpu": pool.use_gpu})
     units = [_unit(number, batches) for number, batches in missing.items()]
     num_rows = sum(len(ids) for batches in missing.values() for ids in batches)
-    with quiet_ray_data():
+    with quiet_ray_data(), stall_watch(scaling, "responses") as watched:
         dataset: Dataset = ray.data.from_arrow(units)
-        dataset = dataset.map_batches(TeacherWriter, fn_constructor_args=(task,), **pool.options())
+        dataset = dataset.map_batches(watched(TeacherWriter), fn_constructor_args=(task,), **pool.options())
         collect(dataset, "responses", num_rows, "rows")
 
 

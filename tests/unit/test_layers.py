@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 LAYERS = (
     {
         "capacity",
+        "clocks",
         "config",
         "dependencies",
         "records",
@@ -28,6 +29,7 @@ LAYERS = (
         "identity",
         "manifest",
         "plugins",
+        "pulse",
         "session",
         "steps",
         "versions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,9 +10,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pocl_ray import lease
+from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.errors import StorageError
 from pocl_ray.lease import FILE, Holder, read_holder, take
 from pocl_ray.storage import RunDirectory
@@ -20,7 +23,7 @@ from pocl_ray.storage import RunDirectory
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lease, a hundred times as fast."""
-    for name, seconds in {"LEASE_S": 1.0, "RENEW_S": 0.1, "SETTLE_S": 0.05, "POLL_S": 0.05}.items():
+    for name, seconds in {"LEASE_S": 1.0, "MARGIN_S": 1.0, "RENEW_S": 0.1, "SETTLE_S": 0.05, "POLL_S": 0.05}.items():
         monkeypatch.setattr(lease, name, seconds)
 
 
@@ -67,7 +70,7 @@ def test_a_holder_elsewhere_that_renews_is_refused_whatever_its_clock_says(
     run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "LEASE_S", 60.0)  # a renewal may come late on a machine under load
-    for skew in (-250.0, 5000.0):
+    for skew in (-3600.0, -250.0, 3600.0):
         present = elsewhere(renewed_at=time.time() + skew)
         write(run_dir, present)
         renewal = threading.Timer(0.3, write, (run_dir, replace(present, num_renewals=1)))
@@ -89,9 +92,52 @@ def test_a_holder_elsewhere_that_stopped_renewing_is_taken_over_after_a_wait_tha
     assert "waiting" in said[0]
 
 
-def test_a_lease_of_yesterday_is_taken_over_at_once(run_dir: RunDirectory) -> None:
-    write(run_dir, elsewhere(renewed_at=time.time() - 86400))
+@pytest.mark.parametrize("skew", [-3600.0, 0.0, 3600.0])
+def test_a_lease_of_yesterday_is_taken_over_at_once_whatever_the_clocks_say(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    write(run_dir, elsewhere(renewed_at=time.time() + skew))
+    yesterday = time.time() - 86400
+    os.utime(run_dir.local(FILE), (yesterday, yesterday))  # by the clock of the store
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() - 2 * skew)
     take(run_dir, pytest.fail).release()
+    assert not any(Path(run_dir.uri).iterdir())
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_a_fresh_lease_of_a_dead_holder_costs_one_wait_whatever_the_clocks_say(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    write(run_dir, elsewhere(renewed_at=time.time() + skew))
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() - 2 * skew)
+    start = time.monotonic()
+    take(run_dir, lambda _: None).release()
+    assert lease.LEASE_S <= time.monotonic() - start < 30.0
+
+
+def test_a_store_that_tells_no_times_has_its_leases_watched(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run_dir, elsewhere(renewed_at=0.0))
+    monkeypatch.setattr(RunDirectory, "written_at", lambda *_: None)
+    said: list[str] = []
+    take(run_dir, said.append).release()
+    assert "waiting" in said[0]
+
+
+def test_a_clock_that_is_set_does_not_make_a_running_process_look_dead(
+    run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = psutil.Process.create_time
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        started = started_after_boot_s(other.pid)
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: plain(self) + 3600.0)
+        write(run_dir, replace(Holder.here(), id="another", pid=other.pid, process_started_s=started))
+        with pytest.raises(StorageError, match=f"process {other.pid} on "):
+            take(run_dir, pytest.fail)
+        other.kill()
 
 
 def test_of_two_that_start_together_one_goes_on(run_dir: RunDirectory) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.distill.checkpoints import Progress, read_progress
+from pocl_ray.distill.saving import Uploads, Written
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
@@ -54,6 +57,8 @@ TRAIN = TrainConfig(
     global_batch_rows=8, micro_batch_rows=4, learning_rate=1e-2, precision="fp32", zero_stage=1, max_grad_norm=0.5
 )
 NUM_ROWS = 32
+LATE_S = 0.02
+"""A step takes less, so that some are done before a checkpoint is taken away."""
 
 
 def stage(index: int, end: int, **changes: Any) -> Stage:
@@ -181,16 +186,38 @@ def _worker(rank: int, runs: list[tuple[TrainTask, Path, Path | None]], num_work
     dist.destroy_process_group()
 
 
+class _Moves(Uploads):
+    """Takes checkpoints away as Ray Train does: late, in a thread, while training goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.pool = folder, ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
+
+    def take(self, progress: Progress, written: Written | None) -> None:
+        if written is not None:
+            self.last = self.pool.submit(self._move, progress.step, written)
+
+    def _move(self, step: int, written: Written) -> None:
+        time.sleep(LATE_S)
+        shutil.move(written.wait(), self.folder / f"{step:05d}")
+
+    def wait(self) -> None:
+        if self.last is not None:
+            self.last.result()
+
+    def meet(self) -> None:
+        if dist.get_world_size() > 1:
+            dist.barrier()
+
+
 def _run_one(rank: int, task: TrainTask, folder: Path, resume: Path | None) -> None:
     from pocl_ray.distill.setup import set_up_loop
 
-    def on_checkpoint(progress: Progress, directory: Path | None) -> None:
-        if directory is not None:
-            shutil.move(directory, folder / "checkpoints" / f"{progress.step:05d}")
-
     if rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    loop = set_up_loop(task, torch.device("cpu"), on_checkpoint, lambda progress, record: None)
+    moves = _Moves(folder / "checkpoints")
+    loop = set_up_loop(task, torch.device("cpu"), moves.take, lambda progress, record: None)
+    loop.uploads = moves
     if resume is not None:
         loop.restore(read_progress(resume), resume)
     loop.run()

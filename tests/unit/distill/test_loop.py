@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from runs import STAGES, TRAIN, Outcome, prepare, train_all
+from safetensors.torch import load_file
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import collate
@@ -57,6 +58,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "zero_0": made(zero_stage=0),
         "zero_2": made(zero_stage=2),
         "zero_3": made(zero_stage=3),
+        "written_at_once": made(checkpoint_buffer_gib=0.0),
         "micro_8": made(micro_batch_rows=8),
         "micro_2": made(micro_batch_rows=2),
         "cached": replace(plain, teacher_cache="teacher_cache", distill=DistillConfig()),
@@ -183,7 +185,18 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["zero_0", "zero_2", "zero_3", "micro_8", "micro_2", "cached", "all_tokens_cached", "two_alike", "recomputed"],
+    [
+        "zero_0",
+        "zero_2",
+        "zero_3",
+        "micro_8",
+        "micro_2",
+        "cached",
+        "all_tokens_cached",
+        "two_alike",
+        "recomputed",
+        "written_at_once",
+    ],
 )
 def test_the_way_of_computing_does_not_change_the_training(alone: Runs, name: str) -> None:
     assert_same_training(alone[name], alone["plain"])
@@ -220,6 +233,17 @@ def test_the_best_evaluation_is_handed_on_where_asked_for(alone: Runs) -> None:
     best, last = alone["best"], alone["plain"]
     assert best.losses[:4] == last.losses[:4], "the first stage is the same"
     assert best.losses[4] != last.losses[4], "the second starts from another evaluation than the last"
+
+
+def test_the_best_weights_of_a_stage_are_in_each_of_its_checkpoints_so_the_newest_is_enough(alone: Runs) -> None:
+    at_best, *later = alone["best"].checkpoints[:3]  # after steps 2, 3 and 4; the best evaluation is that after step 2
+    best = load_file(at_best / "best" / "00000.safetensors")
+    state = load_file(at_best / "state" / "00000.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in best.items())
+    for each in later:
+        kept = load_file(each / "best" / "00000.safetensors")
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in best.items())
+    assert not any((each / "best").exists() for each in alone["plain"].checkpoints), "hand_off last asks for none"
 
 
 def test_checkpoints_stand_after_each_epoch_and_every_so_many_steps(alone: Runs) -> None:

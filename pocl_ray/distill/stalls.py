@@ -1,0 +1,168 @@
+"""The watch over training workers: what stands still is found, named, and begun anew from the last checkpoint.
+
+It runs in Ray Train's controller and raises what the failure policy counts against `scaling.max_failures`; tearing
+down the workers and starting new ones is then Ray Train's work. Three things end a hang, each where the others cannot:
+
+- a collective fails after `scaling.collective_timeout_s` in the workers that wait in it (gloo raises, NCCL's watchdog
+  ends the process);
+- a process that does not answer Ray Train for five minutes is dead to it (stopped, or stuck without Python's lock);
+- no worker gets on for `scaling.stall_timeout_s`: whatever else it may be, with one worker or many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
+
+from pocl_ray.errors import StalledError
+from pocl_ray.pulse import Vital, vital
+
+LOOKS_A_TIMEOUT = 20
+"""How often workers are asked while `stall_timeout_s` passes, at most once a second."""
+ANSWER_S = 3.0
+_TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Socket Timeout")
+"""What gloo, NCCL and torch's store say of a collective that did not end."""
+
+
+@dataclass
+class _Seen:
+    """What is known of one worker: its last answer, when it came, and the question that is under way."""
+
+    at: float
+    last: Vital | None = None
+    asked: Any = None
+
+
+class StallWatch(WorkerGroupCallback):
+    """Ends a worker group in which nothing moves."""
+
+    def __init__(self, board: Any, stall_timeout_s: float, collective_timeout_s: float) -> None:
+        """Set it up on the driver.
+
+        Args:
+            board: The ProgressBoard, which is told that the controller lives.
+            stall_timeout_s: No worker may take longer to get on.
+            collective_timeout_s: For the message about a collective that failed.
+        """
+        self.board = board
+        self.stall_timeout_s, self.collective_timeout_s = stall_timeout_s, collective_timeout_s
+        self._clock: Callable[[], float] = time.monotonic
+        self._workers: list[Any] = []
+        self._seen: list[_Seen] = []
+        self._next_look = 0.0
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Begin to watch new workers."""
+        self._workers = worker_group.get_workers()
+        self._seen = [_Seen(self._clock()) for _ in self._workers]
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Leave workers alone that are about to go."""
+        self._workers, self._seen = [], []
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        """Look at the workers now and then.
+
+        Raises:
+            WorkerGroupError: Nothing moves, or a collective failed because a worker did not come.
+        """
+        late = [rank for rank, error in worker_group_status.errors.items() if _timed_out(error)]
+        if late:
+            self._look(ANSWER_S)
+            others = [rank for rank in range(len(self._seen)) if rank not in worker_group_status.errors]
+            what = f"a collective did not end within {self.collective_timeout_s:.0f} s"
+            raise self._failure(what, others or late, "scaling.collective_timeout_s")
+        if self._clock() < self._next_look:
+            return
+        self._next_look = self._clock() + max(1.0, self.stall_timeout_s / LOOKS_A_TIMEOUT)
+        self.board.controller_lives.remote()
+        self._look(0.0)
+        idle_s = min(map(self._idle_s, self._seen), default=0.0)
+        if idle_s > self.stall_timeout_s:
+            what = f"nothing moves since {idle_s:.0f} s"
+            raise self._failure(what, list(range(len(self._seen))), "scaling.stall_timeout_s")
+
+    def _look(self, patience_s: float) -> None:
+        """Take the answers that are there, and ask again."""
+        for worker, seen in zip(self._workers, self._seen, strict=True):
+            seen.asked = seen.asked or worker.execute_async(vital)
+        ray.wait([seen.asked for seen in self._seen], num_returns=len(self._seen), timeout=patience_s)
+        for seen in self._seen:
+            if ray.wait([seen.asked], timeout=0)[0]:
+                with suppress(RayError):  # it died, which Ray Train sees for itself
+                    seen.last, seen.at = ray.get(seen.asked), self._clock()
+                seen.asked = None
+
+    def _idle_s(self, seen: _Seen) -> float:
+        return self._clock() - seen.at + (0.0 if seen.last is None else seen.last.age_s)
+
+    def _failure(self, what: str, ranks: list[int], key: str) -> WorkerGroupError:
+        """Return what Ray Train's failure policy takes for lost workers."""
+        silent_s = 2 * max(1.0, self.stall_timeout_s / LOOKS_A_TIMEOUT)
+        silent = {rank for rank in ranks if self._clock() - self._seen[rank].at > min(silent_s, self.stall_timeout_s)}
+        vitals = {rank: self._seen[rank].last for rank in ranks}
+        text = f"{what}: {blame(vitals, silent)}; if that is only slow, raise {key}"
+        return WorkerGroupError(text, dict.fromkeys(ranks, StalledError(text)))
+
+
+def blame(vitals: Mapping[int, Vital | None], silent: set[int]) -> str:
+    """Say which workers hang and where: those that do not answer, else those that do not wait for the others.
+
+    Args:
+        vitals: The last answer of each rank; None before the first one.
+        silent: Ranks that do not answer any more.
+    """
+    busy = {rank for rank, vital in vitals.items() if vital is not None and not vital.waits}
+    parts = []
+    for rank in sorted(silent or busy or set(vitals)):
+        vital = vitals[rank]
+        if vital is None:
+            parts.append(f"rank {rank} never answered")
+        elif rank in silent:
+            parts.append(f"rank {rank} ({vital}) does not answer; it was {vital.doing}")
+        else:
+            parts.append(f"rank {rank} ({vital}), {vital.doing}, stands in {vital.place}")
+    return "; ".join(parts)
+
+
+class Silence:
+    """The driver's watch over Ray Train's controller, which waits without end for a worker that hangs at its start."""
+
+    def __init__(self, name: str, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to watch.
+
+        Args:
+            name: Of the task.
+            limit_s: How long nothing may be heard of the controller, starts of workers included.
+            clock: Seconds.
+        """
+        self._name, self._limit_s, self._clock = name, limit_s, clock
+        self._heard, self._at = -1, clock()
+
+    def hear(self, num_looks: int) -> None:
+        """Take how often the controller has looked at its workers.
+
+        Raises:
+            StalledError: That has not changed for too long.
+        """
+        if num_looks != self._heard:
+            self._heard, self._at = num_looks, self._clock()
+        elif self._clock() - self._at > self._limit_s:
+            raise StalledError(
+                f"{self._name}: nothing is heard of its workers since {self._limit_s:.0f} s: one hangs while it "
+                "starts, or its node does; look at the nodes and give the same command again, or raise "
+                "scaling.stall_timeout_s if they are only slow"
+            )
+
+
+def _timed_out(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in _TIMED_OUT)

@@ -1,0 +1,118 @@
+"""Checkpoints in storage: the way there, and what an interrupted way has left behind. No Ray.
+
+`progress.json` goes last, so a checkpoint that was not copied to its end is seen to be none. Ray Train's snapshot
+names those that it has taken over.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from pocl_ray.distill.checkpoints import PROGRESS
+from pocl_ray.errors import StorageError
+from pocl_ray.pulse import touch
+from pocl_ray.storage import RunDirectory
+from pocl_ray.stores import reason
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's, in the folder of the checkpoints."""
+KEPT = "checkpoint_manager_snapshot.kept.json"
+"""Our copy of it: Ray Train writes over its own in place, and a kill in that moment would leave half of it."""
+PREFIX = "checkpoint_"
+CHUNK_BYTES = 64 << 20
+
+
+def copy_checkpoint(directory: Path, filesystem: pafs.FileSystem, target: str) -> None:
+    """Copy a local checkpoint to storage, file by file.
+
+    Args:
+        directory: The checkpoint.
+        filesystem: Of the storage.
+        target: Path on it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path.name == PROGRESS)
+    for path in files:
+        touch()
+        rel = path.relative_to(directory)
+        filesystem.create_dir(f"{target}/{rel.parent.as_posix()}".removesuffix("/."), recursive=True)
+        pafs.copy_files(
+            str(path),
+            f"{target}/{rel.as_posix()}",
+            source_filesystem=pafs.LocalFileSystem(),
+            destination_filesystem=filesystem,
+            chunk_size=CHUNK_BYTES,
+            use_threads=False,
+        )
+    touch()
+
+
+def keep_snapshot(run_dir: RunDirectory, folder: str) -> None:
+    """Copy Ray Train's snapshot, once it is whole; before the next one is, nothing that this one names is deleted.
+
+    Raises:
+        StorageError: It cannot be read, or the copy written.
+    """
+    if isinstance(run_dir.filesystem, pafs.LocalFileSystem):  # an object store replaces a file whole, or not at all
+        run_dir.write_bytes(f"{folder}/{KEPT}", run_dir.read_bytes(f"{folder}/{SNAPSHOT}"))
+
+
+def mend_snapshot(run_dir: RunDirectory, folder: str) -> bool:
+    """Put our copy in the place of a snapshot that a kill left half written; whether that was needed.
+
+    Raises:
+        StorageError: The storage does not answer.
+    """
+    if not (run_dir.exists(f"{folder}/{SNAPSHOT}") and run_dir.exists(f"{folder}/{KEPT}")):
+        return False
+    try:
+        json.loads(run_dir.read_bytes(f"{folder}/{SNAPSHOT}"))
+    except ValueError:
+        run_dir.write_bytes(f"{folder}/{SNAPSHOT}", run_dir.read_bytes(f"{folder}/{KEPT}"))
+        return True
+    return False
+
+
+def prune_orphans(run_dir: RunDirectory, folder: str) -> list[str]:
+    """Delete checkpoints that were on their way when a worker died, so that Ray Train never took them over.
+
+    Only while no training runs there. What is newer than the newest checkpoint that was taken over stays.
+
+    Args:
+        run_dir: The run directory.
+        folder: Of a task's checkpoints, relative to it.
+
+    Returns:
+        The names of the directories that were deleted.
+
+    Raises:
+        StorageError: The store does not answer, or refuses.
+    """
+    named = _taken_over(run_dir, folder)
+    if not named:
+        return []
+    try:
+        found = run_dir.filesystem.get_file_info(pafs.FileSelector(run_dir.fs_path(folder)))
+    except OSError as error:
+        raise StorageError(f"{run_dir.uri_of(folder)}: cannot be listed ({reason(error)})") from None
+    there = {info.base_name for info in found if info.type == pafs.FileType.Directory}
+    orphans = sorted(name for name in there - named if name.startswith(PREFIX) and name < max(named))
+    for name in orphans:
+        run_dir.delete(f"{folder}/{name}")
+    return orphans
+
+
+def _taken_over(run_dir: RunDirectory, folder: str) -> set[str]:
+    """The names in Ray Train's snapshot; empty where there is none that can be read, of which Ray Train speaks."""
+    try:
+        if not run_dir.exists(f"{folder}/{SNAPSHOT}"):
+            return set()
+        return {each["checkpoint_dir_name"] for each in run_dir.read_json(f"{folder}/{SNAPSHOT}")["checkpoint_results"]}
+    except (KeyError, TypeError, StorageError):
+        return set()
