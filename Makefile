@@ -58,7 +58,7 @@ smollm2: $(STAMP)  ## distil SmolLM2-135M into 6 of its layers
 	    data.train.path=$(ROWS)/s_ni_short_train.jsonl data.dev.path=$(ROWS)/s_ni_dev.jsonl) $(ARGS)
 
 test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
 	@POCL_FAULTS=all $(BIN)/python -m pytest $(FAULTS) $(ARGS)

@@ -24,6 +24,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 START_ATTEMPTS = 3
+RETRY_S = 2.0
 REACH_S = 10.0
 """A head that was started a moment ago may not listen yet; Ray itself would try for many minutes."""
 # Of a cluster of our own; a shared one keeps its idea of when a node is dead. The only node of ours is never dead,
@@ -59,7 +60,8 @@ def ray_session() -> Iterator[None]:
             "RAY_AUTH_TOKEN_PATH to the one that it was started with"
         ) from None
     except (ConnectionError, TimeoutError) as error:
-        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({cause})") from None
     except RuntimeError as error:
         if not address or "connect to GCS" not in str(error):
             raise
@@ -106,7 +108,8 @@ def check_address(address: str) -> None:
 def connect(address: str | None, **options: Any) -> None:
     """Connect to a cluster, or start one.
 
-    Ray gives a new node half a minute to stand, which is not enough on a machine under load: then it is tried again.
+    Ray gives a new node half a minute to stand, which is not enough on a machine under load: then it is tried again,
+    as is a cluster whose head answers already and whose first node does not stand yet.
 
     Args:
         address: Of the cluster; None starts one.
@@ -125,9 +128,11 @@ def connect(address: str | None, **options: Any) -> None:
             )
             return
         except Exception as error:  # Ray raises nothing more special
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+            is_starting = "timed out during startup" in str(error) or (address and isinstance(error, ConnectionError))
+            if not is_starting or attempt == START_ATTEMPTS - 1:
                 raise
             ray.shutdown()
+            time.sleep(RETRY_S)
 
 
 @contextmanager

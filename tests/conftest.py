@@ -11,8 +11,23 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+
+class RayApart(LoadScopeScheduling):
+    """Keeps the tests of a file together; those that start clusters come one at a time, and fill the cores enough."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/ray" if file.startswith("tests/ray/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayApart:
+    """Hand tests to the processes of `make test`."""
+    return RayApart(config, log)
 
 
 def shared_dir() -> Path:

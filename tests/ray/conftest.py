@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from matrix import outcomes, table
+from matrix import LINE, table
 from tiny import ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
@@ -30,10 +30,12 @@ _SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the fault matrix where its tests were run."""
-    if outcomes:
+    """Print the fault matrix where its tests were run, be it in another process."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [value for report in reports for name, value in report.user_properties if name == LINE]
+    if lines:
         terminalreporter.section("fault matrix")
-        terminalreporter.write_line("\n".join(table()))
+        terminalreporter.write_line("\n".join(table(lines)))
 
 
 @pytest.fixture(scope="session")

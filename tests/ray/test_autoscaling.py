@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 from faults import DISTILLED, WEIGHTS, started
@@ -60,6 +62,7 @@ def growing() -> Iterator[str]:
     env = {
         **inherited,
         "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",  # else it depends on whether this machine has a token
         "RAY_FAKE_CLUSTER": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
@@ -74,9 +77,19 @@ def growing() -> Iterator[str]:
         options += [f"--temp-dir={scratch}", f"--autoscaling-config={path}", "--include-dashboard=false"]
         head = ray_start(options, env, Path(scratch) / "head.log")
         try:
+            _wait_for_head(address, head, Path(scratch) / "head.log")
             yield address
         finally:
             end(head)
+
+
+def _wait_for_head(address: str, head: Popen[bytes], log: Path) -> None:
+    """Wait until `ray start` says that the head stands."""
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in log.read_text(errors="replace"):
+        assert head.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline, f"no head at {address} within {START_S:.0f} s"
+        time.sleep(0.5)
 
 
 def test_a_run_on_a_cluster_without_nodes_has_it_grow_by_those_that_it_asks_for(
@@ -86,7 +99,7 @@ def test_a_run_on_a_cluster_without_nodes_has_it_grow_by_those_that_it_asks_for(
     config, run = full_run.copy(tmp_path, ("scores", "scores.parquet", "teacher_cache", *DISTILLED), **changes)
     path, log = tmp_path / "tiny.yaml", tmp_path / "log"
     path.write_text(dump_config(config), encoding="utf-8")
-    with started("distill", str(path), log=log, RAY_ADDRESS=growing) as driver:
+    with started("distill", str(path), log=log, RAY_ADDRESS=growing, RAY_AUTH_MODE="disabled") as driver:
         assert driver.wait() == 0, log.read_text()
     assert "for the cluster to grow" in log.read_text()
     assert sha256(run / WEIGHTS) == sha256(full_run.run / WEIGHTS)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from faults import next_step_after, started, wait_for
-from matrix import CASES, RECOVERY_S, SHORT, STEPS, Outcome, outcomes, strike
+from matrix import CASES, LINE, RECOVERY_S, SHORT, STEPS, Outcome, strike
 from nodes import Nodes, nodes
 from tiny import FullRun
 
@@ -29,13 +29,27 @@ def two() -> Iterator[Nodes]:
 
 @pytest.mark.parametrize(("name", "fault"), CASES if os.environ.get("POCL_FAULTS") == "all" else SHORT)
 def test_a_fault_in_a_step_changes_nothing_of_its_result(
-    name: str, fault: str, full_run: FullRun, two: Nodes, tmp_path: Path
+    name: str,
+    fault: str,
+    full_run: FullRun,
+    two: Nodes,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    outcome = Outcome(name, fault)
+    try:
+        strike_and_compare(outcome, full_run, two, tmp_path)
+    finally:
+        record_property(LINE, outcome.line())
+
+
+def strike_and_compare(outcome: Outcome, full_run: FullRun, two: Nodes, tmp_path: Path) -> None:
+    """Do one case, and fill in what came of it."""
+    name, fault = outcome.step, outcome.fault
     step, log = STEPS[name], tmp_path / "log"
     config, run = full_run.copy(tmp_path, step.without, scaling__start_timeout_s=300)
     path = tmp_path / "tiny.yaml"
     path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties
-    outcomes.append(outcome := Outcome(name, fault))
     with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
         wait_for(lambda: step.is_amid(run, two), f"work of {name}", lambda: driver.poll() is not None)
         lost_at = strike(fault, step, two, driver)

@@ -73,7 +73,9 @@ def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes
     assert (run / "report.html").exists()
     assert len(json.loads((run / "environment.json").read_text(encoding="utf-8"))["nodes"]) == 2
     assert not (run / "lease.json").exists()
-    (shown,) = json.loads(nodes.dashboard("api/train/v2/runs/v1"))["train_runs"]  # what the Train page shows
+    on_train_page = json.loads(nodes.dashboard("api/train/v2/runs/v1"))["train_runs"]
+    assert len(on_train_page) == 1, on_train_page
+    (shown,) = on_train_page
     assert shown["name"].startswith("distill-")
     assert shown["status"] == "FINISHED"
     assert [len(attempt["workers"]) for attempt in shown["attempts"]] == [2]
