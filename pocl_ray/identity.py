@@ -26,6 +26,7 @@ from pocl_ray.stores import is_remote
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
 
+SIGNALS = "difficulty.signals"
 COSTLY = ("checkpoints", "responses", "scores", "scores.parquet", "teacher_cache")
 
 # Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
@@ -125,8 +126,10 @@ def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: boo
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Yield `key: before -> now` for each leaf of two trees that differs."""
+    """Yield `key: before -> now` for each leaf that differs, and for the order of signals, which decides on ties."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
+        if key == SIGNALS and {*before} == {*now} and [*before] != [*now]:
+            yield f"{key}: {', '.join(before)} -> {', '.join(now)} (the order)"
         for name in sorted({*before, *now}):
             yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
     elif before != now:

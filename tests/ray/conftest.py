@@ -24,6 +24,8 @@ from pocl_ray.records import RowsSummary
 from pocl_ray.session import connect, know_the_cluster
 from pocl_ray.storage import RunDirectory
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112 - else workers give way to all that runs
+
 MAX_TOKENS = 48
 _WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
 _SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

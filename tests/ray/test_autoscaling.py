@@ -64,6 +64,7 @@ def growing() -> Iterator[str]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",  # else it depends on whether this machine has a token
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_worker_niceness": "0",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "RAY_USAGE_STATS_ENABLED": "0",

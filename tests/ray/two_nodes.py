@@ -66,6 +66,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         "PATH": f"{bin_dir}:{inherited['PATH']}",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": str(int(START_S)),

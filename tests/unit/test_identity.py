@@ -140,6 +140,14 @@ def test_a_config_that_cannot_be_read_belongs_to_another_version(made: Made, tex
     assert "config.yaml: written by another version" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_another_order_of_signals_is_a_difference_and_of_other_keys_none() -> None:
+    before, now = {"ce_loss": 1.0, "rouge_l": 1.0}, {"rouge_l": 1.0, "ce_loss": 1.0}
+    assert list(differences({"difficulty": {"signals": before}}, {"difficulty": {"signals": now}})) == [
+        "difficulty.signals: ce_loss, rouge_l -> rouge_l, ce_loss (the order)"
+    ]
+    assert list(differences({"loss_args": before}, {"loss_args": now})) == []
+
+
 def test_differences_reach_every_depth() -> None:
     before = {"a": {"b": 1, "c": [1]}, "d": None, "e": 1}
     now = {"a": {"b": 2, "c": [1]}, "d": {"f": 1}, "g": 3}
