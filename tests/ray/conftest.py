@@ -24,7 +24,7 @@ from pocl_ray.records import RowsSummary
 from pocl_ray.session import connect, know_the_cluster
 from pocl_ray.storage import RunDirectory
 
-os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112 - else workers give way to all that runs
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 MAX_TOKENS = 48
 _WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
