@@ -23,6 +23,7 @@ from pocl_ray.deaths import died_of
 from pocl_ray.disk import machine_fault
 from pocl_ray.errors import GaveUpError, ResourceError, UserError
 
+ENDS = (UserError, GaveUpError)
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
 
@@ -57,9 +58,6 @@ class ActorPool:
             "num_cpus": self.num_cpus,
             "batch_size": None,
             "batch_format": "pyarrow",
-            # Of a task, not of an actor: a long job on nodes that come and go may lose many actors, but a task that
-            # kills each of its actors must end. Once more than allowed, so that the last actor may still say why.
-            "max_task_retries": self.scaling.max_failures + 1,
         }
         if self.use_gpu:
             options["num_gpus"] = self.num_gpus
@@ -144,13 +142,10 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            if (mistake := _user_error_in(error)) is not None:
-                raise mistake from None
+            if (end := _end_in(error)) is not None:
+                raise end from None
             if (death := _death_in(error)) is not None:
-                raise GaveUpError(
-                    f"{name}: gave up, since a task lost its actor more often than scaling.max_failures allows; the "
-                    f"last time: {died_of(death)}; the same command does the step again"
-                ) from error
+                raise GaveUpError(f"{name}: {died_of(death)}; the same command does the step again") from error
             raise
 
 
@@ -171,11 +166,11 @@ def quiet_ray_data() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _user_error_in(error: BaseException) -> UserError | None:
-    """Find the user's mistake in a chain of Ray's wrappers."""
+def _end_in(error: BaseException) -> UserError | GaveUpError | None:
+    """Find the user's mistake, or that too much was lost, in a chain of Ray's wrappers."""
     for found in _wrapped(error):
         # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
-        if isinstance(found, UserError) and not isinstance(getattr(found, "cause", None), UserError):
+        if isinstance(found, ENDS) and not isinstance(getattr(found, "cause", None), ENDS):
             return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
         if fault := machine_fault(found, "actors write"):
             return fault

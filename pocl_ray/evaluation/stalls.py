@@ -3,13 +3,15 @@
 Each actor's process writes its pulse into the cluster's key-value store from a thread of its own; the driver reads
 them. An actor whose pulse is too old, or who writes no more (a stopped process), is killed on its node; Ray Data then
 starts another one and gives it the batch again, as after any loss. When that has happened too often, the next actor
-raises what the user is to know, which travels to the driver like any mistake.
+raises what the user is to know, which travels to the driver like any mistake. What dies by itself Ray Data replaces
+without end as well; here each task's actors are counted, so that one that kills all of them ends the job.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 import uuid
@@ -29,11 +31,11 @@ from rich.markup import escape
 from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
-from pocl_ray.errors import StalledError
+from pocl_ray.errors import GaveUpError, StalledError
 from pocl_ray.pulse import Vital, beat, rest, vital
 
 NAMESPACE = "pocl_ray"
-VERDICT = "verdict"
+PULSE, TRIES, VERDICT = "pulse/", "tries/", "verdict"
 REMEDY = "if it was only slow, raise scaling.stall_timeout_s"
 KILL_S = 60.0
 Watched = Callable[[type], type]
@@ -132,7 +134,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
     keeper = threading.Thread(target=_keep, args=(prefix, scaling, what, period_s, over), name="stalls", daemon=True)
     keeper.start()
     try:
-        yield partial(watched, prefix=prefix, period_s=period_s)
+        yield partial(watched, prefix=prefix, period_s=period_s, begin=partial(begin_task, prefix, what, scaling))
     finally:
         over.set()
         keeper.join(KILL_S)
@@ -140,23 +142,28 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
             internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
 
 
-def watched(actor: type, prefix: str, period_s: float) -> type:
+def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], None]) -> type:
     """Return the class of an actor that writes its pulse, under the name of the original.
 
     Args:
         actor: A class for `map_batches` whose `__call__` yields.
         prefix: Of the keys that are written.
         period_s: How often.
+        begin: Called with the id of each task.
     """
 
     class WatchedActor(actor):  # type: ignore[misc, valid-type]
-        _is_new = True
+        _is_new, _task = True, ""
 
         def __call__(self, batch: Any) -> Iterator[Any]:
             if self._is_new:
                 self._is_new = False
                 _raise_verdict(prefix)
                 threading.Thread(target=_write, args=(prefix, period_s), name="pulse", daemon=True).start()
+            task = ray.get_runtime_context().get_task_id() or ""
+            if task != self._task:
+                begin(task)
+                self._task = task
             beat("starting a batch")
             try:
                 for given in super().__call__(batch):
@@ -168,6 +175,25 @@ def watched(actor: type, prefix: str, period_s: float) -> type:
 
     WatchedActor.__name__ = WatchedActor.__qualname__ = actor.__name__  # Ray shows it
     return WatchedActor
+
+
+def begin_task(prefix: str, what: str, scaling: ScalingConfig, task: str) -> None:
+    """Note which process begins a task.
+
+    Ray's own count of retries would not do: while a lost node is not known as lost, each of them fails at once.
+
+    Raises:
+        GaveUpError: As many as may have lost their lives over it.
+    """
+    key = f"{prefix}{TRIES}{task}"
+    before = json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE) or "[]")
+    if len(before) > scaling.max_failures:
+        raise GaveUpError(
+            f"{what}: gave up, since a task lost its actor {len(before)} times, more than scaling.max_failures allows: "
+            f"{', '.join(before)}; out of memory, perhaps; the same command does the step again"
+        )
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    internal_kv._internal_kv_put(key, json.dumps([*before, here]), namespace=NAMESPACE)
 
 
 def _raise_verdict(prefix: str) -> None:
@@ -182,7 +208,7 @@ def _write(prefix: str, period_s: float) -> None:
     while True:
         with suppress(Exception):  # the store may be away for a while, and the thread must outlast that
             text = pulse_text(process, vital(), count)
-            internal_kv._internal_kv_put(f"{prefix}{process.node}-{process.pid}", text, namespace=NAMESPACE)
+            internal_kv._internal_kv_put(f"{prefix}{PULSE}{process.node}-{process.pid}", text, namespace=NAMESPACE)
         count += 1
         time.sleep(period_s)
 
@@ -207,14 +233,14 @@ def _keep(prefix: str, scaling: ScalingConfig, what: str, period_s: float, over:
 
 
 def _read(prefix: str) -> dict[str, str]:
-    keys = [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
-    values = {key: internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys if not key.endswith(VERDICT)}
+    keys = [key.decode() for key in internal_kv._internal_kv_list(prefix + PULSE, namespace=NAMESPACE)]
+    values = {key: internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys}
     return {key: value.decode() for key, value in values.items() if value is not None}
 
 
 def _kill(prefix: str, process: Process) -> bool:
     """Kill a process on its node, and forget it; whether it still lived."""
-    internal_kv._internal_kv_del(f"{prefix}{process.node}-{process.pid}", namespace=NAMESPACE)
+    internal_kv._internal_kv_del(f"{prefix}{PULSE}{process.node}-{process.pid}", namespace=NAMESPACE)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
     try:
         killer = ray.remote(num_cpus=0)(kill_here).options(scheduling_strategy=there)

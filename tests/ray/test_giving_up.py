@@ -82,6 +82,8 @@ def test_a_row_that_kills_its_actor_at_every_try_ends_the_scoring(full_run: Full
     run, output = ends(
         "score", full_run, tmp_path, ("scores", "scores.parquet", "teacher_cache"), difficulty__signals=signals
     )
-    assert "error: scores: gave up, since a task lost its actor more often than scaling.max_failures allows" in output
+    assert (
+        "error: scores: gave up, since a task lost its actor 2 times, more than scaling.max_failures allows" in output
+    )
     assert "the same command does the step again" in output
     assert not (run / "scores.parquet").exists()

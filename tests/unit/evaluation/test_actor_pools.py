@@ -46,13 +46,7 @@ def test_actors_ask_for_what_the_config_says(nodes: Any) -> None:
 def test_what_is_not_asked_for_is_not_said(nodes: Any) -> None:
     nodes({"CPU": 1.0})
     (pool,) = plan_pools(ScalingConfig(), [1], 1)
-    assert set(pool.options()) == {"compute", "num_cpus", "batch_size", "batch_format", "max_task_retries"}
-
-
-def test_a_task_is_not_given_to_actors_without_end(nodes: Any) -> None:
-    nodes({"CPU": 1.0})
-    (pool,) = plan_pools(ScalingConfig(max_failures=2), [1], 1)
-    assert pool.options()["max_task_retries"] == 3
+    assert set(pool.options()) == {"compute", "num_cpus", "batch_size", "batch_format"}
 
 
 def test_too_little_room_is_told_with_the_labels_of_the_nodes(nodes: Any) -> None:

@@ -8,9 +8,14 @@ from types import SimpleNamespace
 
 import cloudpickle
 import psutil
+import pytest
+import ray
 
 from pocl_ray.clocks import started_after_boot_s
-from pocl_ray.evaluation.stalls import Process, StallFinder, kill_here, pulse_text, watched
+from pocl_ray.config import ScalingConfig
+from pocl_ray.errors import GaveUpError
+from pocl_ray.evaluation import stalls
+from pocl_ray.evaluation.stalls import Process, StallFinder, begin_task, kill_here, pulse_text, watched
 from pocl_ray.pulse import Vital, vital
 
 HERE = Process("node", 4242, 1000.0)
@@ -79,13 +84,29 @@ class Doubler:
             yield number * self.factor
 
 
-def test_a_watched_actor_gives_what_the_plain_one_gives_under_its_name() -> None:
-    made = cloudpickle.loads(cloudpickle.dumps(watched(Doubler, "prefix/", 1.0)))
+def test_a_watched_actor_gives_what_the_plain_one_gives_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cloudpickle.loads(cloudpickle.dumps(watched(Doubler, "prefix/", 1.0, list)))
     assert made.__name__ == "Doubler"
     actor = made(2)
     actor._is_new = False  # no cluster to write to
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_task_id=lambda: "task"))
     given = actor([1, 2])
     assert next(given) == 2
     assert (vital().age_s, vital().doing) == (0.0, "starting a batch"), "it waits for who takes it, which is no hang"
     assert list(given) == [4]
     assert vital().doing == "going on with a batch"
+
+
+def test_a_task_that_kills_its_actors_is_begun_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, str] = {}
+    store = SimpleNamespace(
+        _internal_kv_get=lambda key, namespace: kept.get(key, "").encode() or None,
+        _internal_kv_put=lambda key, value, namespace: kept.update({key: value}),
+    )
+    monkeypatch.setattr(stalls, "internal_kv", store)
+    scaling = ScalingConfig(max_failures=2)
+    for _ in range(3):
+        begin_task("job/", "scores", scaling, "task")
+    begin_task("job/", "scores", scaling, "another")
+    with pytest.raises(GaveUpError, match=r"a task lost its actor 3 times, more than scaling\.max_failures.*process"):
+        begin_task("job/", "scores", scaling, "task")
