@@ -6,7 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -75,6 +76,20 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
         return train_watched(task, scaling, _show_on(bar))
 
 
+@contextmanager
+def _ray_train_environment() -> Iterator[None]:
+    """Set what Ray Train reads from the environment and the user has not set; the next run may use another cluster."""
+    of_this_cluster = ONE_MACHINE_ENVIRONMENT if is_one_machine() else CLUSTER_ENVIRONMENT
+    added = {key: value for key, value in {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@_ray_train_environment()
 def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards: Any) -> Standing:
     """Do what `run_training` does, and give `watch` the standing a few times a second.
 
@@ -89,9 +104,6 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
     """
     use_gpu = wants_gpu(scaling)
     wait_for_workers(scaling, use_gpu)
-    of_this_cluster = ONE_MACHINE_ENVIRONMENT if is_one_machine() else CLUSTER_ENVIRONMENT
-    for key, value in {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}.items():
-        os.environ.setdefault(key, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = _Trainer(
