@@ -125,6 +125,12 @@ def checkpoints(run: Path) -> list[Path]:
     return [snapshot.parent / result["checkpoint_dir_name"] for result in taken]
 
 
+def last_step(run: Path) -> int:
+    """The step of the newest checkpoint of distillation that Ray Train has taken over."""
+    (snapshot,) = run.glob("checkpoints/distill-*/checkpoint_manager_snapshot.json")
+    return int(json.loads(snapshot.read_text())["latest_checkpoint_result"]["metrics"]["step"])
+
+
 _BEGINS = re.compile(
     r"(?P<at>\S+ \S+) INFO run=\S+ task=distill stage=\d+ rank=0 step (?P<step>\d+) of \d+, \d+ workers"
 )

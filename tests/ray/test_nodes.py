@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records, started, wait_for
+from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records, last_step, started, wait_for
 from nodes import Nodes, nodes
 from tiny import FullRun, metrics, sha256
 
@@ -104,7 +104,7 @@ def test_a_node_that_is_announced_to_go_is_not_left_without_a_checkpoint(
         two.announce_loss(within_s=600)
         wait_for(two.has_told_a_worker, "a worker that was told", is_over)
         leaving.resume()
-        wait_for(lambda: last_records(run)[-1]["step"] not in evaluated, "a checkpoint for the notice", is_over)
+        wait_for(lambda: last_step(run) not in evaluated, "a checkpoint for the notice", is_over)
         leaving.suspend()
         saved = last_records(run)
         two.lose()
