@@ -129,7 +129,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
         A function that makes an actor's class a watched one.
     """
     # Where several clusters are known to a process, Ray's key-value functions may know another one, or none.
-    internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+    internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
     prefix = f"{uuid.uuid4().hex}/"
     period_s = min(30.0, max(0.5, scaling.stall_timeout_s / 10))
     over = threading.Event()
