@@ -74,10 +74,8 @@ def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes
     assert len(json.loads((run / "environment.json").read_text(encoding="utf-8"))["nodes"]) == 2
     assert not (run / "lease.json").exists()
     on_train_page = json.loads(nodes.dashboard("api/train/v2/runs/v1"))["train_runs"]
-    assert len(on_train_page) == 1, on_train_page
-    (shown,) = on_train_page
-    assert shown["name"].startswith("distill-")
-    assert shown["status"] == "FINISHED"
+    assert {shown["status"] for shown in on_train_page} == {"FINISHED"}
+    (shown,) = [shown for shown in on_train_page if shown["name"].startswith("distill-")]
     assert [len(attempt["workers"]) for attempt in shown["attempts"]] == [2]
 
     excludes = yaml.safe_dump({"excludes": list(EXCLUDES)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -120,14 +119,11 @@ def _wait_for_nodes(address: str, token: str, count: int, started: list[subproce
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ask `ray start --block` to end, and kill what is left of its processes."""
+    """Kill `ray start --block` and its processes, which would take their time to end by themselves."""
+    family = [psutil.Process(process.pid)]
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.kill()
+        family += family[0].children(recursive=True)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
