@@ -17,6 +17,7 @@ import ray.cloudpickle
 from tiny import config_tree
 
 from pocl_ray.config import Config, ScalingConfig
+from pocl_ray.data.preparing import Rows
 from pocl_ray.distill.board import Standing
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.places import ModelRef
@@ -89,7 +90,7 @@ class PretendPipeline:
         rows = RowsSummary("train", "rows/train.arrow", NUM_ROWS, 0, 1, 1, 1, "rows")
         made = SimpleNamespace(ref=ModelRef("model"), fingerprint="model")
         return SimpleNamespace(
-            rows=SimpleNamespace(train=rows, dev=rows), student=made, teacher=made, other_teachers=[]
+            rows=Rows(train=rows, dev=rows, tests={}, leaks={}), student=made, teacher=made, other_teachers=[]
         )
 
 
