@@ -158,9 +158,6 @@ def check_room(config: Config) -> None:
     """
     scaling = config.scaling
     use_gpu = wants_gpu(scaling)
-    for key, teacher in _teachers(config):
-        if teacher.quantization == "int8":
-            check_int8(key, use_gpu)
     if not use_gpu:
         check_without_gpus(config)
     wait_for_workers(scaling, use_gpu)

@@ -168,7 +168,7 @@ class TeacherConfig(ModelConfig):
         "sorted probabilities (distill.loss uld); null: both have one tokenizer",
     )
     quantization: Literal["none", "int8"] = Field(
-        default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`), on CUDA GPUs"
+        default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`)"
     )
     sharded: bool = Field(
         default=False,

@@ -1,9 +1,16 @@
-"""Which kernel computes a divergence, and that Liger's gives what ours gives."""
+"""Which kernel computes a divergence, and that Liger's gives what ours gives.
+
+As a script, it holds Liger's kernels against ours on the CPU; Triton then interprets them.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +148,15 @@ def test_a_mean_over_rows_becomes_the_sum_with_the_factor_of_the_loss(name: str,
     assert_equal(name, CPU, scale)
 
 
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel, of the extra `liger`, is not installed")
+def test_ligers_own_kernels_agree_as_triton_interprets_them_on_the_cpu() -> None:
+    paths = os.pathsep.join([str(Path(kernels.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(COVERED)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels run on CUDA, and this machine has none")
 @pytest.mark.parametrize("name", list(COVERED))
@@ -148,3 +164,10 @@ def test_a_mean_over_rows_becomes_the_sum_with_the_factor_of_the_loss(name: str,
 def test_liger_gives_the_values_and_gradients_of_ours(name: str, scale: float) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel, of the extra `liger`, is not installed")
     assert_equal(name, CUDA, scale)
+
+
+if __name__ == "__main__":
+    for covered in COVERED:
+        for scale_of_logits in (3.0, 60.0):
+            assert_equal(covered, CPU, scale_of_logits)
+        print(covered)

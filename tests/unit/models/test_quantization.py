@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pocl_ray.config import TeacherConfig
 from pocl_ray.errors import ResourceError
+from pocl_ray.models.heads import response_hidden, split_model
 from pocl_ray.models.loading import load_model
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.preparing import reference
@@ -27,13 +30,21 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         check_int8("teacher")
 
 
-def test_without_a_gpu_it_is_refused_where_a_model_would_be_loaded(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, new_model, new_tokenizer
+def test_the_layers_of_the_body_are_in_8_bit_and_say_nearly_the_same(
+    tmp_path: Path, new_model, new_tokenizer, padded_batch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(monkeypatch, is_there=True)
-    place = save_model(new_model("llama_tied"), new_tokenizer(), tmp_path / "teacher")
-    with pytest.raises(ResourceError, match="needs a CUDA GPU, and none is used; set quantization to none"):
-        load_model(ModelRef(str(place), quantization="int8"))
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, of the extra `int8`, is not installed")
+    made = new_model("llama_untied")
+    place = save_model(made, new_tokenizer(), tmp_path / "teacher")
+    loaded = load_model(ModelRef(str(place), quantization="int8"))
+    linear = {name: module for name, module in loaded.named_modules() if isinstance(module, nn.Linear)}
+    assert {module.weight.dtype for name, module in linear.items() if name != "lm_head"} == {torch.int8}
+    assert torch.equal(split_model(loaded).head.weight, made.lm_head.weight)
+    assert torch.equal(loaded.get_input_embeddings().weight, made.get_input_embeddings().weight)
+    with torch.no_grad():
+        exact_NH, got_NH = (response_hidden(model, *padded_batch).float() for model in (made, loaded))
+    assert 0 < float((got_NH - exact_NH).norm()) < 0.1 * float(exact_NH.norm())
+    assert not caplog.records, "a line for every product"
 
 
 def test_on_a_gpu_the_weights_go_straight_to_the_device_in_8_bit(monkeypatch: pytest.MonkeyPatch) -> None:
