@@ -30,11 +30,12 @@ from safetensors.torch import save_file
 
 from pocl_ray.distill.saving import Writer, link_tree
 from pocl_ray.distill.state import TrainingState
+from pocl_ray.distill.storing import PROGRESS
 from pocl_ray.errors import StorageError
 from pocl_ray.storage import file_digest
 
 VERSION = 2
-PROGRESS, METRICS, STATE, BEST = "progress.json", "metrics.jsonl", "state", "best"
+METRICS, STATE, BEST = "metrics.jsonl", "state", "best"
 SHARD_BYTES = 1 << 30
 
 

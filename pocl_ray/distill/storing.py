@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pocl_ray.distill.checkpoints import PROGRESS
 from pocl_ray.errors import StorageError
 from pocl_ray.pulse import touch
 from pocl_ray.storage import RunDirectory
 from pocl_ray.stores import reason
 
+PROGRESS = "progress.json"
+"""The last file of a checkpoint to be written; without it there is none."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's, in the folder of the checkpoints."""
 KEPT = "checkpoint_manager_snapshot.kept.json"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 import ray
@@ -24,16 +24,19 @@ from rich.markup import escape
 from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.board import KeepSnapshots, ProgressBoard, Standing, TellBoards
+from pocl_ray.distill.board import ProgressBoard, Standing
+from pocl_ray.distill.callbacks import KeepSnapshots, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
 from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import resources_per_worker, wait_for_workers
 from pocl_ray.distill.stalls import Silence, StallWatch
 from pocl_ray.distill.storing import mend_snapshot, prune_orphans
-from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import StalledError, UserError
 from pocl_ray.versions import versions
+
+if TYPE_CHECKING:  # the controller's process imports this module as well, and has no use for transformers
+    from pocl_ray.distill.task import TrainTask
 
 POLL_S = 0.3
 ABORT_S = 20.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -50,6 +52,7 @@ NEVER_IMPORTS = {
     "distill/step.py": {"ray"},
     "distill/chunked.py": {"ray"},
     "distill/adaptive.py": {"torch", "ray"},
+    "distill/board.py": {"torch", "transformers", "deepspeed"},
     "distill/rollouts.py": {"ray"},
 }
 
@@ -153,3 +156,10 @@ def test_pure_rooms_never_import_the_heavy_ones(place: str) -> None:
         for name in names & set(MODULES) - set(came_from):
             came_from[name] = module
             waiting.append(name)
+
+
+def test_the_process_of_ray_trains_controller_loads_no_transformers() -> None:
+    """It starts with every training run, and reads its callbacks, policies and worker function from this module."""
+    code = "import sys, pocl_ray.distill.trainer; print(*({'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

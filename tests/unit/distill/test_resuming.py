@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from pocl_ray.distill.checkpoints import METRICS, PROGRESS, STATE, Progress, write_progress
+from pocl_ray.distill.checkpoints import METRICS, STATE, Progress, write_progress
 from pocl_ray.distill.resuming import newest_whole, resume
+from pocl_ray.distill.storing import PROGRESS
 from pocl_ray.errors import StorageError
 
 
