@@ -9,7 +9,8 @@ ROWS   := ../shared/data
 ARGS   ?=
 
 BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py
-FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_hangs.py test_node_lost_on_s3.py)
+FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_hangs.py test_node_lost_on_s3.py \
+    test_rollout_kills.py)
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 

@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from tiny import ROOT, cli_environment, command, metrics
 
 WEIGHTS = "student/model.safetensors"
 DISTILLED = ("student", "metrics.jsonl", "checkpoints/distill-*")
 PATIENCE_S = 600.0
+IS_LONG_FORM = os.environ.get("POCL_FAULTS") == "all"
+long_form = pytest.mark.skipif(not IS_LONG_FORM, reason="part of `make test-faults`")
+"""Marks what `make test` leaves out: it has the short form, one case of each kind."""
 
 
 def wait_for(happened: Callable[[], Any], what: str, is_over: Callable[[], bool]) -> Any:

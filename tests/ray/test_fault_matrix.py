@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults import next_step_after, started, wait_for
+from faults import IS_LONG_FORM, next_step_after, started, wait_for
 from matrix import CASES, LINE, RECOVERY_S, SHORT, STEPS, Outcome, strike
 from nodes import Nodes, nodes
 from tiny import FullRun
@@ -27,7 +26,7 @@ def two() -> Iterator[Nodes]:
         yield made
 
 
-@pytest.mark.parametrize(("name", "fault"), CASES if os.environ.get("POCL_FAULTS") == "all" else SHORT)
+@pytest.mark.parametrize(("name", "fault"), CASES if IS_LONG_FORM else SHORT)
 def test_a_fault_in_a_step_changes_nothing_of_its_result(
     name: str,
     fault: str,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import DISTILLED, WEIGHTS, checkpoints, started
+from faults import DISTILLED, WEIGHTS, checkpoints, long_form, started
 from tiny import ROOT, FullRun
 
 from pocl_ray.config.loading import dump_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800), long_form]
 
 PLUGIN = """
 import os
@@ -76,7 +76,6 @@ def test_a_worker_that_fails_at_every_try_ends_the_run_with_its_cause(full_run: 
     assert not (run / WEIGHTS).exists()
 
 
-@pytest.mark.skipif(os.environ.get("POCL_FAULTS") != "all", reason="part of `make test-faults`")
 def test_a_row_that_kills_its_actor_at_every_try_ends_the_scoring(full_run: FullRun, tmp_path: Path) -> None:
     signals = ["rouge_l", "ce_loss", "deadly"]
     run, output = ends(

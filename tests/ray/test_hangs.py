@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import DISTILLED, WEIGHTS, has_checkpoint, outliving, processes_of, started, wait_for
+from faults import DISTILLED, WEIGHTS, has_checkpoint, long_form, outliving, processes_of, started, wait_for
 from matrix import STEPS
 from tiny import ROOT, FullRun, metrics, sha256
 
@@ -20,9 +20,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        os.environ.get("POCL_FAULTS") != "all", reason="part of `make test-faults`: it waits for timeouts to pass"
-    ),
+    long_form,  # it waits for timeouts to pass
 ]
 
 # Shorter than a user's, longer than processes need to start on a machine under load.

@@ -17,6 +17,7 @@ from faults import (
     checkpoints,
     has_checkpoint,
     is_core,
+    long_form,
     outliving,
     processes_of,
     started,
@@ -88,6 +89,7 @@ def test_a_killed_scoring_actor_loses_no_row_and_changes_no_figure(
         assert sha256(run / shard.relative_to(full_run.run)) == sha256(shard)
 
 
+@long_form
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(full_run: FullRun, tmp_path: Path) -> None:
     config, run = full_run.copy(tmp_path, DISTILLED)
     path = tmp_path / "tiny.yaml"

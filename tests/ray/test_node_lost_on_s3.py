@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
-from faults import DISTILLED, WEIGHTS, started, wait_for
+from faults import DISTILLED, WEIGHTS, long_form, started, wait_for
 from nodes import nodes
 from tiny import FullRun, sha256
 
@@ -21,7 +20,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(os.environ.get("POCL_FAULTS") != "all", reason="part of `make test-faults`"),
+    long_form,
 ]
 
 SEEN_STEP = 6

@@ -8,13 +8,14 @@ from typing import Any
 
 import psutil
 import pytest
+from faults import long_form
 from test_kills import aside, begun, has_checkpoint, processes_of, wait_for  # noqa: F401 (aside is a fixture)
 from tiny import config_tree, metrics, sha256
 
 from pocl_ray.config import Config
 from pocl_ray.pipeline import Pipeline
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800), long_form]
 
 WEIGHTS = "student/model.safetensors"
 # The threshold stands high and the buffer is full after two rollouts: rows, the student and the buffer all come up.
