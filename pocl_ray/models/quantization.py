@@ -1,7 +1,7 @@
 """Frozen models in 8 bit, through bitsandbytes (LLM.int8(), arXiv 2208.07339), which is an extra.
 
 The linear layers of the body are quantized; embeddings and the LM head stay as they are, so that hidden states and head
-work as everywhere. Meant for CUDA GPUs; CPUs do it too, which saves memory there and no time.
+work as everywhere. Meant for CUDA GPUs; CPUs do it too.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ DISTILLED = ("student", "metrics.jsonl", "checkpoints/distill-*")
 PATIENCE_S = 600.0
 IS_LONG_FORM = os.environ.get("POCL_FAULTS") == "all"
 long_form = pytest.mark.skipif(not IS_LONG_FORM, reason="part of `make test-faults`")
-"""Marks what `make test` leaves out: it has the short form, one case of each kind."""
+"""Marks what `make test` leaves out; some kinds of fault, hangs and announced losses among them, are only here."""
 
 
 def wait_for(happened: Callable[[], Any], what: str, is_over: Callable[[], bool]) -> Any:
