@@ -41,10 +41,42 @@ def test_the_layers_of_the_body_are_in_8_bit_and_say_nearly_the_same(
     assert {module.weight.dtype for name, module in linear.items() if name != "lm_head"} == {torch.int8}
     assert torch.equal(split_model(loaded).head.weight, made.lm_head.weight)
     assert torch.equal(loaded.get_input_embeddings().weight, made.get_input_embeddings().weight)
+    products = watched_products(loaded, names := [name for name in linear if name != "lm_head"])
     with torch.no_grad():
         exact_NH, got_NH = (response_hidden(model, *padded_batch).float() for model in (made, loaded))
-    assert 0 < float((got_NH - exact_NH).norm()) < 0.1 * float(exact_NH.norm())
+    assert set(products) == set(names)
+    for name, (x_NI, y_NO) in products.items():
+        weight_OI = made.get_submodule(name).weight
+        error_NO = (y_NO - x_NI @ weight_OI.T).abs()
+        assert bool((error_NO <= rounding_of_int8(x_NI, weight_OI)).all()), name
+    assert not torch.equal(got_NH, exact_NH)
     assert not caplog.records, "a line for every product"
+
+
+def watched_products(model: nn.Module, names: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Have linear layers without a bias note what they multiply next, (N, I), and what comes of it, (N, O)."""
+    products: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def note(name: str, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        products[name] = given[0].float().flatten(0, -2), made.float().flatten(0, -2)
+
+    for name in names:
+        layer = model.get_submodule(name)
+        assert layer.bias is None
+        layer.register_forward_hook(lambda _, given, made, name=name: note(name, given, made))
+    return products
+
+
+def rounding_of_int8(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """The most that LLM.int8() may be off: each row of both is rounded to its largest entry / 127, shape (N, O).
+
+    So an entry moves by half of that, and the product by the sum of what both move; inputs and result are in float16.
+    """
+    half_x_N1 = x_NI.abs().amax(1, keepdim=True) / 254
+    half_w_1O = weight_OI.abs().amax(1)[None] / 254
+    moved_NO = x_NI.abs().sum(1, keepdim=True) * half_w_1O + half_x_N1 * weight_OI.abs().sum(1)[None]
+    in_half_precision_NO = 4 * 2.0**-11 * (x_NI.abs() @ weight_OI.abs().T)
+    return moved_NO + half_x_N1 * half_w_1O * x_NI.shape[1] + in_half_precision_NO
 
 
 def test_on_a_gpu_the_weights_go_straight_to_the_device_in_8_bit(monkeypatch: pytest.MonkeyPatch) -> None:
