@@ -7,6 +7,7 @@ from the image or the nodes' set-up (`cluster/README.md`), not from the job.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -89,6 +90,7 @@ def submit(submission: Submission, wait: bool = True) -> int:
     config = load_config(submission.config, list(submission.overrides))
     check_lasts(config.storage_path)
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
+    _quieten_packing()
     try:
         client = JobSubmissionClient(submission.address)
         job = client.submit_job(
@@ -112,6 +114,13 @@ def submit(submission: Submission, wait: bool = True) -> int:
         soft_wrap=True,
     )
     return _follow(client, job) if wait else 0
+
+
+def _quieten_packing() -> None:
+    """Have Ray tell only of files that are too large while it packs, not of each `.gitignore` and what stays behind."""
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
 
 
 def entrypoint(submission: Submission) -> str:
