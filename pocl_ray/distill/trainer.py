@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
@@ -159,6 +160,9 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
 class _Trainer(TorchTrainer):
     """A TorchTrainer with policies of our own, and its watchdog of placement groups where it is needed.
 
+    It hands its workers no datasets (they read rows and caches by themselves), so the process that would split those is
+    not started.
+
     Attributes:
         has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
             cluster ends with it, or a board. The watchdog asks the State API, which a cluster without a dashboard
@@ -173,7 +177,8 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        return [each for each in callbacks if self.has_watchdog or not isinstance(each, PlacementGroupCleanerCallback)]
+        unused = (DatasetsCallback,) if self.has_watchdog else (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in callbacks if not isinstance(each, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         assert isinstance(self.scaling_config, RayScalingConfig)
