@@ -10,11 +10,15 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# Processes of a test are forked from one that has imported what takes longest.
+set_forkserver_preload(["deepspeed", "pocl_ray.distill.setup"])
 
 
 class RayApart(LoadScopeScheduling):

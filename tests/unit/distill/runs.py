@@ -165,7 +165,7 @@ def train_all(runs: list[tuple[TrainTask, Path, Path | None]], num_workers: int 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(runs, num_workers, port), nprocs=num_workers, join=True)
+    mp.start_processes(_worker, (runs, num_workers, port), num_workers, start_method="forkserver")
     return [_outcome(folder) for _, folder, _ in runs]
 
 

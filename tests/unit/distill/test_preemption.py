@@ -33,7 +33,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_workers_that_are_told_at_different_steps_save_together(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(_worker, (2, str(tmp_path)), 2, start_method="forkserver")
     for rank in (0, 1):
         seen: dict[str, Any] = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert seen == {"saved": [1], "answers": [False, True, False, False, False, False]}

@@ -162,7 +162,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(worker, (num_workers, port, str(folder)), nprocs=num_workers)
+        arguments = (num_workers, port, str(folder))
+        torch.multiprocessing.start_processes(worker, arguments, num_workers, start_method="forkserver")
     return folder
 
 

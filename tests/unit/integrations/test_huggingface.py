@@ -241,7 +241,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_train_as_one_of_two, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(_train_as_one_of_two, (port, str(tmp_path)), 2, start_method="forkserver")
     halves = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     alone = a_trainer(tmp_path, plan(), **PLAIN_SGD)
     alone.train()
