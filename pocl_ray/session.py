@@ -33,6 +33,8 @@ HERE = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    # One for each CPU, without the hook of ours, so that none of them would ever get work.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

@@ -21,6 +21,8 @@ from tiny import ROOT, cli_environment, command, metrics
 WEIGHTS = "student/model.safetensors"
 DISTILLED = ("student", "metrics.jsonl", "checkpoints/distill-*")
 PATIENCE_S = 600.0
+LOOK_EVERY_S = 0.05
+"""To look takes a part of a core from what is looked at, as it goes through all processes of the machine."""
 IS_LONG_FORM = os.environ.get("POCL_FAULTS") == "all"
 long_form = pytest.mark.skipif(not IS_LONG_FORM, reason="part of `make test-faults`")
 """Marks what `make test` leaves out; some kinds of fault, hangs and announced losses among them, are only here."""
@@ -32,7 +34,7 @@ def wait_for(happened: Callable[[], Any], what: str, is_over: Callable[[], bool]
     while not (found := happened()):
         assert not is_over(), f"all was over before {what}"
         assert time.monotonic() < deadline, f"no sign of {what}"
-        time.sleep(0.01)
+        time.sleep(LOOK_EVERY_S)
     return found
 
 
