@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ START_ATTEMPTS = 3
 RETRY_S = 2.0
 REACH_S = 10.0
 """A head that was started a moment ago may not listen yet; Ray itself would try for many minutes."""
+LOOK_S = 5.0
+GRACE_S = 30.0
+"""How long a process that has lost its raylet has to end by itself."""
 # Of a cluster of our own; a shared one keeps its idea of when a node is dead. The only node of ours is never dead,
 # however long a machine under load leaves it without an answer: Ray would end this process without a word.
 HERE = {
@@ -126,7 +130,7 @@ def connect(address: str | None, **options: Any) -> None:
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **{"runtime_env": {"worker_process_setup_hook": know_the_cluster}, **options},
+                **{"runtime_env": {"worker_process_setup_hook": set_up_worker}, **options},
             )
             return
         except Exception as error:  # Ray raises nothing more special
@@ -151,9 +155,32 @@ def _muted_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def set_up_worker() -> None:
+    """Prepare a process of Ray's, before it does any work."""
+    know_the_cluster()
+    end_with_the_node()
+
+
 def know_the_cluster() -> None:
     """Tell libraries in a worker which cluster it belongs to.
 
     They look it up in a file of the machine otherwise, which may still name a cluster that died.
     """
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+def end_with_the_node() -> None:
+    """Have this process end where its node's raylet has ended, a while after that.
+
+    Ray ends it at once in nearly all cases; after a killed driver now and then one was left, for ever.
+    """
+    raylet = os.getppid()
+    if os.environ.get("RAY_RAYLET_PID") == str(raylet):  # not where something else, as a container, stands between
+        threading.Thread(target=_await_the_end_of, args=(raylet,), daemon=True).start()
+
+
+def _await_the_end_of(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    time.sleep(GRACE_S)
+    os._exit(1)

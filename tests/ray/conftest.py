@@ -21,7 +21,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary
-from pocl_ray.session import connect, know_the_cluster
+from pocl_ray.session import connect, set_up_worker
 from pocl_ray.storage import RunDirectory
 
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -49,7 +49,7 @@ def cluster() -> Iterator[None]:
         num_cpus=4,
         runtime_env={
             "env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},  # this checkout, not an installed one
-            "worker_process_setup_hook": know_the_cluster,
+            "worker_process_setup_hook": set_up_worker,
         },
     )
     yield

@@ -1,9 +1,14 @@
-"""What a wrong RAY_ADDRESS is told; nothing is connected."""
+"""What a wrong RAY_ADDRESS is told, and the end of a process that lost its node; nothing is connected."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from pocl_ray import session
@@ -38,3 +43,44 @@ def test_an_address_where_somebody_listens_is_left_to_ray() -> None:
     session.check_address("auto")
     with socket.create_server(("127.0.0.1", 0)) as server:
         session.check_address(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+WORKER = """
+import time
+from pocl_ray import session
+session.LOOK_S = session.GRACE_S = 0.05
+session.end_with_the_node()
+print("up", flush=True)
+time.sleep(300)
+"""
+RAYLET = """
+import os, subprocess, sys, time
+env = {**os.environ, "RAY_RAYLET_PID": sys.argv[1] or str(os.getpid())}
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[2]], env=env, stdout=subprocess.PIPE)
+worker.stdout.readline()
+print(worker.pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(("raylet_pid", "ends"), [("", True), ("1", False)], ids=["its raylet", "another's"])
+def test_a_process_ends_after_its_raylet(raylet_pid: str, ends: bool) -> None:
+    raylet = subprocess.Popen([sys.executable, "-c", RAYLET, raylet_pid, WORKER], stdout=subprocess.PIPE)
+    assert raylet.stdout is not None
+    worker = psutil.Process(int(raylet.stdout.readline()))
+    raylet.kill()
+    raylet.communicate()
+    try:
+        deadline = time.monotonic() + (30 if ends else 1)
+        while is_alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert is_alive(worker) is not ends
+    finally:
+        if is_alive(worker):
+            worker.kill()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
