@@ -172,7 +172,7 @@ def know_the_cluster() -> None:
 def end_with_the_node() -> None:
     """Have this process end where its node's raylet has ended, a while after that.
 
-    Ray ends it at once in nearly all cases; after a killed driver now and then one was left, for ever.
+    Ray means to end it at once; after a killed driver one was seen that lived on for half an hour, until it was killed.
     """
     raylet = os.getppid()
     if os.environ.get("RAY_RAYLET_PID") == str(raylet):  # not where something else, as a container, stands between
