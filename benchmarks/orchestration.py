@@ -44,7 +44,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary, Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 BAR, SAME_LOSS = 1.05, 1e-4
 BATCH_ROWS, MICRO_BATCH_ROWS = 8, 4
@@ -165,7 +165,7 @@ def our_losses(task: TrainTask, with_ray: bool) -> list[tuple[float, float]]:
     """(seconds, loss) of each step of a run, from its metric stream."""
     if with_ray:
         from pocl_ray.config import ScalingConfig
-        from pocl_ray.distill.trainer import run_training
+        from pocl_ray.ray_train.driver import run_training
 
         run_training(task, ScalingConfig())
         records = [json.loads(line) for line in task.run_dir.local(task.metrics).read_text().splitlines()]
@@ -190,7 +190,7 @@ def run_side(options: argparse.Namespace) -> list[tuple[float, float]]:
             return plain_losses(task)
         if options.without_ray:
             return our_losses(task, with_ray=False)
-        from pocl_ray.session import ray_session
+        from pocl_ray.ray_cluster.session import ray_session
 
         with ray_session():
             return our_losses(task, with_ray=True)

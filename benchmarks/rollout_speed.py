@@ -29,8 +29,8 @@ from datasets import Dataset
 from step_sides import random_model, smollm2_shape
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pocl_ray.distill.decoding import decode
-from pocl_ray.evaluation.generation import pad_left
+from pocl_ray.answers.decode import decode
+from pocl_ray.answers.generate import pad_left
 from pocl_ray.models.shrink import cut_layers
 
 Write = Callable[[list[np.ndarray]], int]

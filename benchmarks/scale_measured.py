@@ -20,7 +20,7 @@ from scale_model import Model, fit, training_flops
 
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 TOLERANCE = 0.25
 EVEN = 0.15
@@ -104,7 +104,7 @@ def score_sizes(sizes: Sequence[int]) -> bool:
     scored several times, as a second of something else on the machine is much for them. Memory is what the driver
     itself allocated (the kernel's RssAnon), not what it maps of the rows' file and of Ray's object store.
     """
-    from pocl_ray.session import ray_session
+    from pocl_ray.ray_cluster.session import ray_session
 
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else workers give way to all that runs
     print(f"\nscoring on Ray\n{'rows':>9} {'s':>8} {'rows/s':>8} {'driver MiB before':>18} {'at its peak':>12}")
@@ -174,7 +174,7 @@ def _rows(run_dir: RunDirectory, num_rows: int) -> RowsSummary:
 
 def _score(made: _Prepared, num_rows: int) -> _Scored:
     from pocl_ray.config import DifficultyConfig, ScalingConfig
-    from pocl_ray.difficulty import results, scoring
+    from pocl_ray.difficulty import job, results
 
     came: list[tuple[float, int]] = []
 
@@ -188,8 +188,8 @@ def _score(made: _Prepared, num_rows: int) -> _Scored:
     rows = _rows(made.run_dir, num_rows)
     generation = {"max_new_tokens": 4, "batch_rows": 256}
     before, start = _own_bytes(), time.perf_counter()
-    with patch.object(scoring, "Results", Clocked), _Peak() as peak:
-        table, _ = scoring.score_rows(
+    with patch.object(job, "Results", Clocked), _Peak() as peak:
+        table, _ = job.score_rows(
             rows=rows,
             dev_rows=rows,
             run_dir=made.run_dir,

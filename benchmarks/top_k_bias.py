@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.teaching import TopKTeaching
+from pocl_ray.distill.targets import TopKTeaching
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.top_k import TopK, top_k_of
+from pocl_ray.teacher_cache.top_k import TopK, top_k_of
 
 KEPT = (1, 8, 64, 512)
 LOSSES = ("forward_kl", "reverse_kl", "skewed_reverse_kl")

@@ -17,7 +17,7 @@ import typer
 from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, UserError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 app = typer.Typer(
     help="Distil large language models into small ones by progressive overload, on Ray.",
@@ -87,7 +87,7 @@ def evaluate(
 ) -> None:
     """Compare the student with where it came from; or score given answers, as JSON."""
     if predictions is not None and references is not None and config is None:
-        from pocl_ray.evaluation.rouge import score_files
+        from pocl_ray.answers.rouge import score_files
 
         print(json.dumps(score_files(predictions, references)))
         return
@@ -157,7 +157,7 @@ def submit(
     ] = None,
 ) -> None:
     """Run on a Ray cluster, as a job."""
-    from pocl_ray.submit import Submission, parse_env, submit
+    from pocl_ray.ray_cluster.submit import Submission, parse_env, submit
 
     if not address:
         raise UserError("submit: no cluster is named; give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS")
@@ -168,9 +168,9 @@ def submit(
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
     """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
     config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
-    from pocl_ray.disk import machine_fault
     from pocl_ray.pipeline import Pipeline
-    from pocl_ray.session import ray_session
+    from pocl_ray.ray_cluster.session import ray_session
+    from pocl_ray.run_directory.disk import machine_fault
 
     with ExitStack() as stack:
         pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))

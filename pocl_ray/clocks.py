@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 MAX_SKEW_S = 300.0
 """Object stores refuse requests that are 15 minutes off; long before that somebody should know."""

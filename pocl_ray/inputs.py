@@ -16,7 +16,7 @@ from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
 from pocl_ray.data.pairing import told_pairing
 from pocl_ray.data.preparation import row_tokenizer
-from pocl_ray.data.preparing import (
+from pocl_ray.data.prepare import (
     PAIRING,
     SUMMARY,
     Rows,
@@ -26,14 +26,12 @@ from pocl_ray.data.preparing import (
     training_texts,
 )
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.dependencies import sft_dependencies
 from pocl_ray.distill.planning import sft_task
-from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import OwnTokens
-from pocl_ray.manifest import StepResult
+from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import (
+from pocl_ray.models.prepare import (
     check_student_tokenizer,
     check_teacher_tokenizer,
     make_student,
@@ -41,13 +39,15 @@ from pocl_ray.models.preparing import (
     origin_fingerprint,
     reference,
 )
+from pocl_ray.ray_train.driver import train_counted
 from pocl_ray.records import TEACHER, RowsSummary
 from pocl_ray.responses.handing_over import hand_over_responses, own_files, with_responses
-from pocl_ray.responses.rows import OWN_REJECTS, replace_responses, settle_rejects
-from pocl_ray.responses.rows import SUMMARY as RESPONSES_SUMMARY
+from pocl_ray.responses.replace import OWN_REJECTS, replace_responses, settle_rejects
+from pocl_ray.responses.replace import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
+from pocl_ray.run_directory.manifest import StepResult
+from pocl_ray.run_directory.storage import fingerprint, localize
 from pocl_ray.steps import Steps
-from pocl_ray.storage import fingerprint, localize
 
 TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 

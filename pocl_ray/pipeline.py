@@ -21,25 +21,25 @@ from pocl_ray.config import Config
 from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.difficulty.choice import choose_signals, rank_table
-from pocl_ray.difficulty.scoring import cache_teacher, score_rows
+from pocl_ray.difficulty.job import cache_teacher, score_rows
 from pocl_ray.distill.planning import cache_folder, curriculum_task
-from pocl_ray.distill.trainer import train_counted
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity
-from pocl_ray.identity import Claim
+from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
-from pocl_ray.lease import refusal
-from pocl_ray.manifest import StepResult
-from pocl_ray.models.cache_writer import FORMAT_VERSION
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import trained_reference
+from pocl_ray.models.prepare import trained_reference
 from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
+from pocl_ray.ray_train.driver import train_counted
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
+from pocl_ray.run_directory.claim import Claim
+from pocl_ray.run_directory.lease import refusal
+from pocl_ray.run_directory.manifest import StepResult
 from pocl_ray.steps import Steps
+from pocl_ray.teacher_cache.writer import FORMAT_VERSION
 from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"

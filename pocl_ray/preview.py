@@ -13,9 +13,9 @@ from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
-from pocl_ray.models.cache_writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.records import RowsSummary, Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.teacher_cache.writer import DTYPES, Layout, estimate_bytes
 from pocl_ray.teacher_use import any_training_reads_teacher
 
 
@@ -105,7 +105,7 @@ def _prepared(config: Config, for_teacher: bool = False) -> dict[str, RowsSummar
 
 
 def _count(config: Config) -> int:
-    from pocl_ray.data.preparing import count_rows
+    from pocl_ray.data.prepare import count_rows
 
     return count_rows(config.data)
 

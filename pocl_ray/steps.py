@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pocl_ray.console import console
-from pocl_ray.identity import environment
-from pocl_ray.manifest import Manifest, StepResult
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.claim import environment
+from pocl_ray.run_directory.manifest import Manifest, StepResult
+from pocl_ray.run_directory.storage import RunDirectory
 
 ENVIRONMENT = "environment.json"
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from pocl_ray.data.pairing import Pairs
-from pocl_ray.models.top_k import TopK
 from pocl_ray.records import Stage
+from pocl_ray.teacher_cache.top_k import TopK
 
 # Axes: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
 

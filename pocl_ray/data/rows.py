@@ -25,7 +25,7 @@ from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_p
 from pocl_ray.data.sources import read_source
 from pocl_ray.errors import DataError
 from pocl_ray.records import ID, SOURCE_ROW, RowsSummary
-from pocl_ray.storage import file_digest
+from pocl_ray.run_directory.storage import file_digest
 
 __all__ = [
     "RowStore",

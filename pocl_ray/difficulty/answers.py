@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.rouge import rouge_l_batch
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import rouge_l_batch
 
 
 def score_answers(

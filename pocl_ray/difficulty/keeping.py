@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from pocl_ray.models.top_k import TopK, concatenate, top_k_of
+from pocl_ray.teacher_cache.top_k import TopK, concatenate, top_k_of
 
 
 class Keeper(Protocol):

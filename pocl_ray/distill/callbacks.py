@@ -8,8 +8,8 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 from ray.util.placement_group import PlacementGroup
 
-from pocl_ray.distill.storing import keep_snapshot
-from pocl_ray.storage import RunDirectory
+from pocl_ray.ray_train.checkpoints import keep_snapshot
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 class KeepSnapshots(ReportCallback):

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.step import StepSettings
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
 
 
 class DevEvaluator:

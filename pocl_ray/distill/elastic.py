@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 
-from pocl_ray.capacity import room_for, usable_nodes
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster.capacity import room_for, usable_nodes
 
 logger = logging.getLogger(__name__)
 

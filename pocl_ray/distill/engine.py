@@ -21,7 +21,7 @@ from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ConfigError
-from pocl_ray.pulse import beat
+from pocl_ray.heartbeat import beat
 from pocl_ray.records import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,7 +11,7 @@ import numpy as np
 
 from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.adaptive import Source
+from pocl_ray.distill.rollout_schedule import Source
 from pocl_ray.distill.teachers import Teachers
 from pocl_ray.records import Stage
 

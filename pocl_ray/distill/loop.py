@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_ray.disk import GIB
-from pocl_ray.distill.checkpoints import BEST, STATE, Progress, complete, state_reader, write_state
+from pocl_ray.distill.checkpoint import BEST, STATE, Progress, complete, state_reader, write_state
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
@@ -34,6 +33,7 @@ from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
+from pocl_ray.run_directory.disk import GIB
 
 OnCheckpoint = Callable[[Progress, Written | None], None]
 OnStep = Callable[[Progress, dict[str, Any]], None]

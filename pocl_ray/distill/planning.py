@@ -8,11 +8,11 @@ from typing import Literal
 
 from pocl_ray.config import Config, RolloutConfig
 from pocl_ray.curriculum.schedule import plan_sft
-from pocl_ray.data.preparing import Rows
+from pocl_ray.data.prepare import Rows
 from pocl_ray.distill.task import Rescoring, TeacherTask, TrainTask
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 RESCORED = "scores/stages"
 """Tables of the rankings made between stages, beside the output of the run that made them."""

@@ -32,8 +32,8 @@ from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed
 from pocl_ray.distill.task import Rescoring, TrainTask
 from pocl_ray.distill.teachers import Teachers
+from pocl_ray.heartbeat import beat
 from pocl_ray.models.heads import HeadWeights, head_of, split_model
-from pocl_ray.pulse import beat
 from pocl_ray.records import ID, PREVIOUS_RANK, RANK, RRF_SCORE, Stage
 
 ORDER = "order.safetensors"

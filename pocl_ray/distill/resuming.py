@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocl_ray.distill.checkpoints import DamagedCheckpointError, Progress, read_progress
+from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
 from pocl_ray.distill.loop import TrainingLoop
 from pocl_ray.errors import StorageError
 

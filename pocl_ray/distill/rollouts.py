@@ -21,7 +21,9 @@ from safetensors.numpy import load_file, save_file
 from pocl_ray.config import RolloutConfig
 from pocl_ray.data.batching import MicroBatch, collate, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.adaptive import (
+from pocl_ray.distill.engine import Engine
+from pocl_ray.distill.feed import GlobalBatch
+from pocl_ray.distill.rollout_schedule import (
     AdaptiveSchedule,
     ReplayBuffer,
     draw_of,
@@ -29,9 +31,7 @@ from pocl_ray.distill.adaptive import (
     replay_generator,
     source_of,
 )
-from pocl_ray.distill.engine import Engine
-from pocl_ray.distill.feed import GlobalBatch
-from pocl_ray.distill.writers import Writer
+from pocl_ray.distill.rollout_writers import Writer
 
 BUFFER = "rollouts.safetensors"
 

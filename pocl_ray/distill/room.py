@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster.capacity import in_words, room_for, usable_nodes, wait_for_room, where, with_accelerator
 
 
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:

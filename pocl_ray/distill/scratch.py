@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from pocl_ray.clocks import started_after_boot_s
-from pocl_ray.lease import machine
-from pocl_ray.storage import fingerprint
+from pocl_ray.run_directory.lease import machine
+from pocl_ray.run_directory.storage import fingerprint
 
 _NAME = re.compile(r"pocl-ray-(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-")
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from pocl_ray.answers.generate import stop_ids_of
 from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.dev import DevEvaluator
@@ -16,12 +17,11 @@ from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
 from pocl_ray.distill.rescoring import Rescorer
+from pocl_ray.distill.rollout_writers import TransformersWriter, VllmWriter, Writer
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import load_teachers, teachers_of
-from pocl_ray.distill.writers import TransformersWriter, VllmWriter, Writer
-from pocl_ray.evaluation.generation import stop_ids_of
 from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pocl_ray.distill.engine import Engine
 from pocl_ray.errors import ConfigError
-from pocl_ray.pulse import beat
+from pocl_ray.heartbeat import beat
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)

@@ -17,7 +17,7 @@ from pocl_ray.config import (
 )
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from pocl_ray.data.pairing import Pairs
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.task import TeacherTask, TrainTask
-from pocl_ray.models.head_files import load_head
+from pocl_ray.models.frozen import LiveTeacher
+from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import HiddenCache
-from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.models.sharding import ShardedTeacher
-from pocl_ray.models.top_k import TopK
 from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.records import RowsSummary
+from pocl_ray.teacher_cache.top_k import TopK
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from pocl_ray.config import DistillConfig
 from pocl_ray.config.training import TokenScore
 from pocl_ray.distill.chunked import Teaching
-from pocl_ray.distill.teaching import entropy_of
+from pocl_ray.distill.targets import entropy_of
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ import ray.data
 from ray.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import EvaluationConfig, GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
-from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.ray_cluster.actor_pools import collect, plan_pools, quiet_ray_data
+from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import ID, RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 PREDICTIONS = "predictions.parquet"
 GREEDY = -1

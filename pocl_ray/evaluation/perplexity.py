@@ -25,12 +25,12 @@ from ray.data import Dataset
 from pocl_ray.config import ScalingConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
-from pocl_ray.evaluation.stalls import stall_watch
-from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
+from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.ray_cluster.actor_pools import collect, plan_pools, quiet_ray_data
+from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 _BATCH_TOKENS = 8192
 _CHUNK_MIB = 64

@@ -27,7 +27,7 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.ranking import Easy, rank_rows
 from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import RANK, Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 IntArray = npt.NDArray[np.int64]
 

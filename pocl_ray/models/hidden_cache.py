@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocl_ray.models.cache_reader import TeacherCache
-from pocl_ray.models.cache_writer import DTYPES, CacheMeta, Layout, ShardInfo, estimate_bytes, write_index, write_shard
+from pocl_ray.teacher_cache.reader import TeacherCache
+from pocl_ray.teacher_cache.writer import DTYPES, CacheMeta, Layout, ShardInfo, estimate_bytes, write_index, write_shard
 
 __all__ = ["CacheMeta", "HiddenCache", "Layout", "ShardInfo", "estimate_bytes", "write_index", "write_shard"]
 

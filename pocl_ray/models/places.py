@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING
 
 from pocl_ray.errors import ModelError
-from pocl_ray.storage import localize
+from pocl_ray.run_directory.storage import localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]

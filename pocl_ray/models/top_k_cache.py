@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from pocl_ray.errors import StorageError
-from pocl_ray.models.cache_reader import TeacherCache
-from pocl_ray.models.cache_writer import DTYPES
-from pocl_ray.models.top_k import TopK
+from pocl_ray.teacher_cache.reader import TeacherCache
+from pocl_ray.teacher_cache.top_k import TopK
+from pocl_ray.teacher_cache.writer import DTYPES
 
 
 class TopKCache(TeacherCache):

@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.data.preparing import FOR_TEACHER, Rows
+from pocl_ray.data.prepare import FOR_TEACHER, Rows
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import arrow_writer, check_rejects, summarize_rows
 from pocl_ray.data.tokenization import RowTokenizer
 from pocl_ray.records import PROMPT, RowsSummary
-from pocl_ray.responses.rows import (
+from pocl_ray.responses.replace import (
     EMPTY,
     FOLDER,
     ROWS,
@@ -32,7 +32,7 @@ from pocl_ray.responses.rows import (
     write_summary,
 )
 from pocl_ray.responses.writing import STOPPED
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 TEACHER_ROWS, TEACHER_SUMMARY = f"{FOLDER}/{FOR_TEACHER}/train.arrow", f"{FOLDER}/{FOR_TEACHER}/summary.json"
 

@@ -3,7 +3,7 @@
     row ids -> TeacherWriter pool -> parts of answers in the run directory
 
 Rows of similar prompt length share a batch; some batches make a part, which is written whole by the actor that did it.
-Only lengths decide which rows meet, and a row's answer is drawn by numbers of its own (`evaluation/sampling.py`), so
+Only lengths decide which rows meet, and a row's answer is drawn by numbers of its own (`answers/sampling.py`), so
 neither the number of actors nor an interruption changes what is written: a run that goes on does the missing parts.
 """
 
@@ -21,15 +21,15 @@ import ray.data
 from ray.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pocl_ray.answers.generate import GenerationSettings, generate
 from pocl_ray.config import GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.evaluation.actors import collect, plan_pools, quiet_ray_data
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.ray_cluster.actor_pools import collect, plan_pools, quiet_ray_data
+from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import ID, RESPONSE_IDS
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 PARTS = "responses/parts"
 STOPPED = "stopped"

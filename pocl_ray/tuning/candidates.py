@@ -12,12 +12,12 @@ from pocl_ray.config import Config, ControlConfig, TrainConfig
 from pocl_ray.config.loading import describe
 from pocl_ray.config.training import TrainOverrides
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.dependencies import distill_dependencies, ranking_dependencies
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
-from pocl_ray.manifest import step_fingerprint
+from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies
 from pocl_ray.records import Stage
-from pocl_ray.storage import fingerprint
+from pocl_ray.run_directory.manifest import step_fingerprint
+from pocl_ray.run_directory.storage import fingerprint
 from pocl_ray.tuning.constraints import Constraint
 from pocl_ray.tuning.space import BUDGET_KEY, Settings, apply_settings
 

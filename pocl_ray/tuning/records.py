@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pocl_ray.distill.plateau import hand_off_figure
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate
 
 TRIALS = "tune/trials"

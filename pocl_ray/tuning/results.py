@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pocl_ray.config import Config, ObjectiveConfig, TuneConfig
 from pocl_ray.config.loading import dump_config
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Planned
 from pocl_ray.tuning.records import TRIALS, TrialRecord
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pocl_ray.capacity import usable_nodes, wants_gpu, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.distill.room import resources_per_worker, wait_for_workers
+from pocl_ray.ray_cluster.capacity import usable_nodes, wants_gpu, with_accelerator
 
 
 def trials_at_once(

@@ -18,12 +18,12 @@ from ray import tune
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
-from pocl_ray.data.preparing import count_rows
-from pocl_ray.distill.trainer import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
+from pocl_ray.data.prepare import count_rows
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
-from pocl_ray.session import ray_session
-from pocl_ray.storage import RunDirectory, fingerprint
+from pocl_ray.ray_cluster.session import ray_session
+from pocl_ray.ray_train.driver import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
+from pocl_ray.run_directory.storage import RunDirectory, fingerprint
 from pocl_ray.stores import is_remote
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable

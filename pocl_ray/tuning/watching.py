@@ -17,8 +17,8 @@ from rich.table import Table
 
 from pocl_ray.config import TuneConfig
 from pocl_ray.console import console
-from pocl_ray.distill.trainer import CHECKPOINTS
-from pocl_ray.storage import RunDirectory
+from pocl_ray.ray_train.driver import CHECKPOINTS
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.ray_parts import OfThisProcess
 from pocl_ray.tuning.records import TrialRecord, read_record

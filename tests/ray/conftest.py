@@ -20,9 +20,9 @@ from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.ray_cluster.session import connect, set_up_worker
 from pocl_ray.records import RowsSummary
-from pocl_ray.session import connect, set_up_worker
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 os.environ.setdefault("RAY_worker_niceness", "0")
 

@@ -14,13 +14,13 @@ import pytest
 from tiny import NUM_ROWS, cli, config_tree, tree_digest, write_config
 
 from pocl_ray import cli as command_line
-from pocl_ray import session
 from pocl_ray.config import Config
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model
 from pocl_ray.pipeline import Pipeline
+from pocl_ray.ray_cluster import session
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
 

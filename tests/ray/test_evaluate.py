@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import EvaluationConfig, ScalingConfig
 from pocl_ray.config.root import FinalGenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.evaluation.evaluate import GREEDY, evaluate_models
-from pocl_ray.evaluation.rouge import exact_match_batch, rouge_l_batch
 
 pytestmark = pytest.mark.ray
 

@@ -14,7 +14,7 @@ from nodes import nodes
 from tiny import FullRun, sha256
 
 from pocl_ray.config.loading import dump_config
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 pytestmark = [
     pytest.mark.ray,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import cli, write_config
 
-from pocl_ray.lease import FILE as LEASE
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.lease import FILE as LEASE
+from pocl_ray.run_directory.storage import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.rouge import rouge_l_batch
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.scoring import score_rows
+from pocl_ray.difficulty.job import score_rows
 from pocl_ray.errors import ModelError, ResourceError
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.rouge import rouge_l_batch
 from pocl_ray.models.heads import head_of
 from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.loading import load_model, load_tokenizer

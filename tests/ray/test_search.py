@@ -17,13 +17,13 @@ import ray.cloudpickle
 from tiny import config_tree
 
 from pocl_ray.config import Config, ScalingConfig
-from pocl_ray.data.preparing import Rows
-from pocl_ray.distill.board import Standing
+from pocl_ray.data.prepare import Rows
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.places import ModelRef
 from pocl_ray.pipeline import Pipeline
+from pocl_ray.ray_train.progress import Standing
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning import search, trial
 from pocl_ray.tuning.results import Outcome
 

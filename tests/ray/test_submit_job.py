@@ -14,7 +14,7 @@ import yaml
 from tiny import config_tree
 from two_nodes import TwoNodes, two_nodes
 
-from pocl_ray.submit import EXCLUDES
+from pocl_ray.ray_cluster.submit import EXCLUDES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pocl_ray import capacity
-from pocl_ray.capacity import carries, room_for, usable_nodes, wait_for_room, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster import capacity
+from pocl_ray.ray_cluster.capacity import carries, room_for, usable_nodes, wait_for_room, wants_gpu
 
 CPU = {"CPU": 1.0}
 

@@ -16,9 +16,9 @@ import pyarrow.fs as pafs
 import pytest
 
 from pocl_ray.clocks import age_in_store, skew_s, skew_warning, started_after_boot_s
-from pocl_ray.disk import machine_fault
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.disk import machine_fault
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.stores import clock_is_off
 
 BODY = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"
@@ -113,7 +113,7 @@ def test_what_pyarrow_raises_for_a_skewed_clock_is_known(skewed_store: pafs.S3Fi
 def test_a_store_that_refuses_the_time_is_one_clear_line(
     skewed_store: pafs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocl_ray.storage.resolve", lambda uri: (skewed_store, "bucket/run"))
+    monkeypatch.setattr("pocl_ray.run_directory.storage.resolve", lambda uri: (skewed_store, "bucket/run"))
     run_dir = RunDirectory("s3://bucket/run")
     with pytest.raises(StorageError) as refused:
         run_dir.write_bytes("file", b"x" * 10)

@@ -20,7 +20,7 @@ from ray.scripts.symmetric_run import symmetric_run
 
 from pocl_ray.cli import app
 from pocl_ray.config import load_config
-from pocl_ray.submit import EXCLUDES
+from pocl_ray.ray_cluster.submit import EXCLUDES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

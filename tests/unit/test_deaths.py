@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import ActorDiedError
 
-from pocl_ray.deaths import MAX_CHARS, died_of, one_line
+from pocl_ray.ray_cluster.ray_errors import MAX_CHARS, died_of, one_line
 
 HEAD = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker

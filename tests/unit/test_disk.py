@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pocl_ray import disk
-from pocl_ray.disk import check_free, check_free_at, disk_full, full_disk_error
 from pocl_ray.errors import ResourceError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory import disk
+from pocl_ray.run_directory.disk import check_free, check_free_at, disk_full, full_disk_error
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 @pytest.fixture

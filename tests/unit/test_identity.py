@@ -11,8 +11,8 @@ import yaml
 
 from pocl_ray.config import Config
 from pocl_ray.errors import StorageError
-from pocl_ray.identity import COSTLY, NEUTRAL, Claim, differences, environment, neutral_free
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.claim import COSTLY, NEUTRAL, Claim, differences, environment, neutral_free
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 def config(**keys: Any) -> Config:

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pocl_ray import lease
 from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.errors import StorageError
-from pocl_ray.lease import FILE, Holder, read_holder, take
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory import lease
+from pocl_ray.run_directory.lease import FILE, Holder, read_holder, take
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,8 @@ def test_a_second_run_is_refused_and_told_by_whom(run_dir: RunDirectory) -> None
 
 def test_a_run_in_another_process_of_this_machine_is_refused_at_once(run_dir: RunDirectory) -> None:
     code = (
-        "import sys, time; from pocl_ray.lease import take; from pocl_ray.storage import RunDirectory\n"
+        "import sys, time; from pocl_ray.run_directory.lease import take\n"
+        "from pocl_ray.run_directory.storage import RunDirectory\n"
         "take(RunDirectory(sys.argv[1]), print); print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, run_dir.uri]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pocl_ray.errors import StorageError
-from pocl_ray.manifest import Manifest, StepResult
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.manifest import Manifest, StepResult
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import cloudpickle
 
-from pocl_ray import pulse as module
-from pocl_ray.pulse import Pulse
+from pocl_ray import heartbeat as module
+from pocl_ray.heartbeat import Pulse
 
 
 def test_age_counts_from_the_last_beat_and_stands_still_at_rest() -> None:

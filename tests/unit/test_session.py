@@ -11,8 +11,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from pocl_ray import session
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster import session
 
 
 @pytest.mark.parametrize(

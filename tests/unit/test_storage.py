@@ -13,9 +13,10 @@ import fsspec
 import pyarrow.fs as pafs
 import pytest
 
-from pocl_ray import storage, stores
+from pocl_ray import stores
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory, cache_root, file_digest, fingerprint, localize, resolve
+from pocl_ray.run_directory import storage
+from pocl_ray.run_directory.storage import RunDirectory, cache_root, file_digest, fingerprint, localize, resolve
 
 BUCKET = "s3://bucket"
 

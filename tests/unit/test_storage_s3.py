@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pocl_ray.errors import StorageError
-from pocl_ray.manifest import Manifest, StepResult
-from pocl_ray.storage import RunDirectory, localize
+from pocl_ray.run_directory.manifest import Manifest, StepResult
+from pocl_ray.run_directory.storage import RunDirectory, localize
 
 ACTIONS_BEFORE_AUTHENTICATION = b"1000000000"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pocl_ray import submit as module
 from pocl_ray.errors import ConfigError, ResourceError, StorageError
-from pocl_ray.submit import Submission, entrypoint, parse_env, runtime_environment, submit
+from pocl_ray.ray_cluster import submit as module
+from pocl_ray.ray_cluster.submit import Submission, entrypoint, parse_env, runtime_environment, submit
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 

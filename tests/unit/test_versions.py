@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ray import versions as versions_module
 from pocl_ray.errors import ResourceError
-from pocl_ray.versions import COMPARED, check_same, versions
+from pocl_ray.ray_cluster import versions as versions_module
+from pocl_ray.ray_cluster.versions import COMPARED, check_same, versions
 
 
 def test_the_same_versions_pass() -> None:

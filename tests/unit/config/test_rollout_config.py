@@ -10,8 +10,8 @@ import yaml
 
 from pocl_ray.config import Config, RolloutConfig, load_config
 from pocl_ray.config.loading import dump_config
-from pocl_ray.dependencies import distill_dependencies
 from pocl_ray.errors import ConfigError
+from pocl_ray.fingerprints import distill_dependencies
 
 ROOT = Path(__file__).resolve().parents[3]
 ON_POLICY = ("gkd", "gkd_on_policy", "distillm", "distillm2")

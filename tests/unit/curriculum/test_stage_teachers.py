@@ -11,8 +11,8 @@ import yaml
 from pocl_ray.config import Config, load_config
 from pocl_ray.config.loading import dump_config
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.dependencies import distill_dependencies
 from pocl_ray.errors import ConfigError
+from pocl_ray.fingerprints import distill_dependencies
 
 NUM_ROWS = 800
 

@@ -10,7 +10,7 @@ from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.rows import RowStore, hold_out, prepare_rows, shared_prompts, write_rejects
 from pocl_ray.errors import DataError
-from pocl_ray.storage import file_digest
+from pocl_ray.run_directory.storage import file_digest
 
 TOKENIZER = tiny_tokenizer()
 GOOD = [{"instruction": f"Say {i}", "output": [f"{i}", "x"], "topic": f"t{i % 2}"} for i in range(20)]

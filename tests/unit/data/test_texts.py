@@ -10,7 +10,7 @@ import pytest
 from data_tokenizers import tiny_tokenizer
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
-from pocl_ray.data.preparing import training_texts
+from pocl_ray.data.prepare import training_texts
 from pocl_ray.data.prompts import Example
 from pocl_ray.data.row_store import RowStore, shared_prompts
 from pocl_ray.data.rows import hold_out, prepare_rows

@@ -10,10 +10,10 @@ import pytest
 from data_tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.preparing import Rows, prepare_all, read_summary
+from pocl_ray.data.prepare import Rows, prepare_all, read_summary
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.errors import ConfigError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 STUDENTS = tiny_tokenizer(chat=True)
 TEACHERS = tiny_tokenizer(["colour river stone the of and say", "the stone the river"], adds_bos=True, vocab_size=300)

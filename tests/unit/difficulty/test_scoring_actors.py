@@ -14,17 +14,17 @@ from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.units import unit_table
 from pocl_ray.models.building import build_model
+from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.hidden_cache import HiddenCache, write_index
-from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.models.top_k import top_k_of
 from pocl_ray.models.top_k_cache import TopKCache
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.teacher_cache.top_k import top_k_of
 
 NUM_ROWS = 6
 BATCHES = [np.array([4, 1]), np.array([0, 5, 2, 3])]
@@ -123,7 +123,7 @@ def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> 
 def test_large_tasks_give_several_shards_that_make_one_cache(
     task: ScoringTask, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocl_ray.difficulty.scoring_actors._MAX_SHARD_BYTES", 1)
+    monkeypatch.setattr("pocl_ray.difficulty.actors._MAX_SHARD_BYTES", 1)
     table = run(changed(task, cache=f"cache_{dtype}", cache_dtype=dtype))
     shards = table["shard"].unique().to_pylist()
     assert len(shards) == len(BATCHES)

@@ -25,7 +25,7 @@ from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, Roll
 from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.distill.checkpoints import Progress, read_progress
+from pocl_ray.distill.checkpoint import Progress, read_progress
 from pocl_ray.distill.saving import Uploads, Written
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.building import build_model
@@ -33,7 +33,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import Stage
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 WORDS = [
     "one",

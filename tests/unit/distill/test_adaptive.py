@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pocl_ray.config import RolloutConfig
-from pocl_ray.distill.adaptive import (
+from pocl_ray.distill.rollout_schedule import (
     AdaptiveSchedule,
     ReplayBuffer,
     draw_of,

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
-from pocl_ray.distill import decoding
-from pocl_ray.distill.decoding import decode, draw, groups_of
+from pocl_ray.answers import decode as module
+from pocl_ray.answers.decode import decode, draw, groups_of
 
 V, EOS = 40, 2
 WIDE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -104,16 +104,16 @@ def test_slices_of_the_head_change_no_response(
 ) -> None:
     model, limits, sampling = tiny_model(family), [30] * 12, {"temperature": temperature, "top_p": top_p}
     with monkeypatch.context() as whole:
-        whole.setattr(decoding._Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
+        whole.setattr(module._Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
         expected = written(model, some_prompts(), limits, **sampling)
-    monkeypatch.setattr(decoding, "_HEAD_ROWS", 7)
+    monkeypatch.setattr(module, "_HEAD_ROWS", 7)
     assert written(model, some_prompts(), limits, **sampling) == expected
 
 
 def test_slices_of_the_head_keep_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     model, limits = tiny_model(), [9] * 12
     model.lm_head.bias = torch.nn.Parameter(torch.full((V,), -9.0).index_fill(0, torch.tensor([17]), 9.0))
-    monkeypatch.setattr(decoding, "_HEAD_ROWS", 16)
+    monkeypatch.setattr(module, "_HEAD_ROWS", 16)
     assert {token for response in written(model, some_prompts(), limits, temperature=0.0) for token in response} == {17}
 
 

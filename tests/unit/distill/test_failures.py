@@ -21,9 +21,9 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from pocl_ray.distill.board import ProgressBoard
-from pocl_ray.distill.failures import TellFailures, TryAgain, cause_of, give_up
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_train.policies import TellFailures, TryAgain, cause_of, give_up
+from pocl_ray.ray_train.progress import ProgressBoard
 
 LIMIT = 2
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))

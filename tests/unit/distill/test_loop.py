@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.checkpoints import read_progress
+from pocl_ray.distill.checkpoint import read_progress
 from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
+from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.hidden_cache import write_index, write_shard
-from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.models.top_k import top_k_of
+from pocl_ray.teacher_cache.top_k import top_k_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,7 +14,7 @@ from pocl_ray.data.batching import Taught
 from pocl_ray.data.pairing import Pairs
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.teaching import PairedTeaching, teacher_logits
+from pocl_ray.distill.targets import PairedTeaching, teacher_logits
 from pocl_ray.models.heads import HeadWeights
 
 STUDENT_LENGTHS, TEACHER_LENGTHS = [5, 1, 7, 3, 4], [3, 4, 7, 1, 6]

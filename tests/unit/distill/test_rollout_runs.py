@@ -15,8 +15,8 @@ import yaml
 from runs import STAGES, TRAIN, Outcome, prepare, train_all
 
 from pocl_ray.config import DistillConfig, RolloutConfig
-from pocl_ray.distill.adaptive import AdaptiveSchedule, draw_of, source_of
-from pocl_ray.distill.checkpoints import read_progress
+from pocl_ray.distill.checkpoint import read_progress
+from pocl_ray.distill.rollout_schedule import AdaptiveSchedule, draw_of, source_of
 from pocl_ray.distill.task import TrainTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

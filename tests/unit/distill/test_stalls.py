@@ -9,13 +9,13 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
-from pocl_ray.distill import stalls
-from pocl_ray.distill.board import Standing
-from pocl_ray.distill.failures import cause_of
-from pocl_ray.distill.stalls import Silence, StallWatch, blame
-from pocl_ray.distill.trainer import _cause
 from pocl_ray.errors import GaveUpError, StalledError
-from pocl_ray.pulse import Vital
+from pocl_ray.heartbeat import Vital
+from pocl_ray.ray_train import watch
+from pocl_ray.ray_train.driver import _cause
+from pocl_ray.ray_train.policies import cause_of
+from pocl_ray.ray_train.progress import Standing
+from pocl_ray.ray_train.watch import Silence, StallWatch, blame
 
 ANSWER = object()
 
@@ -44,7 +44,7 @@ class Watched:
         board = SimpleNamespace(controller_lives=SimpleNamespace(remote=self._controller_lives))
         self.watch = StallWatch(board, timeout_s, 30.0)
         self.watch._clock = lambda: self.now
-        monkeypatch.setattr(stalls, "ray", SimpleNamespace(wait=self._wait, get=self._get))
+        monkeypatch.setattr(watch, "ray", SimpleNamespace(wait=self._wait, get=self._get))
         self.watch.after_worker_group_start(SimpleNamespace(get_workers=lambda: list(workers)))
 
     def _controller_lives(self) -> None:

@@ -10,8 +10,8 @@ import pytest
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from pocl_ray.distill.checkpoints import DamagedCheckpointError, Progress, read_progress, write_progress
-from pocl_ray.distill.storing import (
+from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress, write_progress
+from pocl_ray.ray_train.checkpoints import (
     PREFIX,
     SNAPSHOT,
     copy_checkpoint,
@@ -19,7 +19,7 @@ from pocl_ray.distill.storing import (
     mend_snapshot,
     prune_orphans,
 )
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 FOLDER = "checkpoints/distill-0123"
 OLD, KEPT, NEWEST, LATER = (f"checkpoint_2026-11-23_10-00-0{second}.000000" for second in range(4))

@@ -17,7 +17,7 @@ from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.distill.teachers import Teachers, TeacherSource, load_teachers, teachers_of
 from pocl_ray.errors import StorageError
 from pocl_ray.models.hidden_cache import write_index, write_shard
-from pocl_ray.models.top_k import top_k_of
+from pocl_ray.teacher_cache.top_k import top_k_of
 
 V = 300
 

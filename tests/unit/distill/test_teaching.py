@@ -13,9 +13,9 @@ from torch import Tensor
 from pocl_ray.data.batching import Taught
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
 from pocl_ray.distill.losses import LOSSES, resolve_loss, top_k_kl
-from pocl_ray.distill.teaching import TopKTeaching, student_events, teacher_logits
+from pocl_ray.distill.targets import TopKTeaching, student_events, teacher_logits
 from pocl_ray.models.heads import HeadWeights
-from pocl_ray.models.top_k import top_k_of
+from pocl_ray.teacher_cache.top_k import top_k_of
 
 N, V, H = 19, 60, 8
 every_loss = pytest.mark.parametrize("name", [name for name in LOSSES if name != "top_k_kl"])

@@ -22,8 +22,8 @@ from pocl_ray.distill.task import TrainTask
 from pocl_ray.distill.teachers import load_teachers, teachers_of
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
+from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.hidden_cache import write_index, write_shard
-from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model

@@ -15,12 +15,12 @@ import pytest
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pocl_ray.config import TrainConfig
-from pocl_ray.distill import worker
-from pocl_ray.distill.checkpoints import Progress, read_progress, write_progress
+from pocl_ray.distill.checkpoint import Progress, read_progress, write_progress
 from pocl_ray.distill.saving import Written
-from pocl_ray.distill.worker import _Reporter
 from pocl_ray.errors import ResourceError, UserError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.ray_train import worker
+from pocl_ray.ray_train.worker import _Reporter
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 class Train:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pocl_ray.config import RolloutConfig
-from pocl_ray.distill import writers
+from pocl_ray.distill import rollout_writers
 from pocl_ray.errors import ConfigError
 
 CONFIG = RolloutConfig(mode="on", backend="vllm", sampling_temperature=0.7, top_p=0.9)
@@ -55,7 +55,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module.LLM = Engine  # type: ignore[attr-defined]
     module.SamplingParams = lambda **keys: SimpleNamespace(**keys)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(rollout_writers.importlib.util, "find_spec", lambda name: object())
 
 
 def student_on(device: str) -> Any:
@@ -65,7 +65,7 @@ def student_on(device: str) -> Any:
 
 
 def test_vllm_gets_the_weights_of_now_before_it_writes_and_sleeps_after(vllm: None) -> None:
-    writer = writers.VllmWriter(CONFIG, student_on("cuda"), [2], 5, "student", 64)
+    writer = rollout_writers.VllmWriter(CONFIG, student_on("cuda"), [2], 5, "student", 64)
     prompts = [np.array([7, 8], np.int32), np.array([9], np.int32)]
     found = writer.write([3, 4], prompts, [10, 20], step=1)
     assert [response.tolist() for response in found] == [[8, 2], [9, 2]]
@@ -80,7 +80,7 @@ def test_vllm_gets_the_weights_of_now_before_it_writes_and_sleeps_after(vllm: No
 
 def test_vllm_draws_by_seed_step_and_row(vllm: None) -> None:
     def seeds(step: int, ids: list[int], seed: int = 5) -> list[int]:
-        writer = writers.VllmWriter(CONFIG, student_on("cuda"), [2], seed, "student", 64)
+        writer = rollout_writers.VllmWriter(CONFIG, student_on("cuda"), [2], seed, "student", 64)
         writer.write(ids, [np.array([1])] * len(ids), [4] * len(ids), step)
         return [settings.seed for settings in Engine.made[-1].settings]
 
@@ -90,14 +90,14 @@ def test_vllm_draws_by_seed_step_and_row(vllm: None) -> None:
 
 def test_vllm_on_a_worker_without_a_gpu_is_refused(vllm: None) -> None:
     with pytest.raises(ConfigError, match=r"rollout.backend: vllm needs a GPU .* set it to transformers"):
-        writers.VllmWriter(CONFIG, student_on("cpu"), [2], 5, "student", 64)
+        rollout_writers.VllmWriter(CONFIG, student_on("cpu"), [2], 5, "student", 64)
 
 
 def test_vllm_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rollout_writers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'pocl-ray\[vllm\]'.*to transformers"):
-        writers.check_backend(CONFIG)
-    writers.check_backend(RolloutConfig(mode="on"))
+        rollout_writers.check_backend(CONFIG)
+    rollout_writers.check_backend(RolloutConfig(mode="on"))
 
 
 def test_the_vllm_that_is_installed_knows_all_that_it_is_told() -> None:

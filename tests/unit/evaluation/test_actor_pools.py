@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pocl_ray import capacity
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import ResourceError
-from pocl_ray.evaluation.actors import plan_pools
+from pocl_ray.ray_cluster import capacity
+from pocl_ray.ray_cluster.actor_pools import plan_pools
 
 
 @pytest.fixture

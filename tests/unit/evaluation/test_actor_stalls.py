@@ -14,9 +14,9 @@ import ray
 from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import GaveUpError
-from pocl_ray.evaluation import stalls
-from pocl_ray.evaluation.stalls import Process, StallFinder, begin_task, kill_here, pulse_text, watched
-from pocl_ray.pulse import Vital, vital
+from pocl_ray.heartbeat import Vital, vital
+from pocl_ray.ray_cluster import actor_watch
+from pocl_ray.ray_cluster.actor_watch import Process, StallFinder, begin_task, kill_here, pulse_text, watched
 
 HERE = Process("node", 4242, 1000.0)
 
@@ -103,7 +103,7 @@ def test_a_task_that_kills_its_actors_is_begun_so_often_and_no_more(monkeypatch:
         _internal_kv_get=lambda key, namespace: kept.get(key, "").encode() or None,
         _internal_kv_put=lambda key, value, namespace: kept.update({key: value}),
     )
-    monkeypatch.setattr(stalls, "internal_kv", store)
+    monkeypatch.setattr(actor_watch, "internal_kv", store)
     scaling = ScalingConfig(max_failures=2)
     for _ in range(3):
         begin_task("job/", "scores", scaling, "task")

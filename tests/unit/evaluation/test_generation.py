@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
+from pocl_ray.answers.generate import GenerationSettings, generate, num_unstopped
 from pocl_ray.config import GenerationConfig
-from pocl_ray.evaluation.generation import GenerationSettings, generate, num_unstopped
 
 VOCAB = 40
 EOS = 2

@@ -19,7 +19,7 @@ from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 PRESET = Path(__file__).resolve().parents[3] / "configs" / "methods" / "minillm_evaluation.yaml"
 WORDS = "one two three four five six seven".split()  # noqa: SIM905

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from pocl_ray.answers.rouge import exact_match, exact_match_batch, rouge_l, rouge_l_batch, score_files
 from pocl_ray.errors import DataError
-from pocl_ray.evaluation.rouge import exact_match, exact_match_batch, rouge_l, rouge_l_batch, score_files
 
 PAIRS = [
     ("The quick brown fox jumps over the lazy dogs", ["A lazy dog jumped over the quickest fox", "brown foxes"]),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_generation import TOKENIZER, some_prompts, tiny_model
 
-from pocl_ray.evaluation.generation import GenerationSettings, generate
-from pocl_ray.evaluation.sampling import RowSampler, uniform
+from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.sampling import RowSampler, uniform
 
 SAMPLED = GenerationSettings(sampling_temperature=0.7, top_p=0.9, max_new_tokens=40, batch_rows=24)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pocl_ray.errors import ModelError
-from pocl_ray.models.head_files import load_head
+from pocl_ray.models.frozen import LiveTeacher
+from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadWeights, LogitTransform, check_split, head_of, response_hidden, split_model
-from pocl_ray.models.live import LiveTeacher
 from pocl_ray.models.loading import ModelRef, save_model
 
 
@@ -38,7 +38,9 @@ def test_padding_does_not_change_hidden_states(family, new_model, padded_batch):
 def test_head_loads_alone_from_a_directory(family, new_model, tmp_path, max_shard_size, monkeypatch):
     model = new_model(family)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    monkeypatch.setattr("pocl_ray.models.head_files.load_model", lambda *_, **__: pytest.fail("loaded the whole model"))
+    monkeypatch.setattr(
+        "pocl_ray.models.head_loading.load_model", lambda *_, **__: pytest.fail("loaded the whole model")
+    )
     head = load_head(ModelRef(str(tmp_path)))
     assert torch.equal(head.weight_VH, head_of(model).weight_VH)
     assert head.transform == head_of(model).transform
@@ -50,7 +52,9 @@ def test_head_loads_alone_from_a_base_model_checkpoint_without_prefix(new_model,
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("pocl_ray.models.head_files.load_model", lambda *_, **__: pytest.fail("loaded the whole model"))
+    monkeypatch.setattr(
+        "pocl_ray.models.head_loading.load_model", lambda *_, **__: pytest.fail("loaded the whole model")
+    )
     assert torch.equal(load_head(ModelRef(str(tmp_path))).weight_VH, head_of(model).weight_VH)
 
 
@@ -59,7 +63,7 @@ def test_head_comes_from_the_whole_model_where_weights_are_quantized(new_model, 
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
-    monkeypatch.setattr("pocl_ray.models.head_files.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("pocl_ray.models.head_loading.load_model", lambda *_, **__: model)
     assert torch.equal(load_head(ModelRef(str(tmp_path))).weight_VH, head_of(model).weight_VH)
 
 

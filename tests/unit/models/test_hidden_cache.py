@@ -181,7 +181,7 @@ def test_a_row_that_is_not_there_is_named(tmp_path):
 
 
 def test_more_shards_than_may_be_open_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("pocl_ray.models.cache_reader._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("pocl_ray.teacher_cache.reader._MAX_OPEN_SHARDS", 1)
     rows = make_cache(tmp_path)
     cache = open_cache(tmp_path)
     order = [7, 1, 11, 20, 0, 14]

@@ -24,7 +24,7 @@ from pocl_ray.models.loading import (
     num_parameters,
     save_model,
 )
-from pocl_ray.models.preparing import reference
+from pocl_ray.models.prepare import reference
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from pocl_ray.config import LoraConfig
 from pocl_ray.config.sources import StudentConfig, TeacherConfig
 from pocl_ray.errors import ConfigError, ModelError
-from pocl_ray.models import head_files
+from pocl_ray.models import head_loading
 from pocl_ray.models.heads import head_of
 from pocl_ray.models.loading import load_model
 from pocl_ray.models.lora import ADAPTER, add_adapters, add_same_adapters, save_student, target_layers
 from pocl_ray.models.places import ModelRef, model_fingerprint
-from pocl_ray.models.preparing import check_adapters, reference, trained_reference
+from pocl_ray.models.prepare import check_adapters, reference, trained_reference
 from pocl_ray.models.saving import save_model
 
 peft = pytest.importorskip("peft", reason="peft, of the extra `lora`, is not installed")
@@ -218,8 +218,8 @@ def test_the_head_of_an_adapted_teacher_is_that_of_the_merged_model(
     ref = ModelRef(str(base), adapter=str(tmp_path / "adapter"))
     expected = head_of(load_model(ref)).weight_VH
     loads: list[ModelRef] = []
-    monkeypatch.setattr(head_files, "load_model", lambda ref, **rest: loads.append(ref) or load_model(ref, **rest))
-    assert torch.equal(head_files.load_head(ref).weight_VH, expected)
+    monkeypatch.setattr(head_loading, "load_model", lambda ref, **rest: loads.append(ref) or load_model(ref, **rest))
+    assert torch.equal(head_loading.load_head(ref).weight_VH, expected)
     changed = target == "lm_head" or (target == "embed_tokens" and family == "llama_tied")
     assert bool(loads) == changed, "the whole model is loaded exactly where the adapter changes the head"
 

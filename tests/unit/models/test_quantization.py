@@ -14,7 +14,7 @@ from pocl_ray.errors import ResourceError
 from pocl_ray.models.heads import response_hidden, split_model
 from pocl_ray.models.loading import load_model
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.preparing import reference
+from pocl_ray.models.prepare import reference
 from pocl_ray.models.quantization import check_int8, int8_options
 from pocl_ray.models.saving import save_model
 

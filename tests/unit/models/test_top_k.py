@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pocl_ray.errors import StorageError
-from pocl_ray.models.cache_writer import estimate_bytes, write_index, write_shard
 from pocl_ray.models.hidden_cache import HiddenCache
-from pocl_ray.models.top_k import INVERSE_TEMPERATURES, LOG_ZERO, TopK, concatenate, top_k_of
 from pocl_ray.models.top_k_cache import TopKCache
+from pocl_ray.teacher_cache.top_k import INVERSE_TEMPERATURES, LOG_ZERO, TopK, concatenate, top_k_of
+from pocl_ray.teacher_cache.writer import estimate_bytes, write_index, write_shard
 
 N, V = 12, 500
 STORED = tuple(1.0 / inverse for inverse in INVERSE_TEMPERATURES)

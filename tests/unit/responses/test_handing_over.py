@@ -12,15 +12,15 @@ import pytest
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.preparation import row_tokenizer
-from pocl_ray.data.preparing import Rows, prepare_all
+from pocl_ray.data.prepare import Rows, prepare_all
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.errors import DataError
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.responses.handing_over import hand_over_responses, own_files, with_responses
-from pocl_ray.responses.rows import EMPTY, FOREIGN
+from pocl_ray.responses.replace import EMPTY, FOREIGN
 from pocl_ray.responses.writing import PART_SCHEMA
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 QUESTIONS = [f"Count to {n}." for n in range(1, 8)]
 ANSWERS = ["one", "  ", "one two three", "", "two three", "one one one"]

@@ -17,9 +17,9 @@ from pocl_ray.data.tokenizer_training import train_tokenizer
 from pocl_ray.errors import DataError
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.records import RowsSummary
-from pocl_ray.responses.rows import EMPTY, FOREIGN, read_responses, replace_responses, settle_rejects
+from pocl_ray.responses.replace import EMPTY, FOREIGN, read_responses, replace_responses, settle_rejects
 from pocl_ray.responses.writing import PART_SCHEMA
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 QUESTIONS = [f"Count to {n}." for n in range(1, 7)]
 

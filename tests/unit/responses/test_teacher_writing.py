@@ -10,18 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pocl_ray.answers.generate import GenerationSettings, generate
 from pocl_ray.config import DataConfig, GenerationConfig, ScalingConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.evaluation.generation import GenerationSettings, generate
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.responses import writing
 from pocl_ray.responses.writing import TeacherWriter, WritingTask, each_row_once, plan_parts, write_answers
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 NUM_ROWS = 20
 LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

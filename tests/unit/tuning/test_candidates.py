@@ -7,9 +7,9 @@ from searches import NUM_ROWS, search_config
 
 from pocl_ray.config.loading import dump_config, load_config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.dependencies import sft_dependencies
 from pocl_ray.errors import ConfigError
-from pocl_ray.identity import neutral_free
+from pocl_ray.fingerprints import sft_dependencies
+from pocl_ray.run_directory.claim import neutral_free
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.results import best_config
 

@@ -8,7 +8,7 @@ import pytest
 from searches import NUM_ROWS, search_config
 
 from pocl_ray.config import Config, ObjectiveConfig
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.page import headline, write_page
 from pocl_ray.tuning.records import TrialRecord, figures_of, read_record

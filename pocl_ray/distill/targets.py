@@ -27,7 +27,7 @@ from pocl_ray.data.batching import Taught
 from pocl_ray.distill.chunked import KdFunction, TeacherLogits, Teaching
 from pocl_ray.distill.losses import LOG_ZERO
 from pocl_ray.models.heads import HeadWeights
-from pocl_ray.models.top_k import TopK
+from pocl_ray.teacher_cache.top_k import TopK
 
 
 @dataclass(frozen=True)

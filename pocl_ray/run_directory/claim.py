@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from pocl_ray import lease
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory import lease
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.stores import is_remote
 
 CONFIG = "config.yaml"
@@ -169,7 +169,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    project = Path(__file__).resolve().parents[1]
+    project = Path(__file__).resolve().parents[2]
     if not (project / ".git").exists():
         return None
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
-from pocl_ray.identity import neutral_free
 from pocl_ray.records import Stage
+from pocl_ray.run_directory.claim import neutral_free
 
 LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 

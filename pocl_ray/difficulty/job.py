@@ -21,16 +21,16 @@ from ray.data import Dataset
 
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.results import Results, gather
-from pocl_ray.difficulty.scoring_actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.difficulty.units import ANSWER_STOPPED, unit_table, unscored_units
-from pocl_ray.evaluation.actors import ActorPool, plan_pools, quiet_ray_data, stream
-from pocl_ray.evaluation.stalls import stall_watch
 from pocl_ray.models.hidden_cache import write_index
 from pocl_ray.models.places import ModelRef
+from pocl_ray.ray_cluster.actor_pools import ActorPool, plan_pools, quiet_ray_data, stream
+from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 Task = tuple[str, MicroBatches]
 

@@ -33,7 +33,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
-from pocl_ray.models.top_k import NUM_CURVE, TopK
+from pocl_ray.teacher_cache.top_k import NUM_CURVE, TopK
 
 FORMAT_VERSION = 2
 META_NAME = "meta.json"

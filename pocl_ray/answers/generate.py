@@ -21,9 +21,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pocl_ray.answers.sampling import RowSampler
 from pocl_ray.config import GenerationConfig
-from pocl_ray.evaluation.sampling import RowSampler
-from pocl_ray.pulse import beat
+from pocl_ray.heartbeat import beat
 
 _FIRST_ROUND_TOKENS = 16
 _ROUND_TOKENS = 32

@@ -24,8 +24,8 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from pocl_ray.deaths import died_of, one_line
 from pocl_ray.errors import GaveUpError, StalledError, UserError
+from pocl_ray.ray_cluster.ray_errors import died_of, one_line
 
 # What a worker meets in a collective whose other end is gone: a consequence, never the cause.
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")

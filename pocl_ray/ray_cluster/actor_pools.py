@@ -16,12 +16,20 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayActorError, RayError
 
-from pocl_ray.capacity import in_words, room_for, usable_nodes, wait_for_room, wants_gpu, where, with_accelerator
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
-from pocl_ray.deaths import died_of
-from pocl_ray.disk import machine_fault
 from pocl_ray.errors import GaveUpError, ResourceError, UserError
+from pocl_ray.ray_cluster.capacity import (
+    in_words,
+    room_for,
+    usable_nodes,
+    wait_for_room,
+    wants_gpu,
+    where,
+    with_accelerator,
+)
+from pocl_ray.ray_cluster.ray_errors import died_of
+from pocl_ray.run_directory.disk import machine_fault
 
 ENDS = (UserError, GaveUpError)
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later

@@ -23,7 +23,7 @@ COMPARED = ("ray", "torch", "deepspeed", "transformers", "pyarrow")
 @cache
 def versions() -> dict[str, str]:
     """Return the versions that must agree on all nodes, by package; `pocl-ray` is a digest of its files."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "pocl-ray": _digest(Path(__file__).parent)}
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "pocl-ray": _digest(Path(__file__).parents[1])}
     for package in COMPARED:
         try:
             found[package] = version(package).partition("+")[0]  # +cpu and +cu129 are the same code

@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 
 from pocl_ray.distill.saving import Writer, link_tree
 from pocl_ray.distill.state import TrainingState
-from pocl_ray.distill.storing import PROGRESS
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import file_digest
+from pocl_ray.ray_train.checkpoints import PROGRESS
+from pocl_ray.run_directory.storage import file_digest
 
 VERSION = 2
 METRICS, STATE, BEST = "metrics.jsonl", "state", "best"

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pocl_ray.evaluation.generation import Tokens, pad_left
+from pocl_ray.answers.generate import Tokens, pad_left
+from pocl_ray.heartbeat import beat
 from pocl_ray.models.heads import split_model
-from pocl_ray.pulse import beat
 
 _CACHE_SPARE_TOKENS = 64
 _BLOCK = 256  # of the vocabulary: a draw finds its block first, then its place in it

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory, fingerprint
+from pocl_ray.run_directory.storage import RunDirectory, fingerprint
 
 FILE = "manifest.json"
 VERSION = 1

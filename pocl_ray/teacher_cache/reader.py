@@ -21,7 +21,7 @@ import pyarrow as pa
 from typing_extensions import Self
 
 from pocl_ray.errors import StorageError
-from pocl_ray.models.cache_writer import FORMAT_VERSION, INDEX_NAME, META_NAME, CacheMeta, Layout, ShardInfo
+from pocl_ray.teacher_cache.writer import FORMAT_VERSION, INDEX_NAME, META_NAME, CacheMeta, Layout, ShardInfo
 
 _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
 

@@ -38,16 +38,16 @@ from pocl_ray.difficulty.units import (
     student_unit,
     with_place,
 )
-from pocl_ray.models.head_files import load_head
+from pocl_ray.heartbeat import beat
+from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
+from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.hidden_cache import write_shard
-from pocl_ray.models.live import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
-from pocl_ray.models.top_k import TopK
-from pocl_ray.pulse import beat
 from pocl_ray.records import ID
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.teacher_cache.top_k import TopK
 
 _MAX_SHARD_BYTES = 256 * 2**20
 

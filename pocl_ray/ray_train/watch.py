@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 
 from pocl_ray.errors import StalledError
-from pocl_ray.pulse import Vital, vital
+from pocl_ray.heartbeat import Vital, vital
 
 LOOKS_A_TIMEOUT = 20
 """How often workers are asked while `stall_timeout_s` passes, at most once a second."""

@@ -18,8 +18,7 @@ from ray.train import CheckpointUploadMode
 from ray.train.torch import get_device
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pocl_ray.disk import check_free, check_free_at, machine_fault
-from pocl_ray.distill.checkpoints import Progress
+from pocl_ray.distill.checkpoint import Progress
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.gauges import Gauges
 from pocl_ray.distill.logs import WorkerLog
@@ -29,14 +28,15 @@ from pocl_ray.distill.resuming import resume
 from pocl_ray.distill.saving import Uploads, Written
 from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
-from pocl_ray.distill.storing import copy_checkpoint
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
+from pocl_ray.heartbeat import beat
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
 from pocl_ray.models.places import on_this_node
-from pocl_ray.pulse import beat
-from pocl_ray.versions import check_same, versions
+from pocl_ray.ray_cluster.versions import check_same, versions
+from pocl_ray.ray_train.checkpoints import copy_checkpoint
+from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
 
 MIN_SHOW_INTERVAL_S = 0.25
 

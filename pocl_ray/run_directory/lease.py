@@ -27,7 +27,7 @@ import psutil
 
 from pocl_ray.clocks import age_in_store, started_after_boot_s
 from pocl_ray.errors import StorageError
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 FILE = "lease.json"
 LEASE_S = 60.0

@@ -32,7 +32,7 @@ from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, StalledError
-from pocl_ray.pulse import Vital, beat, rest, vital
+from pocl_ray.heartbeat import Vital, beat, rest, vital
 
 NAMESPACE = "pocl_ray"
 PULSE, TRIES, VERDICT = "pulse/", "tries/", "verdict"

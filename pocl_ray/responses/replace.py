@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.data.preparing import REJECTS
+from pocl_ray.data.prepare import REJECTS
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
 from pocl_ray.data.rows import arrow_writer, check_rejects, summarize_rows
 from pocl_ray.records import ID, REFERENCES, RESPONSE_IDS, SOURCE_ROW, RowsSummary
 from pocl_ray.responses.writing import STOPPED
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 FOLDER = "responses"
 ROWS, SUMMARY = f"{FOLDER}/train.arrow", f"{FOLDER}/summary.json"

@@ -26,7 +26,7 @@ from pocl_ray.data.rows import (
 )
 from pocl_ray.data.sources import read_source, source_fingerprint
 from pocl_ray.records import RowsSummary
-from pocl_ray.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory
 
 SUMMARY, REJECTS = "rows/summary.json", "rejects.jsonl"
 FOR_TEACHER = "for_teacher"

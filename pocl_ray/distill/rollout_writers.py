@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pocl_ray.answers.decode import decode
+from pocl_ray.answers.generate import Tokens
 from pocl_ray.config import RolloutConfig
-from pocl_ray.distill.adaptive import token_draws, writing_seed
-from pocl_ray.distill.decoding import decode
 from pocl_ray.distill.inference import InferenceStudent
+from pocl_ray.distill.rollout_schedule import token_draws, writing_seed
 from pocl_ray.errors import ConfigError
-from pocl_ray.evaluation.generation import Tokens
 
 
 class Writer(Protocol):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from pocl_ray.errors import StorageError
-from pocl_ray.pulse import touch
-from pocl_ray.storage import RunDirectory
+from pocl_ray.heartbeat import touch
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.stores import reason
 
 PROGRESS = "progress.json"

@@ -22,19 +22,19 @@ from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
-from pocl_ray.capacity import is_one_machine, wants_gpu
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.board import ProgressBoard, Standing
 from pocl_ray.distill.callbacks import KeepSnapshots, TellBoards
 from pocl_ray.distill.elastic import DividingPolicy
-from pocl_ray.distill.failures import TellFailures, TryAgain, give_up
 from pocl_ray.distill.plateau import hand_off_figure
 from pocl_ray.distill.room import resources_per_worker, wait_for_workers
-from pocl_ray.distill.stalls import Silence, StallWatch
-from pocl_ray.distill.storing import mend_snapshot, prune_orphans
 from pocl_ray.errors import StalledError, UserError
-from pocl_ray.versions import versions
+from pocl_ray.ray_cluster.capacity import is_one_machine, wants_gpu
+from pocl_ray.ray_cluster.versions import versions
+from pocl_ray.ray_train.checkpoints import mend_snapshot, prune_orphans
+from pocl_ray.ray_train.policies import TellFailures, TryAgain, give_up
+from pocl_ray.ray_train.progress import ProgressBoard, Standing
+from pocl_ray.ray_train.watch import Silence, StallWatch
 
 if TYPE_CHECKING:  # the controller's process imports this module as well, and has no use for transformers
     from pocl_ray.distill.task import TrainTask
@@ -146,7 +146,7 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Run a worker; only there are torch and all that comes with it imported."""
-    from pocl_ray.distill.worker import train_worker
+    from pocl_ray.ray_train.worker import train_worker
 
     train_worker(config)
 

@@ -17,7 +17,7 @@ from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft, target_lay
 from pocl_ray.models.places import ModelRef, check_place, find_file, model_fingerprint, on_this_node
 from pocl_ray.models.saving import save_model
 from pocl_ray.models.shrink import cut_layers, evenly_spaced
-from pocl_ray.storage import RunDirectory, localize
+from pocl_ray.run_directory.storage import RunDirectory, localize
 
 VOCABULARY_MULTIPLE = 8
 

@@ -1,0 +1,1 @@
+"""A model answers prompts, and how good the answers are."""

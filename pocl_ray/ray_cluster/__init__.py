@@ -1,0 +1,1 @@
+"""Ray as the driver sees it: connection, capacity, actor pools, errors, job submission."""

@@ -1,0 +1,1 @@
+"""The teacher's outputs on disk: written once, read by every training."""
