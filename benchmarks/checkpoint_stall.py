@@ -29,9 +29,8 @@ from step_sides import random_model, random_rows, smollm2_shape
 
 from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch, collate
-from pocl_ray.distill.checkpoint import BEST, STATE, Progress, complete, read_progress, write_state
+from pocl_ray.distill.checkpoint import BEST, STATE, Progress, Writer, Written, complete, read_progress, write_state
 from pocl_ray.distill.engine import Engine
-from pocl_ray.distill.saving import Writer, Written
 from pocl_ray.distill.state import KINDS, TrainingState
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.ray_train.checkpoints import copy_checkpoint

@@ -36,15 +36,15 @@ from step_sides import Row, random_model, random_rows, smollm2_shape, student_of
 from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, RolloutConfig, TrainConfig
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
 from pocl_ray.data.rows import arrow_writer, summarize_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.heads import response_hidden
-from pocl_ray.models.hidden_cache import write_index, write_shard
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.teacher_cache.reader import write_index, write_shard
 
 BAR, SAME_LOSS = 1.05, 1e-4
 BATCH_ROWS, MICRO_BATCH_ROWS = 8, 4
@@ -125,10 +125,9 @@ def _write_cache(run_dir: RunDirectory, teacher: torch.nn.Module, rows: list[Row
 
 def plain_losses(task: TrainTask) -> list[tuple[float, float]]:
     """(seconds, loss) of each step of the loop without Ray and DeepSpeed."""
-    from pocl_ray.distill.feed import Feed
+    from pocl_ray.distill.feed import Feed, load_teachers, teachers_of
     from pocl_ray.distill.kernels import resolve_divergence
     from pocl_ray.distill.step import DistillationModule, StepSettings
-    from pocl_ray.distill.teachers import load_teachers, teachers_of
     from pocl_ray.models.loading import load_model
 
     device, stage, train = torch.device("cpu"), task.stages[0], task.train

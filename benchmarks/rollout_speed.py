@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pocl_ray.answers.decode import decode
 from pocl_ray.answers.generate import pad_left
-from pocl_ray.models.shrink import cut_layers
+from pocl_ray.models.prepare import cut_layers
 
 Write = Callable[[list[np.ndarray]], int]
 BAR = 2.0

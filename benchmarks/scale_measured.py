@@ -111,16 +111,16 @@ def score_sizes(sizes: Sequence[int]) -> bool:
     with tempfile.TemporaryDirectory() as folder, ray_session():
         made = _prepare(Path(folder))
         _score(made, WARM_ROWS)
-        results = []
+        job = []
         for size in sizes:
             runs = [_score(made, size) for _ in range(SMALL_REPEATS if size <= SMALL_ROWS else 1)]
             median = sorted(runs, key=lambda run: run.rate)[len(runs) // 2]
-            results.append(median)
+            job.append(median)
             memory = f"{median.bytes_before / 2**20:18.0f} {median.peak_bytes / 2**20:12.0f}"
             print(f"{size:9,d} {median.seconds:8.1f} {median.rate:8.0f} {memory}", flush=True)
-    rates = [each.rate for each in results]
+    rates = [each.rate for each in job]
     evenness = max(rates) / min(rates) - 1
-    growth = (results[-1].peak_bytes - results[0].peak_bytes) / max(1, sizes[-1] - sizes[0])
+    growth = (job[-1].peak_bytes - job[0].peak_bytes) / max(1, sizes[-1] - sizes[0])
     print(f"rows a second differ by {evenness:.0%}; the driver's peak grows by {growth:.0f} bytes a row")
     return evenness < EVEN and growth < BYTES_A_ROW
 
@@ -128,7 +128,7 @@ def score_sizes(sizes: Sequence[int]) -> bool:
 def _prepare(folder: Path) -> _Prepared:
     from pocl_ray.config import DataConfig, SourceConfig
     from pocl_ray.data.rows import prepare_rows
-    from pocl_ray.data.tokenizer_training import train_tokenizer
+    from pocl_ray.data.tokenization import train_tokenizer
     from pocl_ray.models.building import build_model
     from pocl_ray.models.loading import load_tokenizer
     from pocl_ray.models.saving import save_model
@@ -174,11 +174,11 @@ def _rows(run_dir: RunDirectory, num_rows: int) -> RowsSummary:
 
 def _score(made: _Prepared, num_rows: int) -> _Scored:
     from pocl_ray.config import DifficultyConfig, ScalingConfig
-    from pocl_ray.difficulty import job, results
+    from pocl_ray.difficulty import job
 
     came: list[tuple[float, int]] = []
 
-    class Clocked(results.Results):
+    class Clocked(job.Results):
         """Results that note when they came."""
 
         def add(self, table: pa.Table) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
+from pocl_ray.difficulty.signals import choose_signals
 from pocl_ray.records import Stage
 from pocl_ray.run_directory.claim import neutral_free
 
@@ -61,3 +62,22 @@ def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any
 def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:
     lora = config.student.lora
     return [] if lora is None else [lora.model_dump(mode="json", exclude=exclude)]
+
+
+# Where a run reads the teacher: what needs none of it neither trains nor loads nor caches one.
+
+
+def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether training through these stages reads the teacher.
+
+    It does for its loss, for the dev figure that ends a stage, and for signals that compare the models again.
+    """
+    watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
+    compares = any(stage.rescore for stage in stages) and choose_signals(config.difficulty).compares
+    return watches or compares or config.rollout.uses_teacher or any(stage.uses_teacher for stage in stages)
+
+
+def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
+    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
+    has_control = config.control is not None and config.control.kd_ratio > 0
+    return has_control or config.tune is not None or reads_teacher(config, stages)

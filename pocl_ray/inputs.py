@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.console import console
-from pocl_ray.data.pairing import told_pairing
-from pocl_ray.data.preparation import row_tokenizer
 from pocl_ray.data.prepare import (
     PAIRING,
     SUMMARY,
@@ -25,8 +23,10 @@ from pocl_ray.data.prepare import (
     read_summary,
     training_texts,
 )
-from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.distill.planning import sft_task
+from pocl_ray.data.row_store import told_pairing
+from pocl_ray.data.rows import row_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
+from pocl_ray.distill.task import sft_task
 from pocl_ray.evaluation.evaluate import OwnTokens
 from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.models.loading import load_tokenizer
@@ -41,13 +41,18 @@ from pocl_ray.models.prepare import (
 )
 from pocl_ray.ray_train.driver import train_counted
 from pocl_ray.records import TEACHER, RowsSummary
-from pocl_ray.responses.handing_over import hand_over_responses, own_files, with_responses
-from pocl_ray.responses.replace import OWN_REJECTS, replace_responses, settle_rejects
+from pocl_ray.responses.replace import (
+    OWN_REJECTS,
+    hand_over_responses,
+    own_files,
+    replace_responses,
+    settle_rejects,
+    with_responses,
+)
 from pocl_ray.responses.replace import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
-from pocl_ray.run_directory.manifest import StepResult
+from pocl_ray.run_directory.manifest import StepResult, Steps
 from pocl_ray.run_directory.storage import fingerprint, localize
-from pocl_ray.steps import Steps
 
 TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 

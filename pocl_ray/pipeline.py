@@ -18,15 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_ray.config import Config
-from pocl_ray.curriculum.buckets import bucket_ends
-from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.job import cache_teacher, score_rows
-from pocl_ray.distill.planning import cache_folder, curriculum_task
+from pocl_ray.difficulty.signals import choose_signals, rank_table
+from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity
-from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies
+from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, ranking_dependencies, reads_teacher
 from pocl_ray.inputs import TOKENIZER, Inputs, Made
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import trained_reference
@@ -37,10 +36,8 @@ from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.run_directory.claim import Claim
 from pocl_ray.run_directory.lease import refusal
-from pocl_ray.run_directory.manifest import StepResult
-from pocl_ray.steps import Steps
+from pocl_ray.run_directory.manifest import StepResult, Steps
 from pocl_ray.teacher_cache.writer import FORMAT_VERSION
-from pocl_ray.teacher_use import any_training_reads_teacher, reads_teacher
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
 

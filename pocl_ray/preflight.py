@@ -13,28 +13,25 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.clocks import skew_s, skew_warning
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.prepare import Rows, data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
-from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.difficulty.signals import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.rollout_writers import check_backend
-from pocl_ray.distill.room import wait_for_workers
 from pocl_ray.errors import ConfigError, UserError
+from pocl_ray.models.loading import check_int8
 from pocl_ray.models.prepare import check_adapters, check_models, check_other_teacher, origin_fingerprint
-from pocl_ray.models.quantization import check_int8
 from pocl_ray.preview import cache_bytes
 from pocl_ray.ray_cluster.actor_pools import plan_pools
-from pocl_ray.ray_cluster.capacity import is_one_machine, wants_gpu
-from pocl_ray.ray_cluster.versions import check_same, versions
+from pocl_ray.ray_cluster.capacity import is_one_machine, wait_for_workers, wants_gpu
+from pocl_ray.ray_cluster.versions import check_same, skew_s, skew_warning, versions
 from pocl_ray.run_directory.disk import check_free
-from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.stores import check_lasts
+from pocl_ray.run_directory.storage import RunDirectory, check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the environment of a submitted job."""

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.difficulty.signals import choose_signals
 from pocl_ray.distill.kernels import divergences
+from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.writer import DTYPES, Layout, estimate_bytes
-from pocl_ray.teacher_use import any_training_reads_teacher
 
 
 def print_plan(config: Config, num_rows: int | None) -> None:

@@ -5,15 +5,14 @@ Defaults stand on the fields and nowhere else. `sources.py` describes rows, mode
 and actors, `tuning.py` the search, `root.py` the whole, `loading.py` reads it from a file.
 """
 
-from pocl_ray.config.adapters import LoraConfig
 from pocl_ray.config.loading import load_config
-from pocl_ray.config.rollout import RolloutConfig
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
     GenerationConfig,
+    LoraConfig,
     ModelConfig,
     OtherTeacherConfig,
     SourceConfig,
@@ -25,6 +24,7 @@ from pocl_ray.config.training import (
     CurriculumConfig,
     DistillConfig,
     PlateauConfig,
+    RolloutConfig,
     ScheduleConfig,
     SftConfig,
     TrainConfig,

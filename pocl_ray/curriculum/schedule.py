@@ -8,11 +8,56 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
-from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
-from pocl_ray.curriculum.rescoring import rescored_stages
 from pocl_ray.errors import ConfigError
-from pocl_ray.records import Ramp, Stage
+from pocl_ray.records import Order, Ramp, Stage
+
+# Which stages train on rows that are ranked anew before them, by the student as it then is.
+
+
+def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Order, pacing: str) -> list[bool]:
+    """Return of each stage whether the rows are ranked anew before it: where that can change which rows it takes.
+
+    The first stage has the ranking of the untuned student. A stage of all rows needs none, since they are shuffled, and
+    neither does an order that the seed draws.
+
+    Args:
+        slices: The rows of each stage, `(first, end)` in the order.
+        num_rows: All rows.
+        order: What the slices are of.
+        pacing: Name of the rule.
+
+    Raises:
+        ConfigError: That is no stage at all.
+    """
+    rescored = [index > 0 and order == "rank" and tuple(part) != (0, num_rows) for index, part in enumerate(slices)]
+    if not any(rescored):
+        raise ConfigError(
+            f"difficulty.rescore each_stage: with pacing {pacing} and a plan of {len(slices)} stages none after the "
+            "first takes a part of the rows by rank, so nothing would be scored again; set it to never, or raise "
+            "curriculum.num_buckets or change curriculum.pacing"
+        )
+    return rescored
+
+
+# Buckets: disjoint slices of the ranking, 0 the easiest (POCL, section 3.3).
+
+
+def bucket_ends(num_rows: int, num_buckets: int) -> tuple[int, ...]:
+    """Return where each bucket ends in the ranking, as cumulative row counts.
+
+    All buckets hold `floor(num_rows / num_buckets)` rows but the last, which takes the remainder as well.
+
+    Raises:
+        ConfigError: There are more buckets than rows.
+    """
+    if num_buckets > num_rows:
+        raise ConfigError(
+            f"curriculum.num_buckets: {num_buckets} buckets cannot be made of {num_rows} rows; "
+            f"set it to {num_rows} or less"
+        )
+    size = num_rows // num_buckets
+    return (*(size * (k + 1) for k in range(num_buckets - 1)), num_rows)
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pocl_ray.data.pairing import Pairs
+from pocl_ray.data.row_store import Pairs
 from pocl_ray.records import Stage
 from pocl_ray.teacher_cache.top_k import TopK
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.examples import read_examples
-from pocl_ray.data.pairing import pairing_figures
-from pocl_ray.data.prompts import Example, PromptTemplate
+from pocl_ray.data.prompts import Example, PromptTemplate, read_examples
 from pocl_ray.data.readers import Reject
-from pocl_ray.data.row_store import RowStore, shared_prompts
+from pocl_ray.data.row_store import RowStore, pairing_figures, shared_prompts
 from pocl_ray.data.rows import (
     TeacherTokens,
     default_split,

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data.location import Location, SourceFile, ending_of, first_line, locate
-from pocl_ray.data.readers import Reject, SourceRow, read_file
+from pocl_ray.data.readers import Location, Reject, SourceFile, SourceRow, ending_of, first_line, locate, read_file
 from pocl_ray.errors import DataError
-from pocl_ray.run_directory.storage import file_digest, fingerprint, localize
-from pocl_ray.stores import is_remote
+from pocl_ray.run_directory.storage import file_digest, fingerprint, is_remote, localize
 
 _BATCH_ROWS = 1024
 

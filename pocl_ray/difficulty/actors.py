@@ -11,43 +11,188 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pocl_ray.answers.rouge import score_answers
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.answers import score_answers
-from pocl_ray.difficulty.choice import TokenSignal, load_signals
-from pocl_ray.difficulty.keeping import HiddenKept, Keeper, NothingKept, TopKKept
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
-from pocl_ray.difficulty.signals import LmHead, student_signals, teacher_signals
-from pocl_ray.difficulty.units import (
-    ANSWER_STOPPED,
-    SET,
-    STUDENT_DTYPE,
-    STUDENT_HIDDEN,
-    IntArray,
-    Lengths,
-    ids_of,
-    row_table,
-    student_unit,
-    with_place,
-)
+from pocl_ray.difficulty.signals import LmHead, Signals, TokenSignal, load_signals, student_signals, teacher_signals
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadWeights
-from pocl_ray.models.hidden_cache import write_shard
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
-from pocl_ray.records import ID
+from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.top_k import TopK
+from pocl_ray.teacher_cache.reader import write_shard
+from pocl_ray.teacher_cache.top_k import TopK, concatenate, top_k_of
+
+# What passes through the scoring job: micro-batches of row ids with what the student measured, and a row each behind.
+#
+# Axes: N response tokens of a unit in one flat axis, R its rows, H hidden.
+
+SET = "set"
+IDS = "ids"
+SHARD = "shard"
+ANSWER_STOPPED = "answer_stopped"
+STUDENT_COLUMNS = {
+    "rouge_l": pa.float64(),
+    ANSWER_STOPPED: pa.bool_(),
+    "ce_loss": pa.float64(),
+    "student_confidence": pa.float64(),
+}
+STUDENT_HIDDEN = "student_hidden"
+STUDENT_DTYPE = "student_dtype"
+
+IntArray = npt.NDArray[np.int64]
+Lengths = tuple[IntArray, IntArray]
+"""Tokens of each prompt and of each response, both of shape (R,)."""
+
+
+def with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
+    """Return rows with the set that they are of, and the shard of the cache that they are in."""
+    table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
+    return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
+
+
+def unit_table(name: str, batches: Sequence[IntArray]) -> pa.Table:
+    """Return the input of one task: the set and the row ids of each of its micro-batches."""
+    ends = np.cumsum([0, *map(len, batches)], dtype=np.int32)
+    ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(batches)))
+    return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
+
+
+def unscored_units(name: str, batches: Sequence[IntArray]) -> pa.Table:
+    """Return the input of one task of a `TeacherActor` that no student comes before."""
+    return pa.concat_tables(student_unit(name, ids, None, None) for ids in batches)
+
+
+def ids_of(units: pa.Table) -> list[IntArray]:
+    """Return the row ids of each unit."""
+    return [np.array(ids, dtype=np.int64) for ids in units[IDS].to_pylist()]
+
+
+def student_unit(
+    name: str, ids: IntArray, by_row: Mapping[str, Any] | None, hidden_NH: torch.Tensor | None
+) -> pa.Table:
+    """Return a unit as it goes to the teacher.
+
+    Args:
+        name: The set.
+        ids: Its rows.
+        by_row: The student's signals, by name; None where the student did not read it.
+        hidden_NH: The student's hidden states, where signals compare the two models.
+    """
+    table = unit_table(name, [ids])
+    for column, value_type in STUDENT_COLUMNS.items():
+        values = list(by_row[column]) if by_row is not None and column in by_row else None
+        table = table.append_column(column, pa.array([values], pa.list_(value_type)))
+    payload = None if hidden_NH is None else hidden_NH.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    dtype = None if hidden_NH is None else str(hidden_NH.dtype).removeprefix("torch.")
+    table = table.append_column(STUDENT_HIDDEN, pa.array([payload], pa.large_binary()))
+    return table.append_column(STUDENT_DTYPE, pa.array([dtype], pa.string()))
+
+
+def row_table(
+    ids: IntArray, lengths: Lengths, signals: Signals, units: pa.Table, index: int, names: Sequence[str]
+) -> pa.Table:
+    """Return a row for each row id of a unit.
+
+    Args:
+        ids: The rows.
+        lengths: In the student's tokens.
+        signals: What the teacher measured.
+        units: The table of the unit, with what the student measured.
+        index: Its place there.
+        names: Columns for the teacher's signals; null where one was not measured.
+    """
+    columns = {ID: pa.array(ids)}
+    for name, value_type in STUDENT_COLUMNS.items():
+        values = units[name][index]
+        columns[name] = values.values if values.is_valid else pa.nulls(len(ids), value_type)
+    for name in names:
+        values = signals.get(name)
+        columns[name] = pa.nulls(len(ids), pa.float64()) if values is None else pa.array(values)
+    columns[NUM_PROMPT_TOKENS], columns[NUM_RESPONSE_TOKENS] = map(pa.array, lengths)
+    return pa.table(columns)
+
+
+# What the scoring pass keeps of the teacher for its cache: nothing, hidden states, or the likeliest tokens.
+#
+# Axes: N response tokens of a unit in one flat axis, C those of a chunk, V vocabulary, H hidden.
+
+
+class Keeper(Protocol):
+    """Keeps one unit's part of the cache."""
+
+    def watch(self, logits_CV: torch.Tensor) -> None:
+        """See the teacher's logits of the next tokens of the unit."""
+
+    def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
+        """Return what is kept of each row, on the CPU."""
+
+
+class NothingKept:
+    """Keeps nothing: the teacher is not cached."""
+
+    def watch(self, logits_CV: torch.Tensor) -> None:
+        """See the logits, and leave them."""
+
+    def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
+        """Return nothing."""
+        return ()
+
+
+class HiddenKept:
+    """Keeps the hidden states."""
+
+    def __init__(self, hidden_NH: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Take the hidden states of the unit, and the dtype to store; None for their own."""
+        self.hidden_NH = hidden_NH.to("cpu", dtype or hidden_NH.dtype)
+
+    def watch(self, logits_CV: torch.Tensor) -> None:
+        """See the logits, which follow from the hidden states."""
+
+    def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
+        """Return the hidden states of each row."""
+        return self.hidden_NH.split(list(lengths))
+
+
+class TopKKept:
+    """Keeps the likeliest tokens, of the vocabulary that both models share."""
+
+    def __init__(
+        self, top_k: int, student_vocab_size: int, teacher_dtype: torch.dtype, dtype: torch.dtype | None
+    ) -> None:
+        """Set the keeper up.
+
+        Args:
+            top_k: Tokens to keep.
+            student_vocab_size: The student's logits, padding included.
+            teacher_dtype: What the teacher computes in.
+            dtype: Of the log-probabilities; None: float32 for a teacher in float32, else float16.
+        """
+        self.top_k, self.student_vocab_size = top_k, student_vocab_size
+        self.dtype = dtype or (torch.float32 if teacher_dtype == torch.float32 else torch.float16)
+        self.parts: list[TopK] = []
+
+    def watch(self, logits_CV: torch.Tensor) -> None:
+        """Keep the likeliest tokens of a chunk."""
+        self.parts.append(top_k_of(logits_CV[:, : self.student_vocab_size], self.top_k, self.dtype).to("cpu"))
+
+    def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
+        """Return the likeliest tokens of each row."""
+        return concatenate(self.parts).split(lengths)
+
 
 _MAX_SHARD_BYTES = 256 * 2**20
 

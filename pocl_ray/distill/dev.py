@@ -11,9 +11,8 @@ from pocl_ray.answers.generate import GenerationSettings, generate
 from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.engine import Engine
+from pocl_ray.distill.engine import Engine, InferenceStudent
 from pocl_ray.distill.feed import Feed
-from pocl_ray.distill.inference import InferenceStudent
 from pocl_ray.distill.step import StepSettings
 
 

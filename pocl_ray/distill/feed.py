@@ -3,17 +3,173 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from pocl_ray.data.batching import MicroBatch, collate, global_batches, rank_micro_batches
-from pocl_ray.data.row_store import RowStore
+from pocl_ray.data.batching import MicroBatch, Taught, TeacherRows, collate, global_batches, rank_micro_batches
+from pocl_ray.data.row_store import Pairs, RowStore
+from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.rollout_schedule import Source
-from pocl_ray.distill.teachers import Teachers
-from pocl_ray.records import Stage
+from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.models.frozen import LiveTeacher, ShardedTeacher
+from pocl_ray.models.head_loading import load_head
+from pocl_ray.models.heads import HeadWeights
+from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.records import RowsSummary, Stage
+from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
+from pocl_ray.teacher_cache.top_k import TopK
+
+# Where a training worker has the teachers' part of a batch from: their caches, or the teachers themselves.
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """One teacher, for the rows of one set.
+
+    Attributes:
+        cache: What is stored of it; None where it runs live.
+        live: The teacher itself; None where it is cached.
+        index: Its place among the run's teachers.
+        weight: Of its divergence.
+        stages: In which it teaches; None for all.
+        rows: The rows in its own tokens; None where its tokenizer is the student's.
+    """
+
+    cache: HiddenCache | TopKCache | None = None
+    live: LiveTeacher | ShardedTeacher | None = None
+    index: int = 0
+    weight: float = 1.0
+    stages: tuple[int, ...] | None = None
+    rows: RowStore | None = None
+
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> Taught | None:
+        """Return what its cache holds of rows whose responses have so many tokens; None where it runs live."""
+        if self.cache is None:
+            return None
+        tokens = self.cache.take(ids)
+        return self._taught(tokens, None if self.rows is None else Pairs.of(lengths_R, self.rows.response_lengths[ids]))
+
+    def asked(self, batch: MicroBatch) -> Taught | None:
+        """Return what it says of a batch; None where it is cached."""
+        if self.live is None:
+            return None
+        own = batch.teacher_rows
+        read, pairs = (batch, None) if own is None else (own.batch, own.pairs)
+        tokens = self.live.hidden(read.input_ids_BT, read.attention_mask_BT, read.response_index_N)
+        return self._taught(tokens, pairs)
+
+    def _taught(self, tokens: torch.Tensor | TopK, pairs: Pairs | None) -> Taught:
+        if pairs is None:
+            return Taught(tokens, self.index, self.weight)
+        assert isinstance(tokens, torch.Tensor), "over two tokenizers hidden states are compared"
+        if not pairs.teacher_M.all():
+            tokens = tokens[torch.from_numpy(np.flatnonzero(pairs.teacher_M)).to(tokens.device)]
+        return Taught(tokens, self.index, self.weight, torch.from_numpy(pairs.student_N))
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers of a set, or those of them that teach in a stage."""
+
+    sources: tuple[TeacherSource, ...] = ()
+
+    def in_stage(self, stage: int | None) -> Teachers:
+        """Return those that teach in a stage (None: all of them), their weights made to sum to 1."""
+        chosen = [one for one in self.sources if stage is None or one.stages is None or stage in one.stages]
+        total = sum(one.weight for one in chosen)
+        return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
+
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> tuple[Taught, ...]:
+        """Return what the caches hold of rows; nothing of teachers that run live.
+
+        Args:
+            ids: The rows.
+            lengths_R: The student's response tokens of each.
+        """
+        return tuple(taught for one in self.sources if (taught := one.stored(ids, lengths_R)) is not None)
+
+    def own_rows(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherRows | None:
+        """Return rows as a live teacher with another tokenizer reads them; None where there is none such."""
+        for one in self.sources:
+            if one.live is not None and one.rows is not None:
+                batch = collate(*one.rows.tokens(ids), pad_id=0)
+                return TeacherRows(batch, Pairs.of(lengths_R, one.rows.response_lengths[ids]))
+        return None
+
+    def teach(self, batch: MicroBatch) -> MicroBatch:
+        """Return the batch with what the live teachers say of it added."""
+        asked = tuple(taught for one in self.sources if (taught := one.asked(batch)) is not None)
+        return replace(batch, taught=batch.taught + asked, teacher_rows=None)
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """What a worker holds of a teacher in memory.
+
+    Attributes:
+        task: Which teacher.
+        head: Its LM head; None where its likeliest tokens are cached.
+        live: The teacher itself; None where it is cached.
+    """
+
+    task: TeacherTask
+    head: HeadWeights | None
+    live: LiveTeacher | ShardedTeacher | None
+
+
+def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
+    """Load of each teacher what the loss needs: its LM head for hidden states, itself only where nothing is cached.
+
+    Raises:
+        UserError: A teacher cannot be loaded.
+    """
+    loaded = []
+    for one in task.teachers:
+        ref = on_this_node(one.ref)
+        if one.cache is not None and task.distill.teacher_cache == "topk":
+            loaded.append(LoadedTeacher(one, None, None))
+        elif one.cache is not None:
+            loaded.append(LoadedTeacher(one, load_head(ref, device=device), None))
+        else:
+            live = _sharded(ref, device) if one.sharded else LiveTeacher(ref, device)
+            loaded.append(LoadedTeacher(one, live.head, live))
+    return loaded
+
+
+def _sharded(ref: ModelRef, device: torch.device) -> ShardedTeacher:
+    import_deepspeed(device)
+    return ShardedTeacher(ref, device)
+
+
+def teachers_of(
+    task: TrainTask, made: RowsSummary, loaded: Sequence[LoadedTeacher], num_student_logits: int
+) -> Teachers:
+    """Return the teachers of a set of rows, with their caches opened.
+
+    Raises:
+        StorageError: A cache is missing, damaged, or of another teacher or other rows.
+    """
+    sources = []
+    for index, one in enumerate(loaded):
+        own = None if one.task.rows is None else one.task.rows[made.name]
+        read = made if own is None else own
+        cache: HiddenCache | TopKCache | None = None
+        if one.task.cache is not None:
+            directory = task.run_dir.local(f"{one.task.cache}/{made.name}")
+            expected = (one.task.fingerprint, read.fingerprint, read.num_rows)
+            if task.distill.teacher_cache == "topk":
+                cache = TopKCache.open(directory, *expected)
+                cache.check(task.distill.top_k, num_student_logits)
+            else:
+                cache = HiddenCache.open(directory, *expected)
+        rows = None if own is None else RowStore.open(task.run_dir.local(own.path))
+        assert rows is None or len(rows) == made.num_rows, "the teacher's rows are the student's, by id"
+        sources.append(TeacherSource(cache, one.live, index, one.task.weight, one.task.stages, rows))
+    return Teachers(tuple(sources))
 
 
 @dataclass(frozen=True)

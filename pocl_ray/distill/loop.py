@@ -18,20 +18,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_ray.distill.checkpoint import BEST, STATE, Progress, complete, state_reader, write_state
+from pocl_ray.curriculum.hand_off import hand_off_figure, has_converged
+from pocl_ray.distill.checkpoint import (
+    BEST,
+    STATE,
+    Progress,
+    Uploads,
+    Writer,
+    Written,
+    complete,
+    make_scratch,
+    state_reader,
+    write_state,
+)
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
 from pocl_ray.distill.kernels import divergences
-from pocl_ray.distill.plateau import hand_off_figure, has_converged
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
-from pocl_ray.distill.saving import Uploads, Writer, Written
-from pocl_ray.distill.scratch import make_scratch
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import RolloutSettings, StepSettings
+from pocl_ray.distill.targets import TokenWeight
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.records import Order, Stage
 from pocl_ray.run_directory.disk import GIB
 

@@ -23,15 +23,13 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pocl_ray.difficulty.answers import score_answers
-from pocl_ray.difficulty.choice import choose_signals, load_signals
+from pocl_ray.answers.rouge import score_answers
 from pocl_ray.difficulty.ranking import STUDENT_SIGNALS, rank_rows
-from pocl_ray.difficulty.signals import comparison_signals, student_signals
+from pocl_ray.difficulty.signals import choose_signals, comparison_signals, load_signals, student_signals
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.distill.engine import Engine
-from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.feed import Feed, Teachers
 from pocl_ray.distill.task import Rescoring, TrainTask
-from pocl_ray.distill.teachers import Teachers
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.heads import HeadWeights, head_of, split_model
 from pocl_ray.records import ID, PREVIOUS_RANK, RANK, RRF_SCORE, Stage

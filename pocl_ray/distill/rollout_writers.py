@@ -16,7 +16,7 @@ import torch
 from pocl_ray.answers.decode import decode
 from pocl_ray.answers.generate import Tokens
 from pocl_ray.config import RolloutConfig
-from pocl_ray.distill.inference import InferenceStudent
+from pocl_ray.distill.engine import InferenceStudent
 from pocl_ray.distill.rollout_schedule import token_draws, writing_seed
 from pocl_ray.errors import ConfigError
 

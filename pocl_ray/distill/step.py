@@ -25,8 +25,7 @@ from pocl_ray.distill.chunked import (
     chunked_head_loss,
     token_chunks,
 )
-from pocl_ray.distill.targets import teacher_logits
-from pocl_ray.distill.token_weights import TokenWeight
+from pocl_ray.distill.targets import TokenWeight, teacher_logits
 from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 

@@ -5,12 +5,17 @@ Legend: B batch, T tokens, N response tokens in one flat axis, K the teacher's h
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from pocl_ray.models.heads import HeadWeights, check_split, head_of, split_model
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from pocl_ray.errors import ModelError
+from pocl_ray.models.heads import HeadWeights, check_split, compare_logits, head_of, split_model
 from pocl_ray.models.loading import load_model
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, read_config
 
 
 class LiveTeacher:
@@ -45,3 +50,108 @@ class LiveTeacher:
         with torch.inference_mode():
             hidden_NK = self._parts.response_hidden(*parts)
         return hidden_NK.clone()  # made outside: autograd refuses to save an inference tensor, and losses may want to
+
+
+# A frozen teacher split over the training workers: ZeRO stage 3 without an optimizer.
+#
+# Each worker holds its share of every weight. A layer's weights are gathered when it runs and let go behind it, so
+# that a teacher takes its size divided by the number of workers, and room for a layer. The price is that all workers
+# run it together, equally often: a forward pass is collective.
+#
+# Legend: B batch, T tokens, N response tokens in one flat axis, K the teacher's hidden size.
+
+
+class _Body(nn.Module):
+    """What DeepSpeed wraps: it learns the order of the layers from calls of this module alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor, whole: bool = False) -> Tensor:
+        """Hidden states at the positions; of the `whole` model its own logits there."""
+        if not whole:
+            return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
+        output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+        return output.logits.flatten(0, 1).index_select(0, index_N)
+
+
+class ShardedTeacher:
+    """A frozen teacher of which each worker holds a part; making and calling it is collective.
+
+    Attributes:
+        head: Its LM head, whole on every worker.
+    """
+
+    def __init__(self, ref: ModelRef, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Load the teacher in parts. DeepSpeed must be imported and joined to the process group.
+
+        Raises:
+            ModelError: It cannot be loaded, or not in this dtype on this device, or head and body are not the model.
+        """
+        import deepspeed
+
+        dtype = dtype or _dtype_of(ref)
+        config = _inference_config(ref, dtype, deepspeed.get_accelerator())
+        partitions = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it loads
+        model = load_model(ref, device=device, dtype=dtype).requires_grad_(False)
+        del partitions
+        parts = split_model(model)
+        bias: Any = getattr(parts.head, "bias", None)
+        with deepspeed.zero.GatheredParameters([parts.head.weight, *([] if bias is None else [bias])]):
+            whole = head_of(model)
+            self.head = HeadWeights(
+                whole.weight_VH.clone(), None if whole.bias_V is None else whole.bias_V.clone(), whole.transform
+            ).to(device)
+        self._engine, *_ = deepspeed.initialize(model=_Body(model), config=config, dist_init_required=False)
+        self._engine.eval()
+        self.device = device
+        self._check_split(type(model).__name__, model.config.vocab_size)
+
+    @torch.no_grad()
+    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
+        """Return the final hidden states of response positions; all workers call it together.
+
+        Args:
+            input_ids_BT: token ids, padded on the right; another batch on each worker.
+            attention_mask_BT: 1 for tokens, 0 for padding.
+            response_index_N: flat positions `b * T + t`.
+
+        Returns:
+            teacher_hidden_NK, on the teacher's device and in its dtype, without gradient.
+        """
+        inputs = (part.to(self.device) for part in (input_ids_BT, attention_mask_BT, response_index_N))
+        hidden_NK: Tensor = self._engine(*inputs)
+        return hidden_NK
+
+    @torch.no_grad()
+    def _check_split(self, family: str, vocab_size: int) -> None:
+        ids_BT = torch.arange(4).unsqueeze(0) % vocab_size
+        inputs = [part.to(self.device) for part in (ids_BT, torch.ones_like(ids_BT), torch.arange(4))]
+        expected_NV = self._engine(*inputs, whole=True).float()
+        compare_logits(family, self.head.logits(self.hidden(*inputs)).float(), expected_NV)
+
+
+def _dtype_of(ref: ModelRef) -> torch.dtype:
+    """The dtype to load in, which DeepSpeed must know before; float32 where the model does not say."""
+    config = read_config(ref)
+    name = ref.dtype if ref.dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"{ref.path}: config.json names the dtype {name!r}; set teacher.dtype")
+    return dtype
+
+
+def _inference_config(ref: ModelRef, dtype: torch.dtype, accelerator: Any) -> dict[str, Any]:
+    if dtype == torch.float16 and not accelerator.is_fp16_supported():
+        raise ModelError(
+            f"{ref.path}: cannot be sharded in float16 on {accelerator.device_name()}; set teacher.dtype to bfloat16 "
+            "or float32"
+        )
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 1 << 30,
+    }

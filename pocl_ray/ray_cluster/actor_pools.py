@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
-from pocl_ray.errors import GaveUpError, ResourceError, UserError
+from pocl_ray.errors import GaveUpError, ResourceError
 from pocl_ray.ray_cluster.capacity import (
     in_words,
     room_for,
@@ -28,10 +28,8 @@ from pocl_ray.ray_cluster.capacity import (
     where,
     with_accelerator,
 )
-from pocl_ray.ray_cluster.ray_errors import died_of
-from pocl_ray.run_directory.disk import machine_fault
+from pocl_ray.ray_cluster.ray_errors import death_in, died_of, end_in
 
-ENDS = (UserError, GaveUpError)
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
 
@@ -150,9 +148,9 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            if (end := _end_in(error)) is not None:
+            if (end := end_in(error)) is not None:
                 raise end from None
-            if (death := _death_in(error)) is not None:
+            if (death := death_in(error)) is not None:
                 raise GaveUpError(f"{name}: {died_of(death)}; the same command does the step again") from error
             raise
 
@@ -172,31 +170,3 @@ def quiet_ray_data() -> Iterator[None]:
         for name, value in before.items():
             setattr(context, name, value)
         logger.setLevel(level)
-
-
-def _end_in(error: BaseException) -> UserError | GaveUpError | None:
-    """Find the user's mistake, or that too much was lost, in a chain of Ray's wrappers."""
-    for found in _wrapped(error):
-        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
-        if isinstance(found, ENDS) and not isinstance(getattr(found, "cause", None), ENDS):
-            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
-        if fault := machine_fault(found, "actors write"):
-            return fault
-    return None
-
-
-def _death_in(error: BaseException) -> RayActorError | None:
-    return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
-
-
-def _wrapped(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it wraps, in Python's ways and in Ray's."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        found = pending.pop()
-        if found is None or id(found) in seen:
-            continue
-        yield found
-        seen.add(id(found))
-        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]

@@ -28,11 +28,11 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
-from pocl_ray.clocks import started_after_boot_s
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, StalledError
 from pocl_ray.heartbeat import Vital, beat, rest, vital
+from pocl_ray.run_directory.lease import started_after_boot_s
 
 NAMESPACE = "pocl_ray"
 PULSE, TRIES, VERDICT = "pulse/", "tries/", "verdict"

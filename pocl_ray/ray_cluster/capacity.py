@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -143,3 +143,83 @@ def in_words(resources: Mapping[str, float]) -> str:
 def _ask(wanted: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:
     """Tell the autoscaler, if there is one, what should fit; nothing takes back what was asked for before."""
     request_resources(bundles=[dict(each) for each in wanted], bundle_label_selectors=[dict(labels) for _ in wanted])
+
+
+# Room for training workers: what one of them asks for, and waiting until the fewest allowed fit.
+
+
+def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
+    """Return what one training worker asks the cluster for; the kind of its GPU is said apart."""
+    resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
+    return {**resources, "GPU": resources.get("GPU", 1)} if use_gpu else resources
+
+
+def wait_for_workers(scaling: ScalingConfig, use_gpu: bool) -> None:
+    """Wait until the cluster has room for the fewest workers allowed.
+
+    Raises:
+        ResourceError: It has not after `scaling.start_timeout_s`; at once where it cannot grow.
+    """
+    needed = with_accelerator(resources_per_worker(scaling, use_gpu), scaling)
+
+    def room() -> int:
+        return room_for(needed, list(usable_nodes(scaling.labels).values()), scaling.placement)
+
+    fits = wait_for_room(room, scaling.min_workers, [needed] * scaling.max_workers, scaling)
+    if fits < scaling.min_workers:
+        nodes = usable_nodes(scaling.labels).values()
+        listed = "; ".join(in_words({name: node.get(name, 0) for name in needed}) for node in nodes) or "nothing"
+        raise ResourceError(
+            f"scaling.num_workers: the cluster has room for {fits} of {scaling.min_workers} workers of "
+            f"{in_words(needed)} each{where(scaling)} (its nodes have {listed}); lower scaling.num_workers or "
+            "scaling.cpus_per_worker"
+        )
+
+
+# How many trials the cluster has room for at once.
+
+
+def trials_at_once(
+    nodes: Sequence[Mapping[str, float]],
+    per_worker: Mapping[str, float],
+    num_workers: int,
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"],
+) -> int:
+    """Return how many groups of workers fit on the nodes side by side.
+
+    A trial needs nothing but its workers: trial and controller are actors without resources.
+
+    Args:
+        nodes: What each node has, by resource.
+        per_worker: What a worker needs.
+        num_workers: Workers of a trial.
+        placement: STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of them do.
+    """
+    needed = {name: amount for name, amount in per_worker.items() if amount > 0}
+    slots = [min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items()) for node in nodes]
+    if placement == "STRICT_PACK":
+        return sum(free // num_workers for free in slots)
+    if placement == "STRICT_SPREAD":
+        groups = sum(slots) // num_workers
+        while groups and sum(min(free, groups) for free in slots) < groups * num_workers:
+            groups -= 1
+        return groups
+    return sum(slots) // num_workers
+
+
+def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
+    """Return how many trials run at once on the cluster that is connected; at least one.
+
+    Args:
+        scaling: Of a trial.
+        most: What the user allows; None: whatever fits.
+
+    Raises:
+        ResourceError: Not one fits, after `scaling.start_timeout_s`; at once where the cluster cannot grow.
+    """
+    use_gpu = wants_gpu(scaling)
+    wait_for_workers(scaling, use_gpu)
+    nodes = list(usable_nodes(scaling.labels).values())
+    needed = with_accelerator(resources_per_worker(scaling, use_gpu), scaling)
+    fitting = trials_at_once(nodes, needed, scaling.max_workers, scaling.placement)
+    return max(1, fitting if most is None else min(most, fitting))

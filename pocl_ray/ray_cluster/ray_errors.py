@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ray.exceptions import RayActorError
 
+from pocl_ray.errors import GaveUpError, UserError
+from pocl_ray.run_directory.disk import machine_fault
+
 MAX_CHARS = 200
+ENDS = (UserError, GaveUpError)
 _DETAIL = "Worker exit detail:"
 _NO_WORD = "connection error code 2"  # what Ray says of every process that ends without telling it
 _HEADS = ("The actor died unexpectedly", "The actor is dead because its worker process has died")
@@ -24,3 +30,32 @@ def one_line(text: str) -> str:
     """Return a text as one line of at most MAX_CHARS."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 3]}..."
+
+
+def end_in(error: BaseException) -> UserError | GaveUpError | None:
+    """Find the user's mistake, or that too much was lost, in a chain of Ray's wrappers."""
+    for found in _wrapped(error):
+        # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
+        if isinstance(found, ENDS) and not isinstance(getattr(found, "cause", None), ENDS):
+            return type(found)(str(found).splitlines()[0])  # Ray Data adds lines about retries of its own
+        if fault := machine_fault(found, "actors write"):
+            return fault
+    return None
+
+
+def death_in(error: BaseException) -> RayActorError | None:
+    """Find the death of an actor in a chain of Ray's wrappers."""
+    return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, in Python's ways and in Ray's."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is None or id(found) in seen:
+            continue
+        yield found
+        seen.add(id(found))
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]

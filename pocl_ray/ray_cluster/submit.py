@@ -26,7 +26,7 @@ from pocl_ray.config import load_config
 from pocl_ray.config.loading import is_layer
 from pocl_ray.console import console
 from pocl_ray.errors import ConfigError, ResourceError
-from pocl_ray.stores import check_lasts
+from pocl_ray.run_directory.storage import check_lasts
 
 # What a checkout holds and a job does not need, beside what .gitignore names. A leading slash is the top alone:
 # `pocl_ray/models` is code.

@@ -75,3 +75,38 @@ def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) 
             f"{place} runs other code: {', '.join(differing)}; install the same on all nodes (the image of "
             "cluster/Dockerfile), or let `pocl-ray submit` upload the project"
         )
+
+
+# Clocks that disagree: ages that need only one clock, and a word where one is far off.
+#
+# Nothing here or elsewhere compares the clocks of two machines to decide whether work is lost or a lease is over.
+
+MAX_SKEW_S = 300.0
+"""Object stores refuse requests that are 15 minutes off; long before that somebody should know."""
+
+
+def skew_s(asked_at: float, theirs: float, answered_at: float) -> float:
+    """Return by how much another clock is ahead, at least (negative: behind).
+
+    Args:
+        asked_at: Here, before the other was asked for its time.
+        theirs: What it said.
+        answered_at: Here, when that had come.
+    """
+    return max(0.0, theirs - answered_at) + min(0.0, theirs - asked_at)
+
+
+def skew_warning(place: str, ahead_s: float) -> str | None:
+    """Return what the user is told of a clock that is too far off, or None.
+
+    Args:
+        place: Where it is, such as `node 10.0.0.4`.
+        ahead_s: By how much it is ahead of the driver's.
+    """
+    if abs(ahead_s) <= MAX_SKEW_S:
+        return None
+    which = "ahead of" if ahead_s > 0 else "behind"
+    return (
+        f"{place}: its clock is {abs(ahead_s):.0f} s {which} the driver's; object stores and tokens refuse clocks that "
+        "are far off: synchronise it (NTP)"
+    )

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from pocl_ray.distill.checkpoint import PROGRESS
 from pocl_ray.errors import StorageError
 from pocl_ray.heartbeat import touch
-from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.stores import reason
+from pocl_ray.run_directory.storage import RunDirectory, reason
 
-PROGRESS = "progress.json"
-"""The last file of a checkpoint to be written; without it there is none."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's, in the folder of the checkpoints."""
 KEPT = "checkpoint_manager_snapshot.kept.json"

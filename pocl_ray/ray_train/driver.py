@@ -24,15 +24,12 @@ from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.distill.callbacks import KeepSnapshots, TellBoards
-from pocl_ray.distill.elastic import DividingPolicy
-from pocl_ray.distill.plateau import hand_off_figure
-from pocl_ray.distill.room import resources_per_worker, wait_for_workers
+from pocl_ray.curriculum.hand_off import hand_off_figure
 from pocl_ray.errors import StalledError, UserError
-from pocl_ray.ray_cluster.capacity import is_one_machine, wants_gpu
+from pocl_ray.ray_cluster.capacity import is_one_machine, resources_per_worker, wait_for_workers, wants_gpu
 from pocl_ray.ray_cluster.versions import versions
 from pocl_ray.ray_train.checkpoints import mend_snapshot, prune_orphans
-from pocl_ray.ray_train.policies import TellFailures, TryAgain, give_up
+from pocl_ray.ray_train.policies import DividingPolicy, KeepSnapshots, TellBoards, TellFailures, TryAgain, give_up
 from pocl_ray.ray_train.progress import ProgressBoard, Standing
 from pocl_ray.ray_train.watch import Silence, StallWatch
 

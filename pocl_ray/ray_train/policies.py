@@ -7,12 +7,15 @@ another. Both are finite, so that what fails at every try ends, with its cause.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
     ReschedulingState,
@@ -22,10 +25,17 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
-from pocl_ray.errors import GaveUpError, StalledError, UserError
+from pocl_ray.errors import GaveUpError, ResourceError, StalledError, UserError
+from pocl_ray.ray_cluster.capacity import room_for, usable_nodes
 from pocl_ray.ray_cluster.ray_errors import died_of, one_line
+from pocl_ray.ray_train.checkpoints import keep_snapshot
+from pocl_ray.run_directory.storage import RunDirectory
 
 # What a worker meets in a collective whose other end is gone: a consequence, never the cause.
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -107,3 +117,127 @@ def _said(failure: BaseException) -> str:
 
 def _is_consequence(failure: BaseException) -> bool:
     return not isinstance(failure, WorkerHealthCheckFailedError) and any(sign in str(failure) for sign in _COLLATERAL)
+
+
+# How many workers an elastic run has: as many as there is room for, of which each gets an equal share of a batch.
+#
+# Ray Train's own elastic policy takes any number that fits. Ours differs in four points. It keeps to numbers that
+# divide the global batch and to the placement that is asked for. It looks at the nodes as they are, not as they were
+# up to 20 seconds ago, and does not count one that is about to go. It grows right after a checkpoint, so that hardly
+# a step is done twice. And it gives up, with the reason, where too few nodes are left for too long.
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 30.0
+LOOK_EVERY_S = 1.0
+
+
+def largest_share(num_possible: int, least: int, global_batch_rows: int) -> int:
+    """Return the most workers, at most `num_possible`, that share a global batch evenly; 0 for fewer than `least`."""
+    fitting = (n for n in range(num_possible, least - 1, -1) if n > 0 and global_batch_rows % n == 0)
+    return next(fitting, 0)
+
+
+class DividingPolicy(ElasticScalingPolicy):
+    """Decides in Ray Train's controller how many workers there are."""
+
+    def __init__(self, scaling_config: RayScalingConfig, global_batch_rows: int, patience_s: float) -> None:
+        """Set the policy up.
+
+        Args:
+            scaling_config: Fewest and most workers, and what each needs.
+            global_batch_rows: Rows of an optimizer step.
+            patience_s: How long to wait for the fewest workers.
+        """
+        super().__init__(scaling_config)
+        self._global_batch_rows = global_batch_rows
+        self._patience_s = patience_s
+        selector = scaling_config.label_selector
+        self._labels = selector if isinstance(selector, dict) else {}
+        self._waits_since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Start with as many workers as there is room for, or wait for the fewest.
+
+        Raises:
+            ResourceError: They did not come in time.
+        """
+        decision = super().make_decision_for_non_running_worker_group()
+        if not isinstance(decision, NoopDecision):
+            self._waits_since = None
+            return decision
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        if now - self._waits_since > self._patience_s:
+            raise ResourceError(
+                f"scaling.num_workers: no room for {self.scaling_config.min_workers} workers since "
+                f"{self._patience_s:.0f} s, so the run stops; the same command goes on where it stood"
+            )
+        time.sleep(LOOK_EVERY_S)  # Ray Train's controller asks again at once
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """Grow where there is room, at the moment when a checkpoint has been taken over."""
+        reports = [status.training_report for status in worker_group_status.worker_statuses.values()]
+        if not any(report is not None and report.checkpoint is not None for report in reports):
+            self._maybe_send_resource_request()
+            return NoopDecision()
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
+        """Return what the run may use of each node that stays; None while nobody answers, and nothing changes."""
+        answer = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        try:
+            reserved: dict[str, dict[str, float]] = ray.get(answer, timeout=ANSWER_S)
+        except RayError:
+            logger.warning("the autoscaling coordinator does not answer; the workers stay as they are", exc_info=True)
+            return None
+        leaving, usable = ray._private.state.state.get_draining_nodes(), usable_nodes(self._labels)
+        if str(self.scaling_config.placement_strategy).startswith("STRICT"):
+            # What is reserved is packed, whatever the placement; so all that the nodes have is looked at.
+            reserved = usable
+        return {node: resources for node, resources in reserved.items() if node in usable and node not in leaving}
+
+    def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
+        config, nodes = self.scaling_config, list(reserved_resources.values())
+        room = room_for(config._resources_per_worker_not_none, nodes, str(config.placement_strategy))
+        return largest_share(min(room, config.max_workers), config.min_workers, self._global_batch_rows)
+
+
+# What Ray Train's controller does for us beside its own work: it keeps snapshots, and tells boards what it holds.
+
+
+class KeepSnapshots(ReportCallback):
+    """Keeps a copy of what Ray Train knows of the checkpoints; runs in the controller, after Ray Train's own part."""
+
+    def __init__(self, run_dir: RunDirectory, folder: str) -> None:
+        """Take the run directory and the folder of the checkpoints in it."""
+        self.run_dir, self.folder = run_dir, folder
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        """Copy it when a checkpoint was taken over."""
+        if training_report.checkpoint is not None:
+            keep_snapshot(self.run_dir, self.folder)
+
+
+class TellBoards(ControllerCallback, WorkerGroupCallback):
+    """Tells boards of a run's controller and placement group; runs in the controller."""
+
+    def __init__(self, name: str, *boards: Any) -> None:
+        """Take the name of the run, and actors with the method `holds`."""
+        self.name, self.boards = name, boards
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Tell them of the controller."""
+        self._tell(None)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Tell them of the placement group."""
+        self._tell(worker_group.get_worker_group_state().placement_group_handle.placement_group)
+
+    def _tell(self, group: PlacementGroup | None) -> None:
+        me = ray.get_runtime_context().current_actor
+        for board in self.boards:
+            board.holds.remote(self.name, me, group)

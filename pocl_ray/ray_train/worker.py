@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -14,19 +17,15 @@ import ray.train
 import ray.train.collective
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointUploadMode, PreemptionInfo
 from ray.train.torch import get_device
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.metrics import Gauge
 
-from pocl_ray.distill.checkpoint import Progress
+from pocl_ray.distill.checkpoint import Progress, Uploads, Written
 from pocl_ray.distill.engine import DTYPES
-from pocl_ray.distill.gauges import Gauges
-from pocl_ray.distill.logs import WorkerLog
 from pocl_ray.distill.loop import TrainingLoop
-from pocl_ray.distill.preemption import Notices, watcher_is_on
-from pocl_ray.distill.resuming import resume
-from pocl_ray.distill.saving import Uploads, Written
-from pocl_ray.distill.setup import set_up_loop
+from pocl_ray.distill.setup import resume, set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import UserError
@@ -37,6 +36,145 @@ from pocl_ray.models.places import on_this_node
 from pocl_ray.ray_cluster.versions import check_same, versions
 from pocl_ray.ray_train.checkpoints import copy_checkpoint
 from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
+
+# Notices that a node is about to be taken away: all workers learn of one at the same step, and save a checkpoint.
+#
+# Ray Train's watcher tells each worker process by itself (spot instances, `ray drain-node`). Its own function for
+# asking, `ray.train.get_preemption_info`, waits for all workers through an actor, which is too slow for every step;
+# so what a worker was told is read where it lies, and the workers agree in one reduction of a number.
+
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+SAVE_EVERY_S = 30.0
+"""Training goes on until the node is gone, which may take minutes: so long is the work that is lost, at most."""
+
+
+def watcher_is_on() -> bool:
+    """Whether Ray Train watches for notices in this run."""
+    return os.environ.get(WATCHER, "1") != "0"
+
+
+def told_here() -> PreemptionInfo | None:
+    """Return what this worker was told."""
+    info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
+    return info
+
+
+class Notices:
+    """Says when a checkpoint is to be saved because a node is about to go."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        on_notice: Callable[[], object],
+        told: Callable[[], PreemptionInfo | None] = told_here,
+    ) -> None:
+        """Set it up.
+
+        Args:
+            device: Where the process group computes.
+            on_notice: Called on every worker when a checkpoint is about to be saved.
+            told: Returns what this worker was told.
+        """
+        self._device, self._on_notice, self._told = device, on_notice, told
+        self._saved_at = float("-inf")
+
+    def ask_for_checkpoint(self) -> bool:
+        """Whether to save now: at the first notice, and every SAVE_EVERY_S after it; collective."""
+        is_due = self._told() is not None and time.monotonic() - self._saved_at > SAVE_EVERY_S
+        flag = torch.tensor(float(is_due), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag.item():
+            return False
+        self._saved_at = time.monotonic()
+        self._on_notice()
+        return True
+
+
+# Ray metrics of a training run, for Prometheus and Grafana (`cluster/grafana-dashboard.json`); set on rank 0.
+
+TAGS = ("run", "task")
+GAUGES = {
+    "pocl_stage": "stage of the curriculum, from 0",
+    "pocl_step": "optimizer steps done",
+    "pocl_kd_temperature": "temperature of the distillation loss",
+    "pocl_kd_ratio": "share of distillation in the loss",
+    "pocl_loss": "training loss, in nats a token",
+    "pocl_samples_per_s": "rows trained on in a second, over all workers",
+    "pocl_tokens_per_s": "response tokens trained on in a second, over all workers",
+    "pocl_num_workers": "training workers",
+    "pocl_dev_rouge_l": "ROUGE-L of the dev rows, from 0 to 100",
+}
+SHORTEST_STEP_S = 1e-4
+
+
+def figures(record: dict[str, Any], global_batch_rows: int) -> dict[str, float]:
+    """Return the values of the gauges that a record of the metric stream sets.
+
+    Args:
+        record: A training step's, or an evaluation's.
+        global_batch_rows: Rows of a step.
+    """
+    values: dict[str, Any] = {"pocl_step": record["step"], "pocl_stage": record["curriculum/stage"]}
+    if "train/loss" in record:
+        seconds = max(record["step_s"], SHORTEST_STEP_S)
+        values |= {
+            "pocl_kd_temperature": record["curriculum/kd_temperature"],
+            "pocl_kd_ratio": record["curriculum/kd_ratio"],
+            "pocl_loss": record["train/loss"],
+            "pocl_samples_per_s": global_batch_rows / seconds,
+            "pocl_tokens_per_s": record["num_response_tokens"] / seconds,
+            "pocl_num_workers": record["num_workers"],
+        }
+    elif "eval/dev/rouge_l" in record:  # plain text has none
+        values["pocl_dev_rouge_l"] = record["eval/dev/rouge_l"]
+    return {name: float(value) for name, value in values.items()}
+
+
+class Gauges:
+    """The gauges of one task of one run."""
+
+    def __init__(self, run: str, task: str, global_batch_rows: int) -> None:
+        """Register them with Ray's metrics agent of this node."""
+        self._global_batch_rows = global_batch_rows
+        self._gauges = {name: Gauge(name, description=text, tag_keys=TAGS) for name, text in GAUGES.items()}
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": run, "task": task})
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Set what a record tells."""
+        for name, value in figures(record, self._global_batch_rows).items():
+            self._gauges[name].set(value)
+
+
+# The log of a training worker, in Ray's log directory: every line names run, task, stage and rank.
+
+FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class WorkerLog(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Puts run, task, stage and rank before each message.
+
+    Attributes:
+        stage: The current one; set as it changes.
+    """
+
+    def __init__(self, run: str, task: str, rank: int) -> None:
+        """Begin the log of a worker; it goes to stderr, which Ray keeps for each worker."""
+        logger = logging.getLogger(f"pocl_ray.worker.{task}")
+        if not logger.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter(FORMAT))
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+        super().__init__(logger, {})
+        self.run, self.task, self.rank = run, task, rank
+        self.stage = 0
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the message as it is written."""
+        return f"run={self.run} task={self.task} stage={self.stage} rank={self.rank} {msg}", kwargs
+
 
 MIN_SHOW_INTERVAL_S = 0.25
 

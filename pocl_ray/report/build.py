@@ -16,19 +16,17 @@ from pocl_ray.report.difficulty import (
     SignalSpread,
     buckets_of,
     example_rows,
+    reranked,
     signal_names,
     spearman,
     spread_by_bucket,
     topic_table,
     topics_of_rows,
 )
-from pocl_ray.report.files import RunData, RunFiles, read_run
+from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
 from pocl_ray.report.headline import model_names, result_sentences, tiles, what_was_done
 from pocl_ray.report.page import render_html, render_markdown
-from pocl_ray.report.perplexities import is_of_text, perplexities, perplexity_sentences
-from pocl_ray.report.rescoring import reranked
-from pocl_ray.report.results import compare_with_control, set_results
-from pocl_ray.report.steps import is_done, reject_lines, step_times, total_seconds
+from pocl_ray.report.results import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 
 if TYPE_CHECKING:
     from pocl_ray.report.plots import Plot

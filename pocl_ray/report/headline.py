@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pocl_ray.config import Config
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
-from pocl_ray.report.files import RunData
+from pocl_ray.report.files import RunData, total_seconds
+from pocl_ray.report.page import duration, fixed, percent, signed
 from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_with_control
-from pocl_ray.report.steps import total_seconds
-from pocl_ray.report.text import duration, fixed, percent, signed
 
 _MAX_SENTENCE_SETS = 2
 _PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"

@@ -3,12 +3,81 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from pocl_ray.report import text
+from pocl_ray.records import Stage
+
+# Numbers and foreign text as the report prints them.
+
+NOTHING = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def fixed(value: float, places: int = 2) -> str:
+    """Return a number with a fixed number of places, or a dash where it is not finite."""
+    if not math.isfinite(value):
+        return NOTHING
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", _MINUS)  # + 0.0 takes the sign off a zero
+
+
+def correlation(value: float) -> str:
+    """Return a coefficient to two places without the zero before the point, or a dash where it is not finite."""
+    return fixed(value).replace("0.", ".") if abs(value) < 0.995 else fixed(value)
+
+
+def signed(value: float, places: int = 2) -> str:
+    """Return a difference with its sign, or a dash where it is not finite."""
+    shown = fixed(value, places)
+    return f"+{shown}" if math.isfinite(value) and round(value, places) > 0 else shown
+
+
+def percent(share: float) -> str:
+    """Return a share as percentage, or a dash where it is not finite."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%".replace("-", _MINUS) if math.isfinite(share) else NOTHING
+
+
+def count(value: float) -> str:
+    """Return a whole number with thousands separated, or a dash where it is not finite."""
+    return f"{value:,.0f}" if math.isfinite(value) else NOTHING
+
+
+def short(value: float) -> str:
+    """Return a number to three significant digits, or a dash where it is not finite."""
+    return f"{value:.3g}".replace("-", _MINUS) if math.isfinite(value) else NOTHING
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two largest of its units, or a dash where it is not finite."""
+    if not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def markdown(text: object) -> str:
+    """Return text so that Markdown shows it as it is, on one line, inside a table as well."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
+
+
+def indented(text: object) -> str:
+    """Return text as a Markdown code block, which nothing in the text can end."""
+    return "\n".join("    " + line for line in str(text).splitlines())
+
+
+def setting(stage: Stage, key: str) -> str:
+    """Return a stage's `kd_temperature` or `kd_ratio`, from the first step to the last where it moves."""
+    first, last = getattr(stage, key), getattr(stage, f"{key}_at")(stage.num_steps - 1)
+    return short(first) if first == last else f"{short(first)} to {short(last)}"
 
 
 def _environment() -> Environment:
@@ -21,16 +90,16 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        fixed=text.fixed,
-        correlation=text.correlation,
-        signed=text.signed,
-        percent=text.percent,
-        count=text.count,
-        short=text.short,
-        setting=text.setting,
-        duration=text.duration,
-        md=text.markdown,
-        indented=text.indented,
+        fixed=fixed,
+        correlation=correlation,
+        signed=signed,
+        percent=percent,
+        count=count,
+        short=short,
+        setting=setting,
+        duration=duration,
+        md=markdown,
+        indented=indented,
         plain_json=_plain_json,
         plain_number=_plain_number,
         pretty_json=_pretty_json,

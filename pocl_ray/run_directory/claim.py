@@ -20,8 +20,7 @@ from pocl_ray.config.loading import dump_config
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import lease
-from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.stores import is_remote
+from pocl_ray.run_directory.storage import RunDirectory, is_remote
 
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")

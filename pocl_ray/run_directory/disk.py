@@ -10,8 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from pocl_ray.errors import ResourceError, StorageError, UserError
-from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.stores import clock_is_off, reason
+from pocl_ray.run_directory.storage import RunDirectory, clock_is_off, reason
 
 GIB = float(1 << 30)
 MARGIN = 1.05

@@ -25,7 +25,6 @@ from typing import Any
 
 import psutil
 
-from pocl_ray.clocks import age_in_store, started_after_boot_s
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -223,3 +222,46 @@ def machine() -> str:
     if boot.exists():
         parts += [boot.read_text(encoding="ascii").strip(), os.readlink("/proc/self/ns/pid")]
     return "/".join(parts)
+
+
+def age_in_store(run_dir: RunDirectory, rel: str) -> float | None:
+    """Return how long ago a file was written, by the clock of the store alone.
+
+    The store is asked for the time of a file that is written now; no clock of a machine that runs pocl-ray is read.
+
+    Args:
+        run_dir: The run directory.
+        rel: The file, relative to it.
+
+    Returns:
+        Seconds; None where the store tells no times, or the file is gone.
+
+    Raises:
+        StorageError: The store does not answer.
+    """
+    written = run_dir.written_at(rel)
+    if written is None:
+        return None
+    probe = f".clock-{uuid.uuid4().hex}"
+    run_dir.write_bytes(probe, b"now")
+    try:
+        now = run_dir.written_at(probe)
+    finally:
+        run_dir.delete(probe)
+    return None if now is None else now - written
+
+
+def started_after_boot_s(pid: int) -> float:
+    """Return when a process of this machine started, in seconds since the boot: no setting of the clock changes it.
+
+    Raises:
+        psutil.NoSuchProcess: There is none.
+    """
+    stat = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return psutil.Process(pid).create_time() - psutil.boot_time()
+    try:
+        after_name = stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")

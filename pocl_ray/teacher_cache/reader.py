@@ -18,10 +18,24 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from pocl_ray.errors import StorageError
-from pocl_ray.teacher_cache.writer import FORMAT_VERSION, INDEX_NAME, META_NAME, CacheMeta, Layout, ShardInfo
+from pocl_ray.teacher_cache.top_k import TopK
+from pocl_ray.teacher_cache.writer import (
+    DTYPES,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    META_NAME,
+    CacheMeta,
+    Layout,
+    ShardInfo,
+    estimate_bytes,
+    write_index,
+    write_shard,
+)
 
 _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
 
@@ -216,3 +230,89 @@ def _read_index(directory: Path, meta: CacheMeta) -> pa.RecordBatch:
     if index.num_rows != meta.num_rows:
         raise StorageError(f"{path}: has {index.num_rows} rows, expected {meta.num_rows}; score again")
     return index
+
+
+# The cache of the teacher's final hidden states, from which its LM head gives the full distribution back.
+#
+# Legend: N tokens of several rows in one flat axis, K the teacher's hidden size.
+
+__all__ = ["CacheMeta", "HiddenCache", "Layout", "ShardInfo", "estimate_bytes", "write_index", "write_shard"]
+
+
+class HiddenCache(TeacherCache):
+    """A finished cache of hidden states in a local directory."""
+
+    kind: ClassVar[Literal["hidden", "topk"]] = "hidden"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return DTYPES[self.meta.layout.dtype]
+
+    def take(self, ids: np.ndarray, pin_memory: bool = False) -> Tensor:
+        """Return the hidden states of rows, one after the other in the order of `ids`.
+
+        Args:
+            ids: row ids, in any order; an id may repeat.
+            pin_memory: put them into page-locked memory, for an asynchronous copy to a GPU.
+
+        Returns:
+            hidden_NK, N the sum of `num_tokens(ids)`.
+
+        Raises:
+            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+        """
+        shape = (int(self.num_tokens(ids).sum()), self.meta.layout.width)
+        hidden_NK = torch.empty(shape, dtype=self.dtype, pin_memory=pin_memory)
+        self.records(ids, hidden_NK.view(torch.uint8).numpy())
+        return hidden_NK
+
+
+# The cache of the teacher's likeliest tokens: for corpora whose hidden states would not fit.
+#
+# Legend: N tokens of several rows in one flat axis, K tokens kept.
+
+
+class TopKCache(TeacherCache):
+    """A finished cache of the likeliest tokens in a local directory."""
+
+    kind: ClassVar[Literal["hidden", "topk"]] = "topk"
+
+    def take(self, ids: np.ndarray) -> TopK:
+        """Return what is kept of rows, one after the other in the order of `ids`.
+
+        Raises:
+            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+        """
+        layout = self.meta.layout
+        records_NR = torch.from_numpy(self.records(ids))
+        sizes = [4 * layout.width, DTYPES[layout.dtype].itemsize * layout.width]
+        ids_NR, logp_NR, curve_NR = records_NR.tensor_split((sizes[0], sum(sizes)), dim=1)
+        return TopK(
+            ids_NR.contiguous().view(torch.int32),
+            logp_NR.contiguous().view(DTYPES[layout.dtype]),
+            curve_NR.contiguous().view(torch.float32),
+            layout.vocab_size,
+        )
+
+    def check(self, top_k: int, student_vocab_size: int) -> None:
+        """Check that the cache keeps as many tokens as asked for, of a vocabulary that the student has.
+
+        Args:
+            top_k: What the config asks for; of a smaller vocabulary all are kept.
+            student_vocab_size: The student's logits, padding included.
+
+        Raises:
+            StorageError: It does not.
+        """
+        layout, remedy = self.meta.layout, "score again"
+        if layout.width != min(top_k, layout.vocab_size):
+            raise StorageError(
+                f"{self.directory}: this teacher cache keeps {layout.width} tokens, "
+                f"and distill.top_k is {top_k}; {remedy}"
+            )
+        if layout.vocab_size > student_vocab_size:
+            raise StorageError(
+                f"{self.directory}: this teacher cache is over {layout.vocab_size} tokens, more than the student's "
+                f"{student_vocab_size}; {remedy}"
+            )

@@ -9,8 +9,7 @@ from pocl_ray.config import Config
 from pocl_ray.report.page import render_search
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Planner
-from pocl_ray.tuning.records import TrialRecord
-from pocl_ray.tuning.results import Contender, Outcome, pareto_front
+from pocl_ray.tuning.results import Contender, Outcome, TrialRecord, pareto_front
 from pocl_ray.tuning.watching import short_key, values_text
 
 if TYPE_CHECKING:

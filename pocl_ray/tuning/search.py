@@ -21,17 +21,15 @@ from pocl_ray.console import console
 from pocl_ray.data.prepare import count_rows
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
+from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.ray_train.driver import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
-from pocl_ray.run_directory.storage import RunDirectory, fingerprint
-from pocl_ray.stores import is_remote
+from pocl_ray.run_directory.storage import RunDirectory, fingerprint, is_remote
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable
 from pocl_ray.tuning.page import headline, write_page
 from pocl_ray.tuning.ray_parts import DrawingSearcher, Holdings, make_scheduler
-from pocl_ray.tuning.records import TRIALS
-from pocl_ray.tuning.results import Outcome, best_first, decide, table_rows, write_tables, write_winner
-from pocl_ray.tuning.room import wait_for_trials
+from pocl_ray.tuning.results import TRIALS, Outcome, best_first, decide, table_rows, write_tables, write_winner
 from pocl_ray.tuning.space import check_space
 from pocl_ray.tuning.trial import CurriculumTrial, Shared
 from pocl_ray.tuning.watching import SearchWatch

@@ -18,15 +18,14 @@ from ray import tune
 from pocl_ray.config import Config
 from pocl_ray.data.prepare import Rows
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.choice import rank_table
-from pocl_ray.distill.planning import curriculum_task
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.difficulty.signals import rank_table
+from pocl_ray.distill.task import TrainTask, curriculum_task
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_train.driver import train_watched
 from pocl_ray.ray_train.progress import Standing
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
-from pocl_ray.tuning.records import TRIALS, TrialRecord, figures_of, read_record
+from pocl_ray.tuning.results import TRIALS, TrialRecord, figures_of, read_record
 
 STOP_S = 45.0
 

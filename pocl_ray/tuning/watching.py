@@ -21,7 +21,7 @@ from pocl_ray.ray_train.driver import CHECKPOINTS
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.ray_parts import OfThisProcess
-from pocl_ray.tuning.records import TrialRecord, read_record
+from pocl_ray.tuning.results import TrialRecord, read_record
 from pocl_ray.tuning.space import Settings
 
 PLAIN_INTERVAL_S = 30.0

@@ -15,7 +15,7 @@ from tiny import ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef

@@ -15,7 +15,7 @@ from tiny import NUM_ROWS, cli, config_tree, tree_digest, write_config
 
 from pocl_ray import cli as command_line
 from pocl_ray.config import Config
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model

@@ -21,9 +21,9 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.job import score_rows
 from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.heads import head_of
-from pocl_ray.models.hidden_cache import HiddenCache
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
+from pocl_ray.teacher_cache.reader import HiddenCache
 
 pytestmark = pytest.mark.ray
 

@@ -14,9 +14,9 @@ from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.job import cache_teacher, score_rows
 from pocl_ray.models.loading import load_model
-from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.pipeline import Pipeline
 from pocl_ray.records import RowsSummary
+from pocl_ray.teacher_cache.reader import TopKCache
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 pytestmark = pytest.mark.ray

@@ -16,22 +16,18 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ray"
 # From the bottom up. A room may import rooms of its own layer and of those below, but no circle may close.
 LAYERS = (
     {
-        "clocks",
         "config",
         "console",
         "errors",
-        "fingerprints",
         "heartbeat",
         "plugins",
         "ray_cluster",
         "records",
         "run_directory",
-        "steps",
-        "stores",
     },
     {"curriculum", "data", "models", "answers", "teacher_cache"},
     {"difficulty", "distill", "evaluation", "ray_train", "responses"},
-    {"inputs", "teacher_use", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
+    {"fingerprints", "inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
@@ -41,12 +37,9 @@ NEVER_IMPORTS = {
     "curriculum": {"torch", "ray"},
     "integrations": {"ray"},
     "difficulty/ranking.py": {"torch", "ray"},
-    "distill/losses.py": {"ray"},
-    "distill/step.py": {"ray"},
-    "distill/chunked.py": {"ray"},
+    "distill": {"ray"},
     "distill/rollout_schedule.py": {"torch", "ray"},
     "ray_train/progress.py": {"torch", "transformers", "deepspeed"},
-    "distill/rollouts.py": {"ray"},
 }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from pocl_ray.data.samples import numbers, order, reading, rewriting  # noqa: F401  (importing registers the families)
 from pocl_ray.data.samples.registry import FAMILIES, Family, Row
 from pocl_ray.errors import DataError
 

@@ -12,7 +12,7 @@ from pocl_ray.config import load_config
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
-from pocl_ray.teacher_use import any_training_reads_teacher
+from pocl_ray.fingerprints import any_training_reads_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}

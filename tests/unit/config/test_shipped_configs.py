@@ -14,7 +14,7 @@ import yaml
 from pocl_ray.config import Config, load_config
 from pocl_ray.config.sources import SourceConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_sft, plan_stages
-from pocl_ray.data.location import locate
+from pocl_ray.data.readers import locate
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.records import Stage
 

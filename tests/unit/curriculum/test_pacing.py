@@ -11,9 +11,8 @@ import pytest
 
 from pocl_ray import plugins
 from pocl_ray.config import Config
-from pocl_ray.curriculum.buckets import bucket_ends
 from pocl_ray.curriculum.pacing import GROUP, PACINGS, Pacing, admitted_rows, anti, baby_step, competence, one_pass
-from pocl_ray.curriculum.schedule import check_curriculum, plan_stages
+from pocl_ray.curriculum.schedule import bucket_ends, check_curriculum, plan_stages
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.records import Stage
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from pocl_ray.config import Config, ScheduleConfig
-from pocl_ray.curriculum.buckets import bucket_ends
-from pocl_ray.curriculum.schedule import check_curriculum, plan_control, plan_sft, plan_stages, scheduled
+from pocl_ray.curriculum.schedule import bucket_ends, check_curriculum, plan_control, plan_sft, plan_stages, scheduled
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Stage
 

@@ -11,7 +11,7 @@ from data_tokenizers import tiny_tokenizer
 
 from pocl_ray.config.sources import DataConfig
 from pocl_ray.data.columns import Request
-from pocl_ray.data.conversations import ConversationFitter
+from pocl_ray.data.documents import ConversationFitter
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data import examples
-from pocl_ray.data.examples import read_examples
-from pocl_ray.data.prompts import Example, PromptTemplate
+from pocl_ray.data import prompts
+from pocl_ray.data.prompts import Example, PromptTemplate, read_examples
 from pocl_ray.data.readers import Reject
 from pocl_ray.errors import DataError
 
@@ -28,7 +27,7 @@ def test_examples_and_rejects_come_in_the_order_of_the_rows(tmp_path: Path) -> N
 
 
 def test_columns_are_told_from_the_first_chunk_that_has_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(prompts, "CHUNK_ROWS", 2)
     rows = [3, {}, {"prompt": "p", "response": "r"}, {"question": "q", "answer": "a"}, {"prompt": "p"}]
     reasons = [item.reason for item in stream(tmp_path / "a.jsonl", rows) if isinstance(item, Reject)]
     assert reasons == ["not a JSON object but int", "has no columns", "prompt is missing", "response is missing"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data.location import ending_of, locate
+from pocl_ray.data.readers import ending_of, locate
 from pocl_ray.errors import DataError, StorageError
 
 

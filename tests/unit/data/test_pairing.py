@@ -8,8 +8,7 @@ import numpy as np
 from data_tokenizers import tiny_tokenizer
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.pairing import Pairs, pairing_figures, told_pairing
-from pocl_ray.data.row_store import RowStore
+from pocl_ray.data.row_store import Pairs, RowStore, pairing_figures, told_pairing
 from pocl_ray.data.rows import TeacherTokens, prepare_rows
 
 

@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data.location import locate
-from pocl_ray.data.readers import Reject, SourceRow, read_file
+from pocl_ray.data.readers import Reject, SourceRow, locate, read_file
 from pocl_ray.errors import DataError
 
 

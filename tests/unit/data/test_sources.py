@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data import location
+from pocl_ray.data import readers
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.sources import read_source, source_fingerprint
 from pocl_ray.errors import DataError
@@ -143,7 +143,7 @@ def test_rows_are_read_from_an_object_store(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "bucket").mkdir()
     write_jsonl(tmp_path / "bucket" / "a.jsonl", ROWS)
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(location, "resolve", lambda path: (store, path.removeprefix("s3://")))
+    monkeypatch.setattr(readers, "resolve", lambda path: (store, path.removeprefix("s3://")))
     for path in ("s3://bucket/a.jsonl", "s3://bucket/*.jsonl", "s3://bucket"):
         items = list(read_source(SourceConfig(path=path)))
         assert [item.values for item in items] == ROWS

@@ -14,7 +14,7 @@ from pocl_ray.data.prepare import training_texts
 from pocl_ray.data.prompts import Example
 from pocl_ray.data.row_store import RowStore, shared_prompts
 from pocl_ray.data.rows import hold_out, prepare_rows
-from pocl_ray.data.texts import TextTokenizer
+from pocl_ray.data.tokenization import TextTokenizer
 from pocl_ray.errors import DataError, ModelError
 
 STORY = "Say hello to the cat. The cat says nothing at all, for cats do not say hello to anybody."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pocl_ray.data.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
+from pocl_ray.data.tokenization import SMALLEST_VOCABULARY, train_tokenizer
 from pocl_ray.errors import ConfigError
 
 TEXTS = ["Add the numbers.\n17 + 5\n=>\n22", "Copy the words.\nred cat\n=>\nred cat"] * 5

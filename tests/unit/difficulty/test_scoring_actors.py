@@ -13,17 +13,15 @@ import torch
 from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
-from pocl_ray.difficulty.units import unit_table
+from pocl_ray.data.tokenization import train_tokenizer
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor, unit_table
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
-from pocl_ray.models.hidden_cache import HiddenCache, write_index
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.models.top_k_cache import TopKCache
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache, write_index
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 NUM_ROWS = 6

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pocl_ray.difficulty.results import Results, gather
+from pocl_ray.difficulty.job import Results, gather
 from pocl_ray.records import RowsSummary
 
 

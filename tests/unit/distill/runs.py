@@ -24,9 +24,8 @@ from safetensors.torch import load_file, save_file
 from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, RolloutConfig, TrainConfig
 from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
-from pocl_ray.distill.checkpoint import Progress, read_progress
-from pocl_ray.distill.saving import Uploads, Written
+from pocl_ray.data.tokenization import train_tokenizer
+from pocl_ray.distill.checkpoint import Progress, Uploads, Written, read_progress
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer

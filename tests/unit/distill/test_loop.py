@@ -24,10 +24,10 @@ from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
-from pocl_ray.models.hidden_cache import write_index, write_shard
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.teacher_cache.reader import write_index, write_shard
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

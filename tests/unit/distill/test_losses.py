@@ -13,8 +13,7 @@ import torch
 
 from pocl_ray import plugins
 from pocl_ray.distill import losses
-from pocl_ray.distill.loss_plugins import GROUP
-from pocl_ray.distill.losses import LOG_ZERO, LOSSES, Loss, resolve_loss
+from pocl_ray.distill.losses import GROUP, LOG_ZERO, LOSSES, Loss, resolve_loss
 from pocl_ray.errors import ConfigError, UserError
 
 N, V = 6, 40

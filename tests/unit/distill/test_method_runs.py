@@ -19,15 +19,14 @@ from pocl_ray.config import Config, GenerationConfig, load_config
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.data.batching import global_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.feed import Feed, Teachers, TeacherSource
 from pocl_ray.distill.losses import LOSSES
 from pocl_ray.distill.rollout_schedule import draw_of
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.distill.teachers import Teachers, TeacherSource
+from pocl_ray.fingerprints import reads_teacher
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.responses.replace import replace_responses
 from pocl_ray.responses.writing import TeacherWriter, WritingTask
-from pocl_ray.teacher_use import reads_teacher
 
 METHODS = Path(__file__).resolve().parents[3] / "configs" / "methods"
 SUPERVISED = ("sft", "seqkd")

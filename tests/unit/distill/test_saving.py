@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ray.distill.saving import Writer, Written, link_tree
+from pocl_ray.distill.checkpoint import Writer, Written, link_tree
 
 
 def test_jobs_run_in_order_while_the_caller_goes_on() -> None:

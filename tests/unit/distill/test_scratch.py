@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ray.distill.scratch import make_scratch
+from pocl_ray.distill.checkpoint import make_scratch
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_leftovers_of_a_killed_process_go_and_those_of_one_that_runs_stay(tmp_path: Path) -> None:
     code = (
         "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
-        "from pocl_ray.distill.scratch import make_scratch\n"
+        "from pocl_ray.distill.checkpoint import make_scratch\n"
         "(make_scratch() / 'state').write_text('x'); print('made', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:

@@ -12,8 +12,8 @@ from runs import STAGES, Outcome, prepare, train_all
 from pocl_ray.config import Config
 from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.errors import ModelError
+from pocl_ray.models.frozen import _dtype_of, _inference_config
 from pocl_ray.models.places import ModelRef
-from pocl_ray.models.sharding import _dtype_of, _inference_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

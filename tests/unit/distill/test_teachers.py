@@ -12,11 +12,10 @@ from runs import STAGES, prepare, stage
 from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.distill.feed import Feed
+from pocl_ray.distill.feed import Feed, Teachers, TeacherSource, load_teachers, teachers_of
 from pocl_ray.distill.task import TeacherTask, TrainTask
-from pocl_ray.distill.teachers import Teachers, TeacherSource, load_teachers, teachers_of
 from pocl_ray.errors import StorageError
-from pocl_ray.models.hidden_cache import write_index, write_shard
+from pocl_ray.teacher_cache.reader import write_index, write_shard
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 V = 300

@@ -11,8 +11,7 @@ from test_chunked import gradients, ours, plain, problem
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.distill.losses import LOSSES, resolve_loss
-from pocl_ray.distill.targets import TopKTeaching, WeightedTeaching
-from pocl_ray.distill.token_weights import TokenWeight
+from pocl_ray.distill.targets import TokenWeight, TopKTeaching, WeightedTeaching
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 N, V = 12, 30

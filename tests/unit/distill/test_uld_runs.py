@@ -17,16 +17,16 @@ from runs import STAGES, TRAIN, WORDS, Outcome, prepare, train_all, write_rows
 from pocl_ray.config import DistillConfig, LoraConfig
 from pocl_ray.data.batching import collate, global_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
+from pocl_ray.distill.feed import load_teachers, teachers_of
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.distill.teachers import load_teachers, teachers_of
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
-from pocl_ray.models.hidden_cache import write_index, write_shard
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.teacher_cache.reader import write_index, write_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,7 +14,7 @@ import torch
 from pocl_ray.config import DataConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.evaluation import perplexity
 from pocl_ray.evaluation.perplexity import ReadingActor, ReadingTask, summed_nll
 from pocl_ray.models.building import build_model

@@ -13,7 +13,7 @@ import yaml
 from pocl_ray.config import Config, EvaluationConfig
 from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.evaluation.evaluate import GREEDY, AnswerActor, EvaluationTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer

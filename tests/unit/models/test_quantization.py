@@ -12,16 +12,15 @@ from torch import nn
 from pocl_ray.config import TeacherConfig
 from pocl_ray.errors import ResourceError
 from pocl_ray.models.heads import response_hidden, split_model
-from pocl_ray.models.loading import load_model
+from pocl_ray.models.loading import check_int8, int8_options, load_model
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import reference
-from pocl_ray.models.quantization import check_int8, int8_options
 from pocl_ray.models.saving import save_model
 
 
 def install(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
     spec = ModuleSpec("bitsandbytes", None) if is_there else None
-    monkeypatch.setattr("pocl_ray.models.quantization.find_spec", lambda name: spec)
+    monkeypatch.setattr("pocl_ray.models.loading.find_spec", lambda name: spec)
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

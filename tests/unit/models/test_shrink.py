@@ -7,7 +7,7 @@ import torch
 
 from pocl_ray.errors import ModelError
 from pocl_ray.models.loading import ModelRef, load_model, save_model
-from pocl_ray.models.shrink import cut_layers, evenly_spaced
+from pocl_ray.models.prepare import cut_layers, evenly_spaced
 
 
 def layers_of(model):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pocl_ray.report import text
+from pocl_ray.report import page
 from pocl_ray.report.curves import Curve, best_of_stages, smooth, thin
 from pocl_ray.report.difficulty import (
     OTHER_TOPICS,
@@ -149,12 +149,12 @@ def test_comparison_is_paired_by_seed_and_small_differences_are_level() -> None:
 
 
 def test_numbers_are_printed_for_people() -> None:
-    minus, nothing = "\N{MINUS SIGN}", text.NOTHING
-    assert [text.fixed(x, 1) for x in (1234.56, -0.04, -3, math.nan)] == ["1,234.6", "0.0", f"{minus}3.0", nothing]
-    assert [text.signed(x, 1) for x in (2, -2, 0.01, math.inf)] == ["+2.0", f"{minus}2.0", "0.0", nothing]
-    assert [text.correlation(x) for x in (0.5, -0.25, 1.0, math.nan)] == [".50", f"{minus}.25", "1.00", nothing]
-    assert [text.duration(x) for x in (0.02, 59.97, 3599.6)] == ["0.0 s", "1 min 00 s", "1 h 00 min"]
+    minus, nothing = "\N{MINUS SIGN}", page.NOTHING
+    assert [page.fixed(x, 1) for x in (1234.56, -0.04, -3, math.nan)] == ["1,234.6", "0.0", f"{minus}3.0", nothing]
+    assert [page.signed(x, 1) for x in (2, -2, 0.01, math.inf)] == ["+2.0", f"{minus}2.0", "0.0", nothing]
+    assert [page.correlation(x) for x in (0.5, -0.25, 1.0, math.nan)] == [".50", f"{minus}.25", "1.00", nothing]
+    assert [page.duration(x) for x in (0.02, 59.97, 3599.6)] == ["0.0 s", "1 min 00 s", "1 h 00 min"]
 
 
 def test_markdown_escapes_what_would_be_markup() -> None:
-    assert text.markdown("a|b <i>\n*x*") == r"a\|b &lt;i&gt; \*x\*"
+    assert page.markdown("a|b <i>\n*x*") == r"a\|b &lt;i&gt; \*x\*"

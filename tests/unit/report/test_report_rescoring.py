@@ -14,8 +14,8 @@ from fake_run import make_run
 
 from pocl_ray.records import Stage
 from pocl_ray.report.build import build_report
+from pocl_ray.report.difficulty import reranked
 from pocl_ray.report.files import Plan
-from pocl_ray.report.rescoring import reranked
 
 
 def stage(index: int, first: int, end: int) -> Stage:

@@ -13,7 +13,7 @@ import pytest
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.errors import DataError
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.records import RowsSummary

@@ -14,7 +14,7 @@ from pocl_ray.answers.generate import GenerationSettings, generate
 from pocl_ray.config import DataConfig, GenerationConfig, ScalingConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
-from pocl_ray.data.tokenizer_training import train_tokenizer
+from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef

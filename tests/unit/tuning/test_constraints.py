@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pocl_ray.tuning.constraints import Constraint, ConstraintError
+from pocl_ray.tuning.space import Constraint, ConstraintError
 
 TREE = {"a": {"x": 2, "y": 3.0, "name": "anti"}, "seed": 1, "none": None}
 

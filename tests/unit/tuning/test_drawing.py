@@ -8,9 +8,8 @@ from searches import NUM_ROWS, search_config
 from pocl_ray.config import Config
 from pocl_ray.errors import ConfigError
 from pocl_ray.tuning.candidates import Planned, Planner
-from pocl_ray.tuning.constraints import ConstraintError
-from pocl_ray.tuning.drawing import Drawing, check_drawable
-from pocl_ray.tuning.proposing import Told, propose
+from pocl_ray.tuning.drawing import Drawing, Told, check_drawable, propose
+from pocl_ray.tuning.space import ConstraintError
 
 
 def drawing_of(config: Config) -> Drawing:

@@ -11,8 +11,7 @@ from pocl_ray.config import Config, ObjectiveConfig
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Origins, Planner
 from pocl_ray.tuning.page import headline, write_page
-from pocl_ray.tuning.records import TrialRecord, figures_of, read_record
-from pocl_ray.tuning.results import decide, pareto_front, table_rows, write_tables
+from pocl_ray.tuning.results import TrialRecord, decide, figures_of, pareto_front, read_record, table_rows, write_tables
 from pocl_ray.tuning.watching import short_key, trials_table
 
 ORIGINS = Origins("signals", "student")

@@ -1,0 +1,82 @@
+"""The decision to end a stage: a function of the metric stream alone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import runs
+
+from pocl_ray.config import PlateauConfig
+from pocl_ray.curriculum.hand_off import hand_off_figure, has_converged, num_since_best
+
+STAGE = runs.stage(1, 16, num_epochs=9, min_epochs=1)  # 2 steps an epoch
+Metric = Literal["rouge_l", "kd_loss", "ce_loss"]
+
+
+def stream(figures: list[float], metric: Metric = "rouge_l", stage: int = 1) -> list[dict[str, Any]]:
+    """One evaluation after each epoch of two steps, with training records between them."""
+    records: list[dict[str, Any]] = []
+    for epoch, figure in enumerate(figures, 1):
+        records.append({"step": 100 + 2 * epoch, "train/loss": 1.0, "curriculum/stage": stage})
+        records.append({"step": 100 + 2 * epoch, "curriculum/stage": stage, f"eval/dev/{metric}": figure})
+    return records
+
+
+def converged(figures: list[float], patience: int = 2, metric: Metric = "rouge_l", **stage: Any) -> bool:
+    plateau = PlateauConfig(metric=metric, patience=patience)
+    made = runs.stage(1, 16, **{"num_epochs": 9, "min_epochs": 1, **stage})
+    return has_converged(made, 2 * len(figures), stream(figures, metric), plateau)
+
+
+@pytest.mark.parametrize(
+    ("figures", "num"),
+    [([], 0), ([3], 0), ([3, 3], 1), ([3, 2, 2.9], 2), ([1, 2, 3], 0), ([2, 1, 3], 0), ([float("nan"), 1, 0], 1)],
+)
+def test_evaluations_since_the_best_are_counted_from_the_first_of_equal_ones(figures: list[float], num: int) -> None:
+    assert num_since_best(figures) == num
+
+
+def test_figures_that_are_no_numbers_are_no_improvement() -> None:
+    assert num_since_best([float("nan")] * 3) == 3
+
+
+def test_a_stage_ends_after_patience_evaluations_without_a_better_figure() -> None:
+    figures = [10, 20, 19, 20, 25]
+    assert [converged(figures[:n]) for n in range(1, 6)] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("metric", ["kd_loss", "ce_loss"])
+def test_losses_are_better_when_they_fall(metric: Metric) -> None:
+    assert converged([3.0, 3.1, 3.2], metric=metric)
+    assert not converged([3.0, 2.9, 2.8], metric=metric)
+
+
+def test_it_does_not_end_before_min_epochs() -> None:
+    assert not converged([5, 4, 3], min_epochs=4)
+    assert converged([5, 4, 3, 2], min_epochs=4)
+
+
+def test_a_stage_with_a_fixed_interval_never_ends_early() -> None:
+    assert not converged([5, 4, 3, 2, 1], min_epochs=None)
+
+
+def test_evaluations_of_other_stages_do_not_count() -> None:
+    metrics = [*stream([99, 98, 97], stage=0), *stream([1, 2, 3])]
+    assert not has_converged(STAGE, 6, metrics, PlateauConfig())
+    assert has_converged(STAGE, 6, [*stream([1, 2, 3], stage=0), *stream([9, 8, 7])], PlateauConfig())
+
+
+def test_the_evaluation_before_training_does_not_count() -> None:
+    stage = runs.stage(0, 16, num_epochs=9, min_epochs=1)
+    before = {"step": 0, "curriculum/stage": 0, "eval/dev/rouge_l": 50.0}
+    metrics = [before, {"step": 2, "curriculum/stage": 0, "eval/dev/rouge_l": 10.0}]
+    assert not has_converged(stage, 2, metrics, PlateauConfig(patience=1))
+
+
+def test_the_best_checkpoint_is_chosen_by_rouge_l_and_without_answers_by_the_loss() -> None:
+    losses = {"eval/dev/ce_loss": 3.0, "eval/dev/kd_loss": 0.5}
+    assert hand_off_figure({**losses, "eval/dev/rouge_l": 40.0}) == 40.0
+    assert hand_off_figure(losses) == -0.5
+    assert hand_off_figure({"eval/dev/ce_loss": 3.0}) == -3.0
+    assert hand_off_figure({"eval/dev/ce_loss": float("nan")}) == float("-inf")
