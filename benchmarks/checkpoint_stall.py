@@ -29,7 +29,16 @@ from step_sides import random_model, random_rows, smollm2_shape
 
 from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch, collate
-from pocl_ray.distill.checkpoint import BEST, STATE, Progress, Writer, Written, complete, read_progress, write_state
+from pocl_ray.distill.checkpoint import (
+    BEST,
+    STATE,
+    CheckpointWriter,
+    PendingCheckpoint,
+    Progress,
+    complete,
+    read_progress,
+    write_state,
+)
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.state import KINDS, TrainingState
 from pocl_ray.distill.step import DistillationModule, StepSettings
@@ -56,15 +65,15 @@ def made_engine(num_layers: int) -> tuple[Engine, list[MicroBatch]]:
     return engine, [collate(prompts, responses, pad_id=0)]
 
 
-def save(state: TrainingState, scratch: Path, storage: Path, writer: Writer) -> None:
+def save(state: TrainingState, scratch: Path, storage: Path, writer: CheckpointWriter) -> None:
     """What the loop and its reporter do with a checkpoint, less Ray."""
     directory = Path(tempfile.mkdtemp(dir=scratch))
     write_state(state, KINDS, directory / STATE, writer)
-    written = Written(directory, writer.submit(partial(complete, Progress(), directory, scratch / BEST)))
+    written = PendingCheckpoint(directory, writer.submit(partial(complete, Progress(), directory, scratch / BEST)))
     writer.submit(partial(_take, written, storage))
 
 
-def _take(written: Written, storage: Path) -> None:
+def _take(written: PendingCheckpoint, storage: Path) -> None:
     shutil.rmtree(storage, ignore_errors=True)
     copy_checkpoint(written.wait(), pafs.LocalFileSystem(), str(storage))
     shutil.rmtree(written.directory)
@@ -100,7 +109,7 @@ def main() -> int:
         seconds(step, 2)
         for number in range(args.rounds):
             for side, buffer_bytes in BUFFER_BYTES.items():
-                writer, storage = Writer(buffer_bytes), Path(folder) / side
+                writer, storage = CheckpointWriter(buffer_bytes), Path(folder) / side
                 plain = seconds(step, args.steps)
                 stalls[side].append(
                     seconds(step, args.steps, partial(save, state, Path(folder), storage, writer)) - plain

@@ -135,14 +135,14 @@ def plain_losses(task: TrainTask) -> list[tuple[float, float]]:
     module = DistillationModule(load_model(task.student, dtype=torch.float32, eval_mode=False))
     module.attach_teacher_heads(*(teacher.head for teacher in teachers))
     rows = RowStore.open(task.run_dir.local(task.rows.path))
-    taught = teachers_of(task, task.rows, teachers, VOCABULARY)
+    teacher_outputs = teachers_of(task, task.rows, teachers, VOCABULARY)
     settings = StepSettings(stage.kd_temperature, stage.kd_ratio, resolve_divergence(task.distill, device))
     optimizer = torch.optim.AdamW(
         module.parameters(), train.learning_rate, train.betas, train.eps, train.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.num_steps)
     taken, started = [], time.monotonic()
-    for batch in Feed(rows, 0, MICRO_BATCH_ROWS, 0, 1, taught).stage(
+    for batch in Feed(rows, 0, MICRO_BATCH_ROWS, 0, 1, teacher_outputs).stage(
         stage, np.arange(task.rows.num_rows), BATCH_ROWS, task.seed, 0
     ):
         total = 0.0

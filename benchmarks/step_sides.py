@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.data.batching import MicroBatch, TeacherOutput
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.models.heads import head_of, response_hidden
@@ -141,5 +141,5 @@ class OurStep:
 
     def loss(self, rows: list[Row]) -> Tensor:
         """The mean over response tokens of (1 - kd_ratio) ce + kd_ratio kd."""
-        batch = dataclasses.replace(collate(rows), taught=(Taught(self.cache[id(rows)]),))
+        batch = dataclasses.replace(collate(rows), teacher_outputs=(TeacherOutput(self.cache[id(rows)]),))
         return self.module(batch, SETTINGS)[0] / len(batch.targets_N)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.targets import TopKTeaching
+from pocl_ray.distill.targets import TopKTargets
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.teacher_cache.top_k import TopK, top_k_of
@@ -53,7 +53,7 @@ def compare(student_NV: Tensor, teacher_NV: Tensor, kept: TopK, loss: str, tempe
     for merged in (True, False):
         logits_NV = student_NV.clone().requires_grad_()
         loss_N = (
-            TopKTeaching(kept).divergence(kd, logits_NV, temperature)
+            TopKTargets(kept).divergence(kd, logits_NV, temperature)
             if merged
             else kd(logits_NV, teacher_NV, temperature)
         )

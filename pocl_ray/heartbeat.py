@@ -1,7 +1,7 @@
-"""The pulse of a process: when it last got on with its work, and where in the code it stands now.
+"""The heartbeat of a process: when it last made progress, and where in the code it is now.
 
-What computes calls `beat` for every batch, file or tensor; whoever watches reads `vital` from another thread of the
-process, or has it sent. Ages are measured by the process itself, so the clocks of two machines are never compared.
+Code that computes calls `beat` for every batch, file or tensor. A watcher reads `process_status` from another thread of
+the process, or has it sent. The process measures ages itself, so the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _STANDARD_LIBRARY = Path(threading.__file__).parent.as_posix()
 
 
 @dataclass(frozen=True)
-class Vital:
-    """How a process is.
+class ProcessStatus:
+    """State of a process.
 
     Attributes:
         age_s: Seconds since it last got on; 0 while it has nothing to do.
@@ -44,8 +44,8 @@ class Vital:
         return f"process {self.pid} on {self.host}"
 
 
-class Pulse:
-    """The pulse of one process, beaten by one thread at a time."""
+class Heartbeat:
+    """The heartbeat of one process; one thread at a time beats."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with a beat, at nothing."""
@@ -66,11 +66,11 @@ class Pulse:
         """There is nothing to do."""
         self._is_idle = True
 
-    def vital(self) -> Vital:
+    def process_status(self) -> ProcessStatus:
         """Return how the process is; called from another thread than the one that works."""
         age_s = 0.0 if self._is_idle else self._clock() - self._at
         frame = sys._current_frames().get(self._thread)
-        return Vital(age_s, self._doing, *_place(frame), socket.gethostname(), os.getpid())
+        return ProcessStatus(age_s, self._doing, *_place(frame), socket.gethostname(), os.getpid())
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
@@ -89,27 +89,27 @@ def _is_standard(frame: FrameType) -> bool:
     return path.startswith(_STANDARD_LIBRARY) and "-packages/" not in path
 
 
-_PULSE = Pulse()
+_HEARTBEAT = Heartbeat()
 """Of this process."""
 
-# Functions and no bound methods: what Ray sends to a worker refers to them by name, and means the worker's own pulse.
+# Functions, not bound methods: Ray sends them to a worker by name, and there they mean the worker's own heartbeat.
 
 
 def beat(doing: str) -> None:
-    """Note that this process's work went on; see `Pulse.beat`."""
-    _PULSE.beat(doing)
+    """Note that this process's work went on; see `Heartbeat.beat`."""
+    _HEARTBEAT.beat(doing)
 
 
 def touch() -> None:
     """Note that something went on that its work waits for."""
-    _PULSE.touch()
+    _HEARTBEAT.touch()
 
 
 def rest() -> None:
     """Note that it has nothing to do."""
-    _PULSE.rest()
+    _HEARTBEAT.rest()
 
 
-def vital() -> Vital:
+def process_status() -> ProcessStatus:
     """Return how it is."""
-    return _PULSE.vital()
+    return _HEARTBEAT.process_status()

@@ -23,7 +23,7 @@ from pocl_ray.data.prepare import (
     read_summary,
     training_texts,
 )
-from pocl_ray.data.row_store import told_pairing
+from pocl_ray.data.row_store import describe_pairing
 from pocl_ray.data.rows import row_tokenizer
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.distill.task import sft_task
@@ -58,7 +58,7 @@ TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 
 
 @dataclass(frozen=True)
-class Made:
+class FingerprintedModel:
     """A model of this run: where it is, and the fingerprint of all that it depends on."""
 
     ref: ModelRef
@@ -201,11 +201,11 @@ class Inputs:
             if num_leaks:
                 console.print(f"[yellow]note:[/] {num_leaks} prompts of {name} stand in train as well")
         if rows.for_teacher:
-            console.print(f"[yellow]note:[/] {told_pairing(self.run_dir.read_json(SUMMARY)[PAIRING]['train'])}")
+            console.print(f"[yellow]note:[/] {describe_pairing(self.run_dir.read_json(SUMMARY)[PAIRING]['train'])}")
         return rows
 
     @cached_property
-    def teacher(self) -> Made:
+    def teacher(self) -> FingerprintedModel:
         """The teacher, fine-tuned where the config says so."""
         config = self.config.teacher
 
@@ -223,15 +223,20 @@ class Inputs:
         if config.architecture is not None or config.sft is not None:
             depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
-        return Made(reference(config, self._made("teacher") if config.sft is not None else None), fingerprint)
+        return FingerprintedModel(
+            reference(config, self._made("teacher") if config.sft is not None else None), fingerprint
+        )
 
     @cached_property
-    def other_teachers(self) -> tuple[Made, ...]:
+    def other_teachers(self) -> tuple[FingerprintedModel, ...]:
         """The further teachers, as they lie."""
-        return tuple(Made(reference(config), fingerprint(_loaded_as(config))) for config in self.config.other_teachers)
+        return tuple(
+            FingerprintedModel(reference(config), fingerprint(_loaded_as(config)))
+            for config in self.config.other_teachers
+        )
 
     @cached_property
-    def student(self) -> Made:
+    def student(self) -> FingerprintedModel:
         """The student before distillation."""
         config = self.config.student
         teacher = self.teacher if config.num_layers is not None else None
@@ -258,7 +263,7 @@ class Inputs:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
         fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
-        return Made(reference(config, self._made(name) if name else None), fingerprint)
+        return FingerprintedModel(reference(config, self._made(name) if name else None), fingerprint)
 
     @property
     def own_tokens(self) -> dict[str, OwnTokens]:

@@ -26,7 +26,7 @@ from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity
 from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, ranking_dependencies, reads_teacher
-from pocl_ray.inputs import TOKENIZER, Inputs, Made
+from pocl_ray.inputs import TOKENIZER, FingerprintedModel, Inputs
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import trained_reference
 from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
@@ -170,12 +170,12 @@ class Pipeline:
         return self.steps.run("ranking", ranking_dependencies(self.config, self.signals), work)
 
     @cached_property
-    def distilled(self) -> Made:
+    def distilled(self) -> FingerprintedModel:
         """The student after the whole curriculum."""
         return self._distill("distill", self.stages, "student")
 
     @cached_property
-    def control(self) -> Made | None:
+    def control(self) -> FingerprintedModel | None:
         """The student after plain distillation, at the same number of optimizer steps."""
         config, stages = self.config, self.stages
         if config.control is None:
@@ -258,7 +258,7 @@ class Pipeline:
             written.append(folder)
         return written
 
-    def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> Made:
+    def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> FingerprintedModel:
         config, inputs, ranking = self.config, self.inputs, self.ranking
         student, teacher = inputs.student, inputs.teacher if reads_teacher(config, stages) else None
 
@@ -280,7 +280,9 @@ class Pipeline:
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work, on_cluster=True)
-        return Made(trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint)
+        return FingerprintedModel(
+            trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint
+        )
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:
         with TemporaryDirectory() as scratch:

@@ -33,6 +33,9 @@ STUDENT_BEFORE = "student_before"
 STUDENT_KD = "student_kd"
 TEACHER = "teacher"
 
+PROGRESS = "progress.json"
+"""The last file of a checkpoint to be written; without it the checkpoint is incomplete."""
+
 
 @dataclass(frozen=True)
 class Ramp:

@@ -126,14 +126,14 @@ def check_teachers(config: Config, num_stages: int) -> None:
     Raises:
         ConfigError: They do not.
     """
-    taught: set[int] = set()
+    teacher_outputs: set[int] = set()
     for place, teacher in enumerate((config.teacher, *config.other_teachers)):
         stages = teacher.stages_of(num_stages)
-        taught.update(range(num_stages) if stages is None else stages)
+        teacher_outputs.update(range(num_stages) if stages is None else stages)
         if stages is not None and max(stages) >= num_stages:
             key = "teacher.stages" if place == 0 else f"other_teachers.{place - 1}.stages"
             raise ConfigError(f"{key}: there is no stage {max(stages)}; the stages are 0 to {num_stages - 1}")
-    missing = sorted(set(range(num_stages)) - taught)
+    missing = sorted(set(range(num_stages)) - teacher_outputs)
     if missing:
         raise ConfigError(f"teacher.stages, other_teachers: stage {missing[0]} has no teacher; add it to one's stages")
 

@@ -22,7 +22,7 @@ from pocl_ray.teacher_cache.top_k import TopK
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutput:
     """What a teacher says at the response tokens of a batch.
 
     Attributes:
@@ -70,7 +70,7 @@ class MicroBatch:
     attention_mask_BT: torch.Tensor
     response_index_N: torch.Tensor
     targets_N: torch.Tensor
-    taught: tuple[Taught, ...] = ()
+    teacher_outputs: tuple[TeacherOutput, ...] = ()
     is_rollout: bool = False
     teacher_rows: TeacherRows | None = None
 
@@ -82,7 +82,9 @@ class MicroBatch:
             attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=True),
             response_index_N=self.response_index_N.to(device, non_blocking=True),
             targets_N=self.targets_N.to(device, non_blocking=True),
-            taught=tuple(replace(one, tokens=one.tokens.to(device, non_blocking=True)) for one in self.taught),
+            teacher_outputs=tuple(
+                replace(one, tokens=one.tokens.to(device, non_blocking=True)) for one in self.teacher_outputs
+            ),
         )
 
     @property

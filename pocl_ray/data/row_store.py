@@ -233,7 +233,7 @@ def pairing_figures(student: RowStore, teacher: RowStore, max_prompt_tokens: int
     }
 
 
-def told_pairing(figures: dict[str, int]) -> str:
+def describe_pairing(figures: dict[str, int]) -> str:
     """Return one line on what `pairing_figures` found, with the limits that are worth raising."""
     share = figures["num_unpaired_tokens"] / max(1, figures["num_response_tokens"])
     line = f"{share:.1%} of the student's response tokens have no counterpart in the teacher's"

@@ -131,7 +131,7 @@ def row_table(
 # Axes: N response tokens of a unit in one flat axis, C those of a chunk, V vocabulary, H hidden.
 
 
-class Keeper(Protocol):
+class CacheUnitWriter(Protocol):
     """Keeps one unit's part of the cache."""
 
     def watch(self, logits_CV: torch.Tensor) -> None:
@@ -141,7 +141,7 @@ class Keeper(Protocol):
         """Return what is kept of each row, on the CPU."""
 
 
-class NothingKept:
+class NoCache:
     """Keeps nothing: the teacher is not cached."""
 
     def watch(self, logits_CV: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ class NothingKept:
         return ()
 
 
-class HiddenKept:
+class HiddenUnitWriter:
     """Keeps the hidden states."""
 
     def __init__(self, hidden_NH: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -167,7 +167,7 @@ class HiddenKept:
         return self.hidden_NH.split(list(lengths))
 
 
-class TopKKept:
+class TopKUnitWriter:
     """Keeps the likeliest tokens, of the vocabulary that both models share."""
 
     def __init__(
@@ -398,15 +398,15 @@ class TeacherActor(_Reader):
             np.concatenate([part.lengths_R for part in read]),
         )
 
-    def _keeper(self, hidden_NH: torch.Tensor) -> Keeper:
+    def _keeper(self, hidden_NH: torch.Tensor) -> CacheUnitWriter:
         task = self.task
         if task.cache is None:
-            return NothingKept()
+            return NoCache()
         dtype = None if task.cache_dtype == "auto" else getattr(torch, task.cache_dtype)
         if task.top_k is None:
-            return HiddenKept(hidden_NH, dtype)
+            return HiddenUnitWriter(hidden_NH, dtype)
         # What lies beyond the student's vocabulary is padding, in which no student can follow the teacher.
-        return TopKKept(task.top_k, self._student_head(hidden_NH.dtype).vocab_size, hidden_NH.dtype, dtype)
+        return TopKUnitWriter(task.top_k, self._student_head(hidden_NH.dtype).vocab_size, hidden_NH.dtype, dtype)
 
     def _student_part(self, units: pa.Table, index: int) -> tuple[torch.Tensor, LmHead] | None:
         """The student's hidden states of a unit, and its head in their dtype."""

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
+from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.lease import machine, started_after_boot_s
 from pocl_ray.run_directory.storage import file_digest, fingerprint
 
@@ -44,12 +45,10 @@ from pocl_ray.run_directory.storage import file_digest, fingerprint
 # Gathering is collective and stops training; what comes after (files, digests, the way to storage) does not. Host
 # memory is bounded: whoever brings more than fits waits, so a state of any size passes through.
 
-PROGRESS = "progress.json"
-"""The last file of a checkpoint to be written; without it there is none."""
 T = TypeVar("T")
 
 
-class Writer:
+class CheckpointWriter:
     """Runs jobs one after the other in a thread of its own. After a failed one no other runs, and every call raises."""
 
     def __init__(self, buffer_bytes: int) -> None:
@@ -120,7 +119,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Written:
+class PendingCheckpoint:
     """A checkpoint that is being written.
 
     Attributes:
@@ -205,7 +204,7 @@ class Progress:
         return replace(self, metrics=list(self.metrics), rollout=deepcopy(self.rollout))
 
 
-def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path, writer: Writer) -> None:
+def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path, writer: CheckpointWriter) -> None:
     """Gather the training state and have it written to `directory`; collective, rank 0 writes.
 
     Tensors are gathered one at a time, and written in files of about a gibibyte while training goes on.

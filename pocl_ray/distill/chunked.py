@@ -26,7 +26,7 @@ KdFunction = Callable[[Tensor, Tensor, float], Tensor]
 LogitsFunction = Callable[[Tensor], Tensor]
 
 
-class Teaching(Protocol):
+class TeacherTargets(Protocol):
     """What teachers say of a chunk of tokens, where that is not the logits of one teacher."""
 
     def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
@@ -36,7 +36,7 @@ class Teaching(Protocol):
         """Return the entropy of the teachers' plain distribution at each token, shape (C,), in nats."""
 
 
-TeacherLogits = Callable[[slice], "Tensor | Teaching"]
+TeacherLogits = Callable[[slice], "Tensor | TeacherTargets"]
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Probabilities of a large vocabulary underflow in float16. Its gradients are held times this factor until backward,
@@ -69,7 +69,7 @@ class HeadLoss:
     teacher_logits: TeacherLogits | None = None
     transform: LogitsFunction | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    token_weight: Callable[[Tensor | Teaching], Tensor] | None = None
+    token_weight: Callable[[Tensor | TeacherTargets], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_ratio <= 1.0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pocl_ray.data.batching import MicroBatch, Taught, TeacherRows, collate, global_batches, rank_micro_batches
+from pocl_ray.data.batching import MicroBatch, TeacherOutput, TeacherRows, collate, global_batches, rank_micro_batches
 from pocl_ray.data.row_store import Pairs, RowStore
 from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.rollout_schedule import Source
@@ -46,29 +46,31 @@ class TeacherSource:
     stages: tuple[int, ...] | None = None
     rows: RowStore | None = None
 
-    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> Taught | None:
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherOutput | None:
         """Return what its cache holds of rows whose responses have so many tokens; None where it runs live."""
         if self.cache is None:
             return None
         tokens = self.cache.take(ids)
-        return self._taught(tokens, None if self.rows is None else Pairs.of(lengths_R, self.rows.response_lengths[ids]))
+        return self._with_teacher_outputs(
+            tokens, None if self.rows is None else Pairs.of(lengths_R, self.rows.response_lengths[ids])
+        )
 
-    def asked(self, batch: MicroBatch) -> Taught | None:
+    def asked(self, batch: MicroBatch) -> TeacherOutput | None:
         """Return what it says of a batch; None where it is cached."""
         if self.live is None:
             return None
         own = batch.teacher_rows
         read, pairs = (batch, None) if own is None else (own.batch, own.pairs)
         tokens = self.live.hidden(read.input_ids_BT, read.attention_mask_BT, read.response_index_N)
-        return self._taught(tokens, pairs)
+        return self._with_teacher_outputs(tokens, pairs)
 
-    def _taught(self, tokens: torch.Tensor | TopK, pairs: Pairs | None) -> Taught:
+    def _with_teacher_outputs(self, tokens: torch.Tensor | TopK, pairs: Pairs | None) -> TeacherOutput:
         if pairs is None:
-            return Taught(tokens, self.index, self.weight)
+            return TeacherOutput(tokens, self.index, self.weight)
         assert isinstance(tokens, torch.Tensor), "over two tokenizers hidden states are compared"
         if not pairs.teacher_M.all():
             tokens = tokens[torch.from_numpy(np.flatnonzero(pairs.teacher_M)).to(tokens.device)]
-        return Taught(tokens, self.index, self.weight, torch.from_numpy(pairs.student_N))
+        return TeacherOutput(tokens, self.index, self.weight, torch.from_numpy(pairs.student_N))
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,16 @@ class Teachers:
         total = sum(one.weight for one in chosen)
         return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
 
-    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> tuple[Taught, ...]:
+    def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> tuple[TeacherOutput, ...]:
         """Return what the caches hold of rows; nothing of teachers that run live.
 
         Args:
             ids: The rows.
             lengths_R: The student's response tokens of each.
         """
-        return tuple(taught for one in self.sources if (taught := one.stored(ids, lengths_R)) is not None)
+        return tuple(
+            teacher_outputs for one in self.sources if (teacher_outputs := one.stored(ids, lengths_R)) is not None
+        )
 
     def own_rows(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherRows | None:
         """Return rows as a live teacher with another tokenizer reads them; None where there is none such."""
@@ -102,8 +106,8 @@ class Teachers:
 
     def teach(self, batch: MicroBatch) -> MicroBatch:
         """Return the batch with what the live teachers say of it added."""
-        asked = tuple(taught for one in self.sources if (taught := one.asked(batch)) is not None)
-        return replace(batch, taught=batch.taught + asked, teacher_rows=None)
+        asked = tuple(teacher_outputs for one in self.sources if (teacher_outputs := one.asked(batch)) is not None)
+        return replace(batch, teacher_outputs=batch.teacher_outputs + asked, teacher_rows=None)
 
 
 @dataclass(frozen=True)
@@ -244,9 +248,9 @@ class Feed:
             for batch_ids in ids:
                 behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, teachers)
                 if behind is not None:
-                    yield _taught(behind.result(), teachers, respond)
+                    yield _with_teacher_outputs(behind.result(), teachers, respond)
             if ahead is not None:
-                yield _taught(ahead.result(), teachers, respond)
+                yield _with_teacher_outputs(ahead.result(), teachers, respond)
 
     def batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         """Return the rows of these ids as one micro-batch, with the part of these teachers."""
@@ -281,10 +285,12 @@ class Feed:
     def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
         lengths_R = self.rows.response_lengths[ids]
-        return replace(batch, taught=teachers.stored(ids, lengths_R), teacher_rows=teachers.own_rows(ids, lengths_R))
+        return replace(
+            batch, teacher_outputs=teachers.stored(ids, lengths_R), teacher_rows=teachers.own_rows(ids, lengths_R)
+        )
 
 
-def _taught(batch: GlobalBatch, teachers: Teachers, respond: Respond | None) -> GlobalBatch:
+def _with_teacher_outputs(batch: GlobalBatch, teachers: Teachers, respond: Respond | None) -> GlobalBatch:
     if respond is not None:
         batch = respond(batch)
     return replace(batch, micro_batches=[teachers.teach(part) for part in batch.micro_batches])

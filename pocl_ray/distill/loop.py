@@ -22,10 +22,10 @@ from pocl_ray.curriculum.hand_off import hand_off_figure, has_converged
 from pocl_ray.distill.checkpoint import (
     BEST,
     STATE,
+    CheckpointWriter,
+    PendingCheckpoint,
     Progress,
     Uploads,
-    Writer,
-    Written,
     complete,
     make_scratch,
     state_reader,
@@ -44,7 +44,7 @@ from pocl_ray.distill.task import TrainTask
 from pocl_ray.records import Order, Stage
 from pocl_ray.run_directory.disk import GIB
 
-OnCheckpoint = Callable[[Progress, Written | None], None]
+OnCheckpoint = Callable[[Progress, PendingCheckpoint | None], None]
 OnStep = Callable[[Progress, dict[str, Any]], None]
 
 
@@ -87,7 +87,7 @@ class TrainingLoop:
         self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
         self.uploads = Uploads()
         self._scratch = make_scratch()
-        self._writer = Writer(round(task.train.checkpoint_buffer_gib * GIB))
+        self._writer = CheckpointWriter(round(task.train.checkpoint_buffer_gib * GIB))
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
         """Go on from a checkpoint: weights, moments, cursor and metric stream; collective, rank 0 reads `directory`."""
@@ -255,7 +255,7 @@ class TrainingLoop:
             if self.rescorer is not None:
                 write_order(self.orders["rank"], directory)
             whole = self._writer.submit(partial(complete, progress, directory, self._scratch / BEST))
-            written = Written(directory, whole)
+            written = PendingCheckpoint(directory, whole)
         self.on_checkpoint(progress, written)
 
     def _hand_off(self) -> None:

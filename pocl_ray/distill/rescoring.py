@@ -157,7 +157,7 @@ class Rescorer:
         if {"ce_loss", "student_confidence"} & set(self.measured):
             signals.update(student_signals(hidden_NH, head.logits, batch.targets_N, lengths_R))
         if self.compared:
-            teacher_hidden_NK = batch.taught[0].tokens
+            teacher_hidden_NK = batch.teacher_outputs[0].tokens
             assert isinstance(teacher_hidden_NK, torch.Tensor) and self.teacher_head is not None
             teacher = (teacher_hidden_NK, self.teacher_head.logits)
             student = (hidden_NH, head.logits)

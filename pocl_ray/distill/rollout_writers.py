@@ -21,7 +21,7 @@ from pocl_ray.distill.rollout_schedule import token_draws, writing_seed
 from pocl_ray.errors import ConfigError
 
 
-class Writer(Protocol):
+class RolloutWriter(Protocol):
     """Writes responses with the student as it stands.
 
     Attributes:
@@ -52,7 +52,7 @@ class TransformersWriter:
     def write(
         self, ids: Sequence[int], prompts: Sequence[Tokens], limits: Sequence[int], step: int
     ) -> list[np.ndarray]:
-        """See `Writer`. A row's draws are its own: it is written alike on any worker and in any batch."""
+        """See `RolloutWriter`. A row's draws are its own: it is written alike on any worker and in any batch."""
         draws = [token_draws(self.seed, step, row, limit) for row, limit in zip(ids, limits, strict=True)]
         config = self.config
         return decode(
@@ -116,7 +116,7 @@ class VllmWriter:
     def write(
         self, ids: Sequence[int], prompts: Sequence[Tokens], limits: Sequence[int], step: int
     ) -> list[np.ndarray]:
-        """See `Writer`. A row has a seed of its own, but rounding may differ with what else is in vLLM's batch."""
+        """See `RolloutWriter`. Each row has its own seed, but rounding may differ with what else is in vLLM's batch."""
         model = self.student.current()
         self.engine.wake_up()
         inner = self.engine.llm_engine.model_executor.driver_worker.model_runner.model

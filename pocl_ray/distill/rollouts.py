@@ -31,7 +31,7 @@ from pocl_ray.distill.rollout_schedule import (
     replay_generator,
     source_of,
 )
-from pocl_ray.distill.rollout_writers import Writer
+from pocl_ray.distill.rollout_writers import RolloutWriter
 
 BUFFER = "rollouts.safetensors"
 
@@ -43,7 +43,7 @@ class Rollouts:
         self,
         config: RolloutConfig,
         engine: Engine,
-        writer: Writer,
+        writer: RolloutWriter,
         rows: RowStore,
         pad_id: int,
         max_tokens: int,

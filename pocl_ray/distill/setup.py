@@ -23,7 +23,7 @@ from pocl_ray.distill.feed import Feed, load_teachers, teachers_of
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
 from pocl_ray.distill.rescoring import Rescorer
-from pocl_ray.distill.rollout_writers import TransformersWriter, VllmWriter, Writer
+from pocl_ray.distill.rollout_writers import RolloutWriter, TransformersWriter, VllmWriter
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
@@ -80,7 +80,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
     return TrainingLoop(task, engine, feed, dev, rollouts, orders, on_checkpoint, on_step, rescorer)
 
 
-def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> Writer:
+def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> RolloutWriter:
     if task.rollout.backend == "vllm":
         directory = on_this_node(task.student).path
         return VllmWriter(task.rollout, student, stop_ids, task.seed, directory, task.max_tokens)
@@ -103,7 +103,7 @@ def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
 # file of a checkpoint has its digest in `progress.json`, so that this is seen, and the checkpoint before is used.
 
 
-class Saved(Protocol):
+class StoredCheckpoint(Protocol):
     """A checkpoint in storage, as Ray Train hands it out."""
 
     path: str
@@ -113,7 +113,9 @@ class Saved(Protocol):
 
 
 @contextmanager
-def newest_whole(checkpoints: Sequence[Saved], warn: Callable[[str], object]) -> Iterator[tuple[Progress, Path] | None]:
+def newest_whole(
+    checkpoints: Sequence[StoredCheckpoint], warn: Callable[[str], object]
+) -> Iterator[tuple[Progress, Path] | None]:
     """Give the newest checkpoint whose files are all as they were written.
 
     Args:
@@ -149,7 +151,7 @@ def newest_whole(checkpoints: Sequence[Saved], warn: Callable[[str], object]) ->
 
 def resume(
     loop: TrainingLoop,
-    checkpoints: Sequence[Saved],
+    checkpoints: Sequence[StoredCheckpoint],
     share: Callable[[Any], Any],
     warn: Callable[[str], object],
 ) -> None:

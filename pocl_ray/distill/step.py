@@ -147,7 +147,7 @@ class DistillationModule(nn.Module):
 
     def _chunk_bytes(self, batch: MicroBatch) -> int:
         """Size of the student's logits of a chunk; less where those of a teacher with another tokenizer are larger."""
-        own = [self._teacher_heads[one.teacher] for one in batch.taught if one.paired_N is not None]
+        own = [self._teacher_heads[one.teacher] for one in batch.teacher_outputs if one.paired_N is not None]
         widest = max((head.vocab_size for head in own if head is not None), default=0)
         vocab_size = self.student.config.vocab_size
         return self.chunk_bytes * vocab_size // max(vocab_size, widest)
@@ -155,6 +155,6 @@ class DistillationModule(nn.Module):
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
         if settings.kd_ratio == 0.0:
             return None
-        if not batch.taught:
+        if not batch.teacher_outputs:
             raise ValueError("kd_ratio is above 0, but there is no teacher: the batch says nothing of one")
-        return teacher_logits(batch.taught, self._teacher_heads)
+        return teacher_logits(batch.teacher_outputs, self._teacher_heads)

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.config.training import TokenScore
-from pocl_ray.data.batching import Taught
-from pocl_ray.distill.chunked import KdFunction, TeacherLogits, Teaching
+from pocl_ray.data.batching import TeacherOutput
+from pocl_ray.distill.chunked import KdFunction, TeacherLogits, TeacherTargets
 from pocl_ray.distill.losses import LOG_ZERO
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.teacher_cache.top_k import TopK
 
 
 @dataclass(frozen=True)
-class TopKTeaching:
+class TopKTargets:
     """The teacher's likeliest tokens at a chunk of tokens."""
 
     top_k: TopK
@@ -53,7 +53,7 @@ class TopKTeaching:
 
 
 @dataclass(frozen=True)
-class PairedTeaching:
+class PairedTargets:
     """A teacher with another tokenizer: its logits at the counterparts of some of a chunk's C tokens, and of which."""
 
     logits_PW: Tensor
@@ -74,10 +74,10 @@ class PairedTeaching:
 
 
 @dataclass(frozen=True)
-class WeightedTeaching:
+class WeightedTargets:
     """Several teachers: what each says, and the weight of its divergence."""
 
-    parts: Sequence[tuple[float, Tensor | Teaching]]
+    parts: Sequence[tuple[float, Tensor | TeacherTargets]]
 
     def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
         """Return the weighted sum of the divergences from each teacher, shape (C,)."""
@@ -95,7 +95,7 @@ class WeightedTeaching:
         return torch.stack(parts).sum(0)
 
 
-def entropy_of(teacher: Tensor | Teaching) -> Tensor:
+def entropy_of(teacher: Tensor | TeacherTargets) -> Tensor:
     """Return the entropy of the plain distribution (temperature 1) at each token, shape (C,), in nats, float32."""
     if not isinstance(teacher, Tensor):
         return teacher.entropy()
@@ -104,7 +104,7 @@ def entropy_of(teacher: Tensor | Teaching) -> Tensor:
     return torch.special.entr(torch.softmax(teacher, dim=-1, dtype=dtype)).sum(-1).float()
 
 
-def teacher_logits(taught: Sequence[Taught], heads: Sequence[HeadWeights | None]) -> TeacherLogits:
+def teacher_logits(teacher_outputs: Sequence[TeacherOutput], heads: Sequence[HeadWeights | None]) -> TeacherLogits:
     """Return the function from a slice of the tokens to what the teachers say there.
 
     Args:
@@ -112,9 +112,9 @@ def teacher_logits(taught: Sequence[Taught], heads: Sequence[HeadWeights | None]
         heads: Their LM heads, in the order of the run's teachers; None where the top k are cached.
     """
 
-    def part(one: Taught, rows: slice) -> Tensor | Teaching:
+    def part(one: TeacherOutput, rows: slice) -> Tensor | TeacherTargets:
         if isinstance(one.tokens, TopK):
-            return TopKTeaching(one.tokens[rows])
+            return TopKTargets(one.tokens[rows])
         head = heads[one.teacher] if one.teacher < len(heads) else None
         if head is None:
             raise ValueError("there are hidden states, but no teacher head to make logits of them")
@@ -123,11 +123,11 @@ def teacher_logits(taught: Sequence[Taught], heads: Sequence[HeadWeights | None]
         num_before = int(one.paired_N[: rows.start].sum())
         index_P = one.paired_N[rows].nonzero().squeeze(-1)
         logits_PW = head.logits(one.tokens[num_before : num_before + len(index_P)])
-        return PairedTeaching(logits_PW, index_P.to(logits_PW.device), len(one.paired_N[rows]))
+        return PairedTargets(logits_PW, index_P.to(logits_PW.device), len(one.paired_N[rows]))
 
-    if len(taught) == 1 and taught[0].weight == 1.0:
-        return lambda rows: part(taught[0], rows)
-    return lambda rows: WeightedTeaching([(one.weight, part(one, rows)) for one in taught])
+    if len(teacher_outputs) == 1 and teacher_outputs[0].weight == 1.0:
+        return lambda rows: part(teacher_outputs[0], rows)
+    return lambda rows: WeightedTargets([(one.weight, part(one, rows)) for one in teacher_outputs])
 
 
 def student_events(logits_CV: Tensor, top_k: TopK, temperature: float) -> Tensor:
@@ -194,7 +194,7 @@ class TokenWeight:
         return replace(self, mean_score=mean_score)
 
     @torch.no_grad()
-    def scores(self, teacher: Tensor | Teaching) -> Tensor:
+    def scores(self, teacher: Tensor | TeacherTargets) -> Tensor:
         """Return the score of each token, shape (N,), float32, without gradient.
 
         Args:
@@ -203,7 +203,7 @@ class TokenWeight:
         entropy_N = entropy_of(teacher)
         return entropy_N if self.score == "teacher_entropy" else (-entropy_N).exp()
 
-    def __call__(self, teacher: Tensor | Teaching) -> Tensor:
+    def __call__(self, teacher: Tensor | TeacherTargets) -> Tensor:
         """Return the weight of each token, shape (N,), float32."""
         assert self.mean_score is not None, "the mean score of the step is taken before its losses"
         scores_N = self.scores(teacher)

@@ -65,7 +65,7 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """The live modules of a model; calling them goes through their hooks, which ZeRO-3 needs.
 
     Attributes:
@@ -164,7 +164,7 @@ class HeadWeights:
         return HeadWeights(weight_VH, bias_V, LogitTransform(**json.loads(metadata["transform"])))
 
 
-def split_model(model: PreTrainedModel) -> Parts:
+def split_model(model: PreTrainedModel) -> ModelParts:
     """Split a causal language model into the modules that make hidden states and logits.
 
     Raises:
@@ -173,7 +173,7 @@ def split_model(model: PreTrainedModel) -> Parts:
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         raise ModelError(f"{type(model).__name__}: is not a causal language model with a head of its own")
-    return Parts(model.base_model, head, LogitTransform.of(model.config))
+    return ModelParts(model.base_model, head, LogitTransform.of(model.config))
 
 
 def response_hidden(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:

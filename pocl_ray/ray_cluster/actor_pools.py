@@ -28,7 +28,7 @@ from pocl_ray.ray_cluster.capacity import (
     where,
     with_accelerator,
 )
-from pocl_ray.ray_cluster.ray_errors import death_in, died_of, end_in
+from pocl_ray.ray_cluster.ray_errors import explain_death, find_actor_death, find_user_error
 
 _TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
 
@@ -148,10 +148,10 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
-            if (end := end_in(error)) is not None:
+            if (end := find_user_error(error)) is not None:
                 raise end from None
-            if (death := death_in(error)) is not None:
-                raise GaveUpError(f"{name}: {died_of(death)}; the same command does the step again") from error
+            if (death := find_actor_death(error)) is not None:
+                raise GaveUpError(f"{name}: {explain_death(death)}; the same command does the step again") from error
             raise
 
 

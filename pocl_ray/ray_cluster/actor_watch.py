@@ -31,7 +31,7 @@ from rich.markup import escape
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, StalledError
-from pocl_ray.heartbeat import Vital, beat, rest, vital
+from pocl_ray.heartbeat import ProcessStatus, beat, process_status, rest
 from pocl_ray.run_directory.lease import started_after_boot_s
 
 NAMESPACE = "pocl_ray"
@@ -89,7 +89,7 @@ class StallFinder:
         """Return the processes that stand still, each with what is said of it; each is returned once.
 
         Args:
-            written: By key, what `pulse_text` gave.
+            written: By key, what `heartbeat_text` gave.
         """
         found = []
         for key, text in written.items():
@@ -107,14 +107,14 @@ class StallFinder:
         return found
 
 
-def pulse_text(process: Process, seen: Vital, count: int) -> str:
+def heartbeat_text(process: Process, seen: ProcessStatus, count: int) -> str:
     """Return what a process writes of itself, different each time."""
     return json.dumps({"process": asdict(process), "vital": asdict(seen), "count": count})
 
 
-def _parsed(text: str) -> tuple[Process, Vital]:
+def _parsed(text: str) -> tuple[Process, ProcessStatus]:
     content = json.loads(text)
-    return Process(**content["process"]), Vital(**content["vital"])
+    return Process(**content["process"]), ProcessStatus(**content["vital"])
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def _write(prefix: str, period_s: float) -> None:
     process, count = Process.here(), 0
     while True:
         with suppress(Exception):  # the store may be away for a while, and the thread must outlast that
-            text = pulse_text(process, vital(), count)
+            text = heartbeat_text(process, process_status(), count)
             internal_kv._internal_kv_put(f"{prefix}{PULSE}{process.node}-{process.pid}", text, namespace=NAMESPACE)
         count += 1
         time.sleep(period_s)

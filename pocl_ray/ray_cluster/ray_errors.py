@@ -16,7 +16,7 @@ _NO_WORD = "connection error code 2"  # what Ray says of every process that ends
 _HEADS = ("The actor died unexpectedly", "The actor is dead because its worker process has died")
 
 
-def died_of(error: RayActorError) -> str:
+def explain_death(error: RayActorError) -> str:
     """Return why the process of an actor died: its exit, or what became of its node, without ids and addresses."""
     text = str(error)
     if _NO_WORD in text:
@@ -32,7 +32,7 @@ def one_line(text: str) -> str:
     return line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 3]}..."
 
 
-def end_in(error: BaseException) -> UserError | GaveUpError | None:
+def find_user_error(error: BaseException) -> UserError | GaveUpError | None:
     """Find the user's mistake, or that too much was lost, in a chain of Ray's wrappers."""
     for found in _wrapped(error):
         # RayTaskError makes an instance that is of the cause's class as well; the cause itself is the plain one.
@@ -43,7 +43,7 @@ def end_in(error: BaseException) -> UserError | GaveUpError | None:
     return None
 
 
-def death_in(error: BaseException) -> RayActorError | None:
+def find_actor_death(error: BaseException) -> RayActorError | None:
     """Find the death of an actor in a chain of Ray's wrappers."""
     return next((found for found in _wrapped(error) if isinstance(found, RayActorError)), None)
 

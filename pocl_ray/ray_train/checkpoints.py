@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from pocl_ray.distill.checkpoint import PROGRESS
 from pocl_ray.errors import StorageError
 from pocl_ray.heartbeat import touch
+from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.storage import RunDirectory, reason
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -29,8 +29,15 @@ from pocl_ray.errors import StalledError, UserError
 from pocl_ray.ray_cluster.capacity import is_one_machine, resources_per_worker, wait_for_workers, wants_gpu
 from pocl_ray.ray_cluster.versions import versions
 from pocl_ray.ray_train.checkpoints import mend_snapshot, prune_orphans
-from pocl_ray.ray_train.policies import DividingPolicy, KeepSnapshots, TellBoards, TellFailures, TryAgain, give_up
-from pocl_ray.ray_train.progress import ProgressBoard, Standing
+from pocl_ray.ray_train.policies import (
+    BackUpSnapshots,
+    ElasticPolicy,
+    ReportFailures,
+    RetryPolicy,
+    UpdateProgress,
+    give_up,
+)
+from pocl_ray.ray_train.progress import ProgressActor, TrainingStatus
 from pocl_ray.ray_train.watch import Silence, StallWatch
 
 if TYPE_CHECKING:  # the controller's process imports this module as well, and has no use for transformers
@@ -55,10 +62,10 @@ ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody
 CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # the dashboard's Train page shows what it tracks
 
 
-Watch = Callable[[Standing], None]
+Watch = Callable[[TrainingStatus], None]
 
 
-def run_training(task: TrainTask, scaling: ScalingConfig) -> Standing:
+def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
     """Train on the Ray cluster that is connected, going on from the last checkpoint of the same task.
 
     Args:
@@ -91,26 +98,30 @@ def _ray_train_environment() -> Iterator[None]:
 
 
 @_ray_train_environment()
-def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards: Any) -> Standing:
-    """Do what `run_training` does, and give `watch` the standing a few times a second.
+def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *progress_actors: Any) -> TrainingStatus:
+    """Do what `run_training` does, and give `watch` the training status a few times a second.
 
     What `watch` raises ends the run: its workers are freed, and the exception goes on.
 
     Args:
         task: What to train.
         scaling: Workers and what they need.
-        watch: Called with the standing.
-        *boards: Actors that are told of the run's placement group, by a method `holds` as the ProgressBoard has it,
-            and free it should this process die.
+        watch: Called with the training status.
+        *progress_actors: Actors whose method `holds` is told the run's placement group, as ProgressActor's is; they
+            free it if this process dies.
     """
     use_gpu = wants_gpu(scaling)
     wait_for_workers(scaling, use_gpu)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    progress_actor = ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = _Trainer(
         _train_worker,
         # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
-        train_loop_config={"task": ray.put(task), "board": board, "versions": None if is_one_machine() else versions()},
+        train_loop_config={
+            "task": ray.put(task),
+            "progress_actor": progress_actor,
+            "versions": None if is_one_machine() else versions(),
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
@@ -124,21 +135,21 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *boards
         run_config=_run_config(
             task,
             scaling,
-            TellBoards(task.name, board, *boards),
-            TellFailures(board),
-            StallWatch(board, scaling.stall_timeout_s, scaling.collective_timeout_s),
-            KeepSnapshots(task.run_dir, checkpoint_folder(task)),
+            UpdateProgress(task.name, progress_actor, *progress_actors),
+            ReportFailures(progress_actor),
+            StallWatch(progress_actor, scaling.stall_timeout_s, scaling.collective_timeout_s),
+            BackUpSnapshots(task.run_dir, checkpoint_folder(task)),
         ),
     )
-    trainer.has_watchdog = not (boards or is_one_machine())
+    trainer.has_watchdog = not (progress_actors or is_one_machine())
     trainer.global_batch_rows, trainer.patience_s = task.train.global_batch_rows, scaling.start_timeout_s
     silence = Silence(task.name, scaling.stall_timeout_s + scaling.start_timeout_s)
     mend_snapshot(task.run_dir, checkpoint_folder(task))
     prune_orphans(task.run_dir, checkpoint_folder(task))
-    standing = _fit(trainer, board, watch, silence, task.name)
+    training_status = _fit(trainer, progress_actor, watch, silence, task.name)
     prune_orphans(task.run_dir, checkpoint_folder(task))
-    ray.kill(board)
-    return standing
+    ray.kill(progress_actor)
+    return training_status
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -150,8 +161,8 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     """Run `run_training` and return its counts for the manifest."""
-    standing = run_training(task, scaling)
-    return {"num_steps": standing.step, "num_tokens": standing.num_tokens}
+    training_status = run_training(task, scaling)
+    return {"num_steps": training_status.step, "num_tokens": training_status.num_tokens}
 
 
 class _Trainer(TorchTrainer):
@@ -162,8 +173,8 @@ class _Trainer(TorchTrainer):
 
     Attributes:
         has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
-            cluster ends with it, or a board. The watchdog asks the State API, which a cluster without a dashboard
-            lacks; `fit` would wait for it at the end.
+            cluster ends with it, or a progress actor. The watchdog asks the State API, which a cluster without a
+            dashboard lacks; `fit` would wait for it at the end.
         global_batch_rows: Rows of an optimizer step, which the workers share evenly.
         patience_s: How long an elastic run waits for its fewest workers.
     """
@@ -180,9 +191,9 @@ class _Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         assert isinstance(self.scaling_config, RayScalingConfig)
         if self.scaling_config.elasticity_enabled:
-            policy = DividingPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
+            policy = ElasticPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
-        arguments["failure_policy"] = TryAgain(self.run_config.failure_config)  # type: ignore[arg-type]
+        arguments["failure_policy"] = RetryPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 
@@ -208,8 +219,8 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: RayTrainCal
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, watch: Watch, silence: Silence, name: str) -> Standing:
-    """Run the trainer in a thread, have the board's standing watched meanwhile, and return the last one."""
+def _fit(trainer: TorchTrainer, progress_actor: Any, watch: Watch, silence: Silence, name: str) -> TrainingStatus:
+    """Run the trainer in a thread, have the progress actor's status watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -224,31 +235,31 @@ def _fit(trainer: TorchTrainer, board: Any, watch: Watch, silence: Silence, name
     try:
         while thread.is_alive() and time.monotonic() < refused_at + REFUSAL_PATIENCE_S:
             thread.join(POLL_S)
-            standing: Standing = ray.get(board.read.remote())
-            watch(standing)
-            silence.hear(standing.num_looks)
-            if standing.refusal is not None:
+            training_status: TrainingStatus = ray.get(progress_actor.read.remote())
+            watch(training_status)
+            silence.hear(training_status.num_looks)
+            if training_status.refusal is not None:
                 refused_at = min(refused_at, time.monotonic())
     except BaseException:
-        _abort(thread, board)
+        _abort(thread, progress_actor)
         raise
-    standing = ray.get(board.read.remote())
-    if standing.refusal is not None:
+    training_status = ray.get(progress_actor.read.remote())
+    if training_status.refusal is not None:
         if thread.is_alive():
-            _abort(thread, board)
-        raise standing.refusal
+            _abort(thread, progress_actor)
+        raise training_status.refusal
     if failures:
-        raise _cause(failures[0], name, standing) from failures[0]
-    return standing
+        raise _cause(failures[0], name, training_status) from failures[0]
+    return training_status
 
 
-def _abort(thread: threading.Thread, board: Any) -> None:
+def _abort(thread: threading.Thread, progress_actor: Any) -> None:
     """End a run that is under way, and free its workers."""
     deadline = time.monotonic() + ABORT_S
-    controller, group = ray.get(board.held.remote())
+    controller, group = ray.get(progress_actor.held.remote())
     while controller is None and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.1)
-        controller, group = ray.get(board.held.remote())
+        controller, group = ray.get(progress_actor.held.remote())
     if controller is not None:
         controller.abort.remote()
         thread.join(ABORT_S)
@@ -256,46 +267,48 @@ def _abort(thread: threading.Thread, board: Any) -> None:
             ray.kill(controller)
             if group is not None:
                 remove_placement_group(group)
-    ray.kill(board)
+    ray.kill(progress_actor)
 
 
 def _show_on(bar: Bar) -> Watch:
-    """Return a watch that shows the standing on a bar, and prints each warning once."""
+    """Return a watch that shows the training status on a bar, and prints each warning once."""
     num_starts, num_warnings = 0, 0
 
-    def watch(standing: Standing) -> None:
+    def watch(training_status: TrainingStatus) -> None:
         nonlocal num_starts, num_warnings
-        if standing.num_starts > num_starts:
-            num_starts = standing.num_starts
-            bar.begin(standing.first_step)
-        for warning in standing.warnings[num_warnings:]:
+        if training_status.num_starts > num_starts:
+            num_starts = training_status.num_starts
+            bar.begin(training_status.first_step)
+        for warning in training_status.warnings[num_warnings:]:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
-        num_warnings = len(standing.warnings)
-        bar.update(standing.step, note=_note(standing))
+        num_warnings = len(training_status.warnings)
+        bar.update(training_status.step, note=_note(training_status))
 
     return watch
 
 
-def _note(standing: Standing) -> str:
-    if standing.num_starts == 0:
+def _note(training_status: TrainingStatus) -> str:
+    if training_status.num_starts == 0:
         return "starting workers"
     parts = []
-    if standing.num_starts > 1:
-        parts.append(f"restarted {standing.num_starts - 1}x")
-    if standing.train:
-        parts.append(f"stage {standing.train['curriculum/stage']}  loss {standing.train['train/loss']:.3f}")
-    if standing.evaluations:
-        figures = standing.evaluations[-1]
+    if training_status.num_starts > 1:
+        parts.append(f"restarted {training_status.num_starts - 1}x")
+    if training_status.train:
+        parts.append(
+            f"stage {training_status.train['curriculum/stage']}  loss {training_status.train['train/loss']:.3f}"
+        )
+    if training_status.evaluations:
+        figures = training_status.evaluations[-1]
         rouge_l = figures.get("eval/dev/rouge_l")
         parts.append(f"dev loss {-hand_off_figure(figures):.3f}" if rouge_l is None else f"dev ROUGE-L {rouge_l:.1f}")
     return "  ".join(parts)
 
 
-def _cause(error: BaseException, name: str, standing: Standing) -> BaseException:
+def _cause(error: BaseException, name: str, training_status: TrainingStatus) -> BaseException:
     """Return the user's mistake behind a failed run if there is one, else that it failed as often as it may."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, UserError) and not isinstance(cause, StalledError):
             return cause
-    return give_up(name, error, standing.failures)
+    return give_up(name, error, training_status.failures)

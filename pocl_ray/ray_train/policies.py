@@ -33,7 +33,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pocl_ray.errors import GaveUpError, ResourceError, StalledError, UserError
 from pocl_ray.ray_cluster.capacity import room_for, usable_nodes
-from pocl_ray.ray_cluster.ray_errors import died_of, one_line
+from pocl_ray.ray_cluster.ray_errors import explain_death, one_line
 from pocl_ray.ray_train.checkpoints import keep_snapshot
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -41,7 +41,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
-class TryAgain(DefaultFailurePolicy):
+class RetryPolicy(DefaultFailurePolicy):
     """Decides in Ray Train's controller whether a failed run is tried again."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -60,21 +60,21 @@ class TryAgain(DefaultFailurePolicy):
         return bool(super()._is_retryable_error(training_failed_error))
 
 
-class TellFailures(ControllerCallback):
-    """Tells the driver's board of each failure; runs in the controller."""
+class ReportFailures(ControllerCallback):
+    """Tells the driver's progress actor of each failure; runs in the controller."""
 
-    def __init__(self, board: Any) -> None:
-        """Take the ProgressBoard."""
-        self.board = board
+    def __init__(self, progress_actor: Any) -> None:
+        """Take the ProgressActor."""
+        self.progress_actor = progress_actor
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
         """Tell it what ended the workers, and whether the run goes on."""
         if isinstance(current_state, (RestartingState, ReschedulingState)):
-            self.board.fail.remote(cause_of(current_state.training_failed_error), goes_on=True)
+            self.progress_actor.fail.remote(cause_of(current_state.training_failed_error), goes_on=True)
         elif isinstance(current_state, ShuttingDownState) and isinstance(current_state.next_state, ErroredState):
-            self.board.fail.remote(cause_of(current_state.next_state.training_failed_error), goes_on=False)
+            self.progress_actor.fail.remote(cause_of(current_state.next_state.training_failed_error), goes_on=False)
 
 
 def cause_of(error: BaseException) -> str:
@@ -111,7 +111,7 @@ def _said(failure: BaseException) -> str:
     if isinstance(failure, WorkerHealthCheckFailedError):
         failure = failure.health_check_failure
     if isinstance(failure, RayActorError):
-        return f"died: {died_of(failure)}"
+        return f"died: {explain_death(failure)}"
     return f"failed: {one_line(f'{type(failure).__name__}: {failure}')}"
 
 
@@ -138,7 +138,7 @@ def largest_share(num_possible: int, least: int, global_batch_rows: int) -> int:
     return next(fitting, 0)
 
 
-class DividingPolicy(ElasticScalingPolicy):
+class ElasticPolicy(ElasticScalingPolicy):
     """Decides in Ray Train's controller how many workers there are."""
 
     def __init__(self, scaling_config: RayScalingConfig, global_batch_rows: int, patience_s: float) -> None:
@@ -209,7 +209,7 @@ class DividingPolicy(ElasticScalingPolicy):
 # What Ray Train's controller does for us beside its own work: it keeps snapshots, and tells boards what it holds.
 
 
-class KeepSnapshots(ReportCallback):
+class BackUpSnapshots(ReportCallback):
     """Keeps a copy of what Ray Train knows of the checkpoints; runs in the controller, after Ray Train's own part."""
 
     def __init__(self, run_dir: RunDirectory, folder: str) -> None:
@@ -222,12 +222,12 @@ class KeepSnapshots(ReportCallback):
             keep_snapshot(self.run_dir, self.folder)
 
 
-class TellBoards(ControllerCallback, WorkerGroupCallback):
+class UpdateProgress(ControllerCallback, WorkerGroupCallback):
     """Tells boards of a run's controller and placement group; runs in the controller."""
 
-    def __init__(self, name: str, *boards: Any) -> None:
+    def __init__(self, name: str, *progress_actors: Any) -> None:
         """Take the name of the run, and actors with the method `holds`."""
-        self.name, self.boards = name, boards
+        self.name, self.progress_actors = name, progress_actors
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Tell them of the controller."""
@@ -239,5 +239,5 @@ class TellBoards(ControllerCallback, WorkerGroupCallback):
 
     def _tell(self, group: PlacementGroup | None) -> None:
         me = ray.get_runtime_context().current_actor
-        for board in self.boards:
-            board.holds.remote(self.name, me, group)
+        for progress_actor in self.progress_actors:
+            progress_actor.holds.remote(self.name, me, group)

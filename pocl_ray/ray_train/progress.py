@@ -16,7 +16,7 @@ from pocl_ray.errors import UserError
 
 
 @dataclass
-class Standing:
+class TrainingStatus:
     """What the board shows.
 
     Attributes:
@@ -51,55 +51,63 @@ class Standing:
 
 
 @ray.remote(num_cpus=0)
-class ProgressBoard:
-    """Holds the standing of one training run."""
+class ProgressActor:
+    """Holds the training status of one training run."""
 
     def __init__(self) -> None:
-        self.standing = Standing()
+        self.training_status = TrainingStatus()
         self.controller: Any = None
         self.group: PlacementGroup | None = None
 
     def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "") -> None:
         """Workers stand, the first on `node`, and start at `first_step`, before which there were these evaluations."""
-        self.standing.node = node
-        self.standing.num_steps, self.standing.first_step, self.standing.step = num_steps, first_step, first_step
-        self.standing.num_starts += 1
-        self.standing.evaluations = list(evaluations)
+        self.training_status.node = node
+        self.training_status.num_steps, self.training_status.first_step, self.training_status.step = (
+            num_steps,
+            first_step,
+            first_step,
+        )
+        self.training_status.num_starts += 1
+        self.training_status.evaluations = list(evaluations)
 
     def show(self, step: int, num_tokens: int, record: dict[str, Any]) -> None:
         """A record was logged."""
-        self.standing.step, self.standing.num_tokens = step, num_tokens
+        self.training_status.step, self.training_status.num_tokens = step, num_tokens
         if "train/loss" in record:
-            self.standing.train = record
+            self.training_status.train = record
         else:
-            self.standing.evaluations.append(record)
+            self.training_status.evaluations.append(record)
 
     def finish(self, step: int, num_tokens: int) -> None:
         """The result is written."""
-        self.standing.step, self.standing.num_tokens, self.standing.is_finished = step, num_tokens, True
+        self.training_status.step, self.training_status.num_tokens, self.training_status.is_finished = (
+            step,
+            num_tokens,
+            True,
+        )
 
     def refuse(self, error: UserError) -> None:
         """A worker met a user's mistake."""
-        self.standing.refusal = error
+        self.training_status.refusal = error
 
     def warn(self, text: str) -> None:
         """The user should know of something that the run goes on in spite of."""
-        if text not in self.standing.warnings:
-            self.standing.warnings.append(text)
+        if text not in self.training_status.warnings:
+            self.training_status.warnings.append(text)
 
     def fail(self, cause: str, goes_on: bool) -> None:
         """The workers failed, and are started again if the run goes on."""
-        self.standing.failures.append(cause)
+        self.training_status.failures.append(cause)
         if goes_on:
-            self.warn(f"failure {len(self.standing.failures)}: {cause}; going on from the last checkpoint")
+            self.warn(f"failure {len(self.training_status.failures)}: {cause}; going on from the last checkpoint")
 
     def controller_lives(self) -> None:
         """The controller looks at its workers."""
-        self.standing.num_looks += 1
+        self.training_status.num_looks += 1
 
-    def read(self) -> Standing:
-        """Return the standing."""
-        return self.standing
+    def read(self) -> TrainingStatus:
+        """Return the training status."""
+        return self.training_status
 
     def holds(self, name: str, controller: Any, group: PlacementGroup | None) -> None:
         """The controller of the run stands, and its workers in a placement group where one is given."""

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 
 from pocl_ray.errors import StalledError
-from pocl_ray.heartbeat import Vital, vital
+from pocl_ray.heartbeat import ProcessStatus, process_status
 
 LOOKS_A_TIMEOUT = 20
 """How often workers are asked while `stall_timeout_s` passes, at most once a second."""
@@ -38,22 +38,22 @@ class _Seen:
     """What is known of one worker: its last answer, when it came, and the question that is under way."""
 
     at: float
-    last: Vital | None = None
+    last: ProcessStatus | None = None
     asked: Any = None
 
 
 class StallWatch(WorkerGroupCallback):
     """Ends a worker group in which nothing moves."""
 
-    def __init__(self, board: Any, stall_timeout_s: float, collective_timeout_s: float) -> None:
+    def __init__(self, progress_actor: Any, stall_timeout_s: float, collective_timeout_s: float) -> None:
         """Set it up on the driver.
 
         Args:
-            board: The ProgressBoard, which is told that the controller lives.
+            progress_actor: The ProgressActor, which is told that the controller lives.
             stall_timeout_s: No worker may take longer to get on.
             collective_timeout_s: For the message about a collective that failed.
         """
-        self.board = board
+        self.progress_actor = progress_actor
         self.stall_timeout_s, self.collective_timeout_s = stall_timeout_s, collective_timeout_s
         self._clock: Callable[[], float] = time.monotonic
         self._workers: list[Any] = []
@@ -84,7 +84,7 @@ class StallWatch(WorkerGroupCallback):
         if self._clock() < self._next_look:
             return
         self._next_look = self._clock() + max(1.0, self.stall_timeout_s / LOOKS_A_TIMEOUT)
-        self.board.controller_lives.remote()
+        self.progress_actor.controller_lives.remote()
         self._look(0.0)
         idle_s = min(map(self._idle_s, self._seen), default=0.0)
         if idle_s > self.stall_timeout_s:
@@ -94,7 +94,7 @@ class StallWatch(WorkerGroupCallback):
     def _look(self, patience_s: float) -> None:
         """Take the answers that are there, and ask again."""
         for worker, seen in zip(self._workers, self._seen, strict=True):
-            seen.asked = seen.asked or worker.execute_async(vital)
+            seen.asked = seen.asked or worker.execute_async(process_status)
         ray.wait([seen.asked for seen in self._seen], num_returns=len(self._seen), timeout=patience_s)
         for seen in self._seen:
             if ray.wait([seen.asked], timeout=0)[0]:
@@ -114,23 +114,23 @@ class StallWatch(WorkerGroupCallback):
         return WorkerGroupError(text, dict.fromkeys(ranks, StalledError(text)))
 
 
-def blame(vitals: Mapping[int, Vital | None], silent: set[int]) -> str:
+def blame(vitals: Mapping[int, ProcessStatus | None], silent: set[int]) -> str:
     """Say which workers hang and where: those that do not answer, else those that do not wait for the others.
 
     Args:
         vitals: The last answer of each rank; None before the first one.
         silent: Ranks that do not answer any more.
     """
-    busy = {rank for rank, vital in vitals.items() if vital is not None and not vital.waits}
+    busy = {rank for rank, process_status in vitals.items() if process_status is not None and not process_status.waits}
     parts = []
     for rank in sorted(silent or busy or set(vitals)):
-        vital = vitals[rank]
-        if vital is None:
+        process_status = vitals[rank]
+        if process_status is None:
             parts.append(f"rank {rank} never answered")
         elif rank in silent:
-            parts.append(f"rank {rank} ({vital}) does not answer; it was {vital.doing}")
+            parts.append(f"rank {rank} ({process_status}) does not answer; it was {process_status.doing}")
         else:
-            parts.append(f"rank {rank} ({vital}), {vital.doing}, stands in {vital.place}")
+            parts.append(f"rank {rank} ({process_status}), {process_status.doing}, stands in {process_status.place}")
     return "; ".join(parts)
 
 

@@ -22,7 +22,7 @@ from ray.train.torch import get_device
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Gauge
 
-from pocl_ray.distill.checkpoint import Progress, Uploads, Written
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, Uploads
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
@@ -53,20 +53,20 @@ def watcher_is_on() -> bool:
     return os.environ.get(WATCHER, "1") != "0"
 
 
-def told_here() -> PreemptionInfo | None:
+def announced_preemption() -> PreemptionInfo | None:
     """Return what this worker was told."""
     info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
     return info
 
 
-class Notices:
+class PreemptionNotices:
     """Says when a checkpoint is to be saved because a node is about to go."""
 
     def __init__(
         self,
         device: torch.device,
         on_notice: Callable[[], object],
-        told: Callable[[], PreemptionInfo | None] = told_here,
+        told: Callable[[], PreemptionInfo | None] = announced_preemption,
     ) -> None:
         """Set it up.
 
@@ -182,50 +182,52 @@ MIN_SHOW_INTERVAL_S = 0.25
 def train_worker(config: dict[str, Any]) -> None:
     """Run one worker of a training run; the loop of `TorchTrainer`.
 
-    A user's mistake is told to the board, not raised: Ray would try it again.
+    A user's mistake is told to the progress actor, not raised: Ray would try it again.
 
     Args:
-        config: `task`, the reference of a TrainTask, `board`, the handle of the ProgressBoard, and `versions`, of the
-            driver; None on one machine.
+        config: `task`, the reference of a TrainTask; `progress_actor`, the handle of the ProgressActor; and `versions`,
+            those of the driver; None on one machine.
     """
-    board = config["board"]
+    progress_actor = config["progress_actor"]
     try:
         if config["versions"] is not None:
             check_same(config["versions"], versions(), f"node {ray.util.get_node_ip_address()}")
-        _train(ray.get(config["task"]), board)
+        _train(ray.get(config["task"]), progress_actor)
     except UserError as error:
-        ray.get(board.refuse.remote(error))
+        ray.get(progress_actor.refuse.remote(error))
     except Exception as error:
         fault = _fault(error)
         if fault is None:
             raise
-        ray.get(board.refuse.remote(fault))
+        ray.get(progress_actor.refuse.remote(fault))
 
 
 def _fault(error: BaseException) -> UserError | None:
     return machine_fault(error, f"training on node {ray.util.get_node_ip_address()}")
 
 
-def _train(task: TrainTask, board: Any) -> None:
+def _train(task: TrainTask, progress_actor: Any) -> None:
     beat("setting up")
-    reporter = _Reporter(task, board, dist.get_rank())
+    reporter = _Reporter(task, progress_actor, dist.get_rank())
     loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
     loop.uploads = reporter
     if watcher_is_on():
-        notices = Notices(loop.engine.device, lambda: reporter.node_leaves(loop.progress))
+        notices = PreemptionNotices(loop.engine.device, lambda: reporter.node_leaves(loop.progress))
         loop.asks_for_checkpoint = notices.ask_for_checkpoint
     kept = _checkpoints(loop.engine.rank)
     if loop.engine.rank == 0:
         _check_disk(task, loop, len(kept))
-    resume(loop, kept, ray.train.collective.broadcast_from_rank_zero, board.warn.remote)
+    resume(loop, kept, ray.train.collective.broadcast_from_rank_zero, progress_actor.warn.remote)
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
-        board.begin.remote(task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id())
+        progress_actor.begin.remote(
+            task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
+        )
     reporter.begin(loop.progress, loop.engine.world_size)
     loop.run()
     _write_result(task, loop)
     if loop.engine.rank == 0:
-        ray.get(board.finish.remote(loop.progress.step, loop.progress.num_tokens))
+        ray.get(progress_actor.finish.remote(loop.progress.step, loop.progress.num_tokens))
 
 
 def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
@@ -247,14 +249,14 @@ def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
 
 
 class _Reporter(Uploads):
-    """Takes checkpoints to Ray Train, and progress to the driver's board.
+    """Takes checkpoints to Ray Train, and progress to the driver's progress actor.
 
     Attributes:
         is_last_chance: Training waits until the next checkpoint is in storage.
     """
 
-    def __init__(self, task: TrainTask, board: Any, rank: int) -> None:
-        self.task, self.board, self.rank = task, board, rank
+    def __init__(self, task: TrainTask, progress_actor: Any, rank: int) -> None:
+        self.task, self.progress_actor, self.rank = task, progress_actor, rank
         self.last_shown = 0.0
         self.is_last_chance = False
         self._arrived: Future[None] | None = None
@@ -272,9 +274,9 @@ class _Reporter(Uploads):
         self.is_last_chance = True
         self.log.warning("a node is about to be taken away: saving a checkpoint at step %d", progress.step)
         if self.rank == 0:
-            self.board.warn.remote("a node is about to be taken away; a checkpoint is saved first")
+            self.progress_actor.warn.remote("a node is about to be taken away; a checkpoint is saved first")
 
-    def checkpoint(self, progress: Progress, written: Written | None) -> None:
+    def checkpoint(self, progress: Progress, written: PendingCheckpoint | None) -> None:
         """Report a checkpoint, which goes to storage while training goes on; all workers meet here."""
         metrics = {"step": progress.step, "stage": progress.stage, "num_samples": progress.num_samples}
         checkpoint = None if written is None else ray.train.Checkpoint.from_directory(str(written.directory))
@@ -302,7 +304,7 @@ class _Reporter(Uploads):
             ray.train.collective.barrier()
 
     def _upload(
-        self, progress: Progress, written: Written, checkpoint: ray.train.Checkpoint, name: str
+        self, progress: Progress, written: PendingCheckpoint, checkpoint: ray.train.Checkpoint, name: str
     ) -> ray.train.Checkpoint:
         """Take a checkpoint to storage; in Ray Train's thread, which tells the controller what is raised here."""
         storage = get_train_context().get_storage()
@@ -314,13 +316,13 @@ class _Reporter(Uploads):
         except Exception as error:
             fault = error if isinstance(error, UserError) else _fault(error)
             if fault is not None:
-                ray.get(self.board.refuse.remote(fault))
+                ray.get(self.progress_actor.refuse.remote(fault))
             raise
         self.log.info("checkpoint at step %d", progress.step)
         return ray.train.Checkpoint(target, storage.storage_filesystem)
 
     def step(self, progress: Progress, record: dict[str, Any]) -> None:
-        """Show a record on the driver's board, a few times a second at most."""
+        """Show a record on the driver's progress actor, a few times a second at most."""
         now = time.monotonic()
         is_evaluation = "train/loss" not in record
         self.log.stage = progress.stage
@@ -328,7 +330,7 @@ class _Reporter(Uploads):
             self.gauges.show(record)
         if self.rank == 0 and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
             self.last_shown = now
-            self.board.show.remote(progress.step, progress.num_tokens, record)
+            self.progress_actor.show.remote(progress.step, progress.num_tokens, record)
 
 
 def _write_metrics(task: TrainTask, progress: Progress) -> None:

@@ -60,7 +60,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Origins:
+class TrialOrigins:
     """Fingerprints of what all trials start from."""
 
     signals: str
@@ -68,7 +68,7 @@ class Origins:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTrial:
     """A candidate that can be trained.
 
     Attributes:
@@ -93,17 +93,17 @@ class Planned:
         """Training rows that are consumed, each counted as often as it is used."""
         return self.num_steps * self.config.train.global_batch_rows
 
-    def ranking_fingerprint(self, origins: Origins) -> str:
+    def ranking_fingerprint(self, origins: TrialOrigins) -> str:
         """Return the fingerprint of the ranking that this config asks for."""
         return step_fingerprint("ranking", ranking_dependencies(self.config, origins.signals))
 
-    def fingerprint(self, origins: Origins) -> str:
+    def fingerprint(self, origins: TrialOrigins) -> str:
         """Return the fingerprint that the student has in the manifest of a run with this config."""
         step = "control" if self.candidate.is_control else "distill"
         depends = distill_dependencies(self.config, self.ranking_fingerprint(origins), origins.student, self.stages)
         return step_fingerprint(step, depends)
 
-    def name(self, origins: Origins) -> str:
+    def name(self, origins: TrialOrigins) -> str:
         """Return the trial's directory: two searches over the same run never meet in one."""
         return f"{self.candidate.label}-{self.fingerprint(origins)[:8]}"
 
@@ -121,7 +121,7 @@ class Planner:
         self.config, self.tune, self.num_rows = config, config.tune, num_rows
         self.constraints = [Constraint(text) for text in config.tune.constraints]
 
-    def plan(self, candidate: Candidate) -> Planned:
+    def plan(self, candidate: Candidate) -> PlannedTrial:
         """Return the candidate's config and stages.
 
         Raises:
@@ -137,12 +137,12 @@ class Planner:
             raise ConfigError(describe(error)) from None
         resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
         if candidate.is_control:
-            return Planned(candidate, config, self._control_stages(config), self.num_rows)
+            return PlannedTrial(candidate, config, self._control_stages(config), self.num_rows)
         tree = config.model_dump(mode="json")
         for constraint in self.constraints:
             if not constraint.holds(tree):
                 raise ConfigError(f"tune.constraints: {constraint.text} does not hold")
-        return Planned(candidate, config, plan_stages(config, self.num_rows), self.num_rows)
+        return PlannedTrial(candidate, config, plan_stages(config, self.num_rows), self.num_rows)
 
     def _control_stages(self, config: Config) -> tuple[Stage, ...]:
         """Return plain distillation for the budget, or for as long as the base config's curriculum takes."""
@@ -179,7 +179,7 @@ class Planner:
         return pins
 
 
-def search_fingerprint(config: Config, origins: Origins) -> str:
+def search_fingerprint(config: Config, origins: TrialOrigins) -> str:
     """Return what the search depends on: another space or scheduler is another search over the same rows."""
     assert config.tune is not None
     tune = config.tune.model_dump(mode="json", exclude={"max_concurrent", "confirm"})

@@ -11,7 +11,7 @@ import numpy as np
 
 from pocl_ray.config import Config, DomainConfig, TuneConfig
 from pocl_ray.errors import ConfigError, UserError
-from pocl_ray.tuning.candidates import Candidate, Planned, Planner
+from pocl_ray.tuning.candidates import Candidate, PlannedTrial, Planner
 from pocl_ray.tuning.space import ConstraintError, Settings, draw, grid_points, listed_values, num_steps_of, tidy
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ STARTUP_SHARE, MIN_STARTUP, MAX_STARTUP = 0.3, 4, 10
 
 
 @dataclass(frozen=True)
-class Told:
+class TrialOutcome:
     """What became of a trial.
 
     Attributes:
@@ -43,7 +43,7 @@ class Told:
     step: int = 0
 
 
-def propose(tune: TuneConfig, num_drawn: int, history: Sequence[Told], seed: int) -> Settings | None:
+def propose(tune: TuneConfig, num_drawn: int, history: Sequence[TrialOutcome], seed: int) -> Settings | None:
     """Return the settings to try next; None where a grid has no more points."""
     if tune.algorithm == "grid":
         points = grid_points(tune.space)
@@ -59,7 +59,7 @@ def draw_all(tune: TuneConfig, num_drawn: int, seed: int) -> Settings:
     return {key: draw(domain, rng) for key, domain in tune.space.items()}
 
 
-def _ask_optuna(tune: TuneConfig, num_drawn: int, history: Sequence[Told], seed: int) -> Settings:
+def _ask_optuna(tune: TuneConfig, num_drawn: int, history: Sequence[TrialOutcome], seed: int) -> Settings:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -119,7 +119,7 @@ def _float_range(domain: DomainConfig) -> tuple[float, float]:
     return found
 
 
-def _optuna_trial(tune: TuneConfig, told: Told, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
+def _optuna_trial(tune: TuneConfig, told: TrialOutcome, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
     """Return a trial as Optuna keeps it. Of one that was stopped it learns the value and how far that got."""
     import optuna
 
@@ -140,7 +140,7 @@ def _optuna_trial(tune: TuneConfig, told: Told, distributions: dict[str, Any]) -
 NUM_TRIED = 200  # draws of which at least one must be valid before a search starts, or goes on
 NUM_ASKED = 20  # of these, so many are asked of the algorithm, which may insist; the rest are random
 
-Plan = Callable[[Candidate], Planned]
+Plan = Callable[[Candidate], PlannedTrial]
 
 
 class Drawing:
@@ -152,7 +152,7 @@ class Drawing:
         self.tune, self.seed, self.plan = config.tune, config.seed, plan
         self.num_drawn = 0
         self.control_drawn = not config.tune.control
-        self.told: list[Told] = []
+        self.told: list[TrialOutcome] = []
         self.skipped: list[dict[str, Any]] = []
 
     @property
@@ -167,7 +167,7 @@ class Drawing:
         control = [Candidate("control", -1, {})] if self.tune.control and self.control_drawn else []
         return [*control, *(Candidate("trial", number, told.settings) for number, told in enumerate(self.told))]
 
-    def next(self) -> Planned | None:
+    def next(self) -> PlannedTrial | None:
         """Return the next candidate, the control first; None when there are no more."""
         if not self.control_drawn:
             self.control_drawn = True
@@ -186,7 +186,7 @@ class Drawing:
                 except UserError as error:
                     reason = str(error)
                 else:
-                    self.told.append(Told(settings, "running"))
+                    self.told.append(TrialOutcome(settings, "running"))
                     return planned
             self.skipped.append({"settings": settings, "reason": reason})
         return None
@@ -203,11 +203,11 @@ class Drawing:
             return
         settings = self.told[number].settings
         if result is None or any(o.metric not in result for o in self.tune.objectives):
-            self.told[number] = Told(settings, "failed")
+            self.told[number] = TrialOutcome(settings, "failed")
             return
         values = tuple(float(result[o.metric]) for o in self.tune.objectives)
         state = "finished" if result.get("is_finished") else "stopped"
-        self.told[number] = Told(settings, state, values, int(result["num_samples"]))  # type: ignore[arg-type]
+        self.told[number] = TrialOutcome(settings, state, values, int(result["num_samples"]))  # type: ignore[arg-type]
 
     def dump(self) -> str:
         """Return the state as JSON."""
@@ -220,7 +220,9 @@ class Drawing:
         content = json.loads(text)
         self.num_drawn, self.control_drawn = content["drawn"], content["control"]
         self.skipped = content["skipped"]
-        self.told = [Told(s, state, None if v is None else tuple(v), step) for s, state, v, step in content["told"]]
+        self.told = [
+            TrialOutcome(s, state, None if v is None else tuple(v), step) for s, state, v, step in content["told"]
+        ]
 
 
 def check_drawable(config: Config, planner: Planner) -> None:

@@ -138,7 +138,7 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
 
 
 @ray.remote(num_cpus=0)
-class Holdings:
+class TrialResources:
     """Keeps in mind what each trial holds of the cluster, so that it comes back even from one that was killed."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from pocl_ray.config import Config, ObjectiveConfig, TuneConfig
 from pocl_ray.config.loading import dump_config
 from pocl_ray.curriculum.hand_off import hand_off_figure
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.tuning.candidates import Candidate, Planned
+from pocl_ray.tuning.candidates import Candidate, PlannedTrial
 
 # The record of a trial, `tune/trials/<name>/trial.json`: what was tried and what came of it, as it goes on.
 
@@ -243,12 +243,12 @@ def write_tables(run_dir: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
     run_dir.write_text(RESULTS_CSV, text.getvalue())
 
 
-def best_config(planned: Planned) -> Config:
+def best_config(planned: PlannedTrial) -> Config:
     """Return the config that `pocl-ray run` takes to train the winner again, in a directory of its own."""
     return planned.config.model_copy(update={"name": f"{planned.config.name}-best", "tune": None})
 
 
-def write_winner(run_dir: RunDirectory, winner: Contender, planned: Planned) -> None:
+def write_winner(run_dir: RunDirectory, winner: Contender, planned: PlannedTrial) -> None:
     """Write `tune/best.yaml`, and the student that the winner left to `tune/best/`."""
     values = ", ".join(f"{key}={_cell(value)}" for key, value in winner.record.candidate.settings.items())
     shown = ", ".join(f"{value:.2f}" for value in winner.values)

@@ -25,10 +25,10 @@ from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.ray_train.driver import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
 from pocl_ray.run_directory.storage import RunDirectory, fingerprint, is_remote
-from pocl_ray.tuning.candidates import Candidate, Origins, Planner, search_fingerprint
+from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable
 from pocl_ray.tuning.page import headline, write_page
-from pocl_ray.tuning.ray_parts import DrawingSearcher, Holdings, make_scheduler
+from pocl_ray.tuning.ray_parts import DrawingSearcher, TrialResources, make_scheduler
 from pocl_ray.tuning.results import TRIALS, Outcome, best_first, decide, table_rows, write_tables, write_winner
 from pocl_ray.tuning.space import check_space
 from pocl_ray.tuning.trial import CurriculumTrial, Shared
@@ -79,7 +79,7 @@ class Search:
         self.num_at_once = wait_for_trials(config.scaling, config.tune.max_concurrent)
         self.planner = Planner(config, inputs.rows.train.num_rows)
         ranking = pipeline.ranking
-        self.origins = Origins(signals=pipeline.signals, student=inputs.student.fingerprint)
+        self.origins = TrialOrigins(signals=pipeline.signals, student=inputs.student.fingerprint)
         self.shared = Shared(
             config=config,
             run_dir=self.run_dir,
@@ -92,7 +92,7 @@ class Search:
             ranking=ranking,
             signals=SIGNALS,
             scores=SCORES,
-            holdings=Holdings.remote(),  # type: ignore[attr-defined]
+            holdings=TrialResources.remote(),  # type: ignore[attr-defined]
         )
         self.watch = SearchWatch(self.run_dir, self.planner, self.origins, self.shared.holdings)
 

@@ -22,9 +22,9 @@ from pocl_ray.difficulty.signals import rank_table
 from pocl_ray.distill.task import TrainTask, curriculum_task
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_train.driver import train_watched
-from pocl_ray.ray_train.progress import Standing
+from pocl_ray.ray_train.progress import TrainingStatus
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.tuning.candidates import Candidate, Origins, Planned, Planner
+from pocl_ray.tuning.candidates import Candidate, PlannedTrial, Planner, TrialOrigins
 from pocl_ray.tuning.results import TRIALS, TrialRecord, figures_of, read_record
 
 STOP_S = 45.0
@@ -56,7 +56,7 @@ class Shared:
     teacher: ModelRef
     teacher_fingerprint: str
     other_teachers: tuple[tuple[ModelRef, str], ...]
-    origins: Origins
+    origins: TrialOrigins
     ranking: str
     signals: str
     scores: str
@@ -66,7 +66,7 @@ class Shared:
         """Return the planner of this search."""
         return Planner(self.config, self.rows.train.num_rows)
 
-    def task(self, planned: Planned) -> TrainTask:
+    def task(self, planned: PlannedTrial) -> TrainTask:
         """Return the training of a candidate."""
         name = planned.name(self.origins)
         task = curriculum_task(
@@ -181,38 +181,38 @@ class TrialRun:
     def _train(self) -> None:
         num_seen = 0
 
-        def watch(standing: Standing) -> None:
+        def watch(training_status: TrainingStatus) -> None:
             nonlocal num_seen
             if self.stopping.is_set():
                 raise _StoppedError
-            if self.record.start_s is None and standing.train:
+            if self.record.start_s is None and training_status.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
-            self._check_finite(standing)
-            self.record.node = standing.node
-            for end in range(num_seen + 1, len(standing.evaluations) + 1):
-                if 0 < standing.evaluations[end - 1]["step"] < self.task.num_steps:
-                    self.queue.put(self._report(standing.evaluations[:end], is_finished=False))
-            num_seen = len(standing.evaluations)
+            self._check_finite(training_status)
+            self.record.node = training_status.node
+            for end in range(num_seen + 1, len(training_status.evaluations) + 1):
+                if 0 < training_status.evaluations[end - 1]["step"] < self.task.num_steps:
+                    self.queue.put(self._report(training_status.evaluations[:end], is_finished=False))
+            num_seen = len(training_status.evaluations)
 
         try:
             write_ranking(self.shared, self.planned, self.task)
-            standing = train_watched(self.task, self.planned.config.scaling, watch, self.shared.holdings)
-            if not standing.is_finished:
+            training_status = train_watched(self.task, self.planned.config.scaling, watch, self.shared.holdings)
+            if not training_status.is_finished:
                 raise RuntimeError("the training run ended before its student was written")
-            self.queue.put(self._report(standing.evaluations, is_finished=True))
+            self.queue.put(self._report(training_status.evaluations, is_finished=True))
         except _StoppedError:
             return
         except Exception as error:
             self.queue.put(error)
 
-    def _check_finite(self, standing: Standing) -> None:
+    def _check_finite(self, training_status: TrainingStatus) -> None:
         """End a run that has diverged; gradients that overflow are part of how fp16 finds its loss scale."""
         names = {"train/loss": "training loss"}
         if self.task.train.precision != "fp16":
             names["train/grad_norm"] = "gradient norm"
         for key, name in names.items():
-            if not math.isfinite(value := standing.train.get(key, 0.0)):
-                raise DivergedError(f"the {name} is {value} at step {standing.step}")
+            if not math.isfinite(value := training_status.train.get(key, 0.0)):
+                raise DivergedError(f"the {name} is {value} at step {training_status.step}")
 
     def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
         last = evaluations[-1]
@@ -229,7 +229,7 @@ class TrialRun:
         }
 
 
-def write_ranking(shared: Shared, planned: Planned, task: TrainTask) -> None:
+def write_ranking(shared: Shared, planned: PlannedTrial, task: TrainTask) -> None:
     """Rank the rows anew where the candidate ranks them in another way; the signals are there already."""
     if task.scores is None or task.scores == shared.scores:
         return

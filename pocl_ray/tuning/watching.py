@@ -19,7 +19,7 @@ from pocl_ray.config import TuneConfig
 from pocl_ray.console import console
 from pocl_ray.ray_train.driver import CHECKPOINTS
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.tuning.candidates import Candidate, Origins, Planner
+from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
 from pocl_ray.tuning.ray_parts import OfThisProcess
 from pocl_ray.tuning.results import TrialRecord, read_record
 from pocl_ray.tuning.space import Settings
@@ -31,7 +31,7 @@ COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "diverged"
 class SearchWatch(OfThisProcess, tune.Callback):
     """Knows every trial of the search, and shows them."""
 
-    def __init__(self, run_dir: RunDirectory, planner: Planner, origins: Origins, holdings: Any) -> None:
+    def __init__(self, run_dir: RunDirectory, planner: Planner, origins: TrialOrigins, holdings: Any) -> None:
         """Take what is needed to know a trial by its candidate."""
         self.run_dir, self.planner, self.origins, self.holdings = run_dir, planner, origins, holdings
         self.records: dict[str, TrialRecord] = {}

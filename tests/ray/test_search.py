@@ -21,7 +21,7 @@ from pocl_ray.data.prepare import Rows
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.places import ModelRef
 from pocl_ray.pipeline import Pipeline
-from pocl_ray.ray_train.progress import Standing
+from pocl_ray.ray_train.progress import TrainingStatus
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning import search, trial
@@ -40,31 +40,33 @@ TUNE: dict[str, Any] = {
 }
 
 
-def pretend(task: TrainTask, scaling: ScalingConfig, watch: Callable[[Standing], None], *boards: Any) -> Standing:
+def pretend(
+    task: TrainTask, scaling: ScalingConfig, watch: Callable[[TrainingStatus], None], *progress_actors: Any
+) -> TrainingStatus:
     """Report what a training run would, without one: the higher the first temperature's end, the better.
 
     A plan of three stages loses its finite loss, or fails.
     """
-    standing = Standing(num_steps=task.num_steps, num_starts=1)
-    watch(standing)
+    training_status = TrainingStatus(num_steps=task.num_steps, num_starts=1)
+    watch(training_status)
     done = 0
     for stage in task.stages:
         done += stage.num_steps
-        standing.step, standing.num_tokens = done, 10 * done
+        training_status.step, training_status.num_tokens = done, 10 * done
         last = task.stages[-1].kd_temperature
-        standing.train = {"train/loss": float("nan") if len(task.stages) == 3 and last < 1.8 else 1.0}
+        training_status.train = {"train/loss": float("nan") if len(task.stages) == 3 and last < 1.8 else 1.0}
         if len(task.stages) == 3 and last >= 1.8:
             raise RuntimeError("a worker died\nand more lines")
         figures = {"eval/dev/rouge_l": 10 * last + done / 10, "eval/dev/ce_loss": 1.0}
         position = {"step": done, "curriculum/stage": stage.index, "num_tokens": 10 * done}
-        standing.evaluations = [*standing.evaluations, {**position, **figures}]
+        training_status.evaluations = [*training_status.evaluations, {**position, **figures}]
         time.sleep(0.5)
-        watch(standing)
+        watch(training_status)
     student = Path(task.run_dir.uri) / task.output
     student.mkdir(parents=True, exist_ok=True)
     (student / "made.txt").write_text(str(time.time()))
-    standing.is_finished = True
-    return standing
+    training_status.is_finished = True
+    return training_status
 
 
 class PretendTrial(trial.CurriculumTrial):

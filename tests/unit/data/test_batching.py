@@ -143,4 +143,4 @@ def test_a_row_that_fills_the_width_keeps_its_last_token() -> None:
 
 def test_moving_a_batch_keeps_all_of_it() -> None:
     batch = collate(PROMPTS, RESPONSES, EOS).to("meta")
-    assert batch.input_ids_BT.is_meta and batch.targets_N.is_meta and batch.taught == ()
+    assert batch.input_ids_BT.is_meta and batch.targets_N.is_meta and batch.teacher_outputs == ()

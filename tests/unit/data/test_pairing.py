@@ -8,7 +8,7 @@ import numpy as np
 from data_tokenizers import tiny_tokenizer
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.row_store import Pairs, RowStore, pairing_figures, told_pairing
+from pocl_ray.data.row_store import Pairs, RowStore, describe_pairing, pairing_figures
 from pocl_ray.data.rows import TeacherTokens, prepare_rows
 
 
@@ -41,7 +41,7 @@ def test_what_is_unpaired_and_what_is_cut_is_counted_and_told(tmp_path: Path) ->
     prepare_rows("train", source, config, words, ours, teacher=TeacherTokens(letters, theirs))
     figures = pairing_figures(RowStore.open(ours), RowStore.open(theirs), 8, 20)
     assert figures["num_full_prompts"] == 1 and figures["num_full_rows"] == 1 and figures["num_unpaired_tokens"] == 0
-    line = told_pairing(figures)
+    line = describe_pairing(figures)
     assert line.startswith(
         "0.0% of the student's response tokens have no counterpart in the teacher's; 1 of its prompts"
     )

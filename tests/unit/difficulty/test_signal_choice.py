@@ -94,7 +94,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return declare
 
 
-@pytest.mark.parametrize(("value", "easy"), [("test_signal_choice:margin", "low"), ("test_choice:AGREEMENT", "high")])
+@pytest.mark.parametrize(
+    ("value", "easy"), [("test_signal_choice:margin", "low"), ("test_signal_choice:AGREEMENT", "high")]
+)
 def test_a_plug_in_is_a_function_or_says_which_values_are_easy(
     install: Callable[[str], None], value: str, easy: str
 ) -> None:

@@ -25,7 +25,7 @@ from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, Roll
 from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenization import train_tokenizer
-from pocl_ray.distill.checkpoint import Progress, Uploads, Written, read_progress
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, Uploads, read_progress
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
@@ -192,11 +192,11 @@ class _Moves(Uploads):
         self.folder, self.pool = folder, ThreadPoolExecutor(1)
         self.last: Future[None] | None = None
 
-    def take(self, progress: Progress, written: Written | None) -> None:
+    def take(self, progress: Progress, written: PendingCheckpoint | None) -> None:
         if written is not None:
             self.last = self.pool.submit(self._move, progress.step, written)
 
-    def _move(self, step: int, written: Written) -> None:
+    def _move(self, step: int, written: PendingCheckpoint) -> None:
         time.sleep(LATE_S)
         shutil.move(written.wait(), self.folder / f"{step:05d}")
 

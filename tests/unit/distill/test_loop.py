@@ -248,8 +248,8 @@ def test_the_best_weights_of_a_stage_are_in_each_of_its_checkpoints_so_the_newes
 
 def test_checkpoints_stand_after_each_epoch_and_every_so_many_steps(alone: Runs) -> None:
     assert [path.name for path in alone["plain"].checkpoints] == ["00002", "00003", "00004", "00006", "00008"]
-    standing = read_progress(checkpoint(alone["plain"], STAGE_END))
-    assert (standing.stage, standing.num_samples, standing.step) == (0, 32, 4), "taken before the hand-off"
+    progress = read_progress(checkpoint(alone["plain"], STAGE_END))
+    assert (progress.stage, progress.num_samples, progress.step) == (0, 32, 4), "taken before the hand-off"
 
 
 @pytest.mark.parametrize("file", ["state/00000.safetensors", "metrics.jsonl", "progress.json"])

@@ -222,6 +222,6 @@ def test_a_stage_without_distillation_reads_neither_cache_nor_teacher(tmp_path: 
     for source in (TeacherSource(cache=untouchable), TeacherSource(live=untouchable)):
         feed = Feed(rows, 0, 4, 0, 1, Teachers((source,)))
         (first, *_) = feed.stage(supervised, np.arange(16), 8, seed=0, first_step=0)
-        assert not any(batch.taught for batch in first.micro_batches)
+        assert not any(batch.teacher_outputs for batch in first.micro_batches)
         with pytest.raises(AssertionError, match="the teacher is read"):
             list(feed.stage(runs.stage(0, 16), np.arange(16), 8, seed=0, first_step=0))

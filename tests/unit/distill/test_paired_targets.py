@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocl_ray.data.batching import Taught
+from pocl_ray.data.batching import TeacherOutput
 from pocl_ray.data.row_store import Pairs
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
 from pocl_ray.distill.losses import resolve_loss
-from pocl_ray.distill.targets import PairedTeaching, teacher_logits
+from pocl_ray.distill.targets import PairedTargets, teacher_logits
 from pocl_ray.models.heads import HeadWeights
 
 STUDENT_LENGTHS, TEACHER_LENGTHS = [5, 1, 7, 3, 4], [3, 4, 7, 1, 6]
@@ -46,9 +46,11 @@ def problem() -> Problem:
     )
 
 
-def taught_of(problem: Problem) -> Taught:
+def taught_of(problem: Problem) -> TeacherOutput:
     pairs = Pairs.of(np.array(STUDENT_LENGTHS), np.array(TEACHER_LENGTHS))
-    return Taught(problem.teacher_MK[torch.from_numpy(pairs.teacher_M)], paired_N=torch.from_numpy(pairs.student_N))
+    return TeacherOutput(
+        problem.teacher_MK[torch.from_numpy(pairs.teacher_M)], paired_N=torch.from_numpy(pairs.student_N)
+    )
 
 
 def by_hand(problem: Problem, temperature: float) -> list[Tensor]:
@@ -95,7 +97,7 @@ def test_loss_and_gradients_are_those_of_the_loop_for_every_chunking(
 def test_a_token_without_a_counterpart_has_no_divergence_and_no_gradient_of_it(problem: Problem) -> None:
     student_NV = (problem.hidden_NH @ problem.weight_VH.T).detach().requires_grad_()
     teaching = teacher_logits((taught_of(problem),), (problem.head,))(slice(0, N))
-    assert isinstance(teaching, PairedTeaching)
+    assert isinstance(teaching, PairedTargets)
     kd_N = teaching.divergence(KD, student_NV, 1.5)
     (gradient_NV,) = torch.autograd.grad(kd_N.sum(), student_NV)
     paired_N = taught_of(problem).paired_N
@@ -110,8 +112,8 @@ def test_with_equal_lengths_it_is_the_plain_loss(problem: Problem) -> None:
     pairs = Pairs.of(lengths, lengths)
     assert pairs.student_N.all() and pairs.teacher_M.all()
     student_NV, tokens_NK = (problem.hidden_NH @ problem.weight_VH.T).detach(), draw(N, K, seed=5)
-    paired = teacher_logits((Taught(tokens_NK, paired_N=torch.from_numpy(pairs.student_N)),), (problem.head,))
+    paired = teacher_logits((TeacherOutput(tokens_NK, paired_N=torch.from_numpy(pairs.student_N)),), (problem.head,))
     teaching = paired(slice(3, 9))
-    assert isinstance(teaching, PairedTeaching)
+    assert isinstance(teaching, PairedTargets)
     expected = KD(student_NV[3:9], problem.head.logits(tokens_NK)[3:9], 2.0)
     torch.testing.assert_close(teaching.divergence(KD, student_NV[3:9], 2.0), expected)

@@ -15,7 +15,7 @@ import pytest
 from pocl_ray.distill.checkpoint import METRICS, STATE, Progress, write_progress
 from pocl_ray.distill.setup import newest_whole, resume
 from pocl_ray.errors import StorageError
-from pocl_ray.ray_train.checkpoints import PROGRESS
+from pocl_ray.records import PROGRESS
 
 
 class Stored:

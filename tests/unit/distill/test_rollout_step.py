@@ -44,11 +44,11 @@ def test_the_step_of_distillm_2_is_the_sum_of_its_two_divergences_over_all_token
 
     with torch.no_grad():
         q, logq = [(lq := log_probs(module, given)).exp(), lq]
-        p = torch.softmax(head_of(teacher).logits(given.taught[0].tokens).double(), -1)
+        p = torch.softmax(head_of(teacher).logits(given.teacher_outputs[0].tokens).double(), -1)
         forward_sum = (p * (p.log() - (ALPHA * p + (1 - ALPHA) * q).log())).sum()
         ce_sum = -logq.gather(-1, given.targets_N[:, None]).sum()
         q = log_probs(module, written).exp()
-        p = torch.softmax(head_of(teacher).logits(written.taught[0].tokens).double(), -1)
+        p = torch.softmax(head_of(teacher).logits(written.teacher_outputs[0].tokens).double(), -1)
         reverse_sum = (q * (q.log() - ((1 - ALPHA) * p + ALPHA * q).log())).sum()
         found = [module(x, settings)[0].double() for x in (given, written)]
     torch.testing.assert_close(found[0], 0.3 * ce_sum + 0.7 * forward_sum, rtol=1e-5, atol=1e-5)

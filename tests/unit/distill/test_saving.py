@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ray.distill.checkpoint import Writer, Written, link_tree
+from pocl_ray.distill.checkpoint import CheckpointWriter, PendingCheckpoint, link_tree
 
 
 def test_jobs_run_in_order_while_the_caller_goes_on() -> None:
-    writer, may_go, done = Writer(100), threading.Event(), []
+    writer, may_go, done = CheckpointWriter(100), threading.Event(), []
     writer.submit(may_go.wait)
     for number in range(5):
         writer.submit(lambda number=number: done.append(number), num_bytes=20)
@@ -24,7 +24,7 @@ def test_jobs_run_in_order_while_the_caller_goes_on() -> None:
 
 
 def test_what_does_not_fit_the_buffer_waits_until_there_is_room() -> None:
-    writer, may_go = Writer(100), threading.Event()
+    writer, may_go = CheckpointWriter(100), threading.Event()
     writer.submit(may_go.wait, num_bytes=60)
     threading.Timer(0.2, may_go.set).start()
     start = time.monotonic()
@@ -35,12 +35,12 @@ def test_what_does_not_fit_the_buffer_waits_until_there_is_room() -> None:
 
 def test_without_a_buffer_a_job_is_done_when_the_call_returns() -> None:
     done: list[int] = []
-    Writer(0).submit(lambda: done.append(1), num_bytes=10)
+    CheckpointWriter(0).submit(lambda: done.append(1), num_bytes=10)
     assert done == [1]
 
 
 def test_a_failure_stops_what_comes_after_and_is_raised_in_every_later_call() -> None:
-    writer, done = Writer(100), []
+    writer, done = CheckpointWriter(100), []
 
     def full() -> None:
         raise OSError(28, "No space left on device")
@@ -57,14 +57,14 @@ def test_a_failure_stops_what_comes_after_and_is_raised_in_every_later_call() ->
 
 
 def test_a_checkpoint_whose_writing_failed_is_never_given_out(tmp_path: Path) -> None:
-    writer, may_go = Writer(100), threading.Event()
+    writer, may_go = CheckpointWriter(100), threading.Event()
 
     def fail() -> None:
         may_go.wait()
         raise OSError(28, "No space left on device")
 
     writer.submit(fail)
-    written = Written(tmp_path, writer.submit(lambda: None))
+    written = PendingCheckpoint(tmp_path, writer.submit(lambda: None))
     may_go.set()
     with pytest.raises(OSError, match="No space"):
         written.wait()

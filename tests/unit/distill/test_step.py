@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.data.batching import MicroBatch, TeacherOutput
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ModelError
@@ -75,7 +75,7 @@ def batch(rows: tuple[tuple[int, int], ...] = ((3, 5), (6, 2), (2, 7)), padding:
 
 def with_teacher(x: MicroBatch, teacher: PreTrainedModel) -> MicroBatch:
     with torch.no_grad():
-        return dataclasses.replace(x, taught=(Taught(response_hidden(teacher, x)),))
+        return dataclasses.replace(x, teacher_outputs=(TeacherOutput(response_hidden(teacher, x)),))
 
 
 def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, x: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,4 +184,4 @@ def test_a_model_without_lm_head_is_refused() -> None:
 
 def test_moving_a_batch_keeps_what_is_absent_absent() -> None:
     moved = batch().to("cpu")
-    assert moved.taught == () and moved.targets_N.shape == moved.response_index_N.shape
+    assert moved.teacher_outputs == () and moved.targets_N.shape == moved.response_index_N.shape

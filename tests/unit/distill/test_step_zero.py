@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pocl_ray.data.batching import MicroBatch, Taught
+from pocl_ray.data.batching import MicroBatch, TeacherOutput
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.models.heads import head_of, response_hidden
@@ -68,8 +68,8 @@ def collate(ids: list[Tensor], rows: list[int], teacher: LlamaForCausalLM) -> Mi
     index_N = torch.tensor(index)
     batch = MicroBatch(ids_BT, mask_BT, index_N, ids_BT.flatten()[index_N + 1])
     with torch.no_grad():
-        taught = Taught(response_hidden(teacher, ids_BT, mask_BT, index_N))
-    return MicroBatch(ids_BT, mask_BT, index_N, batch.targets_N, (taught,))
+        teacher_outputs = TeacherOutput(response_hidden(teacher, ids_BT, mask_BT, index_N))
+    return MicroBatch(ids_BT, mask_BT, index_N, batch.targets_N, (teacher_outputs,))
 
 
 def module_and_teacher(tied: bool) -> tuple[DistillationModule, LlamaForCausalLM]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocl_ray.data.batching import Taught
+from pocl_ray.data.batching import TeacherOutput
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
 from pocl_ray.distill.losses import LOSSES, resolve_loss, top_k_kl
-from pocl_ray.distill.targets import TopKTeaching, student_events, teacher_logits
+from pocl_ray.distill.targets import TopKTargets, student_events, teacher_logits
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.teacher_cache.top_k import top_k_of
 
@@ -38,7 +38,7 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], logits_NV: Tensor) 
 def test_with_all_tokens_kept_every_loss_is_the_one_on_full_logits(name: str, temperature: float) -> None:
     student_NV, teacher_NV, kd = draw(N, V), draw(N, V, seed=1, spread=2.0), resolve_loss(name)
     expected = value_and_gradient(lambda s: kd(s, teacher_NV, temperature), student_NV)
-    teaching = TopKTeaching(top_k_of(teacher_NV, V))
+    teaching = TopKTargets(top_k_of(teacher_NV, V))
     got = value_and_gradient(lambda s: teaching.divergence(kd, s, temperature), student_NV)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_with_all_tokens_kept_every_loss_is_the_one_on_full_logits(name: str, te
 def test_forward_kl_over_the_events_is_top_k_kl_of_full_logits(temperature: float, top_k: int) -> None:
     student_NV, teacher_NV = draw(N, V), draw(N, V, seed=1, spread=2.0)
     kd = resolve_loss("forward_kl", scale_by_t_squared=False)
-    teaching = TopKTeaching(top_k_of(teacher_NV, top_k))
+    teaching = TopKTargets(top_k_of(teacher_NV, top_k))
     got = value_and_gradient(lambda s: teaching.divergence(kd, s, temperature), student_NV)
     expected = value_and_gradient(lambda s: top_k_kl(s, teacher_NV, temperature, k=top_k), student_NV)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -57,7 +57,7 @@ def test_forward_kl_over_the_events_is_top_k_kl_of_full_logits(temperature: floa
 @pytest.mark.parametrize("name", F_DIVERGENCES)
 def test_merging_the_tail_only_lowers_a_divergence_and_more_tokens_only_raise_it(name: str) -> None:
     student_NV, teacher_NV, kd = draw(N, V), draw(N, V, seed=1, spread=2.0), resolve_loss(name)
-    losses = [TopKTeaching(top_k_of(teacher_NV, k)).divergence(kd, student_NV, 2.0) for k in (1, 4, 16, 40, V)]
+    losses = [TopKTargets(top_k_of(teacher_NV, k)).divergence(kd, student_NV, 2.0) for k in (1, 4, 16, 40, V)]
     for fewer_N, more_N in pairwise(losses):
         assert (fewer_N <= more_N + 1e-5).all() and (fewer_N > 0).all()
     torch.testing.assert_close(losses[-1], kd(student_NV, teacher_NV, 2.0), rtol=1e-4, atol=1e-5)
@@ -66,7 +66,7 @@ def test_merging_the_tail_only_lowers_a_divergence_and_more_tokens_only_raise_it
 @every_loss
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name: str) -> None:
     logits_NV = draw(N, V, spread=2.0)
-    teaching = TopKTeaching(top_k_of(logits_NV, 7))
+    teaching = TopKTargets(top_k_of(logits_NV, 7))
     loss_N, gradient_NV = value_and_gradient(lambda s: teaching.divergence(resolve_loss(name), s, 1.0), logits_NV)
     assert float(loss_N.abs().max()) < 1e-5
     assert name in ("tv_distance", "uld") or float(gradient_NV.abs().max()) < 1e-5  # |p - q| has a kink there
@@ -75,17 +75,17 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name: str) -
 @pytest.mark.parametrize("name", ["forward_kl", "skewed_reverse_kl", "adaptive_kl"])
 def test_the_chunked_loss_and_its_gradients_do_not_depend_on_the_chunks(name: str) -> None:
     hidden_NH, weight_VH = draw(N, H).requires_grad_(), draw(V, H, seed=2).requires_grad_()
-    taught = (Taught(top_k_of(draw(N, V, seed=1), 9)),)
+    teacher_outputs = (TeacherOutput(top_k_of(draw(N, V, seed=1), 9)),)
     kd = resolve_loss(name)
     student_NV = hidden_NH @ weight_VH.T
     ce = torch.nn.functional.cross_entropy(student_NV, torch.arange(N), reduction="sum")
-    expected = 0.25 * ce + 0.75 * TopKTeaching(taught[0].tokens).divergence(kd, student_NV, 1.5).sum()
+    expected = 0.25 * ce + 0.75 * TopKTargets(teacher_outputs[0].tokens).divergence(kd, student_NV, 1.5).sum()
     expected_gradients = torch.autograd.grad(expected, [hidden_NH, weight_VH])
     for chunk_tokens in (1, 7, 100):
         settings: dict[str, Any] = {"kd_ratio": 0.75, "kd": kd, "kd_temperature": 1.5}
         loss = HeadLoss(
             torch.arange(N),
-            teacher_logits=teacher_logits(taught, (None,)),
+            teacher_logits=teacher_logits(teacher_outputs, (None,)),
             chunk_bytes=chunk_tokens * V * 4,
             **settings,
         )
@@ -96,7 +96,7 @@ def test_the_chunked_loss_and_its_gradients_do_not_depend_on_the_chunks(name: st
 
 def test_what_lies_beyond_the_shared_vocabulary_is_cut_from_the_student() -> None:
     teacher_NV, padded_NV = draw(N, V, seed=1), draw(N, V + 4)
-    kd, teaching = resolve_loss("forward_kl"), TopKTeaching(top_k_of(teacher_NV, 5))
+    kd, teaching = resolve_loss("forward_kl"), TopKTargets(top_k_of(teacher_NV, 5))
     loss_N, gradient_NV = value_and_gradient(lambda s: teaching.divergence(kd, s, 2.0), padded_NV)
     torch.testing.assert_close(loss_N, teaching.divergence(kd, padded_NV[:, :V], 2.0))
     assert not gradient_NV[:, V:].any()
@@ -108,7 +108,7 @@ def test_a_student_that_masks_the_whole_tail_keeps_finite_gradients() -> None:
     top_k = top_k_of(draw(N, V, seed=1), 5)
     student_NV = draw(N, V).scatter(-1, top_k.ids_NK.long(), 1.0)
     student_NV = student_NV.masked_fill(student_NV != 1.0, -torch.inf)
-    value = value_and_gradient(lambda s: TopKTeaching(top_k).divergence(resolve_loss("reverse_kl"), s, 1.0), student_NV)
+    value = value_and_gradient(lambda s: TopKTargets(top_k).divergence(resolve_loss("reverse_kl"), s, 1.0), student_NV)
     assert all(torch.isfinite(part).all() for part in value)
 
 
@@ -123,18 +123,22 @@ def test_several_teachers_give_the_weighted_sum_of_their_divergences(name: str) 
     heads = [HeadWeights(draw(V, H, seed=seed)) for seed in (2, 3)]
     hidden = [draw(N, H, seed=seed) for seed in (4, 5)]
     kept = top_k_of(draw(N, V, seed=6), 8)
-    taught = (Taught(hidden[1], 1, 0.5), Taught(hidden[0], 0, 0.25), Taught(kept, 2, 0.25))
+    teacher_outputs = (
+        TeacherOutput(hidden[1], 1, 0.5),
+        TeacherOutput(hidden[0], 0, 0.25),
+        TeacherOutput(kept, 2, 0.25),
+    )
     rows = slice(3, 11)
-    teaching = teacher_logits(taught, (*heads, None))(rows)
+    teaching = teacher_logits(teacher_outputs, (*heads, None))(rows)
     assert not isinstance(teaching, Tensor)
     expected_N = (
         0.5 * kd(student_NV[rows], heads[1].logits(hidden[1][rows]), 1.4)
         + 0.25 * kd(student_NV[rows], heads[0].logits(hidden[0][rows]), 1.4)
-        + 0.25 * TopKTeaching(kept[rows]).divergence(kd, student_NV[rows], 1.4)
+        + 0.25 * TopKTargets(kept[rows]).divergence(kd, student_NV[rows], 1.4)
     )
     torch.testing.assert_close(teaching.divergence(kd, student_NV[rows], 1.4), expected_N)
 
 
 def test_hidden_states_without_a_head_are_told() -> None:
     with pytest.raises(ValueError, match="no teacher head"):
-        teacher_logits((Taught(draw(N, H)),), ())(slice(0, 2))
+        teacher_logits((TeacherOutput(draw(N, H)),), ())(slice(0, 2))

@@ -43,7 +43,7 @@ def speakers(*settings: tuple[float, tuple[int, ...] | None]) -> Teachers:
 
 
 def shares(batch: MicroBatch) -> list[tuple[int, float]]:
-    return [(taught.teacher, taught.weight) for taught in batch.taught]
+    return [(teacher_outputs.teacher, teacher_outputs.weight) for teacher_outputs in batch.teacher_outputs]
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_each_stage_is_taught_by_its_own_and_the_dev_rows_by_all(task: TrainTask
     for planned in STAGES:
         batches = [b for g in feed.stage(planned, np.arange(16), 8, 5, 0) for b in g.micro_batches]
         assert all(shares(batch) == [(planned.index, 1.0)] for batch in batches)
-        assert all(float(batch.taught[0].tokens.mean()) == planned.index for batch in batches)  # type: ignore[union-attr]
+        assert all(float(batch.teacher_outputs[0].tokens.mean()) == planned.index for batch in batches)  # type: ignore[union-attr]
     assert all(shares(batch) == [(0, 0.5), (1, 0.5)] for batch, _ in feed.evaluation())
 
 
 def test_without_a_teacher_a_batch_says_nothing_of_one(task: TrainTask) -> None:
     rows = RowStore.open(task.run_dir.local(task.rows.path))
     batch = next(iter(Feed(rows, 0, 4, 0, 1).stage(stage(0, 16), np.arange(16), 8, 5, 0)))
-    assert all(part.taught == () for part in batch.micro_batches)
+    assert all(part.teacher_outputs == () for part in batch.micro_batches)
 
 
 def top_k_task(task: TrainTask, folder: str, top_k: int = 4, **changes: str) -> TrainTask:
@@ -102,8 +102,8 @@ def test_a_top_k_cache_needs_neither_the_teacher_nor_its_head(task: TrainTask) -
     teachers = teachers_of(gone, gone.rows, loaded, V)
     ids = np.array([5, 2])
     lengths_R = RowStore.open(task.run_dir.local(task.rows.path)).response_lengths[ids]
-    (taught,) = teachers.in_stage(0).stored(ids, lengths_R)
-    assert len(taught.tokens) == lengths_R.sum()
+    (teacher_outputs,) = teachers.in_stage(0).stored(ids, lengths_R)
+    assert len(teacher_outputs.tokens) == lengths_R.sum()
 
 
 @pytest.mark.parametrize(

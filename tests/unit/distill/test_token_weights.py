@@ -11,7 +11,7 @@ from test_chunked import gradients, ours, plain, problem
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.distill.losses import LOSSES, resolve_loss
-from pocl_ray.distill.targets import TokenWeight, TopKTeaching, WeightedTeaching
+from pocl_ray.distill.targets import TokenWeight, TopKTargets, WeightedTargets
 from pocl_ray.teacher_cache.top_k import top_k_of
 
 N, V = 12, 30
@@ -83,14 +83,14 @@ def test_without_token_weight_there_is_none() -> None:
 def test_a_cached_top_k_gives_the_entropy_of_the_whole_distribution(dtype: torch.dtype) -> None:
     logits_NV = teacher_logits()
     for k in (1, 5, V):
-        got_N = TokenWeight("teacher_entropy").scores(TopKTeaching(top_k_of(logits_NV, k, dtype)))
+        got_N = TokenWeight("teacher_entropy").scores(TopKTargets(top_k_of(logits_NV, k, dtype)))
         rtol = 2e-3 if dtype == torch.float16 else 2e-5
         np.testing.assert_allclose(got_N.numpy(), entropies(logits_NV), rtol=rtol, atol=1e-6)
 
 
 def test_several_teachers_have_the_weighted_mean_of_their_entropies() -> None:
     first_NV, second_NV = teacher_logits(0), teacher_logits(1)
-    both = WeightedTeaching([(0.25, first_NV), (0.75, TopKTeaching(top_k_of(second_NV, 4)))])
+    both = WeightedTargets([(0.25, first_NV), (0.75, TopKTargets(top_k_of(second_NV, 4)))])
     expected_N = 0.25 * entropies(first_NV) + 0.75 * entropies(second_NV)
     np.testing.assert_allclose(TokenWeight("teacher_entropy").scores(both).numpy(), expected_N, rtol=2e-5)
 

@@ -13,16 +13,18 @@ import ray
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.errors import GaveUpError
-from pocl_ray.heartbeat import Vital, vital
+from pocl_ray.heartbeat import ProcessStatus, process_status
 from pocl_ray.ray_cluster import actor_watch
-from pocl_ray.ray_cluster.actor_watch import Process, StallFinder, begin_task, kill_here, pulse_text, watched
+from pocl_ray.ray_cluster.actor_watch import Process, StallFinder, begin_task, heartbeat_text, kill_here, watched
 from pocl_ray.run_directory.lease import started_after_boot_s
 
 HERE = Process("node", 4242, 1000.0)
 
 
 def text(age_s: float, count: int) -> str:
-    return pulse_text(HERE, Vital(age_s, "scoring rows", "signals.py:9, slow", False, "node-7", 4242), count)
+    return heartbeat_text(
+        HERE, ProcessStatus(age_s, "scoring rows", "signals.py:9, slow", False, "node-7", 4242), count
+    )
 
 
 def finder() -> tuple[StallFinder, SimpleNamespace]:
@@ -92,9 +94,11 @@ def test_a_watched_actor_gives_what_the_plain_one_gives_under_its_name(monkeypat
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_task_id=lambda: "task"))
     given = actor([1, 2])
     assert next(given) == 2
-    assert (vital().age_s, vital().doing) == (0.0, "starting a batch"), "it waits for who takes it, which is no hang"
+    assert (process_status().age_s, process_status().doing) == (0.0, "starting a batch"), (
+        "it waits for who takes it, which is no hang"
+    )
     assert list(given) == [4]
-    assert vital().doing == "going on with a batch"
+    assert process_status().doing == "going on with a batch"
 
 
 def test_a_task_that_kills_its_actors_is_begun_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import ActorDiedError
 
-from pocl_ray.ray_cluster.ray_errors import MAX_CHARS, died_of, one_line
+from pocl_ray.ray_cluster.ray_errors import MAX_CHARS, explain_death, one_line
 
 HEAD = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -35,7 +35,7 @@ ENDED = "The actor is dead because its worker process has died. Worker exit type
 def test_the_reason_of_a_death_is_told_without_ids(said: str, expected: str) -> None:
     error = ActorDiedError()
     error.error_msg = HEAD + said
-    assert died_of(error) == expected
+    assert explain_death(error) == expected
 
 
 def test_a_long_text_is_cut_to_one_line() -> None:

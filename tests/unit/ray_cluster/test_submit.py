@@ -15,7 +15,7 @@ from pocl_ray.errors import ConfigError, ResourceError, StorageError
 from pocl_ray.ray_cluster import submit as module
 from pocl_ray.ray_cluster.submit import Submission, entrypoint, parse_env, runtime_environment, submit
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 
 from pocl_ray.errors import ResourceError
 from pocl_ray.ray_train import policies
-from pocl_ray.ray_train.policies import DividingPolicy, largest_share
+from pocl_ray.ray_train.policies import ElasticPolicy, largest_share
 
 ONE = {"CPU": 1.0}
 
 
-class Policy(DividingPolicy):
+class Policy(ElasticPolicy):
     """A policy for which `nodes` are there; None: nobody answers."""
 
     nodes: list[dict[str, float]] | None

@@ -22,8 +22,8 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from pocl_ray.errors import ResourceError
-from pocl_ray.ray_train.policies import TellFailures, TryAgain, cause_of, give_up
-from pocl_ray.ray_train.progress import ProgressBoard
+from pocl_ray.ray_train.policies import ReportFailures, RetryPolicy, cause_of, give_up
+from pocl_ray.ray_train.progress import ProgressActor
 
 LIMIT = 2
 NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
@@ -41,7 +41,7 @@ def failed(**failures: Exception) -> WorkerGroupError:
 
 def decisions(*errors: TrainingFailedError) -> list[bool]:
     """Whether each is tried again."""
-    policy = TryAgain(FailureConfig(max_failures=LIMIT, controller_failure_limit=LIMIT))
+    policy = RetryPolicy(FailureConfig(max_failures=LIMIT, controller_failure_limit=LIMIT))
     return [policy.make_decision(error) == FailureDecision.RETRY for error in errors]
 
 
@@ -94,16 +94,16 @@ class _Board:
     """A board that is told at once."""
 
     def __init__(self) -> None:
-        self.standing = ProgressBoard.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
-        self.fail = SimpleNamespace(remote=self.standing.fail)
+        self.training_status = ProgressActor.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+        self.fail = SimpleNamespace(remote=self.training_status.fail)
 
     def read(self) -> Any:
-        return self.standing.read()
+        return self.training_status.read()
 
 
 def test_the_user_is_told_of_each_failure_once_and_that_the_run_goes_on() -> None:
-    board, error = _Board(), failed(r1=RuntimeError("boom"))
-    tell = TellFailures(board)
+    progress_actor, error = _Board(), failed(r1=RuntimeError("boom"))
+    tell = ReportFailures(progress_actor)
     states: list[TrainControllerState] = [
         RestartingState(error),
         RunningState(),
@@ -115,12 +115,12 @@ def test_the_user_is_told_of_each_failure_once_and_that_the_run_goes_on() -> Non
     ]
     for state in states:
         tell.after_controller_state_update(RunningState(), state)
-    standing = board.read()
+    training_status = progress_actor.read()
     boom = "worker 1 failed: RuntimeError: boom"
-    assert [cause.partition(":")[0] for cause in standing.failures] == [
+    assert [cause.partition(":")[0] for cause in training_status.failures] == [
         "worker 1 failed",
         "the workers did not start",
         "worker 1 failed",
     ]
-    assert standing.warnings[0] == f"failure 1: {boom}; going on from the last checkpoint"
-    assert len(standing.warnings) == 2
+    assert training_status.warnings[0] == f"failure 1: {boom}; going on from the last checkpoint"
+    assert len(training_status.warnings) == 2

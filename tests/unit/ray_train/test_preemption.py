@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from ray.train import PreemptionInfo
 
 from pocl_ray.ray_train import worker
-from pocl_ray.ray_train.worker import SAVE_EVERY_S, Notices
+from pocl_ray.ray_train.worker import SAVE_EVERY_S, PreemptionNotices
 
 INFO = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
 TOLD_AT = {0: 3, 1: 1}
@@ -23,7 +23,9 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     step = 0
     saved: list[int] = []
-    notices = Notices(torch.device("cpu"), lambda: saved.append(step), lambda: INFO if step >= TOLD_AT[rank] else None)
+    notices = PreemptionNotices(
+        torch.device("cpu"), lambda: saved.append(step), lambda: INFO if step >= TOLD_AT[rank] else None
+    )
     answers = []
     for current in range(6):
         step = current
@@ -46,7 +48,7 @@ def test_while_the_node_stays_the_work_since_is_saved_now_and_then(
     monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now.s))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        notices = Notices(torch.device("cpu"), lambda: None, lambda: INFO)
+        notices = PreemptionNotices(torch.device("cpu"), lambda: None, lambda: INFO)
         answers = []
         for now.s in (0.0, 1.0, SAVE_EVERY_S + 1, SAVE_EVERY_S + 2):
             answers.append(notices.ask_for_checkpoint())

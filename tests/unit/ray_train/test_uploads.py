@@ -15,7 +15,7 @@ import pytest
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pocl_ray.config import TrainConfig
-from pocl_ray.distill.checkpoint import Progress, Written, read_progress, write_progress
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, read_progress, write_progress
 from pocl_ray.errors import ResourceError, UserError
 from pocl_ray.ray_train import worker
 from pocl_ray.ray_train.worker import _Reporter
@@ -73,14 +73,14 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Train:
 def reporter(tmp_path: Path, buffer_gib: float = 4.0) -> tuple[_Reporter, list[UserError]]:
     refused: list[UserError] = []
     warn = SimpleNamespace(remote=lambda text: None)
-    board = SimpleNamespace(refuse=SimpleNamespace(remote=refused.append), warn=warn)
+    progress_actor = SimpleNamespace(refuse=SimpleNamespace(remote=refused.append), warn=warn)
     run_dir = RunDirectory.open(str(tmp_path), "run")
     config = TrainConfig(checkpoint_buffer_gib=buffer_gib)
     task = SimpleNamespace(run_dir=run_dir, train=config, name="distill", metrics="metrics.jsonl", num_steps=9)
-    return _Reporter(task, board, rank=0), refused  # type: ignore[arg-type]
+    return _Reporter(task, progress_actor, rank=0), refused  # type: ignore[arg-type]
 
 
-def written(tmp_path: Path, progress: Progress) -> tuple[Written, Callable[[], None]]:
+def written(tmp_path: Path, progress: Progress) -> tuple[PendingCheckpoint, Callable[[], None]]:
     """A checkpoint, and what makes it whole."""
     directory = tmp_path / f"scratch-{progress.step}"
     whole: Future[None] = Future()
@@ -91,7 +91,7 @@ def written(tmp_path: Path, progress: Progress) -> tuple[Written, Callable[[], N
         write_progress(progress, directory)
         whole.set_result(None)
 
-    return Written(directory, whole), finish
+    return PendingCheckpoint(directory, whole), finish
 
 
 def test_training_goes_on_while_a_checkpoint_is_on_its_way(train: Train, tmp_path: Path) -> None:

@@ -10,24 +10,26 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from pocl_ray.errors import GaveUpError, StalledError
-from pocl_ray.heartbeat import Vital
+from pocl_ray.heartbeat import ProcessStatus
 from pocl_ray.ray_train import watch
 from pocl_ray.ray_train.driver import _cause
 from pocl_ray.ray_train.policies import cause_of
-from pocl_ray.ray_train.progress import Standing
+from pocl_ray.ray_train.progress import TrainingStatus
 from pocl_ray.ray_train.watch import Silence, StallWatch, blame
 
 ANSWER = object()
 
 
-def vital(age_s: float, waits: bool = False, doing: str = "training", place: str = "plugin.py:7, slow") -> Vital:
-    return Vital(age_s, doing, place, waits, "node-7", 4242)
+def process_status(
+    age_s: float, waits: bool = False, doing: str = "training", place: str = "plugin.py:7, slow"
+) -> ProcessStatus:
+    return ProcessStatus(age_s, doing, place, waits, "node-7", 4242)
 
 
 class Worker:
     """Answers with `says`; None never does, an exception is raised."""
 
-    def __init__(self, says: Vital | Exception | None) -> None:
+    def __init__(self, says: ProcessStatus | Exception | None) -> None:
         self.says = says
         self.num_asked = 0
 
@@ -37,12 +39,12 @@ class Worker:
 
 
 class Watched:
-    """A StallWatch with a clock, workers and a board of the test's own."""
+    """A StallWatch with a clock, workers and a progress actor of the test's own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *workers: Worker, timeout_s: float = 100.0) -> None:
         self.now, self.num_looks = 0.0, 0
-        board = SimpleNamespace(controller_lives=SimpleNamespace(remote=self._controller_lives))
-        self.watch = StallWatch(board, timeout_s, 30.0)
+        progress_actor = SimpleNamespace(controller_lives=SimpleNamespace(remote=self._controller_lives))
+        self.watch = StallWatch(progress_actor, timeout_s, 30.0)
         self.watch._clock = lambda: self.now
         monkeypatch.setattr(watch, "ray", SimpleNamespace(wait=self._wait, get=self._get))
         self.watch.after_worker_group_start(SimpleNamespace(get_workers=lambda: list(workers)))
@@ -53,7 +55,7 @@ class Watched:
     def _wait(self, asked: list[Worker], num_returns: int = 1, timeout: float = 0.0) -> tuple[list[Worker], list[Any]]:
         return [worker for worker in asked if worker.says is not None], []
 
-    def _get(self, worker: Worker) -> Vital:
+    def _get(self, worker: Worker) -> ProcessStatus:
         if isinstance(worker.says, Exception):
             raise worker.says
         assert worker.says is not None
@@ -68,20 +70,20 @@ class Watched:
 def test_workers_that_get_on_are_left_alone_and_the_driver_hears_of_the_controller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    watched = Watched(monkeypatch, Worker(vital(2.0)), Worker(vital(90.0)))
+    watched = Watched(monkeypatch, Worker(process_status(2.0)), Worker(process_status(90.0)))
     for at in range(0, 1000, 5):
         watched.poll(float(at))
     assert watched.num_looks == 200
 
 
 def test_one_worker_that_works_alone_while_others_wait_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(monkeypatch, Worker(vital(1.0)), Worker(vital(5000.0, waits=True)))
+    watched = Watched(monkeypatch, Worker(process_status(1.0)), Worker(process_status(5000.0, waits=True)))
     watched.poll(6.0)
     watched.poll(400.0)
 
 
 def test_a_group_in_which_nothing_moves_is_a_failed_one_and_who_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(monkeypatch, Worker(vital(140.0, waits=True)), Worker(vital(150.0)))
+    watched = Watched(monkeypatch, Worker(process_status(140.0, waits=True)), Worker(process_status(150.0)))
     with pytest.raises(WorkerGroupError, match=r"since 140 s: rank 1 \(process 4242 on node-7\)") as raised:
         watched.poll(6.0)
     failures = raised.value.worker_failures
@@ -94,11 +96,11 @@ def test_a_group_in_which_nothing_moves_is_a_failed_one_and_who_hangs_is_named(m
 
 
 def test_a_worker_that_answers_no_more_is_named_before_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = Worker(vital(0.0))
-    watched = Watched(monkeypatch, Worker(vital(1.0)), stopped)
+    stopped = Worker(process_status(0.0))
+    watched = Watched(monkeypatch, Worker(process_status(1.0)), stopped)
     watched.poll(6.0)
     stopped.says = None
-    watched.watch._workers[0].says = vital(101.0)
+    watched.watch._workers[0].says = process_status(101.0)
     with pytest.raises(WorkerGroupError, match=r"rank 1 \(process 4242 on node-7\) does not answer; it was training"):
         watched.poll(110.0)
     assert stopped.num_asked == 2  # one question is under way, not one a look
@@ -112,14 +114,14 @@ def test_a_single_worker_that_never_answers_is_noticed(monkeypatch: pytest.Monke
 
 
 def test_a_collective_that_failed_blames_the_worker_that_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(monkeypatch, Worker(vital(31.0, waits=True)), Worker(vital(31.0)))
+    watched = Watched(monkeypatch, Worker(process_status(31.0, waits=True)), Worker(process_status(31.0)))
     gloo = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation to complete")
     with pytest.raises(WorkerGroupError, match=r"within 30 s: rank 1 .* raise scaling.collective_timeout_s"):
         watched.poll(31.0, rank0=gloo)
 
 
 def test_other_errors_are_left_to_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(monkeypatch, Worker(vital(1.0)), Worker(RayActorError()))
+    watched = Watched(monkeypatch, Worker(process_status(1.0)), Worker(RayActorError()))
     watched.poll(6.0, rank1=RayActorError())
 
 
@@ -132,10 +134,10 @@ def test_a_new_group_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_after_too_many_hangs_the_user_reads_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(monkeypatch, Worker(vital(150.0)))
+    watched = Watched(monkeypatch, Worker(process_status(150.0)))
     with pytest.raises(WorkerGroupError) as raised:
         watched.poll(6.0)
-    end = _cause(raised.value, "distill", Standing(failures=["nothing moves"] * 4))
+    end = _cause(raised.value, "distill", TrainingStatus(failures=["nothing moves"] * 4))
     assert isinstance(end, GaveUpError)
     assert str(end).startswith(
         "distill: gave up after 4 tries, as scaling.max_failures says; the last time nothing moves"
@@ -144,7 +146,7 @@ def test_after_too_many_hangs_the_user_reads_one_line(monkeypatch: pytest.Monkey
 
 
 def test_all_are_named_where_all_wait_for_each_other() -> None:
-    both = blame({0: vital(1.0, waits=True), 1: vital(1.0, waits=True)}, set())
+    both = blame({0: process_status(1.0, waits=True), 1: process_status(1.0, waits=True)}, set())
     assert "rank 0" in both
     assert "rank 1" in both
 

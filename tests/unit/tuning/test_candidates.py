@@ -10,10 +10,10 @@ from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.errors import ConfigError
 from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.run_directory.claim import neutral_free
-from pocl_ray.tuning.candidates import Candidate, Origins, Planner
+from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
 from pocl_ray.tuning.results import best_config
 
-ORIGINS = Origins(signals="signals", student="student")
+ORIGINS = TrialOrigins(signals="signals", student="student")
 
 
 def test_every_trial_of_a_budget_is_equally_long_and_so_is_the_control() -> None:

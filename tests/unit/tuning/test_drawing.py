@@ -7,8 +7,8 @@ from searches import NUM_ROWS, search_config
 
 from pocl_ray.config import Config
 from pocl_ray.errors import ConfigError
-from pocl_ray.tuning.candidates import Planned, Planner
-from pocl_ray.tuning.drawing import Drawing, Told, check_drawable, propose
+from pocl_ray.tuning.candidates import PlannedTrial, Planner
+from pocl_ray.tuning.drawing import Drawing, TrialOutcome, check_drawable, propose
 from pocl_ray.tuning.space import ConstraintError
 
 
@@ -16,7 +16,7 @@ def drawing_of(config: Config) -> Drawing:
     return Drawing(config, Planner(config, NUM_ROWS).plan)
 
 
-def draw_all_of(drawing: Drawing) -> list[Planned]:
+def draw_all_of(drawing: Drawing) -> list[PlannedTrial]:
     drawn = []
     while (planned := drawing.next()) is not None:
         drawn.append(planned)
@@ -87,7 +87,7 @@ def test_optuna_looks_where_it_was_good() -> None:
         settings = propose(config.tune, number, history, 0)
         assert settings is not None
         value = -abs(settings["curriculum.kd_temperature.end"] - 2.5)
-        history.append(Told(settings, "finished", (value,), 10))
+        history.append(TrialOutcome(settings, "finished", (value,), 10))
     late = [told.settings["curriculum.kd_temperature.end"] for told in history[12:]]
     assert sum(abs(end - 2.5) < 0.5 for end in late) >= 5
 
@@ -104,12 +104,12 @@ def test_optuna_is_told_of_every_kind_of_end(state: Any, objectives: list[str]) 
     }
     tune = search_config(space=space, objectives=objectives, num_trials=30).tune
     assert tune is not None
-    history: list[Told] = []
+    history: list[TrialOutcome] = []
     for number in range(12):
         settings = propose(tune, number, history, 1)
         assert settings is not None
         values = None if state in ("failed", "running") else (float(number), 5.0)[: len(objectives)]
-        history.append(Told(settings, state, values, 10))
+        history.append(TrialOutcome(settings, state, values, 10))
     assert len(history) == 12
 
 

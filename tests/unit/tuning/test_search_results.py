@@ -9,12 +9,12 @@ from searches import NUM_ROWS, search_config
 
 from pocl_ray.config import Config, ObjectiveConfig
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.tuning.candidates import Candidate, Origins, Planner
+from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
 from pocl_ray.tuning.page import headline, write_page
 from pocl_ray.tuning.results import TrialRecord, decide, figures_of, pareto_front, read_record, table_rows, write_tables
 from pocl_ray.tuning.watching import short_key, trials_table
 
-ORIGINS = Origins("signals", "student")
+ORIGINS = TrialOrigins("signals", "student")
 
 
 def record(candidate: Candidate, rouge_l: float, status: Any = "finished", num_tokens: int = 100) -> TrialRecord:
