@@ -14,17 +14,24 @@ FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.p
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
-# PYTHON if it is 3.10 to 3.12, else the first of the three that this machine has and that runs; empty if none does.
+# The Python versions that the project promises: tests/unit/test_python_versions.py holds README and pyproject to them.
+VERSIONS := 3.11 3.12 3.13 3.14
+# PYTHON if it is one of them, else the first that this machine has and that runs; empty if none does.
 # A name on PATH may be a shim of a version that is not active, so each is asked, not only looked up.
-SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-FIND_PYTHON = for python in "$(PYTHON)" python3.11 python3.12 python3.10; do \
+SUPPORTED = import sys; sys.exit(f"{sys.version_info[0]}.{sys.version_info[1]}" not in "$(VERSIONS)".split())
+FIND_PYTHON = for python in "$(PYTHON)" $(VERSIONS:%=python%); do \
     if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done
+# The interpreter of one version, "$$version": on PATH, else among pyenv's, where only the active one is on PATH.
+FIND_VERSION = for python in "python$$version" "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/"$$version".*/bin/python; do \
+    if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done
+# pip's output goes to a log, and where it fails one line says what failed and what to do.
+PIP = $(BIN)/python scripts/pip_install.py $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test test-faults check benchmark clean
+.PHONY: help install quickstart smollm2 test test-faults test-versions check benchmark clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with everything pinned in constraints.txt
 
@@ -34,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
-	    echo "pocl-ray needs Python 3.10, 3.11 or 3.12, and '$(PYTHON)' is none of them: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	    echo "pocl-ray needs Python 3.11, 3.12, 3.13 or 3.14, and '$(PYTHON)' is none of them: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 	    exit 2; \
 	fi; \
 	if ! $(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -44,9 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 	        || { echo "$$python has neither ensurepip nor virtualenv: install python3-venv (Debian) or virtualenv" >&2; exit 2; }; \
 	fi
 	@echo "installing the packages pinned in constraints.txt (minutes, the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-	    --build-constraint constraints.txt -e '.[dev,s3]'
+	@$(PIP) $(BUILD_TOOLS)
+	@$(PIP) --build-constraint constraints.txt -e '.[dev,s3]'
 	@touch $@
 
 quickstart: $(STAMP)  ## teach a tiny student the whole curriculum, in minutes, on a laptop
@@ -64,6 +70,16 @@ test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
 test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
 	@POCL_FAULTS=all $(BIN)/python -m pytest $(FAULTS) $(ARGS)
 
+# An environment of its own for each, .venv-3.12 and so on, which stays; all versions are tried before it fails.
+test-versions:  ## install, and run the unit tests, on every promised Python that this machine has
+	@failed=; for version in $(VERSIONS); do \
+	    python=$$($(FIND_VERSION)); \
+	    if [ -z "$$python" ]; then echo "Python $$version: not on this machine"; continue; fi; \
+	    if $(MAKE) --no-print-directory install PYTHON="$$python" VENV=.venv-$$version \
+	        && .venv-$$version/bin/python -m pytest tests/unit -q -n 2 --dist loadscope $(ARGS); \
+	    then echo "Python $$version: passed"; else echo "Python $$version: FAILED"; failed="$$failed $$version"; fi; \
+	done; [ -z "$$failed" ] || { echo "failed on Python$$failed" >&2; exit 1; }
+
 check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -73,5 +89,5 @@ benchmark: $(STAMP)  ## speed and memory of a step, memory of the losses, speed 
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:  ## remove .venv and the caches; runs stay
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	@rm -rf $(VENV) $(VERSIONS:%=.venv-%) .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

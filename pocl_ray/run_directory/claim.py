@@ -8,7 +8,7 @@ import subprocess
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "platform": platform.platform(),
         "nodes": nodes,
-        "written_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Holder:
             machine=machine(),
             pid=os.getpid(),
             process_started_s=started_after_boot_s(os.getpid()),
-            taken_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
             renewed_at=time.time(),
         )
 

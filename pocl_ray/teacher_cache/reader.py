@@ -14,13 +14,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from pocl_ray.errors import StorageError
 from pocl_ray.teacher_cache.top_k import TopK

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -147,7 +147,7 @@ class TrialRun:
             fingerprint=self.task.fingerprint,
             num_steps=self.planned.num_steps,
             num_samples=self.planned.num_samples,
-            started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         self.record.write(shared.run_dir)
         self.thread.start()
