@@ -22,7 +22,7 @@ def ranking_dependencies(config: Config, signals: str) -> list[Any]:
 
 def distill_dependencies(config: Config, ranking: str, student: str, stages: Sequence[Stage]) -> list[Any]:
     """Return all that a distilled student depends on, given the fingerprints of the ranking and of its start."""
-    train = neutral_free(config)["train"]
+    train = _train(config)
     seed = train.pop("seed")
     return [
         *_teaching(config, len(stages)),
@@ -53,10 +53,18 @@ def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any
     sft = getattr(config, role).sft
     if sft is None:
         return None
-    merged = neutral_free(config.model_copy(update={"train": config.sft_train(sft)}))["train"]
+    merged = _train(config.model_copy(update={"train": config.sft_train(sft)}))
     del merged["seed"]
     lora = _lora(config, exclude={"merge"}) if role == "student" else []
     return [sft.model_dump(mode="json", exclude={"train"}), merged, *lora]
+
+
+def _train(config: Config) -> dict[str, Any]:
+    """What of `train` a result depends on. Keys younger than run directories count only where they are in use."""
+    train: dict[str, Any] = neutral_free(config)["train"]
+    if config.train.lr_schedule != "wsd":
+        del train["decay_ratio"]
+    return train
 
 
 def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:

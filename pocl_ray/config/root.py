@@ -197,6 +197,11 @@ class Config(Section):
         if self.data.task == "text":
             self._check_text()
         self._check_training("train", self.train)
+        if self.train.lr_schedule == "wsd" and self.curriculum.advance == "plateau":
+            raise ValueError(
+                "train.lr_schedule wsd falls over the end of the run, and with curriculum.advance plateau nobody knows "
+                "when that is; set lr_schedule to another, or advance to interval"
+            )
         for role, model in (("teacher", self.teacher), ("student", self.student)):
             if model.sft is not None:
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))

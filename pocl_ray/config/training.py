@@ -194,8 +194,14 @@ class TrainConfig(Section):
     global_batch_rows: int = Field(default=64, ge=1, description="rows of an optimizer step, over all workers")
     micro_batch_rows: int = Field(default=8, ge=1, description="rows of one forward pass on one worker")
     learning_rate: float = Field(default=1e-4, gt=0)
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the LR rises")
+    decay_ratio: float = Field(
+        default=0.4,
+        gt=0,
+        le=1,
+        description="with lr_schedule wsd: last share of the whole run's steps, in which the LR falls",
+    )
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="LR at the end, relative to the peak")
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -230,8 +236,9 @@ class TrainOverrides(Section):
     global_batch_rows: int | None = Field(default=None, ge=1)
     micro_batch_rows: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
-    lr_schedule: Literal["cosine", "linear", "constant"] | None = None
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    decay_ratio: float | None = Field(default=None, gt=0, le=1)
     min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
     weight_decay: float | None = Field(default=None, ge=0)
     betas: tuple[Beta, Beta] | None = None

@@ -66,7 +66,8 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     Raises:
         UserError: What `plan_curriculum`, `check_teachers` and `rescored_stages` raise.
     """
-    stages = plan_curriculum(config.curriculum, num_rows, config.train.global_batch_rows)
+    train = config.train
+    stages = plan_curriculum(config.curriculum, num_rows, train.global_batch_rows, train.lr_schedule == "wsd")
     check_teachers(config, len(stages))
     if config.difficulty.rescore == "never":
         return stages
@@ -75,13 +76,16 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     return tuple(replace(stage, rescore=again) for stage, again in zip(stages, rescored, strict=True))
 
 
-def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int) -> tuple[Stage, ...]:
+def plan_curriculum(
+    curriculum: CurriculumConfig, num_rows: int, batch_rows: int, lr_spans_run: bool = False
+) -> tuple[Stage, ...]:
     """Return the stages of a curriculum (POCL, section 3.3).
 
     Args:
         curriculum: Buckets, pacing, schedules.
         num_rows: Ranked rows.
         batch_rows: Rows of an optimizer step, over all workers.
+        lr_spans_run: Whether the LR schedule is one over all stages, even where each starts with fresh moments.
 
     Raises:
         ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
@@ -117,7 +121,7 @@ def plan_curriculum(curriculum: CurriculumConfig, num_rows: int, batch_rows: int
         stages = [_with_steps(stage, num_steps) for stage in stages]
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
-    return _with_ramps(_with_lr(stages, curriculum), curriculum)
+    return _with_ramps(_with_lr(stages, curriculum, lr_spans_run), curriculum)
 
 
 def check_teachers(config: Config, num_stages: int) -> None:
@@ -279,11 +283,12 @@ def _with_ramps(stages: Sequence[Stage], curriculum: CurriculumConfig) -> tuple[
     return tuple(placed)
 
 
-def _with_lr(stages: list[Stage], curriculum: CurriculumConfig) -> tuple[Stage, ...]:
-    if curriculum.optimizer == "restart":
-        return tuple(replace(s, lr_num_steps=s.num_steps) for s in stages)
+def _with_lr(stages: list[Stage], curriculum: CurriculumConfig, spans_run: bool) -> tuple[Stage, ...]:
+    restarts = curriculum.optimizer == "restart"
     total, done, placed = sum(s.num_steps for s in stages), 0, []
     for stage in stages:
-        placed.append(replace(stage, restart_optimizer=stage.index == 0, lr_first_step=done, lr_num_steps=total))
+        first, length = (0, stage.num_steps) if restarts and not spans_run else (done, total)
+        is_fresh = restarts or stage.index == 0
+        placed.append(replace(stage, restart_optimizer=is_fresh, lr_first_step=first, lr_num_steps=length))
         done += stage.num_steps
     return tuple(placed)

@@ -115,7 +115,9 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], place: str) -> dict[st
 def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
     """Return the learning rate of a step of a stage, a pure function of its arguments.
 
-    It rises over `warmup_ratio` of the schedule's steps, then falls by the schedule to `min_lr_ratio` of the peak.
+    It rises over `warmup_ratio` of the schedule's steps, then falls by the schedule to `min_lr_ratio` of the peak. With
+    `wsd` (warm-up, stable, decay) it stays at the peak and falls in a straight line over the last `decay_ratio` of the
+    steps: what a curriculum admits late is then still trained on at the full rate (arXiv 2511.18903).
 
     Args:
         train: Peak, shape and warm-up.
@@ -126,8 +128,11 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
     warmup = math.ceil(round(train.warmup_ratio * total, 6))  # 0.07 * 100 is a little more than 7 in floating point
     if position < warmup:
         return train.learning_rate * (position + 1) / warmup
-    done = (position - warmup) / max(1, total - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train.lr_schedule]
+    if train.lr_schedule == "wsd":  # where the two overlap, the warm-up is taken off the decay
+        warmup = max(warmup, math.floor(round((1 - train.decay_ratio) * total, 6)))
+    done = max(0, position - warmup) / max(1, total - warmup)
+    shapes = {"constant": 1.0, "linear": 1 - done, "wsd": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    shape = shapes[train.lr_schedule]
     return train.learning_rate * (train.min_lr_ratio + (1 - train.min_lr_ratio) * shape)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.fingerprints import any_training_reads_teacher, reads_teacher
+from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, reads_teacher, sft_dependencies
+from pocl_ray.run_directory.storage import fingerprint
 
 TREE: dict[str, Any] = {
     "name": "run",
@@ -69,3 +70,23 @@ def test_a_signal_that_compares_the_models_again_between_stages_reads_it(
 ) -> None:
     config = config_of(NEVER, difficulty=difficulty)
     assert reads_teacher(config, plan_stages(config, 1000)) is is_read
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "distilled"),
+    [
+        ({}, "47c0766d5e7657e84ae86a5bb7f935eaf33b4bba6f7549f3bd3636233511fe18"),
+        (
+            {"optimizer": "continuous", "kd_temperature": {"start": 1, "end": 2, "by": "step"}},
+            "be4d9a3d0dff89df3d90350c99d0150e432d13c63ed917cb2d9956150dc55d94",
+        ),
+    ],
+)
+def test_keys_that_came_later_leave_the_fingerprints_of_older_runs_alone(
+    curriculum: dict[str, Any], distilled: str
+) -> None:
+    """The digests are those of the release before these keys: a run of then goes on, and trains nothing again."""
+    config = config_of(curriculum, student={"path": "student", "sft": {}})
+    assert fingerprint(distill_dependencies(config, "r", "s", plan_stages(config, 1000))) == distilled
+    trained = "149be067a9e7e3d8e8025831edc3f53bd549caf3052f6d698be96fd31d1e2cc8"
+    assert fingerprint(sft_dependencies(config, "student")) == trained

@@ -214,3 +214,19 @@ def test_a_stage_comes_back_from_json_as_it_was() -> None:
     ramped = plan_stages(config(kd_temperature=moving, advance="plateau"), DOLLY_ROWS)
     for stage in (*plan_stages(config(), DOLLY_ROWS), *ramped, *plan_sft(100, 3, 5, 8, "student.sft")):
         assert Stage.from_json(json.loads(json.dumps(stage.to_json()))) == stage
+
+
+@pytest.mark.parametrize("optimizer", ["restart", "continuous"])
+def test_wsd_is_one_schedule_over_the_whole_run_whatever_the_moments_do(optimizer: str) -> None:
+    made = config(optimizer=optimizer)
+    made = Config.model_validate({**made.model_dump(), "train": {"lr_schedule": "wsd"}})
+    stages = plan_stages(made, 11435)
+    assert [s.lr_first_step for s in stages] == [0, 352, 1064, 2128]
+    assert {s.lr_num_steps for s in stages} == {3552}
+    assert [s.restart_optimizer for s in stages[1:]] == [optimizer == "restart"] * 3
+
+
+def test_wsd_needs_a_run_of_known_length() -> None:
+    made = config(advance="plateau").model_dump()
+    with pytest.raises(ValueError, match=r"train\.lr_schedule wsd falls over the end of the run.*advance to interval"):
+        Config.model_validate({**made, "train": {"lr_schedule": "wsd"}})

@@ -165,3 +165,13 @@ def test_a_continuous_schedule_goes_on_over_the_stages(warmup_ratio: float) -> N
     config = train(warmup_ratio=warmup_ratio)
     parts = [stage(4, first=0, total=12), stage(8, first=4, total=12)]
     assert [rate for part in parts for rate in rates(config, part)] == rates(config, stage(12))
+
+
+def test_wsd_stays_at_the_peak_and_falls_over_the_last_part_of_the_run() -> None:
+    made = rates(train(lr_schedule="wsd", warmup_ratio=0.2), stage(10))
+    assert made == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert rates(train(lr_schedule="wsd", decay_ratio=1.0), stage(4)) == rates(train(lr_schedule="linear"), stage(4))
+    floored = rates(train(lr_schedule="wsd", min_lr_ratio=0.5), stage(1000))
+    assert floored[599] == 1 and floored[-1] == pytest.approx(0.5, abs=2e-3)
+    overlapping = rates(train(lr_schedule="wsd", warmup_ratio=0.8), stage(10))
+    assert overlapping == pytest.approx([k / 8 for k in range(1, 9)] + [1, 0.5])
