@@ -30,7 +30,7 @@ from pocl_ray.distill.task import sft_task
 from pocl_ray.evaluation.evaluate import OwnTokens
 from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.places import ModelRef
+from pocl_ray.models.places import ModelRef, place_on_this_node
 from pocl_ray.models.prepare import (
     check_student_tokenizer,
     check_teacher_tokenizer,
@@ -52,7 +52,7 @@ from pocl_ray.responses.replace import (
 from pocl_ray.responses.replace import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
 from pocl_ray.run_directory.manifest import StepResult, Steps
-from pocl_ray.run_directory.storage import fingerprint, localize
+from pocl_ray.run_directory.storage import fingerprint
 
 TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 
@@ -287,7 +287,7 @@ def _fingerprints(rows: Rows) -> list[str]:
 
 
 def _copy_tokenizer(place: str, revision: str | None, trust_remote_code: bool, folder: Path) -> None:
-    load_tokenizer(localize(place), revision, trust_remote_code).save_pretrained(folder)
+    load_tokenizer(place_on_this_node(place), revision, trust_remote_code).save_pretrained(folder)
 
 
 def _loaded_as(config: TeacherConfig) -> list[Any]:

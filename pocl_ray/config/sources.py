@@ -137,7 +137,7 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """A causal language model: a Hub id or a directory of safetensors, or an architecture to initialise."""
 
-    path: str | None = Field(default=None, description="Hub id or local directory")
+    path: str | None = Field(default=None, description="Hub id, local directory, or samples://quickstart-teacher")
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hub model")
     architecture: dict[str, Any] | None = Field(
         default=None, description="model_type and sizes of a model to initialise at random"

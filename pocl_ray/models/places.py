@@ -1,4 +1,4 @@
-"""Where a model lies: a local directory or a Hub id, what must be there, and a fingerprint of its weights."""
+"""Where a model lies: a directory, a Hub id or the package itself, what must be there, and a fingerprint of weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from pocl_ray.run_directory.storage import localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+SAMPLES_SCHEME = "samples://"
+"""Begins the place of a model that the package ships, as it does that of the shipped rows."""
+
+SAMPLES = Path(__file__).parent / "samples"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ_BYTES = 1 << 22
 _UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -37,7 +41,7 @@ class ModelRef:
     """A model by name; plain values only, so that it travels to Ray workers and into JSON.
 
     Attributes:
-        path: a local directory or a Hub id.
+        path: a local directory, a Hub id, or `samples://NAME` for a model that the package ships.
         revision: branch, tag or commit of a Hub id.
         dtype: the dtype to load in; `auto` is the one that the weights were saved in.
         attention: the attention implementation; `auto` leaves the choice to transformers.
@@ -64,9 +68,31 @@ class ModelRef:
 
 
 def on_this_node(ref: ModelRef) -> ModelRef:
-    """Return the model with its directories copied to this node, where they lie on an object store."""
+    """Return the model with places that this node can read.
+
+    What lies on an object store is copied here; a shipped model is read from the package as it is installed here.
+
+    Raises:
+        ModelError: The package ships no such model.
+        StorageError: The object store has no such directory, or it cannot be read.
+    """
     adapter = None if ref.adapter is None else localize(ref.adapter)
-    return replace(ref, path=localize(ref.path), adapter=adapter)
+    return replace(ref, path=place_on_this_node(ref.path), adapter=adapter)
+
+
+def place_on_this_node(path: str) -> str:
+    """Return what this node can read of a model's place: a directory, or a Hub id as it is.
+
+    Raises:
+        ModelError: The package ships no such model.
+        StorageError: The object store has no such directory, or it cannot be read.
+    """
+    if not path.startswith(SAMPLES_SCHEME):
+        return localize(path)
+    name, shipped = path.removeprefix(SAMPLES_SCHEME), sorted(one.name for one in SAMPLES.iterdir() if one.is_dir())
+    if name not in shipped:
+        raise ModelError(f"{path}: no such model comes with the package; there is {SAMPLES_SCHEME}{shipped[0]}")
+    return str(SAMPLES / name)
 
 
 def file_sha256(path: Path) -> str:

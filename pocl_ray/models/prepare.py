@@ -24,9 +24,16 @@ from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model, model_from_config
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters, release_eos_row
 from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft, target_layers
-from pocl_ray.models.places import ModelRef, check_place, find_file, model_fingerprint, on_this_node
+from pocl_ray.models.places import (
+    ModelRef,
+    check_place,
+    find_file,
+    model_fingerprint,
+    on_this_node,
+    place_on_this_node,
+)
 from pocl_ray.models.saving import save_model
-from pocl_ray.run_directory.storage import RunDirectory, localize
+from pocl_ray.run_directory.storage import RunDirectory
 
 # A student cut from its teacher: some of its layers, evenly spaced, everything else as it is.
 
@@ -205,7 +212,7 @@ def check_student_tokenizer(
     """
     if config.path is None:
         return
-    own = load_tokenizer(localize(config.path), config.revision, config.trust_remote_code)
+    own = load_tokenizer(place_on_this_node(config.path), config.revision, config.trust_remote_code)
     if not is_bridged:
         check_same_tokenizer(tokenizer, own)
     elif tokenizer.get_vocab() != own.get_vocab():

@@ -44,6 +44,43 @@ def sample_rows(name: str, split: str) -> list[dict]:
     return [_as_record(topic, row) for topic, row in _split_rows(split)]
 
 
+def fresh_rows(name: str, seed: str, rows_per_family: int) -> list[dict]:
+    """Return rows that other draws give, none of which asks a question of dev or test, families mixed.
+
+    They are for models that should know more than the quickstart's training rows, such as the shipped teacher, and
+    for judging on rows that nothing was tuned on. Questions of train may be among them.
+
+    Args:
+        name: The data set; there is one, `instructions`.
+        seed: Seed of the draws; another one gives other rows.
+        rows_per_family: Rows of each family at most; a family that has few distinct questions gives fewer.
+
+    Returns:
+        Rows like those of `sample_rows`, each question once.
+
+    Raises:
+        DataError: There is no such data set.
+    """
+    sample_rows(name, "train")  # refuses an unknown name
+    rows = [(one.name, row) for one in FAMILIES.values() for row in _draw_fresh(one, seed, rows_per_family)]
+    random.Random(f"{_NAME} {seed}").shuffle(rows)
+    return [_as_record(topic, row) for topic, row in rows]
+
+
+def _draw_fresh(family: Family, seed: str, wanted: int) -> list[Row]:
+    dealt = _deal(family)
+    held_out = {row.question for split in ("dev", "test") for row in dealt[split]}
+    rng = random.Random(f"{_NAME} {seed} {family.name}")
+    distinct: dict[tuple, Row] = {}
+    for _ in range(_DRAWS_PER_ROW * wanted):
+        row = family.invent(rng)
+        if row.question not in held_out:
+            distinct.setdefault(row.question, row)
+        if len(distinct) == wanted:
+            break
+    return list(distinct.values())
+
+
 @cache
 def _split_rows(split: str) -> list[tuple[str, Row]]:
     rows = [(family.name, row) for family in FAMILIES.values() for row in _deal(family)[split]]

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import pytest
 
-from pocl_ray.data.samples import SPLITS, sample_rows
+from pocl_ray.data.samples import SPLITS, fresh_rows, sample_rows
 from pocl_ray.data.samples.registry import FAMILIES
 from pocl_ray.errors import DataError
 
@@ -24,6 +24,14 @@ ALL_ROWS = [row for rows in ROWS.values() for row in rows]
 
 def references(row: dict) -> list[str]:
     return [row["output"]] if isinstance(row["output"], str) else row["output"]
+
+
+def question(row: dict) -> tuple:
+    return row["topic"], row["input"], tuple(references(row))
+
+
+def prompt(row: dict) -> tuple[str, str]:
+    return row["instruction"], row["input"]
 
 
 def of_family(topic: str) -> list[dict]:
@@ -66,13 +74,21 @@ def test_families_are_mixed_so_that_file_order_breaks_ties_between_them_fairly()
 
 @pytest.mark.parametrize("held_out", ["dev", "test"])
 def test_no_held_out_row_is_in_another_split_even_in_other_words(held_out: str):
-    def question(row: dict) -> tuple:
-        return row["topic"], row["input"], tuple(references(row))
-
     elsewhere = [row for split, rows in ROWS.items() if split != held_out for row in rows]
     assert not {question(row) for row in ROWS[held_out]} & {question(row) for row in elsewhere}
-    prompts = {(row["instruction"], row["input"]) for row in elsewhere}
-    assert not {(row["instruction"], row["input"]) for row in ROWS[held_out]} & prompts
+    assert not {prompt(row) for row in ROWS[held_out]} & {prompt(row) for row in elsewhere}
+
+
+def test_fresh_rows_ask_no_question_of_dev_or_test_even_in_other_words():
+    fresh = fresh_rows("instructions", "some seed", 150)
+    held_out = ROWS["dev"] + ROWS["test"]
+    assert not {question(row) for row in fresh} & {question(row) for row in held_out}
+    assert not {prompt(row) for row in fresh} & {prompt(row) for row in held_out}
+    assert len({question(row) for row in fresh}) == len(fresh) > 3000
+    assert {row["topic"] for row in fresh} == set(FAMILIES)
+    assert fresh == fresh_rows("instructions", "some seed", 150)
+    other = fresh_rows("instructions", "another seed", 150)
+    assert len({prompt(row) for row in other} - {prompt(row) for row in fresh}) > len(other) / 2
 
 
 def test_no_question_comes_twice_and_none_has_two_answers():
@@ -251,3 +267,5 @@ def test_unknown_names_and_splits_are_refused_with_those_there_are():
         sample_rows("poems", "train")
     with pytest.raises(DataError, match="test, dev, train"):
         sample_rows("instructions", "validation")
+    with pytest.raises(DataError, match="instructions"):
+        fresh_rows("poems", "seed", 1)
