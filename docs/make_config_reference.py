@@ -56,7 +56,7 @@ SENTENCES: dict[str, str] = {
     "ScheduleConfig.start": "value of the first stage",
     "ScheduleConfig.end": "value of the last stage",
     "TrainConfig.learning_rate": "peak of the schedule",
-    "TrainConfig.lr_schedule": "how the learning rate falls after the warm-up; `wsd`: not at all before the last `decay_ratio` of the run",
+    "TrainConfig.lr_schedule": "how the learning rate falls after the warm-up; `wsd`: only over the last `decay_ratio`",
     "TrainConfig.weight_decay": "AdamW's, on every parameter",
     "TrainConfig.betas": "AdamW's",
     "TrainConfig.eps": "AdamW's",
