@@ -1,7 +1,7 @@
 """Writes docs/config.md from the config's own classes: python docs/make_config_reference.py.
 
-The text of a key is its field's `description`; SENTENCES holds those that say nothing there. Printing instead of
-writing: `--print`.
+The text of a key is the `description` of its field. SENTENCES holds the texts of fields without one. `--print` prints
+the page and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ PREAMBLE = """\
 
 Written by `docs/make_config_reference.py` from the classes in `pocl_ray/config`; change those, not this page.
 
-A config is one YAML file. `key.sub=value` behind it on the command line overrides a key, with the value in YAML syntax:
+A config is one YAML file. `key.sub=value` after it on the command line overrides a key. The value is in YAML syntax:
 
     pocl-ray run configs/quickstart.yaml train.learning_rate=1e-3 'evaluation.seeds=[10, 20]' distill.loss=reverse_kl
 
-- A YAML file among them lays its keys over the config: `pocl-ray run my.yaml configs/methods/seqkd.yaml`
+- A further YAML file replaces keys of the config: `pocl-ray run my.yaml configs/methods/seqkd.yaml`
   (docs/methods.md). Files and keys apply in the order given.
 - A key that is not on this page is an error, and the message names the nearest one that is.
-- Keys of a section that are left out have the defaults of its own table: `evaluation.generation: {max_new_tokens: 64}`
-  leaves the others of `generation` as they are. Free mappings and schedules are replaced as a whole.
+- A key of a section that is left out has the default of that section's table:
+  `evaluation.generation: {max_new_tokens: 64}` leaves the other keys of `generation` as they are. Free mappings and
+  schedules are replaced as a whole.
 - Relative paths are relative to the directory that the command is run in.
 - A run belongs to its config: the same `name` with another config is refused with a list of what differs, unless
-  `--resume-with-changes` says to run the steps again that this concerns. Keys marked with * change how fast or on what
-  machines a run goes and not what it computes; they may differ freely.
+  `--resume-with-changes` is given, which runs the affected steps again. Keys marked with * change the speed of a run
+  or the machines that it uses, and not what it computes. They may differ.
 """
 
 # Keys whose fields have no description.
 SENTENCES: dict[str, str] = {
-    "Config.seed": "of everything that is drawn: order of rows, new weights, dropout, a held-out dev set",
+    "Config.seed": "seed of all random draws: order of rows, new weights, dropout, a held-out dev set",
     "ModelConfig.attention": "the attention implementation; auto leaves the choice to transformers",
     "SftConfig.num_epochs": "passes over the training rows",
-    "GenerationConfig.top_p": "samples from the likeliest tokens with this much probability together; 1 keeps all",
+    "GenerationConfig.top_p": "sample from the likeliest tokens that together have this probability; 1 keeps all",
     "CurriculumConfig.num_buckets": "equal slices of the ranking; `baby_step` makes as many stages",
     "ScheduleConfig.shape": "how the value goes from `start` to `end` over the stages",
     "ScheduleConfig.start": "value of the first stage",
@@ -60,9 +61,10 @@ SENTENCES: dict[str, str] = {
     "TrainConfig.weight_decay": "AdamW's, on every parameter",
     "TrainConfig.betas": "AdamW's",
     "TrainConfig.eps": "AdamW's",
-    "TrainConfig.precision": "of the forward and backward pass; master weights and moments are float32",
-    "TrainConfig.zero_stage": "DeepSpeed ZeRO: what is partitioned over the workers; 0 with fp32 alone",
-    "TrainConfig.offload_optimizer": "where the optimizer's state lives, if not on the device",
+    "TrainConfig.precision": "precision of the forward and backward pass; master weights and moments are float32",
+    "TrainConfig.zero_stage": "DeepSpeed ZeRO stage: the state that is partitioned over the workers; 0 needs "
+    "precision fp32",
+    "TrainConfig.offload_optimizer": "place of the optimizer's state, if it is not on the device",
     "TrainConfig.log_every_steps": "steps between two records of metrics.jsonl",
     "ControlConfig.kd_temperature": "constant over the run",
     "ControlConfig.kd_ratio": "constant over the run",
@@ -88,7 +90,7 @@ def render() -> str:
     """Return docs/config.md.
 
     Raises:
-        ValueError: A key has no sentence, or one both here and on its field.
+        ValueError: A key has no sentence, or one here and another on its field.
     """
     places: dict[type[Section], list[str]] = {}
     for key, section in _sections(Config, ""):

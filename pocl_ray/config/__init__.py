@@ -1,8 +1,8 @@
 """The config: one frozen pydantic model, read from YAML with dotted overrides.
 
-Defaults stand on the fields and nowhere else. `sources.py` describes rows, models and difficulty,
-`training.py` the curriculum and the training, `rollout.py` responses of the student's own, `scaling.py` workers
-and actors, `tuning.py` the search, `root.py` the whole, `loading.py` reads it from a file.
+Every default is written on its field and nowhere else. `sources.py` describes rows, models and difficulty,
+`training.py` the curriculum, the training and the rollouts, `scaling.py` workers and actors, `tuning.py` the search,
+and `root.py` the whole config. `loading.py` reads it from a file.
 """
 
 from pocl_ray.config.loading import load_config

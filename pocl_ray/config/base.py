@@ -1,4 +1,4 @@
-"""What every section of the config shares: frozen, and no key that is not declared."""
+"""The base class of all config sections: they are frozen, and only declared keys are allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Section(BaseModel):
-    """A part of the config. Frozen; an undeclared key is an error that names the nearest declared one."""
+    """A part of the config. It is frozen. An undeclared key is an error that names the nearest declared one."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
@@ -23,7 +23,7 @@ def _numeric(value: Any) -> int | float:
 
 
 Number = Annotated[int | float, BeforeValidator(_numeric)]
-"""A number that stays what it was written as: parameters may be counts, and 64 is one where 64.0 is none."""
+"""A number that keeps the type it was written in: a parameter may be a count, which 64 is and 64.0 is not."""
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -33,4 +33,4 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_distinct)]
-"""Seeds of which no two are alike."""
+"""Seeds that all differ."""

@@ -1,4 +1,4 @@
-"""Reading a config: safe YAML, files laid over it, dotted overrides, and errors that a person can act on."""
+"""Reading a config: safe YAML, further files merged over it, dotted overrides, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LAYER_ENDINGS = (".yaml", ".yml")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply what is laid over it, in order.
+    """Return the config of a file, with overrides and further files applied in the order given.
 
     Args:
         path: A YAML file.
-        overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`, and YAML files of some
-            keys, such as `configs/methods/reverse_kl.yaml`.
+        overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`, and YAML files that hold
+            some of the keys, such as `configs/methods/reverse_kl.yaml`.
 
     Returns:
         The validated config.
 
     Raises:
-        ConfigError: The file is missing or no YAML, a key is unknown (the nearest right one is named),
-            or a value is out of range.
+        ConfigError: The file is missing or is not YAML, a key is unknown (the message names the nearest known one), or
+            a value is out of range.
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
@@ -46,17 +46,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def is_layer(override: str) -> bool:
-    """Whether an override is a file to lay over the config, and not `key=value`."""
+    """Return whether an override is a file to merge over the config, and not `key=value`."""
     return "=" not in override and override.endswith(LAYER_ENDINGS)
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved config as YAML, enough to run it again."""
+    """Return the resolved config as YAML, from which the run can be repeated."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+    """Safe YAML in which `1e-4` is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that `_Loader` would take for numbers."""
+    """Writes YAML and quotes the words that `_Loader` would read as numbers."""
 
 
 def _add_float_resolver() -> None:
@@ -89,7 +89,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{_beside(path)}") from None
+        raise ConfigError(f"{path}: no such config file{_similar_file_hint(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({error})") from None
     try:
@@ -101,8 +101,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _beside(path: Path) -> str:
-    """The file in the same directory whose name is nearest to one that is not there."""
+def _similar_file_hint(path: Path) -> str:
+    """A hint for a missing file: the file in the same directory with the most similar name."""
     names = [one.name for one in sorted(path.parent.glob("*")) if one.suffix in LAYER_ENDINGS]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -129,9 +129,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """The keys of both, those of `above` first; a section is merged, all other values are replaced as a whole.
+    """Both mappings merged; `above` wins. Sections are merged key by key, all other values are replaced as a whole.
 
-    Free mappings such as `loss_args` hold what belongs to one choice, and the two forms of a schedule do not mix.
+    A free mapping such as `loss_args` belongs to one choice, and the two forms of a schedule cannot be mixed.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -144,7 +144,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any], section: type[BaseMode
 
 
 def _own_section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds itself, not as a value of a free mapping."""
+    """The section that a key holds directly, not as a value of a free mapping."""
     for kind in (annotation, *(() if get_origin(annotation) is dict else get_args(annotation))):
         if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
             return None if issubclass(kind, ScheduleConfig) else kind
@@ -152,7 +152,7 @@ def _own_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def describe(error: ValidationError) -> str:
-    """Return what is wrong in one line: keys, values, and the nearest right key."""
+    """Return a validation error in one line: keys, values, and the nearest declared key."""
     return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
 
 

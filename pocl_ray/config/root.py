@@ -21,18 +21,18 @@ from pocl_ray.config.sources import (
 from pocl_ray.config.training import CurriculumConfig, DistillConfig, RolloutConfig, SftConfig, TrainConfig
 from pocl_ray.config.tuning import TuneConfig
 
-# What a config may ask for when teacher and student have different tokenizers (`teacher.cross_tokenizer: uld`).
+# Checks for a teacher and a student with different tokenizers (`teacher.cross_tokenizer: uld`).
 #
-# Then tokens of the two are paired by their places and probabilities by their order alone. What compares token by
-# token, or hands one model's tokens to the other, cannot be had, and is refused while the config is read. Each
-# function returns what is wrong, with the remedy, or None.
+# Tokens of the two models are then paired by position, and probabilities by rank alone. Settings that compare token by
+# token, or that give one model the tokens of the other, are refused while the config is read. Each function returns
+# the problem with its remedy, or None.
 
 ULD = "uld"
 KEY = "teacher.cross_tokenizer"
 
 
 def with_bridging_loss(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the config's tree with `distill.loss: uld` where two tokenizers are bridged and no loss is named."""
+    """Return the config's tree, with `distill.loss: uld` added if two tokenizers are bridged and no loss is named."""
     teacher, distill = data.get("teacher"), data.get("distill", {})
     if isinstance(teacher, (list, tuple)) and teacher:
         teacher = teacher[0]
@@ -44,9 +44,9 @@ def with_bridging_loss(data: dict[str, Any]) -> dict[str, Any]:
 def uld_problem(
     distill: DistillConfig, rollout: RolloutConfig, curriculum: CurriculumConfig, control_kd_ratio: float | None
 ) -> str | None:
-    """Say where the loss `uld` would stand alone.
+    """Return the key that would leave loss `uld` without cross-entropy, with the remedy; None if there is none.
 
-    It is the same for every renaming of the tokens: which of them is right only the cross-entropy says.
+    The loss does not change when tokens are renamed. Only cross-entropy says which token is right.
     """
     on_rollouts = rollout.is_on and (rollout.loss or distill.loss) == ULD
     ratios = {
@@ -64,7 +64,7 @@ def uld_problem(
 def model_problem(
     teacher: TeacherConfig, others: Sequence[TeacherConfig], student: StudentConfig, tokenizer: TokenizerConfig
 ) -> str | None:
-    """Say which models cannot be bridged: those that have one tokenizer by their making, or none."""
+    """Return why these models cannot be bridged (they share a tokenizer, or have none), or None if they can."""
     if any(other.cross_tokenizer is not None for other in others) or (teacher.cross_tokenizer and others):
         return f"{KEY} {ULD} bridges a teacher that is alone; remove it, or the other teachers"
     if teacher.cross_tokenizer is None:
@@ -85,7 +85,7 @@ def model_problem(
 
 
 def method_problem(distill: DistillConfig, rollout: RolloutConfig, task: str, signals: Iterable[str]) -> str | None:
-    """Say what cannot be had over two tokenizers."""
+    """Return the method setting that does not work with two tokenizers, or None if all work."""
     if distill.loss != ULD:
         return (
             f"{KEY} {ULD} takes the place of the divergence, and distill.loss {distill.loss} compares token by token; "
@@ -106,26 +106,26 @@ def method_problem(distill: DistillConfig, rollout: RolloutConfig, task: str, si
 
 
 class ControlConfig(Section):
-    """Plain distillation at the same number of optimizer steps, as a control beside the curriculum."""
+    """Plain distillation with the same number of optimizer steps: the control that the curriculum is compared with."""
 
     kd_temperature: float = Field(default=1.0, gt=0)
     kd_ratio: float = Field(default=1.0, ge=0, le=1)
 
 
 class FinalGenerationConfig(GenerationConfig):
-    """How answers are generated in the final evaluation: sampled, as the authors do."""
+    """Generation of answers in the final evaluation: sampled, as in the authors' code."""
 
     no_repeat_ngram_size: int = Field(default=6, ge=0, description="0: repetition is allowed")
 
 
 class DevGenerationConfig(GenerationConfig):
-    """How dev answers are generated during training: greedy."""
+    """Generation of dev answers during training: greedy."""
 
     sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
 
 
 class EvaluationConfig(Section):
-    """How the distilled student is compared with where it came from (POCL, section 4.1)."""
+    """Comparison of the distilled student with the untuned student and the teacher (POCL, section 4.1)."""
 
     seeds: Seeds = Field(default=(10, 20, 30, 40, 50), min_length=1, description="one sampled answer each")
     greedy: bool = Field(default=True, description="greedy answers as well")
@@ -137,13 +137,15 @@ class EvaluationConfig(Section):
 
 
 class ReportConfig(Section):
-    """What the report shows beyond figures."""
+    """Contents of the report other than figures."""
 
-    num_examples: int = Field(default=5, ge=0, description="rows shown of the easiest and of the hardest")
+    num_examples: int = Field(
+        default=5, ge=0, description="number of easiest rows, and of hardest rows, that are shown"
+    )
 
 
 class Config(Section):
-    """Everything that a run depends on."""
+    """All settings of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's directory under storage_path")
     storage_path: str = Field(default="runs", description="a local directory or s3://, gs://, hdfs://")
@@ -234,7 +236,7 @@ class Config(Section):
             raise ValueError("rollout.backend vllm takes no adapters; set it to transformers, or remove student.lora")
 
     def _check_text(self) -> None:
-        """Refuse what asks for answers to prompts where there are none."""
+        """Refuse settings that need answers to prompts when rows are plain text."""
         no_prompts = "data.task text has no prompts to answer"
         if self.data.responses == "teacher":
             raise ValueError(f"data.responses: {no_prompts}, which the teacher could write to; set it to reference")

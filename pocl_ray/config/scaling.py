@@ -1,4 +1,4 @@
-"""Workers, actors, and what they ask of the cluster."""
+"""Config of workers and actors, and of the resources that they request."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _LABEL_SELECTOR = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 
 
 class ScalingConfig(Section):
-    """Workers and actors, and what each of them asks the cluster for."""
+    """Numbers of workers and actors, and the resources that each of them requests."""
 
     num_workers: int | tuple[int, int] = Field(
         default=1,
-        description="training workers; [least, most]: the run goes on with fewer when nodes are lost, and grows back",
+        description="training workers; [min, max]: elastic, the run goes on with fewer workers when nodes are lost, "
+        "and grows back",
     )
     resize_interval_s: float = Field(
         default=60.0, gt=0, description="an elastic run grows at most this often, and only after a checkpoint"
@@ -30,31 +31,36 @@ class ScalingConfig(Section):
     evaluation_actors: int = Field(default=2, ge=1, description="actors that generate answers in evaluation, at most")
     cpus_per_actor: float = Field(default=1.0, gt=0)
     gpus_per_actor: float | None = Field(
-        default=None, gt=0, description="where GPUs are used; null: one each, or a share where there are too few"
+        default=None,
+        gt=0,
+        description="GPUs of each actor, if GPUs are used; null: one each, or a share of one if there are too few",
     )
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom resources of a worker")
     resources_per_actor: dict[str, float] = Field(default_factory=dict, description="custom resources of an actor")
     accelerator_type: str | None = Field(default=None, description="such as A100 or H100")
     labels: dict[str, str] = Field(
         default_factory=dict,
-        description="of the nodes that workers and actors run on, as Ray's label selectors: a, !a, in(a,b) or !in(a,b)",
+        description="labels of the nodes that workers and actors run on, as Ray's label selectors: a, !a, in(a,b) or "
+        "!in(a,b)",
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_failures: int = Field(
         default=3,
         ge=0,
-        description="losses of workers that a training run survives, and of an actor that a piece of other work does",
+        description="how many failures of workers a training run survives, and how many failures of actors other work "
+        "does",
     )
     collective_timeout_s: float = Field(
         default=300.0,
         gt=0,
-        description="a collective that lasts longer fails, and the workers start again from the last checkpoint",
+        description="limit of a collective operation; one that lasts longer fails, and the workers restart from the "
+        "last checkpoint",
     )
     stall_timeout_s: float = Field(
         default=1800.0,
         gt=0,
-        description="workers or actors that do nothing for so long are killed and their work is done again; longer "
-        "than a model takes to load, or a batch to compute",
+        description="workers or actors without progress for this long are killed, and their work is done again; set "
+        "it above the time that a model takes to load and a batch to compute",
     )
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
 
@@ -84,10 +90,10 @@ class ScalingConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """The fewest training workers that a run goes on with."""
+        """The smallest number of training workers that a run goes on with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The most training workers."""
+        """The largest number of training workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -1,4 +1,4 @@
-"""Config of what goes in: rows, tokenizer, models, and how difficulty is measured."""
+"""Config of the inputs: rows, tokenizer, models and difficulty signals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
 
-# Config of low-rank adapters.
+# Low-rank adapters.
 
 ModuleName = Annotated[str, StringConstraints(min_length=1)]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): they are trained, the student's own weights stay as they are."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685): only the adapters are trained."""
 
-    rank: int = Field(default=16, ge=1, description="of each adapter's two matrices")
+    rank: int = Field(default=16, ge=1, description="rank of each adapter's two matrices")
     alpha: float = Field(default=32.0, gt=0, description="an adapter's output is multiplied by alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of an adapter's input, during training")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of an adapter's input, during training")
     target_modules: tuple[ModuleName, ...] | None = Field(
         default=None,
         min_length=1,
@@ -29,7 +29,8 @@ class LoraConfig(Section):
     )
     merge: bool = Field(
         default=True,
-        description="write a plain model, adapters merged, beside the adapters; false: the adapters alone",
+        description="write the adapters, and next to them a plain model with the adapters merged; false: the adapters "
+        "alone",
     )
 
 
@@ -43,56 +44,59 @@ Task = Literal["instruction", "summarization", "text"]
 
 
 class SourceConfig(Section):
-    """Where rows come from, and which of their columns mean what."""
+    """A source of rows, and the meaning of its columns."""
 
     path: str = Field(
         description="file, glob, saved `datasets` directory, Hub id, s3:// URL, or samples://instructions"
     )
     format: Literal["auto", "jsonl", "parquet", "csv", "dataset", "hub", "samples"] = Field(
-        default="auto", description="auto: from the path's ending"
+        default="auto", description="auto: known by the path's ending"
     )
     split: str | None = Field(default=None, description="split of a Hub data set, a DatasetDict or the samples")
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
     revision: str | None = Field(default=None, description="commit of a Hub data set")
     columns: dict[ColumnRole, str] = Field(
         default_factory=dict,
-        description="role -> column of the file; roles not given are looked up under their own names",
+        description="role -> column of the file; a role that is not given is looked up under its own name",
     )
     max_rows: int | None = Field(default=None, ge=1, description="use only the first rows")
 
 
 class DataConfig(Section):
-    """Rows of training, development and test, and how they become prompts and tokens."""
+    """Rows for training, development and test, and how they become prompts and tokens."""
 
     train: SourceConfig
-    dev: SourceConfig | None = Field(default=None, description="without it, `holdout_rows` are taken from train")
+    dev: SourceConfig | None = Field(
+        default=None, description="dev set; without it, `holdout_rows` are taken from train"
+    )
     holdout_rows: int = Field(default=0, ge=0, description="rows drawn from train (by seed) as dev set")
     tests: dict[str, SourceConfig] = Field(default_factory=dict, description="name -> evaluation set; dev if none")
     responses: Literal["reference", "teacher"] = Field(
         default="reference",
-        description="what the student is scored and trained on: the rows' own responses, or those that the teacher "
-        "writes to their prompts (SeqKD); dev and tests keep theirs",
+        description="responses that the student is scored and trained on: the rows' own (reference), or those that "
+        "the teacher writes to their prompts (SeqKD); dev and tests keep their own",
     )
     task: Task = Field(
         default="instruction",
-        description="what rows are: instruction (and chats), summarization (a document and its summary), or text, "
-        "without a prompt, of which every token but the first is learnt",
+        description="kind of rows: instruction (and chats), summarization (a document and its summary), or text, "
+        "which has no prompt and of which every token but the first is learnt",
     )
     prompt_template: str = Field(
         default="alpaca",
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
-        "or a text of your own with {instruction} and {input}, or {document} for summaries; text has none",
+        "or a text of your own with {instruction} and {input}, or {document} for summaries; plain text has no prompt",
     )
     max_prompt_tokens: int = Field(
         default=256,
         ge=1,
-        description="longer prompts lose their beginning, chats their oldest turns, documents to be summarised their "
-        "end",
+        description="limit of the prompt; a longer prompt loses its beginning, a chat its oldest turns, a document to "
+        "be summarised its end",
     )
     max_tokens: int = Field(
         default=512,
         ge=2,
-        description="prompt and response together; longer responses are cut, plain text goes on in the next row",
+        description="limit of prompt and response together; a longer response is cut, plain text goes on in the next "
+        "row",
     )
     max_reject_share: float = Field(default=0.05, ge=0, le=1, description="share of unusable rows that stops the run")
 
@@ -120,7 +124,7 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The tokenizer, where it is not the teacher's own."""
+    """The tokenizer, if it is not the teacher's."""
 
     path: str | None = Field(default=None, description="directory or Hub id; default: the teacher's")
     train_vocab_size: int | None = Field(
@@ -143,7 +147,7 @@ class ModelConfig(Section):
         default=None, description="model_type and sizes of a model to initialise at random"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of inference; auto: the one that the weights were saved in"
+        default="auto", description="dtype of inference; auto: the dtype that the weights were saved in"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
@@ -151,7 +155,7 @@ class ModelConfig(Section):
 
 
 class GenerationConfig(Section):
-    """How a response is generated."""
+    """Generation of a response."""
 
     sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -161,41 +165,45 @@ class GenerationConfig(Section):
 
 
 class TeacherGenerationConfig(GenerationConfig):
-    """How the teacher writes responses: greedily, the nearest to SeqKD's beam search."""
+    """Generation of the teacher's responses: greedy, which is nearest to SeqKD's beam search."""
 
     sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
 
 
 class TeacherConfig(ModelConfig):
-    """The frozen large model."""
+    """The teacher: a large, frozen model."""
 
     weight: float = Field(
         default=1.0,
         gt=0,
-        description="of its divergence beside `other_teachers`; those of a stage are made to sum to 1",
+        description="weight of this teacher's divergence if there are `other_teachers`; the weights of a stage are "
+        "normalised to sum 1",
     )
     stages: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, min_length=1, description="stages, from 0, that it teaches in beside `other_teachers`; null: all"
+        default=None,
+        min_length=1,
+        description="stages, from 0, that use this teacher if there are `other_teachers`; null: all",
     )
     adapter: str | None = Field(
         default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
     )
     adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
     generation: TeacherGenerationConfig = Field(
-        default=TeacherGenerationConfig(), description="of the responses that it writes; data.responses: teacher"
+        default=TeacherGenerationConfig(),
+        description="generation of the teacher's responses, for data.responses: teacher",
     )
     cross_tokenizer: Literal["uld"] | None = Field(
         default=None,
-        description="uld: the teacher keeps a tokenizer of its own, the run's is the student's, and the loss compares "
-        "sorted probabilities (distill.loss uld); null: both have one tokenizer",
+        description="uld: the teacher keeps its own tokenizer, the run uses the student's, and the loss compares "
+        "sorted probabilities (distill.loss uld); null: both use one tokenizer",
     )
     quantization: Literal["none", "int8"] = Field(
         default="none", description="int8: linear layers in 8 bit, by bitsandbytes (extra `int8`)"
     )
     sharded: bool = Field(
         default=False,
-        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation, where they "
-        "need it, load it whole",
+        description="split the live teacher over the training workers (ZeRO-3); scoring and evaluation load it whole "
+        "if they need it",
     )
 
     @model_validator(mode="after")
@@ -217,12 +225,12 @@ class TeacherConfig(ModelConfig):
         return self
 
     def stages_of(self, num_stages: int) -> tuple[int, ...] | None:
-        """Return the stages that it is restricted to; None for all, as in a plan of one stage (such as the control)."""
+        """Return the stages that use this teacher; None for all, as in a plan of one stage (the control)."""
         return None if num_stages == 1 else self.stages
 
 
 class OtherTeacherConfig(TeacherConfig):
-    """A further frozen model, ready-made and with the same tokenizer, which teaches and does nothing else."""
+    """A further teacher: frozen, ready-made, with the same tokenizer, and used for the loss alone."""
 
     @model_validator(mode="after")
     def _ready_made(self) -> OtherTeacherConfig:
@@ -234,12 +242,12 @@ class OtherTeacherConfig(TeacherConfig):
 
 
 class StudentConfig(ModelConfig):
-    """The small model that is trained: a checkpoint, an architecture, or some layers of the teacher."""
+    """The student, which is trained: a checkpoint, an architecture, or some layers of the teacher."""
 
     num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
     lora: LoraConfig | None = Field(
-        default=None, description="train low-rank adapters in place of the weights; {}: with the values below"
+        default=None, description="train low-rank adapters in place of the weights; {}: with the default values below"
     )
 
     @model_validator(mode="after")
@@ -254,14 +262,14 @@ class StudentConfig(ModelConfig):
 
 
 class ScoringGenerationConfig(GenerationConfig):
-    """How the student answers while difficulty is scored: nearly greedy, as the authors do."""
+    """Generation of the student's answers while difficulty is scored: nearly greedy, as in the authors' code."""
 
     sampling_temperature: float = Field(default=0.01, ge=0, description="0: greedy")
     no_repeat_ngram_size: int = Field(default=6, ge=0, description="0: repetition is allowed")
 
 
 class DifficultyConfig(Section):
-    """Which signals say how hard a row is, and how they are fused (POCL, section 3.2)."""
+    """Signals that measure how hard a row is, and how they are fused (POCL, section 3.2)."""
 
     signals: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={"rouge_l": 1.0, "ce_loss": 1.0},
@@ -269,7 +277,8 @@ class DifficultyConfig(Section):
         description="signal -> weight, in fusion order, or a list of them; `column:NAME` is a column of the rows",
     )
     columns: dict[str, Literal["high", "low"]] = Field(
-        default_factory=dict, description="NAME of each `column:NAME` -> which of its values mean an easy row"
+        default_factory=dict,
+        description="NAME of each `column:NAME` -> whether its high or its low values mean an easy row",
     )
     rrf_k: float = Field(default=60.0, ge=0, description="constant of reciprocal rank fusion")
     tie_break: Literal["file_order", "seeded"] = Field(
@@ -277,12 +286,14 @@ class DifficultyConfig(Section):
     )
     rescore: Literal["never", "each_stage"] = Field(
         default="never",
-        description="each_stage: before each stage that takes a part of the rows, the student as it then is scores "
-        "them again, and they are ranked anew; the teacher's signals are kept",
+        description="each_stage: before each stage that takes a part of the rows, the current student scores the rows "
+        "again, and they are ranked again; the teacher's signals are kept",
     )
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")
-    shard_rows: int = Field(default=512, ge=1, description="rows of a task, and of a shard of the teacher cache")
+    shard_rows: int = Field(
+        default=512, ge=1, description="rows of a scoring task, and of a shard of the teacher cache"
+    )
 
     @field_validator("signals", mode="before")
     @classmethod

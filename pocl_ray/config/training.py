@@ -1,4 +1,4 @@
-"""Config of the curriculum and of training: stages, loss, optimizer, scale."""
+"""Config of the curriculum and of training: stages, loss, optimizer, rollouts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class ScheduleConfig(Section):
     start: float | None = None
     end: float | None = None
     values: tuple[float, ...] | None = Field(
-        default=None, min_length=1, description="one a stage; by step: points, evenly spaced over the run"
+        default=None, min_length=1, description="one value for each stage; by step: points, evenly spaced over the run"
     )
     decimals: int | None = Field(
-        default=2, ge=0, le=9, description="of a stage's value: the paper rounds to two places; null: not at all"
+        default=2,
+        ge=0,
+        le=9,
+        description="decimal places of a stage's value: the paper rounds to two; null: no rounding",
     )
 
     @model_validator(mode="before")
@@ -67,17 +70,19 @@ class ScheduleConfig(Section):
 
 
 class PlateauConfig(Section):
-    """When a stage that ends on convergence has converged."""
+    """Convergence of a stage that may end early."""
 
     metric: Literal["rouge_l", "kd_loss", "ce_loss"] = Field(
         default="rouge_l", description="dev figure that is watched"
     )
     patience: int = Field(default=2, ge=1, description="evaluations without a better figure that end the stage")
-    min_epochs: int = Field(default=1, ge=1, description="of a stage; the most are curriculum.interval_epochs")
+    min_epochs: int = Field(
+        default=1, ge=1, description="minimum epochs of a stage; the maximum is curriculum.interval_epochs"
+    )
 
 
 class CurriculumConfig(Section):
-    """Buckets, pacing, and what changes from stage to stage (POCL, section 3.3)."""
+    """Buckets, pacing, and the values that change from stage to stage (POCL, section 3.3)."""
 
     pacing: str = Field(
         default="baby_step",
@@ -87,7 +92,7 @@ class CurriculumConfig(Section):
         default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
     num_buckets: int = Field(default=4, ge=1)
-    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage; with advance plateau, the most")
+    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage; with advance plateau, the maximum")
     advance: Literal["interval", "plateau"] = Field(
         default="interval", description="a stage ends after interval_epochs, or when the dev figure stops improving"
     )
@@ -105,7 +110,7 @@ class CurriculumConfig(Section):
         description="restart: fresh moments and LR schedule in each stage (the paper); continuous: one over all stages",
     )
     hand_off: Literal["best", "last"] = Field(
-        default="best", description="what the next stage starts from: the best checkpoint by dev ROUGE-L, or the last"
+        default="best", description="checkpoint that the next stage starts from: the best by dev ROUGE-L, or the last"
     )
 
     @model_validator(mode="after")
@@ -136,7 +141,7 @@ class CurriculumConfig(Section):
 
 
 class DistillConfig(Section):
-    """The distillation loss, and where the teacher's part of it comes from."""
+    """The distillation loss, and the source of the teacher's part of it."""
 
     loss: str = Field(default="forward_kl", description="a divergence of pocl_ray.distill.losses, or a plug-in's")
     loss_args: dict[str, Number] = Field(
@@ -147,11 +152,14 @@ class DistillConfig(Section):
     )
     token_weight: Literal["none", "teacher_entropy", "teacher_certainty"] = Field(
         default="none",
-        description="which response tokens count more in kd_loss: those of which the teacher is unsure (entropy) "
-        "or sure (certainty); the mean weight of a step is 1",
+        description="response tokens that count more in kd_loss: those where the teacher is unsure (entropy) or sure "
+        "(certainty); the mean weight of a step is 1",
     )
     token_weight_strength: float = Field(
-        default=1.0, gt=0, le=1, description="share of a token's weight that follows the teacher; the rest is even"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of a token's weight that follows token_weight; the rest is equal for all tokens",
     )
     teacher_cache: Literal["none", "hidden", "topk"] = Field(
         default="hidden",
@@ -161,12 +169,13 @@ class DistillConfig(Section):
     top_k: int = Field(default=64, ge=1, description="tokens that a topk cache keeps of each response token")
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="of what is stored; auto: the teacher's own, and float16 for a topk cache of a half-precision one",
+        description="dtype of the teacher cache; auto: the teacher's own, or float16 for a topk cache of a "
+        "half-precision teacher",
     )
     chunk_mib: int = Field(default=64, ge=1, description="float32 logits held at a time, in MiB")
     kernel: Literal["auto", "torch", "liger"] = Field(
         default="auto",
-        description="of the divergence; auto: Liger's on CUDA where it is installed and covers the loss",
+        description="kernel of the divergence; auto: Liger's on CUDA if it is installed and covers the loss",
     )
 
     @model_validator(mode="after")
@@ -189,13 +198,13 @@ class DistillConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimizer, batch and precision; shared by distillation and supervised fine-tuning."""
+    """Optimizer, batch and precision, for distillation and for supervised fine-tuning."""
 
     global_batch_rows: int = Field(default=64, ge=1, description="rows of an optimizer step, over all workers")
     micro_batch_rows: int = Field(default=8, ge=1, description="rows of one forward pass on one worker")
     learning_rate: float = Field(default=1e-4, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the LR rises")
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps during which the LR rises")
     decay_ratio: float = Field(
         default=0.4,
         gt=0,
@@ -215,23 +224,26 @@ class TrainConfig(Section):
     )
     eval_every_epochs: int = Field(default=1, ge=1, description="dev loss and dev ROUGE-L after every k epochs")
     checkpoint_every_steps: int | None = Field(
-        default=None, ge=1, description="also between evaluations; null: at each evaluation only"
+        default=None,
+        ge=1,
+        description="steps between checkpoints, in addition to one at each evaluation; null: at each evaluation only",
     )
     num_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     checkpoint_buffer_gib: float = Field(
         default=4.0,
         ge=0,
-        description="memory of the first worker's node in which a checkpoint may wait while training goes on; of a "
-        "larger one training waits for the rest to be written; 0: for all of it",
+        description="memory of the first worker's node that holds a checkpoint while training goes on and the "
+        "checkpoint is written; if a checkpoint is larger, training waits until the rest is written; 0: training "
+        "waits for all of it",
     )
     log_every_steps: int = Field(default=1, ge=1)
     seed: int | None = Field(
-        default=None, ge=0, description="of the order of rows and of dropout in distillation; null: the run's"
+        default=None, ge=0, description="seed of the order of rows and of dropout in distillation; null: the run's seed"
     )
 
 
 class TrainOverrides(Section):
-    """Keys of `train` that differ during supervised fine-tuning; those left out stay as they are there."""
+    """Keys of `train` that differ during supervised fine-tuning; keys left out are as in `train`."""
 
     global_batch_rows: int | None = Field(default=None, ge=1)
     micro_batch_rows: int | None = Field(default=None, ge=1)
@@ -250,30 +262,30 @@ class TrainOverrides(Section):
 
 
 class SftConfig(Section):
-    """Supervised fine-tuning: the same worker with one stage, all rows and kd_ratio 0."""
+    """Supervised fine-tuning: the same training loop with one stage, all rows and kd_ratio 0."""
 
     num_epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many optimizer steps")
     hand_off: Literal["best", "last"] = Field(default="last", description="which checkpoint is the result")
     train: TrainOverrides = TrainOverrides()
 
 
-# Config of rollouts: responses that the student writes itself while it is trained.
+# Rollouts: responses that the student writes itself while it is trained.
 
 
 class RolloutConfig(Section):
-    """On-policy training: on which steps the student writes the responses, and how they are trained on."""
+    """On-policy training: the steps in which the student writes the responses, and how it is trained on them."""
 
     # `lambda` is the name in the paper and in the file, but a reserved word in Python.
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     mode: Literal["off", "on", "mixed", "adaptive"] = Field(
         default="off",
-        description="on: the student writes every response; mixed: those of a step with probability lambda (GKD); "
+        description="on: the student writes all responses; mixed: in each step with probability lambda (GKD); "
         "adaptive: by DistiLLM's schedule, with a replay buffer",
     )
     mix_probability: float = Field(
-        default=0.5, ge=0, le=1, alias="lambda", description="of a step on rollouts, in mode mixed"
+        default=0.5, ge=0, le=1, alias="lambda", description="probability that a step trains on rollouts, in mode mixed"
     )
     beside_data: bool = Field(
         default=False,
@@ -285,12 +297,12 @@ class RolloutConfig(Section):
         default=1.0,
         ge=0,
         le=1,
-        description="on rollouts, which are no reference to imitate; null: the curriculum's, with cross-entropy on the "
-        "student's own words",
+        description="kd_ratio on rollouts, which are not references to imitate; null: the curriculum's, with "
+        "cross-entropy on the student's own words",
     )
     sampling_temperature: float = Field(default=1.0, ge=0, description="0: greedy")
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="samples from the likeliest tokens with this much probability together"
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens that together have this probability"
     )
     max_new_tokens: int | None = Field(default=None, ge=1, description="default: data.max_tokens less the prompt")
     batch_rows: int = Field(default=64, ge=1, description="rows that a worker generates at once")
@@ -298,15 +310,15 @@ class RolloutConfig(Section):
         default="transformers", description="vllm: on GPUs, where vLLM is installed"
     )
     vllm_gpu_share: float = Field(
-        default=0.3, gt=0, lt=1, description="of a GPU's memory, that vllm takes while it writes"
+        default=0.3, gt=0, lt=1, description="share of a GPU's memory that vllm takes while it generates"
     )
     buffer_rows: int = Field(default=1000, ge=1, description="rollouts that the replay buffer holds, in mode adaptive")
     threshold_start: float = Field(default=0.0, ge=0, le=1, description="phi at the start, in mode adaptive")
-    threshold_rise: float = Field(default=0.1, gt=0, le=1, description="by which phi rises, to 1 at most")
+    threshold_rise: float = Field(default=0.1, gt=0, le=1, description="amount by which phi rises, up to 1")
     loss_rise: float = Field(
         default=0.1,
         ge=0,
-        description="phi rises when the dev cross-entropy is so much above the one that it last rose at",
+        description="phi rises when the dev cross-entropy is this much above its value at the last rise",
     )
 
     @field_validator("mode", mode="before")
@@ -326,10 +338,10 @@ class RolloutConfig(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether any step is trained on rollouts."""
+        """Return whether any step trains on rollouts."""
         return self.mode != "off"
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher is asked of rollouts, whatever the curriculum's `kd_ratio`."""
+        """Return whether the loss on rollouts needs the teacher, independent of the curriculum's `kd_ratio`."""
         return self.is_on and self.kd_ratio is not None and self.kd_ratio > 0

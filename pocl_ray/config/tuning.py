@@ -1,4 +1,4 @@
-"""Config of `pocl-ray tune`: what is searched, how, for how long, and how the winner is confirmed."""
+"""Config of `pocl-ray tune`: search space, search algorithm, budget, and confirmation of the winner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section, Seeds
 
-# What a trial reports at each dev evaluation, and whether more of it is better.
+# The metrics that a trial reports at each dev evaluation, and whether higher is better.
 METRIC_MODES: dict[str, Literal["max", "min"]] = {
     "rouge_l": "max",
     "exact_match": "max",
@@ -24,10 +24,12 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
 class DomainConfig(Section):
     """The values of one key: exactly one of these forms."""
 
-    choice: tuple[Any, ...] | None = Field(default=None, min_length=1, description="one of these, of any kind")
-    grid: tuple[Any, ...] | None = Field(default=None, min_length=1, description="the same; grid search takes each")
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1, description="one of these values, of any type")
+    grid: tuple[Any, ...] | None = Field(
+        default=None, min_length=1, description="one of these values; grid search takes each"
+    )
     uniform: tuple[float, float] | None = Field(default=None, description="[low, high]")
-    loguniform: tuple[float, float] | None = Field(default=None, description="[low, high], even in the logarithm")
+    loguniform: tuple[float, float] | None = Field(default=None, description="[low, high], uniform in the logarithm")
     quniform: tuple[float, float, float] | None = Field(default=None, description="[low, high, step]")
     randint: tuple[int, int] | None = Field(default=None, description="[low, high], both included")
 
@@ -49,7 +51,7 @@ class DomainConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is made better; in YAML the name of a metric is enough."""
+    """A metric to optimise; in YAML the name of a metric is enough."""
 
     metric: str = Field(description=f"one of {', '.join(METRIC_MODES)}")
     mode: Literal["max", "min"] | None = Field(default=None, description="null: max for scores, min for all else")
@@ -69,19 +71,25 @@ class ObjectiveConfig(Section):
 
     @property
     def sign(self) -> int:
-        """1 where more is better, else -1."""
+        """Return 1 if higher is better, else -1."""
         return 1 if (self.mode or METRIC_MODES[self.metric]) == "max" else -1
 
 
 class SchedulerConfig(Section):
-    """Which trials are stopped before their end; time is counted in training samples."""
+    """Early stopping of trials; time is counted in training samples."""
 
     type: str = Field(default="asha", description="asha, median or none")
     grace_samples: int | None = Field(
-        default=None, ge=1, description="no trial is stopped before; null: a quarter of the budget, or of the base plan"
+        default=None,
+        ge=1,
+        description="no trial is stopped before this time; null: a quarter of the budget, or of the base plan",
     )
-    reduction_factor: float = Field(default=3.0, gt=1, description="of asha: one in so many goes on at a rung")
-    min_trials: int = Field(default=3, ge=1, description="of median: trials that a median is made of, at least")
+    reduction_factor: float = Field(
+        default=3.0, gt=1, description="for asha: one trial in so many goes on at each rung"
+    )
+    min_trials: int = Field(
+        default=3, ge=1, description="for median: minimum number of trials that a median is taken over"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -116,16 +124,20 @@ class BudgetConfig(Section):
 class ConfirmConfig(Section):
     """The best trials are repeated on new seeds before one of them is called the winner."""
 
-    top_k: int = Field(default=2, ge=1, description="so many of the best trials")
-    seeds: Seeds = Field(default=(101, 102), min_length=1, description="a run of each on each")
+    top_k: int = Field(default=2, ge=1, description="number of best trials that are repeated")
+    seeds: Seeds = Field(
+        default=(101, 102), min_length=1, description="seeds; each of these trials is repeated on each seed"
+    )
 
 
 class TuneConfig(Section):
-    """A search over the curriculum; rows, scores, ranking and teacher cache are made once for all trials."""
+    """A search over the curriculum. All trials share rows, scores, ranking and teacher cache."""
 
     space: dict[str, DomainConfig] = Field(description="dotted key of this config -> its values")
     constraints: tuple[str, ...] = Field(
-        default=(), description="such as `curriculum.interval_epochs * curriculum.num_buckets <= 12`"
+        default=(),
+        description="conditions that a trial must meet, such as `curriculum.interval_epochs * curriculum.num_buckets "
+        "<= 12`",
     )
     num_trials: int | None = Field(default=None, ge=1, description="null: all points of a grid, else 16")
     algorithm: Literal["random", "grid", "optuna"] = Field(
@@ -136,7 +148,7 @@ class TuneConfig(Section):
     )
     scheduler: SchedulerConfig = Field(default=SchedulerConfig(), description="which trials are stopped early")
     budget: BudgetConfig | None = Field(default=None, description="null: a trial is as long as its own plan")
-    control: bool = Field(default=True, description="plain distillation at the same number of steps, beside the trials")
+    control: bool = Field(default=True, description="also train plain distillation with the same number of steps")
     confirm: ConfirmConfig | None = Field(
         default=ConfirmConfig(), description="repeat the best on new seeds; null: the best single run wins"
     )
