@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_ray.config import Config
+from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.job import cache_teacher, score_rows
+from pocl_ray.difficulty.ranking import constant_signals
 from pocl_ray.difficulty.signals import choose_signals, rank_table
 from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
@@ -164,6 +166,11 @@ class Pipeline:
         def work(_: str) -> StepResult:
             rows = RowStore.open(self.run_dir.local(self.inputs.rows.train.path))
             table = rank_table(pq.read_table(self.run_dir.local(SIGNALS)), rows, difficulty, seed)
+            for name in constant_signals({name: table[name].to_numpy() for name in difficulty.signals}):
+                console.print(
+                    f"[yellow]warning:[/] difficulty.signals: {name} is {table[name][0].as_py():g} in every row, so it "
+                    "ranks none before another and takes no part"
+                )
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 

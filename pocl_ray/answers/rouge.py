@@ -1,7 +1,8 @@
 """ROUGE-L and exact match of answers against references, on a scale of 0 to 100.
 
-ROUGE-L is the F1 of the `rouge_score` package with stemming, the maximum over a row's references (POCL, section 4.1).
-Exact match compares after lower-casing, dropping punctuation and folding white space.
+ROUGE-L is the F1 of the `rouge_score` package with stemming, the maximum over a row's references (POCL, section 4.1);
+`words` says what the words of other scripts are. Exact match compares after lower-casing, dropping punctuation and
+folding white space.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.words import comparable, words
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.errors import DataError
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = regex.compile(r"\p{P}")
 _DECIMALS = 6
 
 
@@ -87,29 +91,23 @@ def score_files(predictions: Path, references: Path) -> dict[str, float | int]:
     }
 
 
-class _StemmingTokenizer:
-    """The tokenizer of `rouge_score`, which remembers stems: its Porter stemmer takes most of the time."""
-
-    def __init__(self) -> None:
-        from nltk.stem.porter import PorterStemmer
-        from rouge_score import tokenize
-
-        self.stem = lru_cache(maxsize=1 << 16)(PorterStemmer().stem)
-        self._tokenize = tokenize.tokenize
+class _AnyScript:
+    """A tokenizer of `rouge_score` that knows words of every script."""
 
     def tokenize(self, text: str) -> list[str]:
-        return self._tokenize(text, self)
+        return words(text)
 
 
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # half a second of nltk, which `plan` and `--help` need not pay
 
-    return RougeScorer(["rougeL"], tokenizer=_StemmingTokenizer())
+    return RougeScorer(["rougeL"], tokenizer=_AnyScript())
 
 
 def _normalize(text: str) -> str:
-    return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
+    text = text.lower() if text.isascii() else _PUNCTUATION.sub("", comparable(text))
+    return " ".join(text.translate(_DROP_PUNCTUATION).split())
 
 
 def _check_references(references: Sequence[str]) -> None:

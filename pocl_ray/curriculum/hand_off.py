@@ -13,6 +13,10 @@ from typing import Any
 from pocl_ray.config import PlateauConfig
 from pocl_ray.records import Stage
 
+DevFigure = tuple[float, float]
+"""What is compared, and what decides between equal ones: the greater is the better."""
+NUM_ALIKE = 3  # evaluations; the first is of the student before training, and two may well agree by chance
+
 
 def has_converged(stage: Stage, steps_done: int, metrics: Sequence[Mapping[str, Any]], plateau: PlateauConfig) -> bool:
     """Return whether a stage that may end early has converged at this evaluation.
@@ -27,32 +31,51 @@ def has_converged(stage: Stage, steps_done: int, metrics: Sequence[Mapping[str, 
         return False
     key, sign = f"eval/dev/{plateau.metric}", 1.0 if plateau.metric == "rouge_l" else -1.0
     figures = [
-        sign * record[key]
+        (sign * record[key], -dev_loss(record))
         for record in metrics
         if key in record and record["curriculum/stage"] == stage.index and record["step"] > 0
     ]
     return num_since_best(figures) >= plateau.patience
 
 
-def hand_off_figure(figures: Mapping[str, Any]) -> float:
-    """Return the dev figure by which the best checkpoint of a stage is chosen; higher is better.
+def hand_off_figure(figures: Mapping[str, Any]) -> DevFigure:
+    """Return by which dev figures the best checkpoint of a stage is chosen; the greatest is the best.
 
-    It is dev ROUGE-L. Plain text has no prompts to answer; there it is the distillation loss, and without a teacher the
-    cross-entropy, with its sign turned. A loss that is not a number is the worst.
+    The first is dev ROUGE-L. Plain text has no prompts to answer; there it is the dev loss with its sign turned. Equal
+    ones are decided by the dev loss, so that a ROUGE-L that never moves decides nothing.
     """
-    if "eval/dev/rouge_l" in figures:
-        return float(figures["eval/dev/rouge_l"])
-    loss = float(figures.get("eval/dev/kd_loss", figures["eval/dev/ce_loss"]))
-    return -math.inf if math.isnan(loss) else -loss
+    loss = -dev_loss(figures)
+    return (float(figures["eval/dev/rouge_l"]), loss) if "eval/dev/rouge_l" in figures else (loss, loss)
 
 
-def num_since_best(figures: Sequence[float]) -> int:
+def dev_loss(figures: Mapping[str, Any]) -> float:
+    """Return the distillation loss of the dev rows, and without a teacher the cross-entropy.
+
+    One that is not a number is the worst, and so is one that was not measured.
+    """
+    loss = float(figures.get("eval/dev/kd_loss", figures.get("eval/dev/ce_loss", math.inf)))
+    return math.inf if math.isnan(loss) else loss
+
+
+def num_since_best(figures: Sequence[DevFigure]) -> int:
     """Return how many figures have followed the best one, which is the first of equal ones; higher is better.
 
     A figure that is not a number is never the best.
     """
-    best, place = float("-inf"), -1
+    best, place = (-math.inf, -math.inf), -1
     for position, figure in enumerate(figures):
-        if figure > best:
+        if not math.isnan(figure[0]) and (place < 0 or figure > best):
             best, place = figure, position
     return len(figures) - 1 - place
+
+
+def constant_figure(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return a warning where dev ROUGE-L has never moved in several evaluations; empty where it has."""
+    found = [record["eval/dev/rouge_l"] for record in evaluations if "eval/dev/rouge_l" in record]
+    if len(found) < NUM_ALIKE or len(set(found)) > 1:
+        return ""
+    return (
+        f"dev ROUGE-L is {found[0]:.1f} in each of {len(found)} evaluations, so it tells no checkpoint from another "
+        "and the dev loss decides; look at the references in data.dev, or let answers be longer "
+        "(evaluation.dev_generation.max_new_tokens)"
+    )

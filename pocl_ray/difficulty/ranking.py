@@ -76,7 +76,7 @@ def rank_rows(
     weights: Mapping[str, float] | None = None,
     easy: Mapping[str, Easy] | None = None,
 ) -> tuple[FloatArray, IntArray]:
-    """Fuse signals into one ranking, easiest row first (POCL, section 3.2).
+    """Fuse signals into one ranking, easiest row first (POCL, section 3.2); those of `constant_signals` take no part.
 
     Args:
         signals: Signal name -> values in row order, shape (num_rows,). The order of the mapping is the order of
@@ -105,6 +105,8 @@ def rank_rows(
     num_rows = next(iter(keys.values())).size
     if any(key.size != num_rows for key in keys.values()):
         raise ValueError(f"signals differ in length: { {name: np.size(v) for name, v in signals.items()} }")
+    for name in constant_signals(signals):
+        del keys[name]
     order = _initial_order(num_rows, tie_break, seed)
     rrf_score = np.zeros(num_rows)
     places = np.arange(1, num_rows + 1)
@@ -115,6 +117,17 @@ def rank_rows(
     rank = np.empty(num_rows, dtype=np.int64)
     rank[order] = places
     return rrf_score, rank
+
+
+def constant_signals(signals: Mapping[str, npt.ArrayLike]) -> list[str]:
+    """Return the signals that are equal in all rows, where there are others that are not.
+
+    By such a signal rows stand in the order of the file. That says nothing of them, and would be a part of the ranking
+    as large as any other signal's.
+    """
+    values = {name: np.asarray(column) for name, column in signals.items()}
+    flat = [name for name, column in values.items() if np.all(column == column[:1])]
+    return flat if len(flat) < len(values) else []
 
 
 def _sort_key(name: str, easy: Easy, values: npt.ArrayLike) -> FloatArray:

@@ -15,12 +15,13 @@ It holds neither layout nor number of workers, so a run goes on with another ZeR
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -34,6 +35,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pocl_ray.curriculum.hand_off import hand_off_figure
 from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
 from pocl_ray.records import PROGRESS
@@ -181,6 +183,7 @@ class Progress:
         step: Optimizer steps over all stages.
         num_tokens: Response tokens trained on so far.
         best_figure: Best `hand_off_figure` of this stage; None before its first evaluation.
+        best_loss: The dev loss there, which decides between equal figures; None in a checkpoint of an older version.
         num_adam_steps: Steps that the moments have seen.
         best_adam_steps: The same at the best evaluation.
         loss_scaler: State of the fp16 loss scaler.
@@ -193,11 +196,22 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     best_figure: float | None = None
+    best_loss: float | None = None
     num_adam_steps: int = 0
     best_adam_steps: int = 0
     loss_scaler: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def note_best(self, figures: Mapping[str, Any]) -> bool:
+        """Note the dev figures of an evaluation if they are the best of this stage, and return whether they are."""
+        figure, loss = hand_off_figure(figures)
+        if self.best_figure is not None:
+            best_loss = -math.inf if self.best_loss is None else self.best_loss
+            if (figure, loss) <= (self.best_figure, -best_loss):
+                return False
+        self.best_figure, self.best_loss = figure, -loss
+        return True
 
     def snapshot(self) -> Progress:
         """Return a copy that stays as it is while training goes on; records are never changed once they stand."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pocl_ray.curriculum.hand_off import hand_off_figure, has_converged
+from pocl_ray.curriculum.hand_off import has_converged
 from pocl_ray.distill.checkpoint import (
     BEST,
     STATE,
@@ -229,9 +229,7 @@ class TrainingLoop:
         self.progress.metrics.append(record)
         self.on_step(self.progress, record)
         self._settle()
-        best, figure = self.progress.best_figure, hand_off_figure(figures)
-        if self.task.hand_off == "best" and (best is None or figure > best):
-            self.progress.best_figure = figure
+        if self.task.hand_off == "best" and progress.note_best(figures):
             self.progress.best_adam_steps = self.state.num_adam_steps
             write_state(self.state, self._best_kinds(), self._scratch / BEST, self._writer)
 
@@ -272,5 +270,5 @@ class TrainingLoop:
 
     def _reset_best(self) -> None:
         self._writer.join()
-        self.progress.best_figure = None
+        self.progress.best_figure = self.progress.best_loss = None
         shutil.rmtree(self._scratch / BEST, ignore_errors=True)

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import Bar, console, progress_bar
-from pocl_ray.curriculum.hand_off import hand_off_figure
+from pocl_ray.curriculum.hand_off import constant_figure, dev_loss
 from pocl_ray.errors import StalledError, UserError
 from pocl_ray.ray_cluster.capacity import is_one_machine, resources_per_worker, wait_for_workers, wants_gpu
 from pocl_ray.ray_cluster.versions import versions
@@ -272,16 +272,19 @@ def _abort(thread: threading.Thread, progress_actor: Any) -> None:
 
 def _show_on(bar: Bar) -> Watch:
     """Return a watch that shows the training status on a bar, and prints each warning once."""
-    num_starts, num_warnings = 0, 0
+    num_starts, num_warnings, is_constant = 0, 0, False
 
     def watch(training_status: TrainingStatus) -> None:
-        nonlocal num_starts, num_warnings
+        nonlocal num_starts, num_warnings, is_constant
         if training_status.num_starts > num_starts:
             num_starts = training_status.num_starts
             bar.begin(training_status.first_step)
         for warning in training_status.warnings[num_warnings:]:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
         num_warnings = len(training_status.warnings)
+        if not is_constant and (warning := constant_figure(training_status.evaluations)):
+            is_constant = True
+            console.print(f"[yellow]warning:[/] {escape(warning)}")
         bar.update(training_status.step, note=_note(training_status))
 
     return watch
@@ -300,7 +303,7 @@ def _note(training_status: TrainingStatus) -> str:
     if training_status.evaluations:
         figures = training_status.evaluations[-1]
         rouge_l = figures.get("eval/dev/rouge_l")
-        parts.append(f"dev loss {-hand_off_figure(figures):.3f}" if rouge_l is None else f"dev ROUGE-L {rouge_l:.1f}")
+        parts.append(f"dev loss {dev_loss(figures):.3f}" if rouge_l is None else f"dev ROUGE-L {rouge_l:.1f}")
     return "  ".join(parts)
 
 

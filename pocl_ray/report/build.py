@@ -130,7 +130,12 @@ def _plots(run: RunData) -> Iterator[Plot]:
         yield plots.render("stage_settings", title, plots.stage_settings(run.plan.stages))
     if scores := _curves(run, "evals", "eval/dev/rouge_l"):
         mark = run.config is not None and run.config.curriculum.hand_off == "best"
-        yield plots.render("dev_rouge_l", "Dev ROUGE-L", plots.dev_score(scores, names, ends, mark_best=mark))
+        losses = next(
+            (c[STUDENT] for key in ("kd", "ce") if STUDENT in (c := _curves(run, "evals", f"eval/dev/{key}_loss"))),
+            None,
+        )
+        figure = plots.dev_score(scores, names, ends, mark_best=mark, losses=losses)
+        yield plots.render("dev_rouge_l", "Dev ROUGE-L", figure)
     for kind, labels in (("train", _LOSSES), ("evals", _DEV_LOSSES)):
         for key, label in labels.items():
             if curves := _curves(run, kind, key):

@@ -76,13 +76,21 @@ def thin(steps: np.ndarray, values: np.ndarray, max_points: int = 1200) -> tuple
     return steps[places], values[places]
 
 
-def best_of_stages(curve: Curve, stage_ends: Sequence[int]) -> list[int]:
-    """Return the place in the curve of each stage's highest value, the earliest of equal ones."""
+def best_of_stages(curve: Curve, stage_ends: Sequence[int], losses: Curve | None = None) -> list[int]:
+    """Return the place in the curve of each stage's highest value: of equal ones that of the lowest loss, the earliest.
+
+    Args:
+        curve: What is compared.
+        stage_ends: Last step of each stage.
+        losses: What decides between equal values, at the same steps.
+    """
+    loss_at = {} if losses is None else dict(zip(losses.steps.tolist(), losses.values.tolist(), strict=True))
+    loss = np.array([loss_at.get(step, np.inf) for step in curve.steps.tolist()])
     stages = np.searchsorted(np.asarray(stage_ends), curve.steps, side="left")
     places = []
     for stage in np.unique(stages):
         members = np.flatnonzero(stages == stage)
-        places.append(int(members[curve.values[members].argmax()]))
+        places.append(int(members[np.lexsort((loss[members], -curve.values[members]))[0]]))
     return places
 
 

@@ -264,13 +264,18 @@ def curves_over_steps(
 
 @styled
 def dev_score(
-    curves: Mapping[str, Curve], names: Mapping[str, str], stage_ends: Sequence[int], *, mark_best: bool
+    curves: Mapping[str, Curve],
+    names: Mapping[str, str],
+    stage_ends: Sequence[int],
+    *,
+    mark_best: bool,
+    losses: Curve | None = None,
 ) -> Figure:
     """Dev ROUGE-L over optimizer steps; `mark_best` rings the checkpoint that each stage hands on."""
     figure = curves_over_steps(curves, names, "dev ROUGE-L (0 to 100)", stage_ends, raw=False)
     if mark_best and stage_ends and STUDENT in curves:
         curve = curves[STUDENT]
-        best = best_of_stages(curve, stage_ends)
+        best = best_of_stages(curve, stage_ends, losses)
         figure.axes[0].plot(
             curve.steps[best], curve.values[best], "o", markersize=8, markerfacecolor="none",
             markeredgecolor=INK, markeredgewidth=1.1, zorder=6,

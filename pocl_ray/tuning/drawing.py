@@ -12,6 +12,7 @@ import numpy as np
 from pocl_ray.config import Config, DomainConfig, TuneConfig
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.tuning.candidates import Candidate, PlannedTrial, Planner
+from pocl_ray.tuning.results import decisive
 from pocl_ray.tuning.space import ConstraintError, Settings, draw, grid_points, listed_values, num_steps_of, tidy
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class Drawing:
         if result is None or any(o.metric not in result for o in self.tune.objectives):
             self.told[number] = TrialOutcome(settings, "failed")
             return
-        values = tuple(float(result[o.metric]) for o in self.tune.objectives)
+        values = tuple(decisive(result, o) for o in self.tune.objectives)
         state = "finished" if result.get("is_finished") else "stopped"
         self.told[number] = TrialOutcome(settings, state, values, int(result["num_samples"]))  # type: ignore[arg-type]
 

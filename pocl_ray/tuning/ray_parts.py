@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pocl_ray.config import ObjectiveConfig, TuneConfig
 from pocl_ray.tuning.drawing import Drawing
+from pocl_ray.tuning.results import DECISIVE
 
 TIME_ATTR = "num_samples"
 ABORT_S = 15.0
@@ -43,7 +44,7 @@ class DrawingSearcher(OfThisProcess, Searcher):
     """Asks a Drawing for candidates, and tells it what became of them."""
 
     def __init__(self, drawing: Drawing, objective: ObjectiveConfig) -> None:
-        super().__init__(metric=objective.metric, mode="max" if objective.sign > 0 else "min")
+        super().__init__(metric=DECISIVE, mode="max" if objective.sign > 0 else "min")
         self.drawing = drawing
         self.take_over()
         self.numbers: dict[str, int] = {}
@@ -116,7 +117,9 @@ def _is_control(trial: Any) -> bool:
 
 
 def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
-    """Return the scheduler; it compares trials by the first objective after equally many training samples.
+    """Return the scheduler; it compares trials after equally many training samples.
+
+    The first objective is compared, and of equal ones the dev loss.
 
     Args:
         tune: The search.
@@ -126,7 +129,7 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
     grace = settings.grace_samples or max(1, num_samples // 4)
     common: dict[str, Any] = {
         "time_attr": TIME_ATTR,
-        "metric": objective.metric,
+        "metric": DECISIVE,
         "mode": "max" if objective.sign > 0 else "min",
         "grace_period": grace,
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pocl_ray.config import Config, ObjectiveConfig, TuneConfig
 from pocl_ray.config.loading import dump_config
-from pocl_ray.curriculum.hand_off import hand_off_figure
+from pocl_ray.curriculum.hand_off import dev_loss, hand_off_figure
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, PlannedTrial
 
@@ -92,6 +93,9 @@ def figures_of(evaluations: Sequence[dict[str, Any]], hand_off: Literal["best", 
 
 RESULTS_PARQUET, RESULTS_CSV = "tune/results.parquet", "tune/results.csv"
 BEST_CONFIG, BEST_STUDENT = "tune/best.yaml", "tune/best"
+DECISIVE = "decisive"
+"""Key of what schedulers compare, in what a trial tells Ray Tune; see the function of this name."""
+TIE_SHARE = 1e-6  # of a figure from 0 to 100, or of a loss
 FIGURES = ("rouge_l", "exact_match", "ce_loss", "kd_loss", "num_tokens")
 
 
@@ -102,10 +106,12 @@ class Contender:
     Attributes:
         record: On the run's own seed.
         values: The first objective by seed; the run's own comes first.
+        losses: The dev loss by seed, which decides between equal means.
     """
 
     record: TrialRecord
     values: tuple[float, ...]
+    losses: tuple[float, ...] = (math.inf,)
 
     @property
     def mean(self) -> float:
@@ -136,9 +142,39 @@ class Outcome:
 
 
 def best_first(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> list[TrialRecord]:
-    """Return the trials that reached their end, from the best on by the first objective."""
+    """Return the trials that reached their end, from the best on by the first objective; dev loss decides ties."""
     finished = [r for r in records if r.candidate.kind == "trial" and r.status == "finished"]
-    return sorted(finished, key=lambda r: (-objective.sign * r.last[objective.metric], r.candidate.number))
+    return sorted(
+        finished,
+        key=lambda r: (-objective.sign * r.last[objective.metric], dev_loss_of(r.last), r.candidate.number),
+    )
+
+
+def dev_loss_of(report: Mapping[str, Any]) -> float:
+    """Return the dev loss of a trial's report."""
+    return dev_loss({f"eval/dev/{key}": report[key] for key in ("kd_loss", "ce_loss") if key in report})
+
+
+def decisive(report: Mapping[str, Any], objective: ObjectiveConfig) -> float:
+    """Return the figure of an objective, moved so little by the dev loss that this decides between equal ones alone.
+
+    Schedulers and samplers compare one number a trial. The share that the loss has is below `TIE_SHARE`, while two
+    means over dev rows that differ do so by more.
+    """
+    loss = dev_loss_of(report)
+    worse = 1.0 if math.isinf(loss) else loss / (1.0 + loss)
+    return float(report[objective.metric]) - objective.sign * TIE_SHARE * worse
+
+
+def constant_objective(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> str:
+    """Return a warning where all trials that reached their end agree in the first objective; empty where not."""
+    found = [r.last[objective.metric] for r in records if r.candidate.kind == "trial" and r.status == "finished"]
+    if len(found) < 2 or len(set(found)) > 1:
+        return ""
+    return (
+        f"{objective.metric} is {found[0]:.4g} in all of {len(found)} trials, so it tells none from another and the "
+        "dev loss names the winner; give tune.objectives another metric, such as kd_loss"
+    )
 
 
 def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
@@ -150,18 +186,20 @@ def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
 
     def contender(record: TrialRecord) -> Contender:
         again = [
-            r.last[objective.metric]
+            r.last
             for r in records
             if r.candidate.kind == "confirm"
             and r.candidate.number == record.candidate.number
             and r.status == "finished"
         ]
-        return Contender(record, (record.last[objective.metric], *again))
+        reports = (record.last, *again)
+        values = tuple(report[objective.metric] for report in reports)
+        return Contender(record, values, tuple(map(dev_loss_of, reports)))
 
     contenders = [contender(record) for record in ranked]
     most = max((len(c.values) for c in contenders), default=0)
     # One that failed on another seed has fewer values, and does not win by that.
-    contenders.sort(key=lambda c: (most - len(c.values), -objective.sign * c.mean))
+    contenders.sort(key=lambda c: (most - len(c.values), -objective.sign * c.mean, statistics.fmean(c.losses)))
     controls = [r for r in records if r.candidate.kind == "control" and r.status == "finished"]
     return Outcome(
         records=tuple(records),

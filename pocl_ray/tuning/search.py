@@ -29,7 +29,16 @@ from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins, search_
 from pocl_ray.tuning.drawing import Drawing, check_drawable
 from pocl_ray.tuning.page import headline, write_page
 from pocl_ray.tuning.ray_parts import DrawingSearcher, TrialResources, make_scheduler
-from pocl_ray.tuning.results import TRIALS, Outcome, best_first, decide, table_rows, write_tables, write_winner
+from pocl_ray.tuning.results import (
+    TRIALS,
+    Outcome,
+    best_first,
+    constant_objective,
+    decide,
+    table_rows,
+    write_tables,
+    write_winner,
+)
 from pocl_ray.tuning.space import check_space
 from pocl_ray.tuning.trial import CurriculumTrial, Shared
 from pocl_ray.tuning.watching import SearchWatch
@@ -179,6 +188,8 @@ class Search:
 
     def _write(self, num_skipped: int) -> Outcome:
         outcome = decide(list(self.watch.records.values()), self.tune)
+        if warning := constant_objective(outcome.records, self.tune.objectives[0]):
+            console.print(f"[yellow]warning:[/] {warning}")
         rows = table_rows(outcome, self.tune)
         write_tables(self.run_dir, rows)
         if outcome.winner is not None:

@@ -25,7 +25,7 @@ from pocl_ray.ray_train.driver import train_watched
 from pocl_ray.ray_train.progress import TrainingStatus
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, PlannedTrial, Planner, TrialOrigins
-from pocl_ray.tuning.results import TRIALS, TrialRecord, figures_of, read_record
+from pocl_ray.tuning.results import DECISIVE, TRIALS, TrialRecord, decisive, figures_of, read_record
 
 STOP_S = 45.0
 
@@ -157,7 +157,7 @@ class TrialRun:
         item = self.queue.get()
         if self.is_replay:
             assert isinstance(item, dict)
-            return {**item, "done": self.queue.empty()}
+            return self._told(item, is_done=self.queue.empty())
         record = self.record
         record.seconds = round(self.seconds_before + time.monotonic() - self.started, 2)
         if isinstance(item, BaseException):
@@ -170,7 +170,12 @@ class TrialRun:
         if item["is_finished"]:
             record.status = "finished"
         record.write(self.shared.run_dir)
-        return {**item, "done": item["is_finished"]}
+        return self._told(item, is_done=item["is_finished"])
+
+    def _told(self, report: dict[str, Any], is_done: bool) -> dict[str, Any]:
+        tune_config = self.shared.config.tune
+        assert tune_config is not None, "a trial belongs to a search"
+        return {**report, DECISIVE: decisive(report, tune_config.objectives[0]), "done": is_done}
 
     def stop(self) -> None:
         """End the run if it goes on; its workers are free when this returns."""

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pocl_ray.difficulty.ranking import SIGNALS, rank_rows
+from pocl_ray.difficulty.ranking import SIGNALS, constant_signals, rank_rows
 from pocl_ray.errors import ConfigError, DataError
 
 
@@ -102,3 +102,13 @@ def test_a_signal_of_somebody_else_brings_its_direction() -> None:
     values = {"column:mine": [1.0, 2.0, 3.0]}
     assert rank_rows(values, easy={"column:mine": "high"})[1].tolist() == [3, 2, 1]
     assert rank_rows(values, easy={"column:mine": "low"})[1].tolist() == [1, 2, 3]
+
+
+def test_a_signal_that_is_equal_in_every_row_takes_no_part() -> None:
+    losses = [3.0, 1.0, 2.0]
+    _, alone = rank_rows({"ce_loss": losses})
+    for flat in (0.0, 7.5):
+        _, rank = rank_rows({"rouge_l": [flat] * 3, "ce_loss": losses})
+        assert rank.tolist() == alone.tolist() == [3, 1, 2]
+    assert rank_rows({"rouge_l": [0.0] * 3})[1].tolist() == [1, 2, 3]  # where there is no other, the file's order
+    assert constant_signals({"rouge_l": [0.0, 0.0], "ce_loss": [1.0, 2.0]}) == ["rouge_l"]

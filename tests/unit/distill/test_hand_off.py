@@ -8,7 +8,8 @@ import pytest
 import runs
 
 from pocl_ray.config import PlateauConfig
-from pocl_ray.curriculum.hand_off import hand_off_figure, has_converged, num_since_best
+from pocl_ray.curriculum.hand_off import constant_figure, hand_off_figure, has_converged, num_since_best
+from pocl_ray.distill.checkpoint import Progress
 
 STAGE = runs.stage(1, 16, num_epochs=9, min_epochs=1)  # 2 steps an epoch
 Metric = Literal["rouge_l", "kd_loss", "ce_loss"]
@@ -34,11 +35,11 @@ def converged(figures: list[float], patience: int = 2, metric: Metric = "rouge_l
     [([], 0), ([3], 0), ([3, 3], 1), ([3, 2, 2.9], 2), ([1, 2, 3], 0), ([2, 1, 3], 0), ([float("nan"), 1, 0], 1)],
 )
 def test_evaluations_since_the_best_are_counted_from_the_first_of_equal_ones(figures: list[float], num: int) -> None:
-    assert num_since_best(figures) == num
+    assert num_since_best([(figure, 0.0) for figure in figures]) == num
 
 
 def test_figures_that_are_no_numbers_are_no_improvement() -> None:
-    assert num_since_best([float("nan")] * 3) == 3
+    assert num_since_best([(float("nan"), 0.0)] * 3) == 3
 
 
 def test_a_stage_ends_after_patience_evaluations_without_a_better_figure() -> None:
@@ -76,7 +77,49 @@ def test_the_evaluation_before_training_does_not_count() -> None:
 
 def test_the_best_checkpoint_is_chosen_by_rouge_l_and_without_answers_by_the_loss() -> None:
     losses = {"eval/dev/ce_loss": 3.0, "eval/dev/kd_loss": 0.5}
-    assert hand_off_figure({**losses, "eval/dev/rouge_l": 40.0}) == 40.0
-    assert hand_off_figure(losses) == -0.5
-    assert hand_off_figure({"eval/dev/ce_loss": 3.0}) == -3.0
-    assert hand_off_figure({"eval/dev/ce_loss": float("nan")}) == float("-inf")
+    assert hand_off_figure({**losses, "eval/dev/rouge_l": 40.0}) > hand_off_figure({"eval/dev/rouge_l": 39.0})
+    assert hand_off_figure(losses) == (-0.5, -0.5)
+    assert hand_off_figure({"eval/dev/ce_loss": 3.0}) == (-3.0, -3.0)
+    assert hand_off_figure({"eval/dev/ce_loss": float("nan")}) == (float("-inf"), float("-inf"))
+
+
+def evaluation(rouge_l: float, loss: float, key: str = "kd_loss") -> dict[str, Any]:
+    return {"eval/dev/rouge_l": rouge_l, f"eval/dev/{key}": loss, "curriculum/stage": 0, "step": 1}
+
+
+@pytest.mark.parametrize("key", ["kd_loss", "ce_loss"])
+def test_of_equal_rouge_l_the_lower_loss_is_handed_on_and_of_equal_both_the_first(key: str) -> None:
+    progress = Progress()
+    losses = [3.0, 2.0, 2.0, 2.5, float("nan"), 1.5]
+    assert [progress.note_best(evaluation(0.0, loss, key)) for loss in losses] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert progress.note_best(evaluation(0.1, 9.0, key))
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_best_unless_rouge_l_is_better() -> None:
+    progress = Progress(best_figure=20.0)
+    assert not progress.note_best(evaluation(20.0, 0.0))
+    assert progress.note_best(evaluation(20.1, 9.0))
+
+
+def test_a_stage_goes_on_while_the_loss_falls_at_the_same_rouge_l() -> None:
+    def found(losses: list[float]) -> bool:
+        made = runs.stage(0, 16, num_epochs=9, min_epochs=1)
+        records = [{**evaluation(0.0, loss), "step": 2 * place} for place, loss in enumerate(losses, 1)]
+        return has_converged(made, 2 * len(losses), records, PlateauConfig(patience=2))
+
+    assert not found([5.0, 4.0, 3.0, 2.0])
+    assert found([5.0, 4.0, 4.0, 4.5])
+
+
+def test_a_dev_figure_that_never_moves_is_told() -> None:
+    assert not constant_figure([evaluation(0.0, 1.0)] * 2)
+    assert "dev ROUGE-L is 0.0 in each of 3 evaluations" in constant_figure([evaluation(0.0, 1.0)] * 3)
+    assert not constant_figure([evaluation(0.0, 1.0), evaluation(0.0, 1.0), evaluation(0.1, 1.0)])
+    assert not constant_figure([{"eval/dev/ce_loss": 1.0}] * 5)  # plain text has no ROUGE-L

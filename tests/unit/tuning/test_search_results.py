@@ -11,7 +11,18 @@ from pocl_ray.config import Config, ObjectiveConfig
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
 from pocl_ray.tuning.page import headline, write_page
-from pocl_ray.tuning.results import TrialRecord, decide, figures_of, pareto_front, read_record, table_rows, write_tables
+from pocl_ray.tuning.results import (
+    TrialRecord,
+    best_first,
+    constant_objective,
+    decide,
+    decisive,
+    figures_of,
+    pareto_front,
+    read_record,
+    table_rows,
+    write_tables,
+)
 from pocl_ray.tuning.watching import short_key, trials_table
 
 ORIGINS = TrialOrigins("signals", "student")
@@ -174,3 +185,40 @@ def test_the_live_table_has_a_line_for_each_trial() -> None:
     records = {r.name: r for r in some_records()}
     table = trials_table(records, tune, "search", {})
     assert table.row_count == len(records)
+
+
+def with_loss(number: int, rouge_l: float, loss: float) -> TrialRecord:
+    made = trial(number, rouge_l)
+    made.reports[-1]["ce_loss"] = loss
+    return made
+
+
+def test_of_equal_figures_the_lower_dev_loss_wins() -> None:
+    config = search_config()
+    assert config.tune is not None
+    objective = config.tune.objectives[0]
+    records = [with_loss(0, 0.0, 3.0), with_loss(1, 0.0, 1.0), with_loss(2, 0.0, 2.0), with_loss(3, -1.0, 0.5)]
+    assert [r.candidate.number for r in best_first(records, objective)] == [1, 2, 0, 3]
+    winner = decide(records, config.tune).winner
+    assert winner is not None
+    assert winner.record.candidate.number == 1
+
+
+@pytest.mark.parametrize("metric", ["rouge_l", "kd_loss"])
+def test_what_schedulers_compare_is_moved_by_the_loss_among_equals_alone(metric: Any) -> None:
+    objective = ObjectiveConfig(metric=metric)
+
+    def better(one: dict[str, float], other: dict[str, float]) -> bool:
+        return objective.sign * (decisive(one, objective) - decisive(other, objective)) > 0
+
+    if metric != "kd_loss":  # which is the dev loss itself
+        assert better({metric: 5.0, "ce_loss": 1.0}, {metric: 5.0, "ce_loss": 1.1})
+    assert better({metric: 5.0 + objective.sign * 1e-4, "ce_loss": 99.0}, {metric: 5.0, "ce_loss": 0.1})
+    assert decisive({metric: 5.0}, objective) == pytest.approx(5.0, abs=2e-6)
+
+
+def test_an_objective_that_is_equal_in_all_trials_is_told() -> None:
+    objective = ObjectiveConfig(metric="rouge_l")
+    assert "rouge_l is 0 in all of 2 trials" in constant_objective([trial(0, 0.0), trial(1, 0.0)], objective)
+    assert not constant_objective([trial(0, 0.0), trial(1, 0.1)], objective)
+    assert not constant_objective([trial(0, 0.0)], objective)
