@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
-from pocl_ray.difficulty.signals import choose_signals
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.records import Stage
 from pocl_ray.run_directory.claim import neutral_free
 

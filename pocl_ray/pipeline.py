@@ -21,9 +21,9 @@ from pocl_ray.config import Config
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.job import cache_teacher, score_rows
 from pocl_ray.difficulty.ranking import constant_signals
-from pocl_ray.difficulty.signals import choose_signals, rank_table
 from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity

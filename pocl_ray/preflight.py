@@ -19,7 +19,7 @@ from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
 from pocl_ray.data.prepare import Rows, data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
-from pocl_ray.difficulty.signals import choose_signals
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.rollout_writers import check_backend

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.difficulty.signals import choose_signals
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.records import RowsSummary, Stage

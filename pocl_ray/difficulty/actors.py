@@ -23,8 +23,9 @@ from pocl_ray.answers.rouge import score_answers
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
-from pocl_ray.difficulty.signals import LmHead, Signals, TokenSignal, load_signals, student_signals, teacher_signals
+from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head

@@ -24,8 +24,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.answers.rouge import score_answers
+from pocl_ray.difficulty.choice import choose_signals, load_signals
 from pocl_ray.difficulty.ranking import STUDENT_SIGNALS, rank_rows
-from pocl_ray.difficulty.signals import choose_signals, comparison_signals, load_signals, student_signals
+from pocl_ray.difficulty.signals import comparison_signals, student_signals
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed, Teachers

@@ -16,7 +16,7 @@ from pocl_ray.config import Config, DomainConfig
 from pocl_ray.config.loading import describe
 from pocl_ray.config.training import TrainOverrides
 from pocl_ray.curriculum.pacing import find_pacing
-from pocl_ray.difficulty.signals import choose_signals
+from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
 

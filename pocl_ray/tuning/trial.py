@@ -18,7 +18,7 @@ from ray import tune
 from pocl_ray.config import Config
 from pocl_ray.data.prepare import Rows
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.signals import rank_table
+from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.task import TrainTask, curriculum_task
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_train.driver import train_watched

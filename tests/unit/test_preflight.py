@@ -8,7 +8,7 @@ import pytest
 
 from pocl_ray import preflight
 from pocl_ray.config import Config
-from pocl_ray.difficulty.signals import Choice
+from pocl_ray.difficulty.choice import Choice
 from pocl_ray.errors import ConfigError
 from pocl_ray.preflight import check_bridging, check_rescoring, check_without_gpus, warn_of_one_tokenizer
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pocl_ray import plugins
 from pocl_ray.config import DifficultyConfig
-from pocl_ray.difficulty.signals import GROUP, TokenSignal, choose_signals, load_signals, measure, teacher_signals
+from pocl_ray.difficulty.choice import GROUP, TokenSignal, choose_signals, load_signals, measure
+from pocl_ray.difficulty.signals import teacher_signals
 from pocl_ray.errors import ConfigError, UserError
 
 # What a config may say
