@@ -37,7 +37,7 @@ from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, Roll
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
 from pocl_ray.data.rows import arrow_writer, summarize_rows
 from pocl_ray.data.tokenization import train_tokenizer
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.models.heads import response_hidden
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
@@ -73,9 +73,7 @@ def make_task(folder: Path, hidden: int, layers: int, num_steps: int, zero_stage
         run_dir=run_dir,
         stages=(Stage(0, (0,), 0, BATCH_ROWS * num_steps, 1, num_steps, 2.0, 0.8, True, 0, num_steps),),
         student=refs["student"],
-        teacher=refs["teacher"],
-        teacher_cache="cache",
-        teacher_fingerprint=TEACHER,
+        teachers=(TeacherTask(refs["teacher"], cache="cache", fingerprint=TEACHER),),
         tokenizer="tokenizer",
         rows=made["train"],
         dev_rows=made["dev"],
@@ -171,11 +169,12 @@ def our_losses(task: TrainTask, with_ray: bool) -> list[tuple[float, float]]:
     else:
         import torch.distributed as dist
 
+        from pocl_ray.distill.loop import LoopHooks
         from pocl_ray.distill.setup import set_up_loop
 
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks for it
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        loop = set_up_loop(task, torch.device("cpu"), lambda *_: None, lambda *_: None)
+        loop = set_up_loop(task, torch.device("cpu"), LoopHooks())
         loop.run()
         records = loop.progress.metrics
     return [(record["step_s"], record["train/loss"]) for record in records if "train/loss" in record]

@@ -189,22 +189,20 @@ def _score(made: _Prepared, num_rows: int) -> _Scored:
     generation = {"max_new_tokens": 4, "batch_rows": 256}
     before, start = _own_bytes(), time.perf_counter()
     with patch.object(job, "Results", Clocked), _Peak() as peak:
-        table, _ = job.score_rows(
+        inputs = job.ScoringInputs(
             rows=rows,
             dev_rows=rows,
             run_dir=made.run_dir,
             tokenizer="tokenizer",
             student=made.student,
             teacher=made.teacher,
-            teacher_fingerprint="",
             cache=None,
-            cache_dtype="auto",
             difficulty=DifficultyConfig.model_validate({"generation": generation}),
             max_tokens=MAX_TOKENS,
-            scaling=ScalingConfig(),
             seed=0,
             compare=False,
         )
+        table, _ = job.score_rows(inputs, ScalingConfig())
     seconds = time.perf_counter() - start
     assert table.num_rows == num_rows
     (started, first), (ended, last) = next(each for each in came if each[1] >= num_rows / 5), came[-1]

@@ -235,6 +235,11 @@ class Inputs:
             for config in self.config.other_teachers
         )
 
+    @property
+    def teachers(self) -> tuple[tuple[ModelRef, str], ...]:
+        """All teachers, the first one first, each with its fingerprint."""
+        return tuple((one.ref, one.fingerprint) for one in (self.teacher, *self.other_teachers))
+
     @cached_property
     def student(self) -> FingerprintedModel:
         """The student before distillation."""

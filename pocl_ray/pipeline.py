@@ -22,7 +22,7 @@ from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import choose_signals, rank_table
-from pocl_ray.difficulty.job import cache_teacher, score_rows
+from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
 from pocl_ray.difficulty.ranking import constant_signals
 from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
@@ -118,40 +118,36 @@ class Pipeline:
         config, inputs = self.config, self.inputs
         distils = any_training_reads_teacher(config, self.stages)
         chosen = choose_signals(config.difficulty)
-        cache = CACHE if distils and config.distill.teacher_cache != "none" else None
-        top_k = config.distill.top_k if config.distill.teacher_cache == "topk" else None
+        folder = CACHE if distils and config.distill.teacher_cache != "none" else None
         # What a search may choose is not known here, so it is all measured.
-        is_read = cache is not None or chosen.reads_teacher or config.tune is not None
+        is_read = folder is not None or chosen.reads_teacher or config.tune is not None
         teacher = inputs.teacher if distils or is_read else None
         student = inputs.student
 
         def work(_: str) -> StepResult:
             check_disk(config, self.run_dir, inputs.rows)
-            table, counts = score_rows(
+            scoring = ScoringInputs(
                 rows=inputs.rows.train,
                 dev_rows=inputs.rows.dev,
                 run_dir=self.run_dir,
                 tokenizer=TOKENIZER,
                 student=student.ref,
                 teacher=teacher.ref if teacher is not None and is_read else None,
-                teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
-                cache=cache,
-                cache_dtype=config.distill.cache_dtype,
-                top_k=top_k,
+                cache=self._cache_task(folder, teacher.fingerprint) if folder and teacher else None,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
-                scaling=config.scaling,
                 seed=config.seed,
                 compare=config.teacher.cross_tokenizer is None,
                 plugins=chosen.plugins,
                 teacher_rows=inputs.rows.for_teacher,
             )
+            table, counts = score_rows(scoring, config.scaling)
             self._publish_table(table, SIGNALS)
-            caches = self._cache_other_teachers(student.ref, top_k) if distils else []
-            return StepResult([SIGNALS, *([cache] if cache else []), *caches], counts)
+            caches = self._cache_other_teachers(student.ref) if distils else []
+            return StepResult([SIGNALS, *([folder] if folder else []), *caches], counts)
 
         settings = config.difficulty.model_dump(mode="json", include={"generation", "shard_rows"})
-        kept = None if cache is None else [FORMAT_VERSION, top_k]
+        kept = None if folder is None else [FORMAT_VERSION, self._top_k]
         models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
         models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
@@ -243,7 +239,15 @@ class Pipeline:
 
         return self.steps.run("report", [self.evaluation, self.config.report.model_dump(mode="json")], work)
 
-    def _cache_other_teachers(self, student: ModelRef, top_k: int | None) -> list[str]:
+    @property
+    def _top_k(self) -> int | None:
+        distill = self.config.distill
+        return distill.top_k if distill.teacher_cache == "topk" else None
+
+    def _cache_task(self, folder: str, fingerprint: str) -> CacheTask:
+        return CacheTask(folder, self.config.distill.cache_dtype, self._top_k, fingerprint)
+
+    def _cache_other_teachers(self, student: ModelRef) -> list[str]:
         """Fill the caches of the further teachers, and return their directories; none where teachers run live."""
         config, rows, written = self.config, self.inputs.rows, []
         for place, other in enumerate(self.inputs.other_teachers, start=1):
@@ -255,10 +259,7 @@ class Pipeline:
                 run_dir=self.run_dir,
                 student=student,
                 teacher=other.ref,
-                teacher_fingerprint=other.fingerprint,
-                cache=folder,
-                cache_dtype=config.distill.cache_dtype,
-                top_k=top_k,
+                cache=self._cache_task(folder, other.fingerprint),
                 difficulty=config.difficulty,
                 scaling=config.scaling,
             )
@@ -267,7 +268,7 @@ class Pipeline:
 
     def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> FingerprintedModel:
         config, inputs, ranking = self.config, self.inputs, self.ranking
-        student, teacher = inputs.student, inputs.teacher if reads_teacher(config, stages) else None
+        student, teachers = inputs.student, inputs.teachers if reads_teacher(config, stages) else ()
 
         def work(fingerprint: str) -> StepResult:
             task = curriculum_task(
@@ -277,11 +278,9 @@ class Pipeline:
                 run_dir=self.run_dir,
                 stages=stages,
                 student=student.ref,
-                teacher=teacher.ref if teacher is not None else None,
-                teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
+                teachers=teachers,
                 rows=inputs.rows,
                 output=output,
-                other_teachers=[(other.ref, other.fingerprint) for other in inputs.other_teachers],
             )
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 

@@ -12,7 +12,7 @@ rows share a batch therefore does not depend on the number of actors, and neithe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -115,33 +115,92 @@ def gather(tables: Iterable[pa.Table], results: dict[str, Results]) -> None:
 Task = tuple[str, MicroBatches]
 
 
-def score_rows(
-    rows: RowsSummary,
-    dev_rows: RowsSummary,
-    run_dir: RunDirectory,
-    tokenizer: str,
-    student: ModelRef,
-    teacher: ModelRef | None,
-    teacher_fingerprint: str,
-    cache: str | None,
-    cache_dtype: str,
-    difficulty: DifficultyConfig,
-    max_tokens: int,
-    scaling: ScalingConfig,
-    seed: int,
-    compare: bool = True,
-    plugins: tuple[str, ...] = (),
-    top_k: int | None = None,
-    teacher_rows: Mapping[str, RowsSummary] = MappingProxyType({}),
-) -> tuple[pa.Table, dict[str, int]]:
+@dataclass(frozen=True)
+class CacheTask:
+    """The teacher cache that a pass of a teacher fills, one directory for each set.
+
+    Attributes:
+        folder: Directory, relative to the run directory.
+        dtype: Dtype of what it holds; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
+        top_k: Tokens that it keeps of each response token; None for hidden states.
+        fingerprint: Fingerprint of the teacher, by which a training run knows its cache.
+    """
+
+    folder: str
+    dtype: str
+    top_k: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What a scoring pass reads, and what it measures.
+
+    Attributes:
+        rows: The set to score.
+        dev_rows: Rows that go into the teacher cache alone.
+        run_dir: Holds the rows, the tokenizer and the teacher cache.
+        tokenizer: Tokenizer directory.
+        student: The untuned student.
+        teacher: The frozen teacher; None where the student's signals are all that is measured.
+        cache: The teacher cache to fill; None for none.
+        difficulty: How answers are generated, and how many rows and tokens are computed at once.
+        max_tokens: Prompt and answer together.
+        seed: Seed of the answers.
+        compare: Whether student and teacher are compared token by token; not over two tokenizers.
+        plugins: Signals that plug-ins measure.
+        teacher_rows: Set -> the same rows in the tokens of a teacher with a tokenizer of its own; empty otherwise.
+    """
+
+    rows: RowsSummary
+    dev_rows: RowsSummary
+    run_dir: RunDirectory
+    tokenizer: str
+    student: ModelRef
+    teacher: ModelRef | None
+    cache: CacheTask | None
+    difficulty: DifficultyConfig
+    max_tokens: int
+    seed: int
+    compare: bool = True
+    plugins: tuple[str, ...] = ()
+    teacher_rows: Mapping[str, RowsSummary] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> list[RowsSummary]:
+        """The sets that are read: without a cache, nobody needs the dev rows."""
+        return [self.rows, self.dev_rows] if self.cache else [self.rows]
+
+    def task(self, use_gpu: bool) -> ScoringTask:
+        """Return what each actor is told."""
+        cache = self.cache
+        return ScoringTask(
+            run_dir=self.run_dir,
+            rows={made.name: made.path for made in self.sets},
+            student_set=self.rows.name,
+            tokenizer=self.tokenizer,
+            student=self.student,
+            teacher=self.teacher,
+            generation=self.difficulty.generation,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            compare=self.compare,
+            plugins=self.plugins,
+            top_k=cache.top_k if cache else None,
+            cache=cache.folder if cache else None,
+            cache_dtype=cache.dtype if cache else "auto",
+            use_gpu=use_gpu,
+            teacher_rows={name: made.path for name, made in self.teacher_rows.items()},
+            batch_tokens=self.difficulty.batch_tokens,
+        )
+
+
+def score_rows(inputs: ScoringInputs, scaling: ScalingConfig) -> tuple[pa.Table, dict[str, int]]:
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        rows: The set to score; `dev_rows` go into the teacher cache alone.
-        run_dir: Holds the rows, the `tokenizer` directory and, in directory `cache`, one teacher cache a set.
-        student: The untuned student; `teacher` is the frozen one (None: without its signals), with its fingerprint.
-        cache_dtype: Of what it holds; for it, `top_k`, `compare`, `plugins` and `teacher_rows` see `ScoringTask`.
-        difficulty: How answers are generated, and how much at once; `scaling` says by how many actors.
+        inputs: What is read and measured.
+        scaling: Actors, and what each of them asks for.
 
     Returns:
         One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
@@ -149,32 +208,14 @@ def score_rows(
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
     """
-    sets = [rows, *([dev_rows] if cache else [])]
-    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, difficulty)]
-    pools = plan_pools(scaling, _actors(scaling, teacher), len(tasks))
-    task = ScoringTask(
-        run_dir=run_dir,
-        rows={made.name: made.path for made in sets},
-        student_set=rows.name,
-        tokenizer=tokenizer,
-        student=student,
-        teacher=teacher,
-        generation=difficulty.generation,
-        max_tokens=max_tokens,
-        seed=seed,
-        compare=compare,
-        plugins=plugins,
-        top_k=top_k,
-        cache=cache,
-        cache_dtype=cache_dtype,
-        use_gpu=pools[0].use_gpu,
-        teacher_rows={name: made.path for name, made in teacher_rows.items()},
-        batch_tokens=difficulty.batch_tokens,
-    )
-    results = _run(task, tasks, pools, sets, scaling)
-    if cache:
-        _finish_caches(results, run_dir, cache, teacher_fingerprint, [teacher_rows.get(s.name, s) for s in sets])
-    return (table := _signals(results[rows.name].table())), _counts(table, sets)
+    sets, run_dir = inputs.sets, inputs.run_dir
+    tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, inputs.difficulty)]
+    pools = plan_pools(scaling, _actors(scaling, inputs.teacher), len(tasks))
+    results = _run(inputs.task(pools[0].use_gpu), tasks, pools, sets, scaling)
+    if inputs.cache:
+        _finish_caches(results, run_dir, inputs.cache, [inputs.teacher_rows.get(made.name, made) for made in sets])
+    table = _signals(results[inputs.rows.name].table())
+    return table, _counts(table, sets)
 
 
 def _signals(results: pa.Table) -> pa.Table:
@@ -187,10 +228,7 @@ def cache_teacher(
     run_dir: RunDirectory,
     student: ModelRef,
     teacher: ModelRef,
-    teacher_fingerprint: str,
-    cache: str,
-    cache_dtype: str,
-    top_k: int | None,
+    cache: CacheTask,
     difficulty: DifficultyConfig,
     scaling: ScalingConfig,
 ) -> None:
@@ -198,10 +236,10 @@ def cache_teacher(
 
     Args:
         sets: What it reads.
-        run_dir: Holds the rows and, in directory `cache`, one teacher cache a set.
+        run_dir: Holds the rows and the cache.
         student: Whose vocabulary the top k are cut to.
-        teacher: The frozen model; `teacher_fingerprint` goes into the cache.
-        cache_dtype: Of what it holds, see `ScoringTask`; `top_k` too.
+        teacher: The frozen model.
+        cache: The cache to fill.
         difficulty: How much is computed at once.
         scaling: Actors, and what each of them asks for.
 
@@ -221,17 +259,17 @@ def cache_teacher(
         max_tokens=0,
         seed=0,
         compare=False,
-        cache=cache,
-        cache_dtype=cache_dtype,
+        cache=cache.folder,
+        cache_dtype=cache.dtype,
         use_gpu=pool.use_gpu,
-        top_k=top_k,
+        top_k=cache.top_k,
     )
     results = {made.name: Results(made, keeps_signals=False) for made in sets}
-    with quiet_ray_data(), stall_watch(scaling, cache) as watched:
+    with quiet_ray_data(), stall_watch(scaling, cache.folder) as watched:
         dataset: Dataset = ray.data.from_blocks([unscored_units(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pool.options())
-        gather(stream(dataset, cache, _num_rows(results), "rows"), results)
-    _finish_caches(results, run_dir, cache, teacher_fingerprint, sets)
+        gather(stream(dataset, cache.folder, _num_rows(results), "rows"), results)
+    _finish_caches(results, run_dir, cache, sets)
 
 
 def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
@@ -239,12 +277,13 @@ def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
 
 
 def _finish_caches(
-    results: Mapping[str, Results], run_dir: RunDirectory, cache: str, teacher: str, sets: Sequence[RowsSummary]
+    results: Mapping[str, Results], run_dir: RunDirectory, cache: CacheTask, sets: Sequence[RowsSummary]
 ) -> None:
     """Write the index of each set's cache; `sets` are as the teacher reads them."""
     for made in sets:
         shards = results[made.name].shards
-        write_index(run_dir.fs_path(f"{cache}/{made.name}"), shards, teacher, made.fingerprint, run_dir.filesystem)
+        folder = run_dir.fs_path(f"{cache.folder}/{made.name}")
+        write_index(folder, shards, cache.fingerprint, made.fingerprint, run_dir.filesystem)
 
 
 def _run(

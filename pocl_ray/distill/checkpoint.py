@@ -142,16 +142,6 @@ class PendingCheckpoint:
         return self.directory
 
 
-class Uploads:
-    """Where checkpoints go once they are written; this one is for a loop whose checkpoints go nowhere."""
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint has arrived; nothing to wait for on workers that sent none."""
-
-    def meet(self) -> None:
-        """Wait for all workers, for as long as it takes: a collective would take a long upload for a hang."""
-
-
 def link_tree(source: Path, target: Path) -> None:
     """Give the files of a directory a second name in another, which stays when the first is gone; copies elsewhere."""
     shutil.copytree(source, target, copy_function=_link)

@@ -1,6 +1,6 @@
 """The training loop: stages, steps, evaluations, checkpoints and hand-offs, in the order in which they happen.
 
-Torch and DeepSpeed only. What is done with metrics and checkpoints is up to the two functions it is given.
+Torch and DeepSpeed only. What is done with metrics and checkpoints is up to the hooks that it is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from pocl_ray.distill.checkpoint import (
     CheckpointWriter,
     PendingCheckpoint,
     Progress,
-    Uploads,
     complete,
     make_scratch,
     state_reader,
@@ -44,8 +43,26 @@ from pocl_ray.distill.task import TrainTask
 from pocl_ray.records import Order, Stage
 from pocl_ray.run_directory.disk import GIB
 
-OnCheckpoint = Callable[[Progress, PendingCheckpoint | None], None]
-OnStep = Callable[[Progress, dict[str, Any]], None]
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What the loop calls on its way. Every worker calls each hook at the same point, so a hook may be collective.
+
+    Without any, metrics are kept in the progress and checkpoints go nowhere.
+
+    Attributes:
+        on_checkpoint: Gets a copy of the progress and, on rank 0, the checkpoint that is being written.
+        on_step: Gets the progress and each record of the metric stream, those that are not logged too.
+        asks_for_checkpoint: Whether to save one after this step although none is due; the same answer on every worker.
+        wait_for_uploads: Waits until the last checkpoint of this worker has arrived in storage.
+        meet: Waits for all workers, for as long as it takes: a collective would take a long upload for a hang.
+    """
+
+    on_checkpoint: Callable[[Progress, PendingCheckpoint | None], None] = lambda progress, written: None
+    on_step: Callable[[Progress, dict[str, Any]], None] = lambda progress, record: None
+    asks_for_checkpoint: Callable[[Progress], bool] = lambda progress: False
+    wait_for_uploads: Callable[[], None] = lambda: None
+    meet: Callable[[], None] = lambda: None
 
 
 class TrainingLoop:
@@ -59,8 +76,7 @@ class TrainingLoop:
         dev: DevEvaluator,
         rollouts: Rollouts,
         orders: Mapping[Order, np.ndarray],
-        on_checkpoint: OnCheckpoint,
-        on_step: OnStep,
+        hooks: LoopHooks,
         rescorer: Rescorer | None = None,
     ) -> None:
         """Set the loop up.
@@ -72,20 +88,16 @@ class TrainingLoop:
             dev: Dev figures.
             rollouts: Responses of the student's own.
             orders: Row ids in each order that a stage may be a slice of.
-            on_checkpoint: Called on every worker with a copy of the progress and, on rank 0, the checkpoint that is
-                being written.
-            on_step: Called on every worker with each logged record.
+            hooks: What is done with records and checkpoints.
             rescorer: Ranks the rows anew before the stages that say so.
         """
         self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
         self.rollouts, self.rescorer = rollouts, rescorer
-        self.on_checkpoint, self.on_step = on_checkpoint, on_step
+        self.hooks = hooks
         self.state = TrainingState(engine)
         self.progress = Progress()
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
-        self.asks_for_checkpoint: Callable[[], bool] = lambda: False  # the same answer on every worker
-        self.uploads = Uploads()
         self._scratch = make_scratch()
         self._writer = CheckpointWriter(round(task.train.checkpoint_buffer_gib * GIB))
 
@@ -114,14 +126,15 @@ class TrainingLoop:
             self._settle()
         finally:
             self._writer.close()
-            self.uploads.wait()  # also where training failed: it needs the files, and saves the work until then
+            # Also where training failed: the upload needs the scratch files, and saves the work until then.
+            self.hooks.wait_for_uploads()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _settle(self) -> None:
         """Wait until nothing is on its way to storage any more; all workers at once."""
         self._writer.join()
-        self.uploads.wait()
-        self.uploads.meet()
+        self.hooks.wait_for_uploads()
+        self.hooks.meet()
 
     def _run_stage(self, stage: Stage) -> None:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
@@ -208,7 +221,7 @@ class TrainingLoop:
         }
         if self.progress.step % self.task.train.log_every_steps == 0:
             self.progress.metrics.append(record)
-        self.on_step(self.progress, record)
+        self.hooks.on_step(self.progress, record)
 
     def _evaluation_is_due(self, stage: Stage, steps_done: int) -> bool:
         if steps_done == stage.num_steps:
@@ -218,7 +231,7 @@ class TrainingLoop:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.task.train.checkpoint_every_steps
-        return (every is not None and self.progress.step % every == 0) or self.asks_for_checkpoint()
+        return (every is not None and self.progress.step % every == 0) or self.hooks.asks_for_checkpoint(self.progress)
 
     def _evaluate(self) -> None:
         figures = self.dev.evaluate()
@@ -227,7 +240,7 @@ class TrainingLoop:
         position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
         record = {**position, **figures}
         self.progress.metrics.append(record)
-        self.on_step(self.progress, record)
+        self.hooks.on_step(self.progress, record)
         self._settle()
         if self.task.hand_off == "best" and progress.note_best(figures):
             self.progress.best_adam_steps = self.state.num_adam_steps
@@ -254,7 +267,7 @@ class TrainingLoop:
                 write_order(self.orders["rank"], directory)
             whole = self._writer.submit(partial(complete, progress, directory, self._scratch / BEST))
             written = PendingCheckpoint(directory, whole)
-        self.on_checkpoint(progress, written)
+        self.hooks.on_checkpoint(progress, written)
 
     def _hand_off(self) -> None:
         if self.task.hand_off == "best" and self.progress.best_figure is not None:
@@ -262,7 +275,7 @@ class TrainingLoop:
             kinds = self._best_kinds()
             steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
             self._writer.join()
-            self.uploads.meet()
+            self.hooks.meet()
             self.state.load(state_reader(self._scratch / BEST if reads else None), kinds, steps)
         self._reset_best()
         self.progress.stage += 1

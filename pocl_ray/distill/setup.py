@@ -21,7 +21,7 @@ from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, InferenceStudent
 from pocl_ray.distill.feed import Feed, load_teachers, teachers_of
 from pocl_ray.distill.kernels import resolve_divergence
-from pocl_ray.distill.loop import OnCheckpoint, OnStep, TrainingLoop
+from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.rollout_writers import RolloutWriter, TransformersWriter, VllmWriter
 from pocl_ray.distill.rollouts import Rollouts
@@ -37,7 +37,7 @@ from pocl_ray.records import RANK, Order
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
 
 
-def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoint, on_step: OnStep) -> TrainingLoop:
+def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> TrainingLoop:
     """Load student, teacher, rows and caches, and wrap them into a loop; collective.
 
     Raises:
@@ -65,7 +65,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
     divergence = resolve_divergence(task.distill, device)
-    settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teacher is not None else 0.0, divergence)
+    settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teachers else 0.0, divergence)
     copy = InferenceStudent(engine)
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
@@ -77,7 +77,7 @@ def set_up_loop(task: TrainTask, device: torch.device, on_checkpoint: OnCheckpoi
         head_of_first = teachers[0].head if teachers else None
         rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, copy.current, head_of_first)
     orders = _orders(task, len(stores[0]))
-    return TrainingLoop(task, engine, feed, dev, rollouts, orders, on_checkpoint, on_step, rescorer)
+    return TrainingLoop(task, engine, feed, dev, rollouts, orders, hooks, rescorer)
 
 
 def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> RolloutWriter:

@@ -73,9 +73,7 @@ class TrainTask:
         run_dir: The run directory.
         stages: The plan.
         student: What is trained, as it is before.
-        teacher: The frozen teacher; None where no stage distils, as in supervised fine-tuning.
-        teacher_cache: Directory of the caches (`train`, `dev`); None to run the teacher live.
-        teacher_fingerprint: Of the teacher that the caches must have been made by.
+        teachers: The frozen teachers; none where no stage distils, as in supervised fine-tuning.
         tokenizer: Tokenizer directory.
         rows: The training rows.
         dev_rows: The dev rows.
@@ -93,11 +91,6 @@ class TrainTask:
         collective_timeout_s: After so long a dead peer is noticed.
         output: Where the trained student goes.
         metrics: Where the metric stream goes.
-        teacher_weight: Of the teacher's divergence beside those of the other teachers.
-        teacher_stages: In which it teaches; None for all.
-        teacher_sharded: Whether it is split over the workers, where it runs live.
-        teacher_rows: Set -> the rows in the teacher's own tokens; None where its tokenizer is the student's.
-        other_teachers: Further teachers.
         lora: Adapters that are trained in place of the student's weights; None to train these.
         rescoring: How rows are ranked anew before the stages that say so; None where none does.
     """
@@ -107,9 +100,7 @@ class TrainTask:
     run_dir: RunDirectory
     stages: tuple[Stage, ...]
     student: ModelRef
-    teacher: ModelRef | None
-    teacher_cache: str | None
-    teacher_fingerprint: str
+    teachers: tuple[TeacherTask, ...]
     tokenizer: str
     rows: RowsSummary
     dev_rows: RowsSummary
@@ -127,29 +118,8 @@ class TrainTask:
     collective_timeout_s: float
     output: str
     metrics: str
-    teacher_weight: float = 1.0
-    teacher_stages: tuple[int, ...] | None = None
-    teacher_sharded: bool = False
-    teacher_rows: Mapping[str, RowsSummary] | None = None
-    other_teachers: tuple[TeacherTask, ...] = ()
     lora: LoraConfig | None = None
     rescoring: Rescoring | None = None
-
-    @property
-    def teachers(self) -> tuple[TeacherTask, ...]:
-        """All teachers; none for supervised fine-tuning."""
-        if self.teacher is None:
-            return ()
-        first = TeacherTask(
-            self.teacher,
-            self.teacher_cache,
-            self.teacher_fingerprint,
-            self.teacher_weight,
-            self.teacher_stages,
-            self.teacher_sharded,
-            self.teacher_rows,
-        )
-        return (first, *self.other_teachers)
 
     @property
     def num_steps(self) -> int:
@@ -157,7 +127,7 @@ class TrainTask:
         return sum(stage.num_steps for stage in self.stages)
 
 
-# Training tasks from the config: the curriculum and its control, and supervised fine-tuning.
+# How a config becomes a training task: for the curriculum and its control, and for supervised fine-tuning.
 
 RESCORED = "scores/stages"
 """Tables of the rankings made between stages, beside the output of the run that made them."""
@@ -170,16 +140,14 @@ def curriculum_task(
     run_dir: RunDirectory,
     stages: tuple[Stage, ...],
     student: ModelRef,
-    teacher: ModelRef | None,
-    teacher_fingerprint: str,
+    teachers: Sequence[tuple[ModelRef, str]],
     rows: Rows,
     output: str,
-    other_teachers: Sequence[tuple[ModelRef, str]] = (),
 ) -> TrainTask:
     """Return the task that distils the student through `stages`; its result goes to `output`.
 
-    `other_teachers` are the models of `config.other_teachers`, each with its fingerprint.
-    Without a teacher, which `kd_ratio` 0 in all stages does not need, neither a cache nor dev figures of it are read.
+    `teachers` are the models of `config.teacher` and `config.other_teachers`, each with its fingerprint.
+    Without any, as where `kd_ratio` is 0 in all stages, neither a cache nor dev figures of a teacher are read.
     """
     folder = output.removesuffix("student")
     rescores = any(stage.rescore for stage in stages)
@@ -189,9 +157,7 @@ def curriculum_task(
         run_dir=run_dir,
         stages=stages,
         student=student,
-        teacher=teacher,
-        teacher_cache=cache_folder(config, 0) if teacher is not None else None,
-        teacher_fingerprint=teacher_fingerprint,
+        teachers=_teacher_tasks(config, teachers, rows, len(stages)),
         tokenizer="tokenizer",
         rows=rows.train,
         dev_rows=rows.dev,
@@ -209,17 +175,28 @@ def curriculum_task(
         collective_timeout_s=config.scaling.collective_timeout_s,
         output=output,
         metrics=f"{folder}metrics.jsonl",
-        teacher_weight=config.teacher.weight,
-        teacher_stages=config.teacher.stages_of(len(stages)),
-        teacher_sharded=config.teacher.sharded,
-        teacher_rows=rows.for_teacher or None,
-        other_teachers=tuple(
-            TeacherTask(ref, cache_folder(config, place), made_by, one.weight, one.stages_of(len(stages)), one.sharded)
-            for place, (ref, made_by) in enumerate(other_teachers, start=1)
-            for one in [config.other_teachers[place - 1]]
-        ),
         lora=config.student.lora,
         rescoring=Rescoring(config.difficulty, config.seed, f"{folder}{RESCORED}") if rescores else None,
+    )
+
+
+def _teacher_tasks(
+    config: Config, teachers: Sequence[tuple[ModelRef, str]], rows: Rows, num_stages: int
+) -> tuple[TeacherTask, ...]:
+    return tuple(
+        TeacherTask(
+            ref=ref,
+            cache=cache_folder(config, place),
+            fingerprint=fingerprint,
+            weight=one.weight,
+            stages=one.stages_of(num_stages),
+            sharded=one.sharded,
+            # Only a teacher that is alone may have a tokenizer of its own.
+            rows=(rows.for_teacher or None) if place == 0 else None,
+        )
+        for place, ((ref, fingerprint), one) in enumerate(
+            zip(teachers, (config.teacher, *config.other_teachers), strict=False)
+        )
     )
 
 
@@ -257,17 +234,13 @@ def sft_task(
         run_dir=run_dir,
         stages=stages,
         student=start,
-        teacher=start,
-        teacher_fingerprint="",
+        teachers=(),
         rows=rows,
         output=f"models/{role}",
     )
     return replace(
         task,
-        teacher=None,
-        teacher_cache=None,
         tokenizer=tokenizer,
-        other_teachers=(),
         scores=None,
         train=train,
         rollout=RolloutConfig(),

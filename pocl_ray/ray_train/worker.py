@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from ray.train.torch import get_device
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Gauge
 
-from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, Uploads
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
 from pocl_ray.distill.engine import DTYPES
-from pocl_ray.distill.loop import TrainingLoop
+from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
@@ -65,20 +66,20 @@ class PreemptionNotices:
     def __init__(
         self,
         device: torch.device,
-        on_notice: Callable[[], object],
+        on_notice: Callable[[Progress], object],
         told: Callable[[], PreemptionInfo | None] = announced_preemption,
     ) -> None:
         """Set it up.
 
         Args:
             device: Where the process group computes.
-            on_notice: Called on every worker when a checkpoint is about to be saved.
+            on_notice: Called on every worker, with the progress, when a checkpoint is about to be saved.
             told: Returns what this worker was told.
         """
         self._device, self._on_notice, self._told = device, on_notice, told
         self._saved_at = float("-inf")
 
-    def ask_for_checkpoint(self) -> bool:
+    def ask_for_checkpoint(self, progress: Progress) -> bool:
         """Whether to save now: at the first notice, and every SAVE_EVERY_S after it; collective."""
         is_due = self._told() is not None and time.monotonic() - self._saved_at > SAVE_EVERY_S
         flag = torch.tensor(float(is_due), device=self._device)
@@ -86,7 +87,7 @@ class PreemptionNotices:
         if not flag.item():
             return False
         self._saved_at = time.monotonic()
-        self._on_notice()
+        self._on_notice(progress)
         return True
 
 
@@ -209,11 +210,7 @@ def _fault(error: BaseException) -> UserError | None:
 def _train(task: TrainTask, progress_actor: Any) -> None:
     beat("setting up")
     reporter = _Reporter(task, progress_actor, dist.get_rank())
-    loop = set_up_loop(task, get_device(), reporter.checkpoint, reporter.step)
-    loop.uploads = reporter
-    if watcher_is_on():
-        notices = PreemptionNotices(loop.engine.device, lambda: reporter.node_leaves(loop.progress))
-        loop.asks_for_checkpoint = notices.ask_for_checkpoint
+    loop = set_up_loop(task, get_device(), _hooks(reporter))
     kept = _checkpoints(loop.engine.rank)
     if loop.engine.rank == 0:
         _check_disk(task, loop, len(kept))
@@ -228,6 +225,13 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
     _write_result(task, loop)
     if loop.engine.rank == 0:
         ray.get(progress_actor.finish.remote(loop.progress.step, loop.progress.num_tokens))
+
+
+def _hooks(reporter: _Reporter) -> LoopHooks:
+    hooks = LoopHooks(reporter.checkpoint, reporter.step, wait_for_uploads=reporter.wait, meet=reporter.meet)
+    if not watcher_is_on():
+        return hooks
+    return replace(hooks, asks_for_checkpoint=PreemptionNotices(get_device(), reporter.node_leaves).ask_for_checkpoint)
 
 
 def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
@@ -248,7 +252,7 @@ def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
     check_free_at(Path(tempfile.gettempdir()), each, "checkpoints on their way", "make room, or set TMPDIR")
 
 
-class _Reporter(Uploads):
+class _Reporter:
     """Takes checkpoints to Ray Train, and progress to the driver's progress actor.
 
     Attributes:

@@ -39,9 +39,7 @@ class Shared:
         run_dir: The run directory of the search.
         rows: The prepared sets.
         student: The student before distillation.
-        teacher: The teacher.
-        teacher_fingerprint: Of the teacher that the caches were made by.
-        other_teachers: Further teachers, each with its fingerprint.
+        teachers: The teachers, each with its fingerprint.
         origins: Fingerprints of what the students depend on.
         ranking: Fingerprint of the ranking in `scores`, the base config's.
         signals: Parquet file of the signals, for rankings of another kind.
@@ -53,9 +51,7 @@ class Shared:
     run_dir: RunDirectory
     rows: Rows
     student: ModelRef
-    teacher: ModelRef
-    teacher_fingerprint: str
-    other_teachers: tuple[tuple[ModelRef, str], ...]
+    teachers: tuple[tuple[ModelRef, str], ...]
     origins: TrialOrigins
     ranking: str
     signals: str
@@ -76,11 +72,9 @@ class Shared:
             run_dir=self.run_dir,
             stages=planned.stages,
             student=self.student,
-            teacher=self.teacher,
-            teacher_fingerprint=self.teacher_fingerprint,
+            teachers=self.teachers,
             rows=self.rows,
             output=f"{TRIALS}/{name}/student",
-            other_teachers=self.other_teachers,
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")

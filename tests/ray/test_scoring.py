@@ -18,7 +18,7 @@ from pocl_ray.answers.rouge import rouge_l_batch
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.job import score_rows
+from pocl_ray.difficulty.job import CacheTask, ScoringInputs, score_rows
 from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.heads import head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -35,22 +35,21 @@ DIFFICULTY = DifficultyConfig(
 
 
 def score(run: Any, cache: str | None, student_actors: int = 1, teacher_actors: int = 1, **changes: Any) -> Any:
-    options = {
+    kept = None if cache is None else CacheTask(cache, "auto", changes.pop("top_k", None), "the teacher")
+    inputs = {
         "rows": run.train,
         "dev_rows": run.dev,
         "run_dir": run.run_dir,
         "tokenizer": run.tokenizer,
         "student": run.student,
         "teacher": run.teacher,
-        "teacher_fingerprint": "the teacher",
-        "cache": cache,
-        "cache_dtype": "auto",
+        "cache": kept,
         "difficulty": DIFFICULTY,
         "max_tokens": 48,
-        "scaling": ScalingConfig(student_actors=student_actors, teacher_actors=teacher_actors),
         "seed": 7,
     }
-    return score_rows(**{**options, **changes})
+    scaling = changes.pop("scaling", ScalingConfig(student_actors=student_actors, teacher_actors=teacher_actors))
+    return score_rows(ScoringInputs(**{**inputs, **changes}), scaling)
 
 
 @pytest.fixture(scope="module")

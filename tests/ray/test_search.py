@@ -92,7 +92,7 @@ class PretendPipeline:
         rows = RowsSummary("train", "rows/train.arrow", NUM_ROWS, 0, 1, 1, 1, "rows")
         made = SimpleNamespace(ref=ModelRef("model"), fingerprint="model")
         return SimpleNamespace(
-            rows=Rows(train=rows, dev=rows, tests={}, leaks={}), student=made, teacher=made, other_teachers=[]
+            rows=Rows(train=rows, dev=rows, tests={}, leaks={}), student=made, teachers=((made.ref, made.fingerprint),)
         )
 
 

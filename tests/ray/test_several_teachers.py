@@ -12,7 +12,7 @@ from tiny import FullRun, manifest, metrics
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.job import cache_teacher, score_rows
+from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
 from pocl_ray.models.loading import load_model
 from pocl_ray.pipeline import Pipeline
 from pocl_ray.records import RowsSummary
@@ -42,24 +42,23 @@ def assert_holds_the_likeliest(tiny_run: Any, teacher: Any, cache: str, fingerpr
 
 
 def test_the_scoring_jobs_write_the_top_k_caches_of_two_teachers(cluster: None, tiny_run: Any) -> None:
-    shared = {"run_dir": tiny_run.run_dir, "student": tiny_run.student, "cache_dtype": "auto", "top_k": 8,
-              "difficulty": DIFFICULTY, "scaling": ScalingConfig()}  # fmt: skip
-    score_rows(
+    shared = {"run_dir": tiny_run.run_dir, "student": tiny_run.student, "difficulty": DIFFICULTY}
+    inputs = ScoringInputs(
         rows=tiny_run.train,
         dev_rows=tiny_run.dev,
         tokenizer=tiny_run.tokenizer,
         teacher=tiny_run.teacher,
-        teacher_fingerprint="first",
-        cache="top_k_cache",
+        cache=CacheTask("top_k_cache", "auto", 8, "first"),
         max_tokens=48,
         seed=7,
         **shared,
     )
+    score_rows(inputs, ScalingConfig())
     cache_teacher(
         sets=[tiny_run.train, tiny_run.dev],
         teacher=tiny_run.student,  # any other model
-        teacher_fingerprint="second",
-        cache="top_k_cache_2",
+        cache=CacheTask("top_k_cache_2", "auto", 8, "second"),
+        scaling=ScalingConfig(),
         **shared,
     )
     assert_holds_the_likeliest(tiny_run, tiny_run.teacher, "top_k_cache", "first")

@@ -25,8 +25,8 @@ from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, Roll
 from pocl_ray.data.row_store import ROWS_SCHEMA
 from pocl_ray.data.rows import summarize_rows
 from pocl_ray.data.tokenization import train_tokenizer
-from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, Uploads, read_progress
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, read_progress
+from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
@@ -93,9 +93,7 @@ def prepare(folder: Path) -> TrainTask:
         run_dir=run_dir,
         stages=STAGES,
         student=ModelRef(run_dir.uri_of("models/student_init")),
-        teacher=ModelRef(run_dir.uri_of("models/teacher")),
-        teacher_cache=None,
-        teacher_fingerprint="teacher",
+        teachers=(TeacherTask(ModelRef(run_dir.uri_of("models/teacher")), cache=None, fingerprint="teacher"),),
         tokenizer="tokenizer",
         rows=summaries["train"],
         dev_rows=summaries["dev"],
@@ -114,6 +112,12 @@ def prepare(folder: Path) -> TrainTask:
         output="student",
         metrics="metrics.jsonl",
     )
+
+
+def with_teacher(task: TrainTask, **changes: Any) -> TrainTask:
+    """The task with its only teacher changed."""
+    (teacher,) = task.teachers
+    return replace(task, teachers=(replace(teacher, **changes),))
 
 
 def write_rows(run_dir: RunDirectory, name: str, texts: list[str], tokenizer: Any) -> Any:
@@ -185,7 +189,7 @@ def _worker(rank: int, runs: list[tuple[TrainTask, Path, Path | None]], num_work
     dist.destroy_process_group()
 
 
-class _Moves(Uploads):
+class _Moves:
     """Takes checkpoints away as Ray Train does: late, in a thread, while training goes on."""
 
     def __init__(self, folder: Path) -> None:
@@ -210,13 +214,14 @@ class _Moves(Uploads):
 
 
 def _run_one(rank: int, task: TrainTask, folder: Path, resume: Path | None) -> None:
+    from pocl_ray.distill.loop import LoopHooks
     from pocl_ray.distill.setup import set_up_loop
 
     if rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     moves = _Moves(folder / "checkpoints")
-    loop = set_up_loop(task, torch.device("cpu"), moves.take, lambda progress, record: None)
-    loop.uploads = moves
+    hooks = LoopHooks(on_checkpoint=moves.take, wait_for_uploads=moves.wait, meet=moves.meet)
+    loop = set_up_loop(task, torch.device("cpu"), hooks)
     if resume is not None:
         loop.restore(read_progress(resume), resume)
     loop.run()

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import STAGES, TRAIN, Outcome, prepare, train_all
+from runs import STAGES, TRAIN, Outcome, prepare, train_all, with_teacher
 from safetensors.torch import load_file
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoint import read_progress
-from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
@@ -46,7 +46,7 @@ Runs = dict[str, Outcome]
 
 def variants(task: TrainTask) -> dict[str, TrainTask]:
     """The tasks by name; `plain` is what the others are compared with."""
-    assert task.teacher is not None
+    (teacher,) = task.teachers
     plain = replace(task, stages=FRESH, train=TRAIN.model_copy(update={"checkpoint_every_steps": 3, "eps": 1e-5}))
 
     def made(hand_off: str = "last", stages: tuple[Any, ...] = FRESH, **train: Any) -> TrainTask:
@@ -61,14 +61,13 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "written_at_once": made(checkpoint_buffer_gib=0.0),
         "micro_8": made(micro_batch_rows=8),
         "micro_2": made(micro_batch_rows=2),
-        "cached": replace(plain, teacher_cache="teacher_cache", distill=DistillConfig()),
+        "cached": replace(with_teacher(plain, cache="teacher_cache"), distill=DistillConfig()),
         "all_tokens_cached": replace(
-            plain, teacher_cache="topk_cache", distill=DistillConfig(teacher_cache="topk", top_k=300)
+            with_teacher(plain, cache="topk_cache"), distill=DistillConfig(teacher_cache="topk", top_k=300)
         ),
         "two_alike": replace(
             plain,
-            teacher_weight=3.0,
-            other_teachers=(TeacherTask(task.teacher, "teacher_cache", task.teacher_fingerprint, 1.0, (1,)),),
+            teachers=(replace(teacher, weight=3.0), replace(teacher, cache="teacher_cache", stages=(1,))),
         ),
         "recomputed": replace(plain, gradient_checkpointing=True),
         "best": made("best"),
@@ -112,8 +111,7 @@ def tasks(root: Path) -> dict[str, TrainTask]:
 
 
 def write_cache(task: TrainTask, pad_id: int) -> None:
-    assert task.teacher is not None
-    teacher = LiveTeacher(task.teacher)
+    teacher = LiveTeacher(task.teachers[0].ref)
     for summary in (task.rows, task.dev_rows):
         store = RowStore.open(task.run_dir.local(summary.path))
         ids = np.arange(summary.num_rows)
@@ -126,7 +124,7 @@ def write_cache(task: TrainTask, pad_id: int) -> None:
         for name, tokens in (("teacher_cache", hidden), ("topk_cache", top_k)):
             folder = task.run_dir.uri_of(f"{name}/{summary.name}")
             shards = [write_shard(folder, part, [tokens[i] for i in part]) for part in (ids[:half], ids[half:])]
-            write_index(folder, [shard.name for shard in shards], task.teacher_fingerprint, summary.fingerprint)
+            write_index(folder, [shard.name for shard in shards], task.teachers[0].fingerprint, summary.fingerprint)
 
 
 @pytest.fixture(scope="module")

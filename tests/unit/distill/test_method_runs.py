@@ -68,13 +68,12 @@ def config_of(layers: tuple[str, ...], folder: Path) -> Config:
 
 def written_by_the_teacher(task: TrainTask) -> TrainTask:
     """The task on responses of its teacher, as the pipeline makes them."""
-    assert task.teacher is not None
     tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     writing = WritingTask(
         run_dir=task.run_dir,
         rows=task.rows.path,
         tokenizer=task.tokenizer,
-        teacher=task.teacher,
+        teacher=task.teachers[0].ref,
         generation=GenerationConfig(sampling_temperature=1.0, max_new_tokens=6),
         max_tokens=task.max_tokens,
         seed=0,
@@ -88,11 +87,10 @@ def task_of(layers: tuple[str, ...], base: TrainTask, by_teacher: TrainTask, fol
     config = config_of(layers, folder)
     task = by_teacher if config.data.responses == "teacher" else base
     stages = plan_stages(config, 16)
-    teacher = base.teacher if reads_teacher(config, stages) else None
     return replace(
         task,
         stages=stages,
-        teacher=teacher,
+        teachers=base.teachers if reads_teacher(config, stages) else (),
         scores=None,
         distill=config.distill,
         rollout=config.rollout,

@@ -52,14 +52,13 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
 
 
 def first_scores(task: TrainTask) -> pa.Table:
-    assert task.teacher is not None
     scoring = ScoringTask(
         run_dir=task.run_dir,
         rows={"train": task.rows.path},
         student_set="train",
         tokenizer="tokenizer",
         student=task.student,
-        teacher=task.teacher,
+        teacher=task.teachers[0].ref,
         generation=DIFFICULTY.generation,
         max_tokens=task.max_tokens,
         seed=5,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STAGES, Outcome, prepare, train_all
+from runs import STAGES, Outcome, prepare, train_all, with_teacher
 
 from pocl_ray.config import Config
-from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import ModelError
 from pocl_ray.models.frozen import _dtype_of, _inference_config
 from pocl_ray.models.places import ModelRef
@@ -21,17 +21,18 @@ STAGE = replace(STAGES[0], num_epochs=1, lr_num_steps=2)
 
 
 def variants(task: TrainTask) -> dict[str, TrainTask]:
-    assert task.teacher is not None
     short = replace(task, stages=(STAGE,), train=task.train.model_copy(update={"eps": 1e-5}))
     zero_3 = short.train.model_copy(update={"zero_stage": 3})
-    in_bf16 = replace(task.teacher, dtype="bfloat16")
+    (teacher,) = task.teachers
+    in_bf16 = with_teacher(short, ref=replace(teacher.ref, dtype="bfloat16"))
+    sharded = with_teacher(short, sharded=True)
     return {
         "whole": short,
-        "sharded": replace(short, teacher_sharded=True),
-        "sharded_zero_3": replace(short, teacher_sharded=True, train=zero_3),
-        "one_of_two": replace(short, other_teachers=(TeacherTask(task.teacher, None, "teacher", sharded=True),)),
-        "whole_bf16": replace(short, teacher=in_bf16),
-        "sharded_bf16": replace(short, teacher=in_bf16, teacher_sharded=True),
+        "sharded": sharded,
+        "sharded_zero_3": replace(sharded, train=zero_3),
+        "one_of_two": replace(short, teachers=(teacher, replace(teacher, sharded=True))),
+        "whole_bf16": in_bf16,
+        "sharded_bf16": with_teacher(in_bf16, sharded=True),
     }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import STAGES, prepare, stage
+from runs import STAGES, prepare, stage, with_teacher
 
 from pocl_ray.config import DistillConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.feed import Feed, Teachers, TeacherSource, load_teachers, teachers_of
-from pocl_ray.distill.task import TeacherTask, TrainTask
+from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import StorageError
+from pocl_ray.models.places import ModelRef
 from pocl_ray.teacher_cache.reader import write_index, write_shard
 from pocl_ray.teacher_cache.top_k import top_k_of
 
@@ -90,13 +92,12 @@ def top_k_task(task: TrainTask, folder: str, top_k: int = 4, **changes: str) -> 
         marks = {"teacher": "teacher", "rows": made.fingerprint, **changes}
         write_index(place, [shard.name], marks["teacher"], marks["rows"])
     distill = DistillConfig(teacher_cache="topk", top_k=4)
-    return TrainTask(**{**task.__dict__, "teacher_cache": folder, "distill": distill})
+    return replace(with_teacher(task, cache=folder), distill=distill)
 
 
 def test_a_top_k_cache_needs_neither_the_teacher_nor_its_head(task: TrainTask) -> None:
     cached = top_k_task(task, "alone")
-    assert cached.teacher is not None
-    gone = TrainTask(**{**cached.__dict__, "teacher": type(cached.teacher)("no/such/teacher")})
+    gone = with_teacher(cached, ref=ModelRef("no/such/teacher"))
     loaded = load_teachers(gone, torch.device("cpu"))
     assert [(one.head, one.live) for one in loaded] == [(None, None)]
     teachers = teachers_of(gone, gone.rows, loaded, V)
@@ -127,16 +128,16 @@ def test_a_top_k_cache_of_something_else_is_refused_with_the_reason(
 
 def test_each_teacher_has_its_own_cache(task: TrainTask) -> None:
     first, second = top_k_task(task, "first"), top_k_task(task, "second", teacher="second")
-    assert first.teacher is not None
-    other = TeacherTask(first.teacher, "second", "second", weight=3.0, stages=(1,))
-    both = TrainTask(**{**first.__dict__, "other_teachers": (other,)})
+    (one,) = first.teachers
+    other = replace(one, cache="second", fingerprint="second", weight=3.0, stages=(1,))
+    both = replace(first, teachers=(one, other))
     assert [one.cache for one in both.teachers] == ["first", "second"]
     teachers = teachers_of(both, both.rows, load_teachers(both, torch.device("cpu")), V)
     assert [(t.teacher, t.weight) for t in teachers.in_stage(1).stored(np.array([0]), np.array([1]))] == [
         (0, 0.25),
         (1, 0.75),
     ]
-    swapped = TrainTask(**{**both.__dict__, "teacher_cache": "second"})
+    swapped = replace(both, teachers=(replace(one, cache="second"), other))
     with pytest.raises(StorageError, match="made by another teacher"):
         teachers_of(swapped, swapped.rows, load_teachers(swapped, torch.device("cpu")), V)
     assert second.teachers[0].cache == "second"

@@ -36,8 +36,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
 def sharpen_teacher(task: TrainTask) -> None:
     """Spread the logits of the fresh teacher, whose entropies are otherwise nearly the same at all tokens."""
-    assert task.teacher is not None
-    model, tokenizer = load_model(task.teacher), load_tokenizer(str(task.run_dir.local(task.tokenizer)))
+    model, tokenizer = load_model(task.teachers[0].ref), load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(30.0)
     save_model(model, tokenizer, Path(task.run_dir.uri) / "models" / "teacher")

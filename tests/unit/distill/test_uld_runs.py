@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import STAGES, TRAIN, WORDS, Outcome, prepare, train_all, write_rows
+from runs import STAGES, TRAIN, WORDS, Outcome, prepare, train_all, with_teacher, write_rows
 
 from pocl_ray.config import DistillConfig, LoraConfig
 from pocl_ray.data.batching import collate, global_batches
@@ -63,8 +63,7 @@ def bridge(folder: Path) -> TrainTask:
     train = TRAIN.model_copy(update={"checkpoint_every_steps": 3, "eps": 1e-5})
     bridged = replace(
         task,
-        teacher=ModelRef(run_dir.uri_of("models/foreign")),
-        teacher_rows=own,
+        teachers=(replace(task.teachers[0], ref=ModelRef(run_dir.uri_of("models/foreign")), rows=own),),
         stages=SHORT,
         distill=LIVE,
         train=train,
@@ -74,16 +73,17 @@ def bridge(folder: Path) -> TrainTask:
 
 
 def write_cache(task: TrainTask) -> None:
-    assert task.teacher is not None and task.teacher_rows is not None
-    teacher = LiveTeacher(task.teacher)
-    for name, made in task.teacher_rows.items():
+    (foreign,) = task.teachers
+    assert foreign.rows is not None
+    teacher = LiveTeacher(foreign.ref)
+    for name, made in foreign.rows.items():
         store, hidden = RowStore.open(task.run_dir.local(made.path)), []
         for row in range(made.num_rows):
             batch = collate(*store.tokens([row]), pad_id=0)
             hidden.append(teacher.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N))
         place = task.run_dir.uri_of(f"teacher_cache/{name}")
         shard = write_shard(place, np.arange(made.num_rows), hidden)
-        write_index(place, [shard.name], task.teacher_fingerprint, made.fingerprint)
+        write_index(place, [shard.name], foreign.fingerprint, made.fingerprint)
 
 
 def variants(task: TrainTask) -> dict[str, TrainTask]:
@@ -94,7 +94,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
     return {
         "live": task,
-        "cached": replace(task, teacher_cache="teacher_cache", distill=CACHED),
+        "cached": replace(with_teacher(task, cache="teacher_cache"), distill=CACHED),
         "micro_8": made(micro_batch_rows=8),
         "micro_2": made(micro_batch_rows=2),
         "zero_3": made(zero_stage=3),
@@ -127,7 +127,7 @@ def pairs(tasks: dict[str, TrainTask], root: Path) -> Runs:
     """Two workers: the teacher whole on each, cached, and split over both."""
     todo = {
         **{name: tasks[name] for name in ("live", "cached")},
-        "sharded": replace(tasks["live"], teacher_sharded=True),
+        "sharded": with_teacher(tasks["live"], sharded=True),
     }
     outcomes = train_all([(task, root / "pairs" / name, None) for name, task in todo.items()], num_workers=2)
     return dict(zip(todo, outcomes, strict=True))
@@ -155,10 +155,10 @@ def assert_same_training(run: Outcome, reference: Outcome) -> None:
 
 def test_both_models_are_now_and_then_the_one_that_needs_more_tokens(tasks: dict[str, TrainTask]) -> None:
     task = tasks["live"]
-    assert task.teacher_rows is not None
+    (foreign,) = task.teachers
+    assert foreign.rows is not None
     lengths = [
-        RowStore.open(task.run_dir.local(made.path)).response_lengths
-        for made in (task.rows, task.teacher_rows["train"])
+        RowStore.open(task.run_dir.local(made.path)).response_lengths for made in (task.rows, foreign.rows["train"])
     ]
     longer = np.sign(lengths[0] - lengths[1])
     assert {-1, 1} <= set(longer.tolist())
@@ -167,11 +167,12 @@ def test_both_models_are_now_and_then_the_one_that_needs_more_tokens(tasks: dict
 @torch.no_grad()
 def summed_by_hand(task: TrainTask, name: str, ids: np.ndarray, temperature: float) -> tuple[float, float, int]:
     """Sums of distance and cross-entropy over rows of the untrained student, in float64, and its response tokens."""
-    assert task.teacher is not None and task.teacher_rows is not None
+    (foreign,) = task.teachers
+    assert foreign.rows is not None
     made = {"train": task.rows, "dev": task.dev_rows}[name]
     sides = [
         (load_model(ref).double(), RowStore.open(task.run_dir.local(rows.path)))
-        for ref, rows in ((task.student, made), (task.teacher, task.teacher_rows[name]))
+        for ref, rows in ((task.student, made), (foreign.ref, foreign.rows[name]))
     ]
     kd, ce, num_tokens = 0.0, 0.0, 0
     for row in ids.tolist():
@@ -242,8 +243,9 @@ def test_adapters_alone_are_trained_by_it_too(alone: Runs) -> None:
 
 def test_a_cache_of_rows_in_other_tokens_is_refused(tasks: dict[str, TrainTask]) -> None:
     cached = tasks["cached"]
-    assert cached.teacher_rows is not None
-    others = {name: replace(made, fingerprint="of another tokenizer") for name, made in cached.teacher_rows.items()}
-    task = replace(cached, teacher_rows=others)
+    own = cached.teachers[0].rows
+    assert own is not None
+    others = {name: replace(made, fingerprint="of another tokenizer") for name, made in own.items()}
+    task = with_teacher(cached, rows=others)
     with pytest.raises(StorageError, match="belongs to other rows; score again"):
         teachers_of(task, task.rows, load_teachers(task, torch.device("cpu")), 300)

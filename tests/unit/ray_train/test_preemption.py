@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ray.train import PreemptionInfo
 
+from pocl_ray.distill.checkpoint import Progress
 from pocl_ray.ray_train import worker
 from pocl_ray.ray_train.worker import SAVE_EVERY_S, PreemptionNotices
 
@@ -24,12 +25,14 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
     step = 0
     saved: list[int] = []
     notices = PreemptionNotices(
-        torch.device("cpu"), lambda: saved.append(step), lambda: INFO if step >= TOLD_AT[rank] else None
+        torch.device("cpu"),
+        lambda progress: saved.append(progress.step),
+        lambda: INFO if step >= TOLD_AT[rank] else None,
     )
     answers = []
     for current in range(6):
         step = current
-        answers.append(notices.ask_for_checkpoint())
+        answers.append(notices.ask_for_checkpoint(Progress(step=current)))
     torch.save({"saved": saved, "answers": answers}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -48,10 +51,10 @@ def test_while_the_node_stays_the_work_since_is_saved_now_and_then(
     monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now.s))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        notices = PreemptionNotices(torch.device("cpu"), lambda: None, lambda: INFO)
+        notices = PreemptionNotices(torch.device("cpu"), lambda _: None, lambda: INFO)
         answers = []
         for now.s in (0.0, 1.0, SAVE_EVERY_S + 1, SAVE_EVERY_S + 2):
-            answers.append(notices.ask_for_checkpoint())
+            answers.append(notices.ask_for_checkpoint(Progress()))
     finally:
         dist.destroy_process_group()
     assert answers == [True, False, True, False]
