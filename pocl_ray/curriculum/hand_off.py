@@ -1,7 +1,7 @@
-"""The end of a stage: when it has converged, and by which dev figure the next one is handed its start. Pure functions.
+"""The end of a stage: whether it has converged, and the dev figure that chooses its best checkpoint. Pure functions.
 
-Dev figures stand in the metric stream. The checkpoint holds that stream, and it is equal on all workers, since dev
-figures are reduced over them. So all workers decide the same, and so does a resumed run.
+Dev figures are part of the metric stream, which is in the checkpoint. They are reduced over the workers, so all workers
+hold the same stream. All workers therefore decide the same, and so does a resumed run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def has_converged(stage: Stage, steps_done: int, metrics: Sequence[Mapping[str, 
     Args:
         stage: The stage; one without `min_epochs` does not end early.
         steps_done: Its optimizer steps so far.
-        metrics: The metric stream of the run, the evaluation of this step included.
-        plateau: The dev figure that is watched, and how long it may go without a better one.
+        metrics: The metric stream of the run, including the evaluation of this step.
+        plateau: The dev figure that is watched, and the number of evaluations without a better one that end the stage.
     """
     if stage.min_epochs is None or steps_done < stage.min_epochs * stage.steps_per_epoch:
         return False
@@ -58,9 +58,9 @@ def dev_loss(figures: Mapping[str, Any]) -> float:
 
 
 def num_since_best(figures: Sequence[DevFigure]) -> int:
-    """Return how many figures have followed the best one, which is the first of equal ones; higher is better.
+    """Return the number of figures after the best one; higher is better, and the first of equal figures counts.
 
-    A figure that is not a number is never the best.
+    A figure of NaN is never the best.
     """
     best, place = (-math.inf, -math.inf), -1
     for position, figure in enumerate(figures):

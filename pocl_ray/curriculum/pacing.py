@@ -1,8 +1,9 @@
-"""Pacing: the rule that says which rows each stage trains on.
+"""Pacing: the rule that decides which rows each stage trains on.
 
-A rule is a function of the buckets' ends (cumulative row counts in an order of the rows, the last one the number of all
-rows) and of its parameters. It returns, stage by stage, the slice `(first, end)` of that order to train on. A new rule
-is one function and one line in `PACINGS`; other packages bring theirs through the entry-point group `pocl_ray.pacings`.
+A rule is a function of the buckets' ends and of its parameters. The ends are cumulative row counts in an order of the
+rows; the last one is the number of all rows. The rule returns for each stage the slice `(first, end)` of that order to
+train on. A new rule is one function and one line in `PACINGS`; other packages bring theirs through the entry-point
+group `pocl_ray.pacings`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Rule = Callable[..., Sequence[Slice]]
 
 @dataclass(frozen=True)
 class Pacing:
-    """A rule, and what it counts in.
+    """A pacing rule, and the order of rows that its slices refer to.
 
     Attributes:
-        rule: From the buckets' ends and the parameters to a slice for each stage.
-        order: The order that the slices are of: the ranking from easy to hard, or one drawn by the seed.
-        steps_of: For a rule of one stage: another rule whose number of optimizer steps, all stages together, this
-            stage takes; None: it takes `interval_epochs`.
+        rule: Function from the buckets' ends and the parameters to one slice for each stage.
+        order: Order that the slices refer to: the ranking from easy to hard, or an order drawn by the seed.
+        steps_of: Another rule, for a rule of one stage: the stage takes as many optimizer steps as all stages of that
+            rule. None: the stage takes `interval_epochs`.
     """
 
     rule: Rule
@@ -42,31 +43,31 @@ class Pacing:
 
 
 def baby_step(ends: Sequence[int]) -> list[Slice]:
-    """Admit one more bucket a stage and keep those before it (Bengio et al. 2009; POCL, algorithm 1)."""
+    """Admit one more bucket in each stage and keep the earlier ones (Bengio et al. 2009; POCL, algorithm 1)."""
     return [(0, end) for end in ends]
 
 
 def one_pass(ends: Sequence[int]) -> list[Slice]:
-    """Train on each bucket once, the easiest first, and leave it (Bengio et al. 2009)."""
+    """Train on one bucket in each stage, the easiest first (Bengio et al. 2009)."""
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def anti(ends: Sequence[int]) -> list[Slice]:
-    """Baby Step from the hardest row down; each stage has as many rows as Baby Step's, hence as many steps."""
+    """Start with the hardest rows: Baby Step in reverse. Each stage has as many rows and steps as in Baby Step."""
     return [(ends[-1] - end, ends[-1]) for end in ends]
 
 
 def competence(ends: Sequence[int], root: float = 2.0, start: float = 0.1, num_stages: int = 8) -> list[Slice]:
-    """Admit the share c(t) of the easiest rows (Platanios et al. 2019, arXiv 1903.09848), whatever their buckets.
+    """Admit the share c(t) of the easiest rows (Platanios et al. 2019, arXiv 1903.09848), independent of buckets.
 
-    c(t) = min(1, (t/T (1 - c0^p) + c0^p)^(1/p)), evaluated at the start of each stage, T being the start of the last
-    one; a stage has ceil(c N) rows.
+    c(t) = min(1, (t/T (1 - c0^p) + c0^p)^(1/p)), evaluated at the start of each stage. T is the start of the last
+    stage. A stage has ceil(c N) rows.
 
     Args:
-        ends: The last one is N.
-        root: p; 1 grows linearly, larger ones fast at first.
-        start: c0, the share of the first stage.
-        num_stages: How often c is evaluated.
+        ends: Ends of the buckets; the last one is N.
+        root: Exponent p; 1 grows linearly, larger values grow fast at first.
+        start: Share c0 of the first stage.
+        num_stages: Number of stages, for each of which c is evaluated.
 
     Raises:
         ConfigError: A parameter is out of range.
@@ -83,13 +84,13 @@ def competence(ends: Sequence[int], root: float = 2.0, start: float = 0.1, num_s
         share = stage / (num_stages - 1) if num_stages > 1 else 1.0
         at_start = start**root
         competent = min(1.0, (share * (1 - at_start) + at_start) ** (1 / root))
-        # The root of a power is off by an ulp, which `ceil` would make a whole row of.
+        # The root of a power may be off by one ulp. Without rounding, `ceil` would turn that into a whole row.
         admitted.append((0, math.ceil(round(competent * ends[-1], 6))))
     return admitted
 
 
 def none(ends: Sequence[int]) -> list[Slice]:
-    """Train on everything in one stage: no curriculum."""
+    """Train on all rows in one stage: no curriculum."""
     return [(0, ends[-1])]
 
 
@@ -104,10 +105,10 @@ PACINGS: dict[str, Pacing] = {
 
 
 def find_pacing(name: str) -> Pacing:
-    """Look a rule up by name, first here, then among installed plug-ins.
+    """Return the rule of a name, from this file or from an installed plug-in.
 
     Raises:
-        ConfigError: There is none of that name; the nearest one is named.
+        ConfigError: No rule has that name. The message names the nearest one.
         UserError: A plug-in cannot be imported, or is neither a function nor a `Pacing`.
     """
     if name in PACINGS:
@@ -124,27 +125,27 @@ def find_pacing(name: str) -> Pacing:
 
 
 def admitted_rows(name: str, pacing: Pacing, args: Mapping[str, Any], ends: Sequence[int]) -> list[Slice]:
-    """Call a rule, and check what it returns.
+    """Return the slices of a rule, after a check of them.
 
     Args:
-        name: Of the rule, for messages.
+        name: Name of the rule, for messages.
         pacing: The rule.
-        args: Its parameters.
-        ends: Where each bucket ends, as cumulative row counts.
+        args: Parameters of the rule.
+        ends: End of each bucket, as cumulative row counts.
 
     Returns:
         The slice `(first, end)` of each stage.
 
     Raises:
         ConfigError: A parameter is unknown or out of range.
-        UserError: A plug-in raises, or returns something other than slices of the rows.
+        UserError: A plug-in raises an error, or returns something other than slices of the rows.
     """
     _check_args(name, pacing.rule, args)
     try:
         slices = pacing.rule(tuple(ends), **args)
     except ConfigError:
         raise
-    except Exception as error:  # code of others: every failure is reported under the plug-in's name
+    except Exception as error:  # foreign code: report every failure under the plug-in's name
         raise UserError(f"pacing plug-in '{name}' fails when called: {plugins.reason(error)}") from error
     try:
         checked = [(operator.index(first), operator.index(end)) for first, end in slices]
@@ -166,7 +167,7 @@ def admitted_rows(name: str, pacing: Pacing, args: Mapping[str, Any], ends: Sequ
 def _check_args(name: str, rule: Rule, args: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(rule)
-    except ValueError:  # a built-in of C has none; calling it tells
+    except ValueError:  # a built-in written in C has no signature; the call itself checks its arguments
         return
     try:
         signature.bind((), **args)

@@ -1,4 +1,4 @@
-"""The schedule: a pure function of the config and the number of rows that returns the stages."""
+"""The schedule: the stages of a curriculum, as a pure function of the config and the number of rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Order, Ramp, Stage
 
-# Which stages train on rows that are ranked anew before them, by the student as it then is.
+# Stages before which the current student ranks the rows again.
 
 
 def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Order, pacing: str) -> list[bool]:
-    """Return of each stage whether the rows are ranked anew before it: where that can change which rows it takes.
+    """Return for each stage whether the rows are ranked again before it, which they are if that can change its rows.
 
-    The first stage has the ranking of the untuned student. A stage of all rows needs none, since they are shuffled, and
-    neither does an order that the seed draws.
+    The first stage uses the ranking by the untuned student. A stage of all rows needs no new ranking, since its rows
+    are shuffled. An order that the seed draws needs none either.
 
     Args:
-        slices: The rows of each stage, `(first, end)` in the order.
-        num_rows: All rows.
-        order: What the slices are of.
+        slices: Rows of each stage, `(first, end)` in the order.
+        num_rows: Number of all rows.
+        order: Order that the slices refer to.
         pacing: Name of the rule.
 
     Raises:
-        ConfigError: That is no stage at all.
+        ConfigError: No stage would be ranked again.
     """
     rescored = [index > 0 and order == "rank" and tuple(part) != (0, num_rows) for index, part in enumerate(slices)]
     if not any(rescored):
@@ -44,9 +44,9 @@ def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Ord
 
 
 def bucket_ends(num_rows: int, num_buckets: int) -> tuple[int, ...]:
-    """Return where each bucket ends in the ranking, as cumulative row counts.
+    """Return the end of each bucket in the ranking, as cumulative row counts.
 
-    All buckets hold `floor(num_rows / num_buckets)` rows but the last, which takes the remainder as well.
+    Each bucket holds `floor(num_rows / num_buckets)` rows. The last one takes the remainder as well.
 
     Raises:
         ConfigError: There are more buckets than rows.
@@ -61,10 +61,10 @@ def bucket_ends(num_rows: int, num_buckets: int) -> tuple[int, ...]:
 
 
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
-    """Return the stages of the curriculum of a run, with the rows ranked anew where the config says so.
+    """Return the stages of the curriculum of a run, including the rankings between stages that the config asks for.
 
     Raises:
-        UserError: What `plan_curriculum`, `check_teachers` and `rescored_stages` raise.
+        UserError: As in `plan_curriculum`, `check_teachers` and `rescored_stages`.
     """
     train = config.train
     stages = plan_curriculum(config.curriculum, num_rows, train.global_batch_rows, train.lr_schedule == "wsd")
@@ -83,13 +83,13 @@ def plan_curriculum(
 
     Args:
         curriculum: Buckets, pacing, schedules.
-        num_rows: Ranked rows.
-        batch_rows: Rows of an optimizer step, over all workers.
+        num_rows: Number of ranked rows.
+        batch_rows: Rows of an optimizer step over all workers.
         lr_spans_run: Whether the LR schedule is one over all stages, even where each starts with fresh moments.
 
     Raises:
-        ConfigError: There are more buckets than rows, a stage is too small for one global batch, or a list of values
-            has not one for each stage, or the stages before the last take all of `curriculum.num_steps`.
+        ConfigError: There are more buckets than rows, a stage is too small for one global batch, a list of values does
+            not have one value for each stage, or the stages before the last take all of `curriculum.num_steps`.
         UserError: A plug-in's rule fails or returns no slices of the rows.
     """
     ends = bucket_ends(num_rows, curriculum.num_buckets)
@@ -125,10 +125,10 @@ def plan_curriculum(
 
 
 def check_teachers(config: Config, num_stages: int) -> None:
-    """Check that each stage has a teacher, and that teachers name stages that there are.
+    """Check that each stage has a teacher, and that teachers name only stages that exist.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: A stage has no teacher, or a named stage does not exist.
     """
     teacher_outputs: set[int] = set()
     for place, teacher in enumerate((config.teacher, *config.other_teachers)):
@@ -143,15 +143,15 @@ def check_teachers(config: Config, num_stages: int) -> None:
 
 
 def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> None:
-    """Try the curriculum on made-up rows, before anything is prepared.
+    """Check the curriculum on a made-up number of rows, before anything is prepared.
 
     Args:
-        curriculum: The section.
-        rescores: Whether rows are to be ranked anew between stages.
+        curriculum: Section of the config.
+        rescores: Whether rows are ranked again between stages.
 
     Raises:
-        UserError: The rule is unknown or does not work, a list of values has not one for each stage, or ranking anew
-            would change nothing.
+        UserError: The rule is unknown or fails, a list of values does not have one value for each stage, or ranking
+            again would change nothing.
     """
     ends = tuple(1000 * (bucket + 1) for bucket in range(curriculum.num_buckets))
     pacing = find_pacing(curriculum.pacing)
@@ -164,7 +164,7 @@ def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> No
 
 
 def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:
-    """Return plain distillation on all rows, at the number of optimizer steps that the curriculum takes."""
+    """Return the one stage of plain distillation on all rows, with as many optimizer steps as the curriculum."""
     control, batch_rows = config.control, config.train.global_batch_rows
     assert control is not None, "the config asks for a control"
     plain = _one_stage(num_rows, batch_rows, "control", control.kd_temperature, control.kd_ratio)
@@ -186,13 +186,13 @@ def plan_sft(
 
 
 def scheduled(schedule: ScheduleConfig, num_stages: int, key: str = "a schedule") -> tuple[float, ...]:
-    """Return a schedule's value for each stage; one that moves by step gives that of the run's first step.
+    """Return a schedule's value for each stage; a schedule by step gives the value of the run's first step.
 
     With stage k of n and s = k / (n - 1): linear is start + s (end - start), cosine is
     start + (1 - cos(pi s)) / 2 (end - start). A single stage takes the start of a linear or cosine schedule.
 
     Raises:
-        ConfigError: A list has not one value for each stage; `key` names it.
+        ConfigError: A list does not have one value for each stage; `key` names it.
     """
     if schedule.by == "step":
         return (_points(schedule)[0],) * num_stages
@@ -220,7 +220,7 @@ def _shape(schedule: ScheduleConfig) -> Literal["linear", "cosine"]:
 
 
 def _buckets_of(first: int, end: int, ends: Sequence[int]) -> tuple[int, ...]:
-    """The buckets that a slice has rows of."""
+    """The buckets whose rows are in a slice."""
     starts = [0, *ends[:-1]]
     return tuple(b for b, (low, high) in enumerate(zip(starts, ends, strict=True)) if low < end and first < high)
 
@@ -242,7 +242,7 @@ def _one_stage(num_rows: int, batch_rows: int, where: str, kd_temperature: float
 
 
 def _fill(stages: list[Stage], num_steps: int) -> Stage:
-    """Return the last stage, as long as it takes to make `num_steps` of all stages."""
+    """Return the last stage, with the length at which all stages together take `num_steps`."""
     *earlier, last = stages
     taken = sum(stage.num_steps for stage in earlier)
     left = num_steps - taken
@@ -264,12 +264,12 @@ def _steps_per_epoch(num_rows: int, global_batch_rows: int, where: str) -> int:
 
 
 def _with_steps(stage: Stage, num_steps: int) -> Stage:
-    """The stage, repeated until it has taken so many steps."""
+    """The stage, with its epochs repeated until it has taken `num_steps`."""
     return replace(stage, num_epochs=math.ceil(num_steps / stage.steps_per_epoch), max_steps=num_steps)
 
 
 def _with_ramps(stages: Sequence[Stage], curriculum: CurriculumConfig) -> tuple[Stage, ...]:
-    """The stages, those values moving by step that are to; over the steps that the plan has, and no fewer."""
+    """The stages with values that move by step, if the config asks for that, over exactly the steps of the plan."""
     total, done, placed = sum(stage.num_steps for stage in stages), 0, []
     for stage in stages:
         for key in ("kd_temperature", "kd_ratio"):

@@ -1,8 +1,8 @@
-"""Evaluation of any number of models on any number of sets: ROUGE-L and exact match of greedy and sampled answers.
+"""Evaluation of models on sets of rows: ROUGE-L and exact match of greedy and sampled answers.
 
-All of it is one Ray Data job over one pool of actors (POCL, section 4.1). An item is one batch of one set, for one
-model and one seed. Which rows share a batch depends on the lengths of the prompts alone, and what is sampled on the
-batch and the seed alone, so the figures do not depend on the number of actors.
+It is one Ray Data job with one pool of actors (POCL, section 4.1). An item is one batch of one set, for one model and
+one seed. The lengths of the prompts alone decide which rows share a batch. The samples depend on the batch and the seed
+alone. So the figures do not depend on the number of actors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 
 PREDICTIONS = "predictions.parquet"
 GREEDY = -1
-"""Stands for the seed of greedy answers."""
+"""The number that greedy answers have in place of a seed."""
 
 METRICS = ("rouge_l", "exact_match")
 _ORDER = [("model", "ascending"), ("set", "ascending"), ("seed", "ascending"), (ID, "ascending")]
@@ -57,14 +57,14 @@ def evaluate_models(
     `rouge_l`, `exact_match`, `num_tokens`, `stopped`.
 
     Args:
-        models: Name in the result -> model.
-        sets: Name in the result -> prepared rows.
-        run_dir: Holds the rows; the predictions are written there.
-        tokenizer: Tokenizer directory of the models, relative to the run directory.
-        evaluation: Seeds, and how answers are generated.
-        scaling: Actors, and what each of them asks for.
-        max_tokens: `data.max_tokens`: prompt and answer together.
-        own_tokens: Model -> its tokenizer, for those that have another.
+        models: Mapping of the name in the result to the model.
+        sets: Mapping of the name in the result to the prepared rows.
+        run_dir: Run directory, which holds the rows and receives the predictions.
+        tokenizer: Directory of the models' tokenizer, relative to the run directory.
+        evaluation: Seeds and settings of generation.
+        scaling: Number of actors and their resources.
+        max_tokens: Maximum tokens of prompt and answer together (`data.max_tokens`).
+        own_tokens: Mapping of each model with another tokenizer to that tokenizer and its rows.
 
     Returns:
         `{"sets": {set: {model: {"rouge_l": {"mean", "std", "by_seed"}, "exact_match": {...}, "greedy": {"rouge_l",
@@ -98,11 +98,11 @@ def evaluate_models(
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """What a model reads and writes in; paths are relative to the run directory.
+    """A model's tokenizer, and the rows in its tokens; paths are relative to the run directory.
 
     Attributes:
-        tokenizer: Tokenizer directory.
-        rows: Set -> Arrow file of its rows in these tokens.
+        tokenizer: Directory of the tokenizer.
+        rows: Mapping of each set to the Arrow file of its rows in these tokens.
     """
 
     tokenizer: str
@@ -111,17 +111,17 @@ class OwnTokens:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What the actors are told.
+    """The settings that the actors receive.
 
     Attributes:
-        run_dir: The run directory.
-        models: By name.
-        rows: Set -> Arrow file of its rows, relative to the run directory.
-        tokenizer: Tokenizer directory, relative to it.
-        generation: How sampled answers are generated; greedy ones differ in the temperature.
-        max_tokens: Prompt and answer together.
+        run_dir: Run directory.
+        models: Models by name.
+        rows: Mapping of each set to the Arrow file of its rows, relative to the run directory.
+        tokenizer: Directory of the tokenizer, relative to the run directory.
+        generation: Settings of sampled answers; greedy answers differ in the temperature alone.
+        max_tokens: Maximum tokens of prompt and answer together.
         use_gpu: Whether actors run on a GPU.
-        own_tokens: Model -> its tokens, for those that do not share the tokenizer.
+        own_tokens: Tokenizer and rows of each model that does not share the tokenizer.
     """
 
     run_dir: RunDirectory
@@ -134,12 +134,12 @@ class EvaluationTask:
     own_tokens: dict[str, OwnTokens] = field(default_factory=dict)
 
     def tokens_of(self, model: str) -> OwnTokens:
-        """Return what a model reads and writes in."""
+        """Return the tokenizer and the rows of a model."""
         return self.own_tokens.get(model) or OwnTokens(self.tokenizer, self.rows)
 
 
 class AnswerActor:
-    """Generates and scores the answers of one item; keeps the model of the last one."""
+    """Generates and scores the answers of one item; it keeps the model of the last item loaded."""
 
     def __init__(self, task: EvaluationTask) -> None:
         self.task = task
@@ -148,10 +148,10 @@ class AnswerActor:
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
-        """Answer the prompts of items.
+        """Yield the scored answers to the prompts of items.
 
         Args:
-            items: `model`, `set`, `seed`, `ids`.
+            items: Table with columns `model`, `set`, `seed`, `ids`.
 
         Yields:
             One row for each answer, as in predictions.parquet.
@@ -196,7 +196,7 @@ class AnswerActor:
 
     def _load(self, name: str) -> PreTrainedModel:
         if self._model is None or self._model[0] != name:
-            self._model = None  # free the old one first: two may not fit
+            self._model = None  # free the old model first: two may not fit into memory
             device = "cuda" if self.task.use_gpu else "cpu"
             self._model = (name, load_model(on_this_node(self.task.models[name]), device))
         return self._model[1]
@@ -209,7 +209,7 @@ def _plan_items(
     run_dir: RunDirectory,
     batch_rows: int,
 ) -> list[pa.Table]:
-    """One table for each batch of each model, set and seed, model by model so that actors rarely load another one."""
+    """One table for each batch of each model, set and seed, ordered by model, so that actors rarely load a model."""
     batches: dict[str, list[list[int]]] = {}
     for name, rows in sets.items():
         lengths = RowStore.open(run_dir.local(rows.path)).prompt_lengths
@@ -217,13 +217,13 @@ def _plan_items(
         batches[name] = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
     items = []
     for model, (name, of_set), seed in product(models, batches.items(), seeds):
-        for ids in reversed(of_set):  # long prompts first: the last ones to finish are short
+        for ids in reversed(of_set):  # long prompts first, so that the last batches to finish are short
             items.append(pa.table({"model": [model], "set": [name], "seed": [seed], "ids": [ids]}))
     return items
 
 
 def _figures(answers: pa.Table, model: str, name: str) -> dict[str, Any]:
-    """The entry of one model and set in evaluation.json."""
+    """The entry of one model and one set in evaluation.json."""
     mine = answers.filter((pc.field("model") == model) & (pc.field("set") == name))
     by_seed = {seed: mine.filter(pc.field("seed") == seed) for seed in mine["seed"].unique().to_pylist()}
     figures: dict[str, Any] = {}

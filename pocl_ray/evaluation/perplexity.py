@@ -1,8 +1,8 @@
-"""Evaluation of plain text, which has no prompts to answer: how well each model predicts it.
+"""Evaluation on plain text, which has no prompts to answer: the perplexity of each model.
 
-One Ray Data job over one pool of actors, as for answers. An item is one batch of one set for one model. The mean
-negative log-likelihood runs over all response tokens of a set, in nats: `ce_loss = -1/N sum log q(token)`, and
-`perplexity = exp(ce_loss)`. Figures of models with one tokenizer can be compared, those of different ones cannot.
+It is one Ray Data job with one pool of actors, as for answers. An item is one batch of one set for one model. The mean
+negative log-likelihood is taken over all response tokens of a set, in nats: `ce_loss = -1/N sum log q(token)`, and
+`perplexity = exp(ce_loss)`. Figures can be compared between models with the same tokenizer only.
 
 Axes: N the response tokens of a batch in one flat axis, C those of a chunk, H hidden, V vocabulary.
 """
@@ -25,7 +25,7 @@ from ray.data import Dataset
 from pocl_ray.config import ScalingConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
+from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # any model without gradients, split into body and head
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.ray_cluster.actor_pools import collect, plan_pools, quiet_ray_data
 from pocl_ray.ray_cluster.actor_watch import stall_watch
@@ -42,13 +42,13 @@ def measure_perplexity(
     run_dir: RunDirectory,
     scaling: ScalingConfig,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Let every model read every set, on the running Ray cluster.
+    """Return the perplexity of each model on each set, computed on the running Ray cluster.
 
     Args:
-        models: Name in the result -> model.
-        sets: Name in the result -> prepared rows.
-        run_dir: Holds the rows.
-        scaling: Actors, and what each of them asks for.
+        models: Mapping of the name in the result to the model.
+        sets: Mapping of the name in the result to the prepared rows.
+        run_dir: Run directory, which holds the rows.
+        scaling: Number of actors and their resources.
 
     Returns:
         `{"sets": {set: {model: {"ce_loss", "perplexity", "num_rows", "num_tokens"}}}}`, and counts for the manifest.
@@ -79,12 +79,12 @@ def measure_perplexity(
 
 @dataclass(frozen=True)
 class ReadingTask:
-    """What the actors are told.
+    """The settings that the actors receive.
 
     Attributes:
-        run_dir: The run directory.
-        models: By name.
-        rows: Set -> Arrow file of its rows, relative to the run directory.
+        run_dir: Run directory.
+        models: Models by name.
+        rows: Mapping of each set to the Arrow file of its rows, relative to the run directory.
         use_gpu: Whether actors run on a GPU.
     """
 
@@ -95,7 +95,7 @@ class ReadingTask:
 
 
 class ReadingActor:
-    """Reads the rows of one item; keeps the model of the last one."""
+    """Reads the rows of one item; it keeps the model of the last item loaded."""
 
     def __init__(self, task: ReadingTask) -> None:
         self.task = task
@@ -103,13 +103,14 @@ class ReadingActor:
         self._rows: dict[str, RowStore] = {}
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
-        """Read the rows of items.
+        """Yield the summed loss of the rows of each item.
 
         Args:
-            items: `model`, `set`, `ids`.
+            items: Table with columns `model`, `set`, `ids`.
 
         Yields:
-            For each item `model`, `set`, `first_id`, `nll` (the sum over tokens, in nats), `num_tokens`, `num_rows`.
+            A row for each item: `model`, `set`, `first_id`, `nll` (the sum over tokens, in nats), `num_tokens`,
+                `num_rows`.
         """
         for item in items.to_pylist():
             nll, num_tokens = self._read(item["model"], item["set"], item["ids"])
@@ -134,7 +135,7 @@ class ReadingActor:
 
     def _load(self, name: str) -> FrozenModel:
         if self._model is None or self._model[0] != name:
-            self._model = None  # free the old one first: two may not fit
+            self._model = None  # free the old model first: two may not fit into memory
             device = "cuda" if self.task.use_gpu else "cpu"
             self._model = (name, FrozenModel(on_this_node(self.task.models[name]), device))
         return self._model[1]
@@ -146,7 +147,7 @@ def summed_nll(hidden_NH: torch.Tensor, head: Callable[[torch.Tensor], torch.Ten
 
     Args:
         hidden_NH: Final hidden states at the positions that predict `targets_N`.
-        head: From hidden states of shape (C, H) to logits of shape (C, V).
+        head: Function from hidden states of shape (C, H) to logits of shape (C, V).
         targets_N: Token ids.
     """
     vocab_size = head(hidden_NH[:1]).shape[-1]
@@ -157,7 +158,7 @@ def summed_nll(hidden_NH: torch.Tensor, head: Callable[[torch.Tensor], torch.Ten
 
 
 def _batches(rows: RowStore) -> list[np.ndarray]:
-    """Row ids, the longest first, cut by their lengths alone into batches of so many padded tokens."""
+    """Row ids, the longest rows first, cut by length alone into batches with a limit of padded tokens."""
     lengths = rows.prompt_lengths + rows.response_lengths
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
@@ -169,7 +170,7 @@ def _batches(rows: RowStore) -> list[np.ndarray]:
 
 
 def _figures(read: pa.Table, model: str, name: str) -> dict[str, Any]:
-    """The entry of one model and set in evaluation.json; summed in the order of the batches, which is fixed."""
+    """The entry of one model and one set in evaluation.json; the sum runs over the batches in a fixed order."""
     mine = read.filter((pc.field("model") == model) & (pc.field("set") == name)).sort_by("first_id")
     num_tokens = pc.sum(mine["num_tokens"]).as_py()
     ce_loss = math.fsum(mine["nll"].to_pylist()) / num_tokens

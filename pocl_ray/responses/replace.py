@@ -1,8 +1,8 @@
-"""Training rows with the teacher's answers in place of their own responses.
+"""Training rows in which the teacher's answers replace the responses.
 
-The new rows train on the very tokens that the teacher generated, and not on its text tokenised again. An answer that
-came to an end is closed by the end-of-sequence token, one that ran into its limit is not, as with references that are
-cut. One without text teaches nothing: its row is left out and goes to the rejects.
+The new rows hold the exact tokens that the teacher generated, and not its text tokenised again. An answer that is
+complete ends with the end-of-sequence token. An answer that reached the limit does not, like a reference that is cut. A
+row whose answer has no text is left out and goes to the rejects.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def replace_responses(
     source: str,
     max_reject_share: float,
 ) -> RowsSummary:
-    """Write the training rows anew, with the teacher's answers as responses and as references.
+    """Write new training rows, with the teacher's answers as responses and as references.
 
     Args:
-        rows: The prepared training rows.
-        answers: One of each row by id, as `write_answers` gives them.
-        tokenizer: The run's.
-        run_dir: Where the rows are, and where the new ones go.
-        source: What the rows were read from, for the rejects.
-        max_reject_share: `data.max_reject_share`.
+        rows: Prepared training rows.
+        answers: One answer for each row by id, as `write_answers` returns them.
+        tokenizer: Tokenizer of the run.
+        run_dir: Run directory of the old and the new rows.
+        source: Source that the rows were read from, for the rejects.
+        max_reject_share: Value of `data.max_reject_share`.
 
     Returns:
-        The new rows; ids count anew where some were left out.
+        The new rows. They are numbered again if some were left out.
 
     Raises:
-        DataError: More of the answers cannot be used than the limit allows.
+        DataError: The share of answers that cannot be used is above the limit.
     """
     store = RowStore.open(run_dir.local(rows.path))
     rejects: list[Reject] = []
@@ -79,7 +79,7 @@ def replace_responses(
 
 
 def write_summary(rows: RowsSummary, rejects: list[Reject], run_dir: RunDirectory) -> None:
-    """Note what the new training rows are, and which answers could not be used."""
+    """Write the summary of the new training rows, and the rejected answers."""
     run_dir.write_text(OWN_REJECTS, _lines(rejects))
     run_dir.write_json(SUMMARY, asdict(rows))
 
@@ -90,11 +90,11 @@ def read_responses(run_dir: RunDirectory) -> RowsSummary:
 
 
 def settle_rejects(run_dir: RunDirectory, is_used: bool) -> None:
-    """See that rejects.jsonl, which the row step writes, holds those of the teacher's answers where these are used.
+    """Add the rejected teacher's answers to rejects.jsonl, which the row step writes, or remove them from it.
 
     Args:
         run_dir: The run directory.
-        is_used: Whether they are; an earlier config of the run may have used them.
+        is_used: Whether the run uses the teacher's answers; an earlier config of the run may have used them.
     """
     if not run_dir.exists(OWN_REJECTS):
         return
@@ -107,7 +107,7 @@ def settle_rejects(run_dir: RunDirectory, is_used: bool) -> None:
 
 @dataclass(frozen=True)
 class Answers:
-    """A batch of answers: each one's text, its tokens as a response, and why it cannot be used, or None."""
+    """A batch of answers: the text of each, its tokens as a response, and the reason why it cannot be used, or None."""
 
     texts: list[str]
     responses: list[list[int]]
@@ -115,9 +115,9 @@ class Answers:
 
 
 def read_answers(answers: pa.Table, tokenizer: PreTrainedTokenizerBase) -> Answers:
-    """Read answers in the tokens of the tokenizer that they were written with."""
+    """Return a batch of answers, decoded by the tokenizer that they were written with."""
     tokens = answers[RESPONSE_IDS].to_pylist()
-    # The padding of a vocabulary can be drawn from a model that was hardly trained, and is no token of anything.
+    # A model that was hardly trained can sample ids of the vocabulary's padding, which are not tokens.
     foreign = [max(ids, default=0) >= len(tokenizer) for ids in tokens]
     known = [[] if is_foreign else ids for ids, is_foreign in zip(tokens, foreign, strict=True)]
     texts = tokenizer.batch_decode(known, skip_special_tokens=True)
@@ -131,7 +131,7 @@ def read_answers(answers: pa.Table, tokenizer: PreTrainedTokenizerBase) -> Answe
 
 
 def with_answers(batch: pa.RecordBatch, answers: Answers, first_id: int) -> pa.RecordBatch:
-    """Return the rows of a batch whose answers can be used, with these in place of their responses, and new ids."""
+    """Return the rows of a batch whose answers can be used, with the answers as responses, and with new ids."""
     columns = {
         REFERENCES: pa.array([[text] for text in answers.texts], ROWS_SCHEMA.field(REFERENCES).type),
         RESPONSE_IDS: pa.array(answers.responses, ROWS_SCHEMA.field(RESPONSE_IDS).type),
@@ -153,11 +153,11 @@ def _lines(rejects: list[Reject]) -> str:
     return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
 
 
-# The teacher's answers to a student with another tokenizer: what is handed over is the text.
+# The teacher's answers for a student with another tokenizer: the text is passed on.
 #
-# The teacher's own rows keep the very tokens that it generated. The student's rows get its tokens of the decoded text,
-# behind the prompt that it has already. A row whose answer either of them cannot use is left out of both files, so that
-# ids go on naming the same row in both.
+# The teacher's rows keep the exact tokens that it generated. The student's rows get the student's tokens of the decoded
+# text, after their own prompt. A row is left out of both files if either model cannot use its answer, so that an id
+# names the same row in both files.
 
 TEACHER_ROWS, TEACHER_SUMMARY = f"{FOLDER}/{FOR_TEACHER}/train.arrow", f"{FOLDER}/{FOR_TEACHER}/summary.json"
 
@@ -171,22 +171,22 @@ def hand_over_responses(
     source: str,
     max_reject_share: float,
 ) -> RowsSummary:
-    """Write the training rows anew, in both tokenizers, with the teacher's answers as responses and as references.
+    """Write new training rows in both tokenizers, with the teacher's answers as responses and as references.
 
     Args:
-        rows: The prepared sets, in the tokens of both.
-        answers: One of each training row by id, in the teacher's tokens, as `write_answers` gives them.
-        teachers: The teacher's tokenizer.
-        ours: Makes the student's tokens of a prompt and a text.
-        run_dir: Where the rows are, and where the new ones go.
-        source: What the rows were read from, for the rejects.
-        max_reject_share: `data.max_reject_share`.
+        rows: Prepared sets, in the tokens of both.
+        answers: One answer for each training row by id, in the teacher's tokens, as `write_answers` returns them.
+        teachers: Tokenizer of the teacher.
+        ours: Tokenizes a prompt and a text for the student.
+        run_dir: Run directory of the old and the new rows.
+        source: Source that the rows were read from, for the rejects.
+        max_reject_share: Value of `data.max_reject_share`.
 
     Returns:
-        The new rows in the student's tokens; ids count anew where some were left out.
+        The new rows in the student's tokens. They are numbered again if some were left out.
 
     Raises:
-        DataError: More of the answers cannot be used than the limit allows.
+        DataError: The share of answers that cannot be used is above the limit.
     """
     stores = [RowStore.open(run_dir.local(made.path)) for made in (rows.train, rows.for_teacher["train"])]
     rejects: list[Reject] = []
@@ -221,7 +221,7 @@ def hand_over_responses(
 
 
 def with_responses(rows: Rows, run_dir: RunDirectory) -> Rows:
-    """Return the sets with train as the teacher answered it, in the tokens of both where these differ."""
+    """Return the sets with the teacher's answers in train, in both models' tokens if these differ."""
     rows = replace(rows, train=read_responses(run_dir))
     if not rows.for_teacher:
         return rows
@@ -230,14 +230,14 @@ def with_responses(rows: Rows, run_dir: RunDirectory) -> Rows:
 
 
 def own_files(rows: Rows) -> list[str]:
-    """Return the files in the teacher's tokens; none where both have one tokenizer."""
+    """Return the files in the teacher's tokens; empty if both models share a tokenizer."""
     return [TEACHER_ROWS, TEACHER_SUMMARY] if rows.for_teacher else []
 
 
 def _both(
     batch: pa.RecordBatch, answered: pa.Table, teachers: PreTrainedTokenizerBase, ours: RowTokenizer
 ) -> tuple[Answers, Answers]:
-    """A batch of answers in the teacher's tokens and in the student's; the faults are those of either."""
+    """A batch of answers in the teacher's tokens and in the student's; an answer has the faults of both."""
     theirs = read_answers(answered, teachers)
     responses = ours.responses(batch.column(PROMPT).to_pylist(), theirs.texts, answered[STOPPED].to_pylist())
     faults = [fault if fault is not None or ids else EMPTY for fault, ids in zip(theirs.faults, responses, strict=True)]

@@ -2,9 +2,10 @@
 
     row ids -> TeacherWriter pool -> parts of answers in the run directory
 
-Rows of similar prompt length share a batch; some batches make a part, which is written whole by the actor that did it.
-Only lengths decide which rows meet, and a row's answer is drawn by numbers of its own (`answers/sampling.py`), so
-neither the number of actors nor an interruption changes what is written: a run that goes on does the missing parts.
+Rows of similar prompt length share a batch. Several batches are a part, which one actor writes as a whole. Lengths
+alone decide which rows share a batch, and each row's answer is drawn with random numbers of its own
+(`answers/sampling.py`). So neither the number of actors nor an interruption changes the answers. A resumed run writes
+the missing parts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STOPPED = "stopped"
 PART_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.int64(), nullable=False),
-        pa.field(RESPONSE_IDS, pa.list_(pa.int32()), nullable=False),  # without the end-of-sequence token
+        pa.field(RESPONSE_IDS, pa.list_(pa.int32()), nullable=False),  # excludes the end-of-sequence token
         pa.field(STOPPED, pa.bool_(), nullable=False),
     ]
 )
@@ -44,24 +45,24 @@ PART_SCHEMA = pa.schema(
 _PART = "part"
 _BATCHES = "batches"
 _PART_ROWS = 512
-_MIN_PARTS = 16  # so that a small data set still keeps several actors busy to the end
+_MIN_PARTS = 16  # keeps several actors busy to the end on a small data set
 
 Batches = list[npt.NDArray[np.int64]]
-"""Row ids of each batch of a part."""
+"""The row ids of each batch of a part."""
 
 
 @dataclass(frozen=True)
 class WritingTask:
-    """What the actors are told.
+    """The settings that the actors receive.
 
     Attributes:
-        run_dir: The run directory; the paths below are relative to it.
+        run_dir: Run directory; the paths below are relative to it.
         rows: Arrow file of the rows.
-        tokenizer: Tokenizer directory.
-        teacher: Who writes.
-        generation: How.
-        max_tokens: Prompt and answer together.
-        seed: Of the sampling.
+        tokenizer: Directory of the tokenizer.
+        teacher: Model that writes the answers.
+        generation: Settings of generation.
+        max_tokens: Maximum tokens of prompt and answer together.
+        seed: Seed of the sampling.
         parts: Directory of the parts.
         use_gpu: Whether actors run on a GPU.
     """
@@ -89,7 +90,7 @@ class TeacherWriter:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The teacher; loaded with the first part, where a failure reaches the driver as it is."""
+        """The teacher. It is loaded with the first part, because an error there reaches the driver unchanged."""
         return load_model(on_this_node(self.task.teacher), "cuda" if self.task.use_gpu else "cpu")
 
     @cached_property
@@ -99,14 +100,14 @@ class TeacherWriter:
 
     @cached_property
     def rows(self) -> RowStore:
-        """The rows, mapped on this node."""
+        """The rows, memory-mapped on this node."""
         return RowStore.open(self.task.run_dir.local(self.task.rows))
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
-        """Write parts.
+        """Yield the row ids of parts after they are written.
 
         Args:
-            units: `part` and `batches` of each.
+            units: Table with columns `part` and `batches`.
 
         Yields:
             The row ids of each part, once it is in the run directory.
@@ -128,11 +129,11 @@ class TeacherWriter:
 
 
 def write_answers(task: WritingTask, scaling: ScalingConfig) -> pa.Table:
-    """Have the teacher answer the prompt of every row, on the running Ray cluster.
+    """Return the teacher's answer to the prompt of every row, generated on the running Ray cluster.
 
     Args:
-        task: Which rows, who, and how; `use_gpu` is filled in.
-        scaling: Actors, and what each of them asks for.
+        task: Rows, teacher and settings; `use_gpu` is filled in here.
+        scaling: Number of actors and their resources.
 
     Returns:
         One answer for each row, by id, with the columns of `PART_SCHEMA`.
@@ -161,11 +162,11 @@ def _write(task: WritingTask, missing: dict[int, Batches], scaling: ScalingConfi
 
 
 def plan_parts(prompt_lengths: npt.NDArray[np.integer], batch_rows: int) -> list[Batches]:
-    """Cut rows into batches of similar prompt length, and these into parts, the longest prompts first.
+    """Return parts of batches of rows with similar prompt length, the longest prompts first.
 
     Args:
-        prompt_lengths: Tokens of each prompt, shape (num_rows,).
-        batch_rows: Rows generated at once.
+        prompt_lengths: Number of tokens of each prompt, shape (num_rows,).
+        batch_rows: Number of rows generated at once.
     """
     order = np.argsort(-np.asarray(prompt_lengths, dtype=np.int64), kind="stable")
     batches = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
@@ -174,7 +175,7 @@ def plan_parts(prompt_lengths: npt.NDArray[np.integer], batch_rows: int) -> list
 
 
 def each_row_once(parts: Sequence[pa.Table], num_rows: int) -> pa.Table:
-    """Return the rows of all parts by id; one that is lost or there twice would put answers to other prompts."""
+    """Return the rows of all parts by id; a lost or repeated row would pair answers with wrong prompts."""
     table = pa.concat_tables(parts).sort_by(ID)
     ids = table[ID].to_numpy()
     if not np.array_equal(ids, np.arange(num_rows)):
