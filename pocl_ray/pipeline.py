@@ -23,7 +23,7 @@ from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
-from pocl_ray.difficulty.ranking import constant_signals
+from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
 from pocl_ray.distill.task import cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity
@@ -167,6 +167,8 @@ class Pipeline:
                     f"[yellow]warning:[/] difficulty.signals: {name} is {table[name][0].as_py():g} in every row, so it "
                     "ranks none before another and takes no part"
                 )
+            if warning := weak_teacher({name: table[name].to_numpy() for name in table.column_names}):
+                console.print(f"[yellow]warning:[/] {warning}")
             self._publish_table(table, SCORES)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 

@@ -130,6 +130,23 @@ def constant_signals(signals: Mapping[str, npt.ArrayLike]) -> list[str]:
     return flat if len(flat) < len(values) else []
 
 
+def weak_teacher(signals: Mapping[str, npt.ArrayLike]) -> str | None:
+    """Return a warning where the teacher predicts the training rows no better than the student does, else None.
+
+    Args:
+        signals: Signal name -> one value a row. Without `ce_loss` and `teacher_ce_loss` nothing can be said.
+    """
+    if not {"ce_loss", "teacher_ce_loss"} <= set(signals):
+        return None
+    student, teacher = (float(np.mean(np.asarray(signals[name]))) for name in ("ce_loss", "teacher_ce_loss"))
+    if not teacher >= student:
+        return None
+    return (
+        f"the teacher's cross-entropy on the training rows is {teacher:.3f} nats/token, the student's {student:.3f}: "
+        "it has little to teach; use a stronger one, or train on the references alone (configs/methods/sft.yaml)"
+    )
+
+
 def _sort_key(name: str, easy: Easy, values: npt.ArrayLike) -> FloatArray:
     """Values of which the smallest is the easiest row's."""
     key = np.asarray(values, dtype=np.float64)

@@ -24,7 +24,7 @@ from pocl_ray.report.difficulty import (
     topics_of_rows,
 )
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
-from pocl_ray.report.headline import model_names, result_sentences, tiles, what_was_done
+from pocl_ray.report.headline import model_names, result_sentences, tiles, weak_teacher_sentences, what_was_done
 from pocl_ray.report.page import render_html, render_markdown
 from pocl_ray.report.results import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 
@@ -88,7 +88,11 @@ def build_report(files: RunFiles) -> str:
         "run": run,
         "names": names,
         "intro": what_was_done(run, done=is_done(run.steps, "distill")),
-        "sentences": [*result_sentences(run, results), *perplexity_sentences(texts, names)],
+        "sentences": [
+            *result_sentences(run, results),
+            *weak_teacher_sentences(results),
+            *perplexity_sentences(texts, names),
+        ],
         "tiles": tiles(run, results),
         "missing": _missing(run),
         "warnings": _warnings(run),

@@ -88,6 +88,24 @@ def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
     return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
 
 
+def weak_teacher_sentences(results: Sequence[SetResult]) -> list[str]:
+    """Return a warning for each set on which the teacher is no better than the student that it taught."""
+    sentences = []
+    for result in results:
+        student, teacher = result.model(STUDENT), result.model(TEACHER)
+        behind = [
+            f"{word} {fixed(_score(teacher, kind))} against {fixed(_score(student, kind))}"
+            for kind, word in (("mean", "sampled"), ("greedy", "greedy"))
+            if _score(teacher, kind) <= _score(student, kind)
+        ]
+        if behind:
+            sentences.append(
+                f"Warning: on {result.name} the teacher is no better than the distilled student (ROUGE-L "
+                f"{' and '.join(behind)}). A stronger teacher, or supervised fine-tuning, may teach more."
+            )
+    return sentences
+
+
 def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
     """Count the sets on which the student is ahead of the control, level with it and behind it."""
     verdicts: dict[str, Counter[str]] = {}

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pocl_ray.difficulty.ranking import SIGNALS, constant_signals, rank_rows
+from pocl_ray.difficulty.ranking import SIGNALS, constant_signals, rank_rows, weak_teacher
 from pocl_ray.errors import ConfigError, DataError
 
 
@@ -112,3 +112,14 @@ def test_a_signal_that_is_equal_in_every_row_takes_no_part() -> None:
         assert rank.tolist() == alone.tolist() == [3, 1, 2]
     assert rank_rows({"rouge_l": [0.0] * 3})[1].tolist() == [1, 2, 3]  # where there is no other, the file's order
     assert constant_signals({"rouge_l": [0.0, 0.0], "ce_loss": [1.0, 2.0]}) == ["rouge_l"]
+
+
+def test_a_teacher_that_predicts_the_rows_no_better_than_the_student_is_said() -> None:
+    weak = weak_teacher({"ce_loss": [1.0, 2.0], "teacher_ce_loss": [2.0, 1.5]})
+    assert weak is not None and "1.750 nats/token, the student's 1.500" in weak
+    assert weak_teacher({"ce_loss": [1.0, 2.0], "teacher_ce_loss": [1.0, 1.5]}) is None
+
+
+@pytest.mark.parametrize("signals", [{"ce_loss": [1.0]}, {"ce_loss": [1.0], "teacher_ce_loss": [float("nan")]}])
+def test_nothing_is_said_of_a_teacher_that_was_not_measured(signals: dict[str, list[float]]) -> None:
+    assert weak_teacher(signals) is None

@@ -21,6 +21,7 @@ from pocl_ray.report.difficulty import (
     topics_of_rows,
 )
 from pocl_ray.report.files import Metrics, _columns
+from pocl_ray.report.headline import weak_teacher_sentences
 from pocl_ray.report.results import compare_with_control, set_results
 
 
@@ -158,3 +159,18 @@ def test_numbers_are_printed_for_people() -> None:
 
 def test_markdown_escapes_what_would_be_markup() -> None:
     assert page.markdown("a|b <i>\n*x*") == r"a\|b &lt;i&gt; \*x\*"
+
+
+def test_a_teacher_that_is_behind_its_student_is_named_with_both_figures() -> None:
+    def scores(mean: float, greedy: float) -> dict[str, object]:
+        rouge_l = {"mean": mean, "std": 1.0, "by_seed": {"10": mean}}
+        return {"rouge_l": rouge_l, "exact_match": rouge_l, "greedy": {"rouge_l": greedy, "exact_match": greedy}}
+
+    sets = {
+        "weak": {"student": scores(61.0, 70.0), "teacher": scores(57.0, 75.0)},
+        "strong": {"student": scores(61.0, 70.0), "teacher": scores(88.0, 91.0)},
+        "alone": {"student": scores(61.0, 70.0)},
+    }
+    (sentence,) = weak_teacher_sentences(set_results(sets))
+    assert "on weak the teacher is no better" in sentence and "sampled 57.00 against 61.00" in sentence
+    assert "greedy" not in sentence
