@@ -33,12 +33,13 @@ from pocl_ray.data.samples import fresh_rows, sample_rows
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import load_model, load_tokenizer, num_parameters
-from pocl_ray.models.places import SAMPLES, ModelRef, file_sha256
+from pocl_ray.models.places import ModelRef, file_sha256
 from pocl_ray.models.saving import save_model
+from pocl_ray.models.shipped import FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-DIRECTORY = SAMPLES / "quickstart-teacher"
+DIRECTORY = FOLDER / "quickstart-teacher"
 FIGURES = "figures.json"
 
 ARCHITECTURE = {

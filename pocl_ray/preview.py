@@ -14,6 +14,7 @@ from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.fingerprints import any_training_reads_teacher
+from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.writer import DTYPES, Layout, estimate_bytes
@@ -149,7 +150,7 @@ def _teacher_width(teacher: TeacherConfig) -> int | None:
         width = teacher.architecture.get("hidden_size", teacher.architecture.get("n_embd"))
         return int(width) if width is not None else None
     assert teacher.path is not None
-    file = Path(teacher.path).expanduser() / "config.json"
+    file = (shipped_directory(teacher.path) or Path(teacher.path).expanduser()) / "config.json"
     if not file.is_file():
         return None
     import json

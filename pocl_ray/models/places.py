@@ -22,14 +22,11 @@ from huggingface_hub.errors import (
 from transformers import CONFIG_MAPPING
 
 from pocl_ray.errors import ModelError
+from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.run_directory.storage import localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-SAMPLES_SCHEME = "samples://"
-"""Begins the place of a model that the package ships, as it does that of the shipped rows."""
-
-SAMPLES = Path(__file__).parent / "samples"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ_BYTES = 1 << 22
 _UNSAFE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -87,12 +84,8 @@ def place_on_this_node(path: str) -> str:
         ModelError: The package ships no such model.
         StorageError: The object store has no such directory, or it cannot be read.
     """
-    if not path.startswith(SAMPLES_SCHEME):
-        return localize(path)
-    name, shipped = path.removeprefix(SAMPLES_SCHEME), sorted(one.name for one in SAMPLES.iterdir() if one.is_dir())
-    if name not in shipped:
-        raise ModelError(f"{path}: no such model comes with the package; there is {SAMPLES_SCHEME}{shipped[0]}")
-    return str(SAMPLES / name)
+    shipped = shipped_directory(path)
+    return localize(path) if shipped is None else str(shipped)
 
 
 def file_sha256(path: Path) -> str:

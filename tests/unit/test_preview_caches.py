@@ -12,14 +12,14 @@ from pocl_ray.config import Config
 from pocl_ray.preview import print_plan
 
 
-def said(folder: Path, capsys: pytest.CaptureFixture[str], **distill: Any) -> str:
+def said(folder: Path, capsys: pytest.CaptureFixture[str], first: str | None = None, **distill: Any) -> str:
     (folder / "teacher").mkdir()
     (folder / "teacher" / "config.json").write_text(json.dumps({"hidden_size": 4096}))
     tree = {
         "name": "run",
         "storage_path": str(folder / "runs"),
         "data": {"train": {"path": "train.jsonl"}, "dev": {"path": "dev.jsonl"}},
-        "teacher": [{"path": str(folder / "teacher")}, {"path": str(folder / "elsewhere")}],
+        "teacher": [{"path": first or str(folder / "teacher")}, {"path": str(folder / "elsewhere")}],
         "student": {"num_layers": 2},
         "distill": distill,
     }
@@ -38,3 +38,8 @@ def test_hidden_states_take_the_width_of_each_teacher(tmp_path: Path, capsys: py
     text = said(tmp_path, capsys, cache_dtype="float32")
     assert "teacher cache: 16,384 bytes a response token" in text
     assert "teacher cache 2: its size is known once the teacher's config can be read" in text
+
+
+def test_the_width_of_a_shipped_teacher_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(tmp_path, capsys, first="samples://quickstart-teacher", cache_dtype="float32")
+    assert "teacher cache: 512 bytes a response token" in text

@@ -15,13 +15,14 @@ from pocl_ray.config import StudentConfig, TeacherConfig, load_config
 from pocl_ray.data.prepare import training_texts
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.errors import ModelError
+from pocl_ray.models import shipped
 from pocl_ray.models.loading import load_model, load_tokenizer, num_parameters
-from pocl_ray.models.places import SAMPLES, ModelRef, model_fingerprint, on_this_node, place_on_this_node
+from pocl_ray.models.places import ModelRef, model_fingerprint, on_this_node, place_on_this_node
 from pocl_ray.models.prepare import check_student_tokenizer, check_teacher_tokenizer, origin_fingerprint
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = "samples://quickstart-teacher"
-FOLDER = SAMPLES / "quickstart-teacher"
+FOLDER = shipped.FOLDER / "quickstart-teacher"
 FIGURES = json.loads((FOLDER / "figures.json").read_text(encoding="utf-8"))
 
 
