@@ -39,10 +39,10 @@ def has_converged(stage: Stage, steps_done: int, metrics: Sequence[Mapping[str, 
 
 
 def hand_off_figure(figures: Mapping[str, Any]) -> DevFigure:
-    """Return by which dev figures the best checkpoint of a stage is chosen; the greatest is the best.
+    """Return the dev figures by which the best checkpoint of a stage is chosen; the greatest is the best.
 
-    The first is dev ROUGE-L. Plain text has no prompts to answer; there it is the dev loss with its sign turned. Equal
-    ones are decided by the dev loss, so that a ROUGE-L that never moves decides nothing.
+    The first is dev ROUGE-L. Plain text has no prompts to answer. There it is the negative dev loss. The dev loss
+    decides between equal figures, so that a ROUGE-L that never changes decides nothing.
     """
     loss = -dev_loss(figures)
     return (float(figures["eval/dev/rouge_l"]), loss) if "eval/dev/rouge_l" in figures else (loss, loss)

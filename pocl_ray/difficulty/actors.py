@@ -1,9 +1,9 @@
 """The actors of the scoring job: the student answers prompts and reads references, then the teacher reads them.
 
-What passes from one to the other is a unit: a micro-batch of row ids with the student's signals and its final hidden
-states of response tokens, from which the teacher's actor makes the student's logits again with the student's LM head.
-Logits, a hundred times as large, never leave a process. Units of a set that only the teacher reads (dev, for its
-cache) pass the student by. Axes: N response tokens of a unit in one flat axis, R its rows, H hidden.
+The student's actor sends units to the teacher's actor. A unit is a micro-batch of row ids with the student's signals
+and its final hidden states of response tokens. The teacher's actor computes the student's logits from these with the
+student's LM head. Logits are a hundred times as large and never leave a process. A set that only the teacher reads
+(dev, for its cache) skips the student. Axes: N response tokens of a unit in one flat axis, R its rows, H hidden.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
 from pocl_ray.heartbeat import beat
-from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # a model without gradients, split into body and head
+from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # any model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.loading import load_tokenizer
@@ -37,9 +37,8 @@ from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.reader import write_shard
 from pocl_ray.teacher_cache.top_k import TopK, concatenate, top_k_of
 
-# What passes through the scoring job: micro-batches of row ids with what the student measured, and a row each behind.
-#
-# Axes: N response tokens of a unit in one flat axis, R its rows, H hidden.
+# The tables that flow through the scoring job: one row for each micro-batch up to the teacher, then one for each data
+# row.
 
 SET = "set"
 IDS = "ids"
@@ -56,24 +55,24 @@ STUDENT_DTYPE = "student_dtype"
 
 IntArray = npt.NDArray[np.int64]
 Lengths = tuple[IntArray, IntArray]
-"""Tokens of each prompt and of each response, both of shape (R,)."""
+"""The number of tokens of each prompt and of each response, both of shape (R,)."""
 
 
 def with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
-    """Return rows with the set that they are of, and the shard of the cache that they are in."""
+    """Return rows with two more columns: their set, and the shard of the cache that holds them."""
     table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
     return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
 
 
 def unit_table(name: str, batches: Sequence[IntArray]) -> pa.Table:
-    """Return the input of one task: the set and the row ids of each of its micro-batches."""
+    """Return the input of one task: the set, and the row ids of each micro-batch."""
     ends = np.cumsum([0, *map(len, batches)], dtype=np.int32)
     ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(batches)))
     return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
 
 
 def unscored_units(name: str, batches: Sequence[IntArray]) -> pa.Table:
-    """Return the input of one task of a `TeacherActor` that no student comes before."""
+    """Return the input of one task of a `TeacherActor` in a job without a student."""
     return pa.concat_tables(student_unit(name, ids, None, None) for ids in batches)
 
 
@@ -85,13 +84,13 @@ def ids_of(units: pa.Table) -> list[IntArray]:
 def student_unit(
     name: str, ids: IntArray, by_row: Mapping[str, Any] | None, hidden_NH: torch.Tensor | None
 ) -> pa.Table:
-    """Return a unit as it goes to the teacher.
+    """Return a unit as the teacher's actor receives it.
 
     Args:
-        name: The set.
-        ids: Its rows.
-        by_row: The student's signals, by name; None where the student did not read it.
-        hidden_NH: The student's hidden states, where signals compare the two models.
+        name: Name of the set.
+            ids: Row ids of the unit.
+            by_row: Student's signals by name; None if the student did not read the unit.
+            hidden_NH: Student's hidden states, if signals compare the two models.
     """
     table = unit_table(name, [ids])
     for column, value_type in STUDENT_COLUMNS.items():
@@ -106,15 +105,15 @@ def student_unit(
 def row_table(
     ids: IntArray, lengths: Lengths, signals: Signals, units: pa.Table, index: int, names: Sequence[str]
 ) -> pa.Table:
-    """Return a row for each row id of a unit.
+    """Return a table with one row for each row id of a unit.
 
     Args:
-        ids: The rows.
-        lengths: In the student's tokens.
-        signals: What the teacher measured.
-        units: The table of the unit, with what the student measured.
-        index: Its place there.
-        names: Columns for the teacher's signals; null where one was not measured.
+        ids: Row ids of the unit.
+            lengths: Lengths in the student's tokens.
+            signals: Signals that the teacher measured.
+            units: Table of units, with the student's signals.
+            index: Place of the unit in that table.
+            names: Columns of the teacher's signals; a signal that was not measured is null.
     """
     columns = {ID: pa.array(ids)}
     for name, value_type in STUDENT_COLUMNS.items():
@@ -127,29 +126,28 @@ def row_table(
     return pa.table(columns)
 
 
-# What the scoring pass keeps of the teacher for its cache: nothing, hidden states, or the likeliest tokens.
-#
-# Axes: N response tokens of a unit in one flat axis, C those of a chunk, V vocabulary, H hidden.
+# The part of the teacher's outputs that the scoring pass keeps for the cache: nothing, hidden states, or the likeliest
+# tokens. Further axes: C response tokens of a chunk, V vocabulary.
 
 
 class CacheUnitWriter(Protocol):
-    """Keeps one unit's part of the cache."""
+    """Keeps the part of the cache of one unit."""
 
     def watch(self, logits_CV: torch.Tensor) -> None:
-        """See the teacher's logits of the next tokens of the unit."""
+        """Take the teacher's logits of the next tokens of the unit."""
 
     def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
-        """Return what is kept of each row, on the CPU."""
+        """Return the kept outputs of each row, on the CPU."""
 
 
 class NoCache:
-    """Keeps nothing: the teacher is not cached."""
+    """Keeps nothing, for a teacher that is not cached."""
 
     def watch(self, logits_CV: torch.Tensor) -> None:
-        """See the logits, and leave them."""
+        """Ignore the logits."""
 
     def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
-        """Return nothing."""
+        """Return an empty list."""
         return ()
 
 
@@ -157,11 +155,11 @@ class HiddenUnitWriter:
     """Keeps the hidden states."""
 
     def __init__(self, hidden_NH: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Take the hidden states of the unit, and the dtype to store; None for their own."""
+        """Take the hidden states of the unit, and the dtype to store them in; None keeps their dtype."""
         self.hidden_NH = hidden_NH.to("cpu", dtype or hidden_NH.dtype)
 
     def watch(self, logits_CV: torch.Tensor) -> None:
-        """See the logits, which follow from the hidden states."""
+        """Ignore the logits, which can be computed from the hidden states."""
 
     def rows(self, lengths: Sequence[int]) -> Sequence[torch.Tensor | TopK]:
         """Return the hidden states of each row."""
@@ -169,18 +167,18 @@ class HiddenUnitWriter:
 
 
 class TopKUnitWriter:
-    """Keeps the likeliest tokens, of the vocabulary that both models share."""
+    """Keeps the likeliest tokens of the vocabulary that both models share."""
 
     def __init__(
         self, top_k: int, student_vocab_size: int, teacher_dtype: torch.dtype, dtype: torch.dtype | None
     ) -> None:
-        """Set the keeper up.
+        """Set up the writer of one unit.
 
         Args:
-            top_k: Tokens to keep.
-            student_vocab_size: The student's logits, padding included.
-            teacher_dtype: What the teacher computes in.
-            dtype: Of the log-probabilities; None: float32 for a teacher in float32, else float16.
+            top_k: Number of tokens to keep.
+                student_vocab_size: Number of the student's logits, padding included.
+                teacher_dtype: Dtype that the teacher computes in.
+                dtype: Dtype of the log-probabilities; None: float32 for a teacher in float32, else float16.
         """
         self.top_k, self.student_vocab_size = top_k, student_vocab_size
         self.dtype = dtype or (torch.float32 if teacher_dtype == torch.float32 else torch.float16)
@@ -200,28 +198,30 @@ _MAX_SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What the actors are told.
+    """The settings that the actors receive.
 
     Attributes:
-        run_dir: The run directory; the paths below are relative to it.
-        rows: Set -> Arrow file of its rows.
-        student_set: The set that the student is run on; the teacher is run on all.
-        tokenizer: Tokenizer directory.
-        student: The untuned student.
-        teacher: The frozen teacher; None where the student's signals are all.
-        generation: Of the student's answers.
-        max_tokens: Prompt and answer together.
-        seed: Of the answers.
-        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured, for which the student's hidden
-            states pass from actor to actor; not over two tokenizers.
-        cache: Directory of the teacher caches, one for each set; None for no cache.
-        cache_dtype: Of what they hold; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
-        top_k: The tokens that they keep of each response token; None for hidden states.
+        run_dir: Run directory; the paths below are relative to it.
+        rows: Mapping of each set to the Arrow file of its rows.
+        student_set: Set that the student reads; the teacher reads all sets.
+        tokenizer: Directory of the tokenizer.
+        student: Untuned student.
+        teacher: Frozen teacher; None if no signal of the teacher is needed.
+        generation: Settings of the student's answers.
+        max_tokens: Maximum tokens of prompt and answer together.
+        seed: Seed of the sampling of answers.
+        compare: Whether `teacher_student_kl` and the signals of plug-ins are measured. The student's hidden states are
+            then sent from actor to actor. It is False with two tokenizers.
+        cache: Directory of the teacher caches, one cache for each set; None for no cache.
+        cache_dtype: Dtype of the caches; `auto` is the teacher's dtype, except float16 for the top k of a bfloat16
+            teacher.
+        top_k: Number of tokens that the caches keep for each response token; None for hidden states.
         use_gpu: Whether actors run on a GPU.
-        plugins: Signals that plug-ins measure, which must be installed on every node.
-        teacher_rows: Set -> Arrow file of the same rows in the tokens of a teacher with a tokenizer of its own; empty
-            where it has the student's.
-        batch_tokens: Padded tokens that such a teacher reads at once: micro-batches are cut by the student's.
+        plugins: Names of signals that plug-ins measure; the plug-ins must be installed on every node.
+        teacher_rows: Mapping of each set to the Arrow file of the same rows in the teacher's tokens; empty if both
+            models share a tokenizer.
+        batch_tokens: Padded tokens that a teacher with its own tokenizer reads at once, since micro-batches are cut by
+            the student's lengths.
     """
 
     run_dir: RunDirectory
@@ -244,13 +244,13 @@ class ScoringTask:
 
     @property
     def device(self) -> str:
-        """Where models run."""
+        """The device that models run on."""
         return "cuda" if self.use_gpu else "cpu"
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What a model makes of a micro-batch: its hidden states, the tokens to predict, and how many each row has."""
+    """A model's output on a micro-batch: its hidden states, the tokens to predict, and their number in each row."""
 
     hidden_NH: torch.Tensor
     targets_N: torch.Tensor
@@ -258,7 +258,7 @@ class _Read:
 
 
 class _Reader:
-    """The rows, mapped by each actor on its own node: tasks name rows by id."""
+    """The rows, which each actor memory-maps on its node. Tasks name rows by id."""
 
     def __init__(self, task: ScoringTask) -> None:
         self.task = task
@@ -300,11 +300,11 @@ class StudentActor(_Reader):
         """Score the rows of one task.
 
         Args:
-            units: `set` and `ids` (the row ids) of each micro-batch; all of one set.
+            units: Table with `set` and `ids` (the row ids) of each micro-batch; all are of one set.
 
         Yields:
-            Each micro-batch with the student's signals by row, and its hidden states as bytes; without a teacher, who
-            would come next, what `TeacherActor` yields.
+            Each micro-batch with the student's signals by row, and its hidden states as bytes. In a job without a
+            teacher, the rows that `TeacherActor` yields.
         """
         name = units[SET][0].as_py()
         batches = ids_of(units)
@@ -326,14 +326,14 @@ class StudentActor(_Reader):
                 yield with_place(scored, name, shard=None)
 
     def _answer(self, name: str, ids: IntArray) -> list[tuple[float, bool]]:
-        """ROUGE-L of each row's answer, and whether the answer came to an end."""
+        """ROUGE-L of each row's answer, and whether the answer is complete."""
         task = self.task
         rows = self.rows(name)
         return score_answers(self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed)
 
 
 class TeacherActor(_Reader):
-    """Reads each reference with the teacher, and keeps what it says as shards of the teacher cache."""
+    """Reads each reference with the teacher, and writes the teacher's outputs as shards of the teacher cache."""
 
     def __init__(self, task: ScoringTask) -> None:
         super().__init__(task)
@@ -354,10 +354,10 @@ class TeacherActor(_Reader):
         """Score the rows of one task.
 
         Args:
-            units: What `StudentActor` gives, of one set.
+            units: Units of one set, as `StudentActor` yields them.
 
         Yields:
-            One row for each row id: set, signals, lengths, and the shard of the cache that it is in.
+            One row for each row id: set, signals, lengths, and the shard of the cache that holds it.
         """
         name = units[SET][0].as_py()
         scored: list[pa.Table] = []
@@ -365,7 +365,7 @@ class TeacherActor(_Reader):
         for index, ids in enumerate(ids_of(units)):
             read = self._read_own(name, ids)
             student = self._student_part(units, index)
-            keeper = self._keeper(read.hidden_NH)
+            unit_writer = self._unit_writer(read.hidden_NH)
             signals = teacher_signals(
                 read.hidden_NH,
                 self.model.head.logits,
@@ -373,11 +373,11 @@ class TeacherActor(_Reader):
                 read.lengths_R,
                 student,
                 self.plugins if student is not None else {},
-                keeper.watch,
+                unit_writer.watch,
             )
             names = (*TEACHER_SIGNALS, *self.task.plugins)
             scored.append(row_table(ids, self.lengths(name, ids), signals, units, index, names))
-            kept += keeper.rows(read.lengths_R.tolist())
+            kept += unit_writer.rows(read.lengths_R.tolist())
             if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:
                 yield self._finish(name, scored, kept)
                 scored, kept = [], []
@@ -385,7 +385,7 @@ class TeacherActor(_Reader):
             yield self._finish(name, scored, kept)
 
     def _read_own(self, name: str, ids: IntArray) -> _Read:
-        """Read rows in the teacher's tokens; where these are not the student's, in parts that keep to the budget."""
+        """The teacher's output on rows in its own tokens, in parts within the token budget if tokenizers differ."""
         own = self.task.teacher_rows.get(name)
         if own is None:
             return self.read(self.model, self.rows(name), ids)
@@ -399,14 +399,14 @@ class TeacherActor(_Reader):
             np.concatenate([part.lengths_R for part in read]),
         )
 
-    def _keeper(self, hidden_NH: torch.Tensor) -> CacheUnitWriter:
+    def _unit_writer(self, hidden_NH: torch.Tensor) -> CacheUnitWriter:
         task = self.task
         if task.cache is None:
             return NoCache()
         dtype = None if task.cache_dtype == "auto" else getattr(torch, task.cache_dtype)
         if task.top_k is None:
             return HiddenUnitWriter(hidden_NH, dtype)
-        # What lies beyond the student's vocabulary is padding, in which no student can follow the teacher.
+        # Ids beyond the student's vocabulary are padding, which the student cannot predict.
         return TopKUnitWriter(task.top_k, self._student_head(hidden_NH.dtype).vocab_size, hidden_NH.dtype, dtype)
 
     def _student_part(self, units: pa.Table, index: int) -> tuple[torch.Tensor, LmHead] | None:

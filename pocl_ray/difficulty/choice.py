@@ -1,10 +1,10 @@
-"""The signals that a config chooses: those of `SIGNALS`, columns of the rows, and plug-ins of other packages.
+"""The signals that a config chooses: signals of `SIGNALS`, columns of the rows, and plug-ins of other packages.
 
 A plug-in is registered in the entry-point group `pocl_ray.signals`. It is a function of the two models' logits at the
-response tokens and of these tokens, and returns one value a token; a row's signal is their mean. It is called once on
-made-up logits before anything is scored, so that a mistake shows early and under the plug-in's own name.
+response tokens and of these tokens, and returns one value for each token. A row's signal is their mean. The plug-in is
+called once on random logits before anything is scored, so that a mistake shows early and names the plug-in.
 
-Torch is imported where a plug-in is called, and nowhere else: `plan` reads this file and needs no torch.
+Torch is imported only where a plug-in is called, because `plan` reads this file and needs no torch.
 
 Legend: N response tokens in one flat axis, V vocabulary.
 """
@@ -37,11 +37,11 @@ the vocabulary that both models share."""
 
 @dataclass(frozen=True)
 class TokenSignal:
-    """A plug-in's signal; a bare function counts as one of which low values are easy.
+    """A signal of a plug-in; a plain function counts as a signal whose low values mean an easy row.
 
     Attributes:
-        function: What it measures at each token.
-        easy: Whether a high or a low mean over the tokens is an easy row.
+        function: Function that measures the signal at each token.
+        easy: Whether a high or a low mean over the tokens means an easy row.
     """
 
     function: TokenFunction
@@ -50,14 +50,14 @@ class TokenSignal:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the ranking is made of.
+    """The signals of a ranking.
 
     Attributes:
-        easy: Of each chosen signal that is not in `SIGNALS`, which values are easy.
-        plugins: The names of those that plug-ins measure.
-        origins: Where these come from, with the version; scores depend on it.
-        reads_teacher: Whether any of the chosen signals needs the teacher.
-        compares: Whether any of them needs both models at once.
+        easy: Values that mean an easy row, `high` or `low`, for each chosen signal that is not in `SIGNALS`.
+        plugins: Names of the signals that plug-ins measure.
+        origins: Origin and version of each plug-in; scores depend on them.
+        reads_teacher: Whether a chosen signal needs the teacher.
+        compares: Whether a chosen signal needs both models at once.
     """
 
     easy: dict[str, Easy]
@@ -68,11 +68,11 @@ class Choice:
 
 
 def choose_signals(difficulty: DifficultyConfig) -> Choice:
-    """Look up the signals of a config, and try the plug-ins among them.
+    """Return the signals of a config, after a trial call of the plug-ins among them.
 
     Raises:
-        ConfigError: A name is unknown; the nearest one is named.
-        UserError: A plug-in cannot be loaded or breaks the contract of a signal.
+        ConfigError: A name is unknown; the message names the nearest one.
+        UserError: A plug-in cannot be loaded, or does not return what a signal must return.
     """
     easy: dict[str, Easy] = {f"{COLUMN}{name}": direction for name, direction in difficulty.columns.items()}
     names = tuple(name for name in difficulty.signals if name not in SIGNALS and name not in easy)
@@ -89,13 +89,13 @@ def choose_signals(difficulty: DifficultyConfig) -> Choice:
 
 
 def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, seed: int) -> pa.Table:
-    """Rank rows by the signals of a config.
+    """Return the table of measured signals with the ranking appended.
 
     Args:
-        table: The measured signals, one row a training row, in their order.
-        rows: The training rows, for columns of the user's.
-        difficulty: Which signals, their weights, and how ties are broken.
-        seed: Of a seeded tie-break.
+        table: Measured signals, one row for each training row, in the order of the rows.
+        rows: Training rows, for signals that are columns of the user's data.
+        difficulty: Signals, their weights, and the rule for ties.
+        seed: Seed of a random order of ties.
 
     Returns:
         The table with the user's columns, `rrf_score` and `rank` appended.
@@ -114,11 +114,11 @@ def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, se
 
 
 def load_signals(names: Iterable[str]) -> dict[str, TokenSignal]:
-    """Import the plug-ins of these names.
+    """Return the plug-ins of these names.
 
     Raises:
-        ConfigError: There is none of that name.
-        UserError: A plug-in cannot be loaded or breaks the contract of a signal.
+        ConfigError: No plug-in has that name.
+        UserError: A plug-in cannot be loaded, or does not return what a signal must return.
     """
     installed = plugins.installed(GROUP)
     signals = {}
@@ -136,25 +136,25 @@ def load_signals(names: Iterable[str]) -> dict[str, TokenSignal]:
 
 
 def measure(name: str, function: TokenFunction, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Call a plug-in and hold it to the contract of a signal.
+    """Return the values of a plug-in, after a check of their type, shape and range.
 
     Returns:
-        One finite value a token, shape (N,).
+        One finite value for each token, shape (N,).
 
     Raises:
-        UserError: It raises, or returns anything else.
+        UserError: The plug-in raises an error, or returns anything else.
     """
     try:
         value_N = function(student_NV, teacher_NV, targets_N)
-    except Exception as error:  # code of others: every failure is reported under the plug-in's name
+    except Exception as error:  # foreign code: report every failure under the plug-in's name
         raise UserError(f"signal plug-in '{name}' fails when called: {plugins.reason(error)}") from error
-    wrong = _what_is_wrong(value_N, len(targets_N))
+    wrong = _problem_of(value_N, len(targets_N))
     if wrong:
         raise UserError(f"signal plug-in '{name}' {wrong}; a signal returns one finite float a token, shape (N,)")
     return value_N
 
 
-def _what_is_wrong(value_N: object, num_tokens: int) -> str:
+def _problem_of(value_N: object, num_tokens: int) -> str:
     import torch
 
     if not isinstance(value_N, torch.Tensor):

@@ -1,12 +1,12 @@
-"""Scoring: one streaming Ray Data job that measures every row's difficulty and fills the teacher cache.
+"""Scoring: one streaming Ray Data job that measures the difficulty of every row and fills the teacher cache.
 
     row ids -> StudentActor pool -> TeacherActor pool -> one small row of signals for each id
                                                       -> shards of the teacher cache
 
 The teacher also reads the dev rows in this job, for their part of the cache.
 
-Rows are sorted by length and cut into tasks and micro-batches before anything starts, by their lengths alone. Which
-rows share a batch therefore does not depend on the number of actors, and neither do the results.
+Rows are sorted by length and cut into tasks and micro-batches before anything starts. Lengths alone decide which rows
+share a batch, so the results do not depend on the number of actors.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from pocl_ray.records import ID, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.reader import write_index
 
-# What a scoring job has found, gathered on the driver as it comes: one number a row and signal, and nothing else.
+# The results of a scoring job, gathered on the driver as they arrive: one number for each row and signal.
 #
-# A million rows of nine signals are 72 MB here. Tables of the same kept until the end, then cut by set and sorted,
-# would be several times that, and as many objects as there were micro-batches.
+# A million rows with nine signals take 72 MB here. Tables that are kept until the end, and then cut by set and sorted,
+# would take several times as much, in as many objects as there are micro-batches.
 
 
 class Results:
     """The results of one set, by id.
 
     Attributes:
-        rows: The set.
-        num_results: Those that came.
-        shards: Of the teacher cache, that hold the set.
+        rows: Summary of the set.
+            num_results: Number of results that have arrived.
+            shards: Shards of the teacher cache that hold the set.
     """
 
     def __init__(self, rows: RowsSummary, keeps_signals: bool = True) -> None:
-        """Begin with none; `keeps_signals` is False for a set of which only the shards matter."""
+        """Start empty; `keeps_signals` is False for a set of which only the shards are needed."""
         self.rows, self.num_results = rows, 0
         self.shards: set[str] = set()
         self._keeps_signals = keeps_signals
@@ -66,7 +66,7 @@ class Results:
         self._types: dict[str, pa.DataType] = {}
 
     def add(self, table: pa.Table) -> None:
-        """Take rows of the set in any order: `id`, `shard`, and numeric columns that are null for all rows or none."""
+        """Add rows of the set in any order: `id`, `shard`, and numeric columns in which all values or none are null."""
         ids = table[ID].to_numpy()
         self._has_come[ids] = True
         self.num_results += len(ids)
@@ -85,7 +85,7 @@ class Results:
             self._columns[name][ids] = values.to_numpy()
 
     def check(self) -> None:
-        """Check that each row came exactly once: a lost one would shift the rank of all others in silence."""
+        """Check that each row arrived exactly once: a lost row would silently shift the rank of all others."""
         num_rows = self.rows.num_rows
         if self.num_results != num_rows or not self._has_come.all():
             missing = np.flatnonzero(~self._has_come)[:5].tolist()
@@ -94,7 +94,7 @@ class Results:
             )
 
     def table(self) -> pa.Table:
-        """Return one row for each of the set, in order of id; it shares the memory of what was gathered."""
+        """Return one row for each row of the set, ordered by id; the table shares memory with the gathered results."""
         self.check()
         columns = {ID: pa.array(np.arange(self.rows.num_rows))}
         for name, kind in self._types.items():
@@ -104,7 +104,7 @@ class Results:
 
 
 def gather(tables: Iterable[pa.Table], results: dict[str, Results]) -> None:
-    """Hand tables of results to their sets, by column `set`, and check that each set is whole."""
+    """Add tables of results to their sets, by column `set`, and check that each set is complete."""
     for table in tables:
         for name in table[SET].unique().to_pylist():
             results[name].add(table.filter(pc.field(SET) == name))
@@ -199,11 +199,12 @@ def score_rows(inputs: ScoringInputs, scaling: ScalingConfig) -> tuple[pa.Table,
     """Measure the difficulty of every row and fill the teacher cache, on the running Ray cluster.
 
     Args:
-        inputs: What is read and measured.
-        scaling: Actors, and what each of them asks for.
+        inputs: Models, rows and settings of the scoring.
+        scaling: Number of actors and their resources.
 
     Returns:
-        One row for each of `rows`, by `id`: the signals and numbers of tokens. And counts for the manifest.
+        A table with one row for each of `rows`, by `id`, that holds the signals and numbers of tokens; and counts for
+        the manifest.
 
     Raises:
         UserError: A model cannot be loaded, or the cluster has no room for the actors.
@@ -219,7 +220,7 @@ def score_rows(inputs: ScoringInputs, scaling: ScalingConfig) -> tuple[pa.Table,
 
 
 def _signals(results: pa.Table) -> pa.Table:
-    """The results without columns that nothing was measured for."""
+    """The results without the columns that were not measured."""
     return results.drop_columns([name for name in results.column_names if results[name].null_count == results.num_rows])
 
 
@@ -232,16 +233,16 @@ def cache_teacher(
     difficulty: DifficultyConfig,
     scaling: ScalingConfig,
 ) -> None:
-    """Fill the cache of a further teacher, which reads all sets and measures nothing.
+    """Fill the cache of a further teacher, which reads all sets and measures no signal.
 
     Args:
-        sets: What it reads.
-        run_dir: Holds the rows and the cache.
-        student: Whose vocabulary the top k are cut to.
-        teacher: The frozen model.
-        cache: The cache to fill.
-        difficulty: How much is computed at once.
-        scaling: Actors, and what each of them asks for.
+        sets: Sets that the teacher reads.
+        run_dir: Run directory, which holds the rows and the cache.
+        student: Student, whose vocabulary the top k are cut to.
+        teacher: Frozen teacher.
+        cache: Cache to fill.
+        difficulty: Sizes of tasks and micro-batches.
+        scaling: Number of actors and their resources.
 
     Raises:
         UserError: The model cannot be loaded, or the cluster has no room for the actors.
@@ -279,7 +280,7 @@ def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
 def _finish_caches(
     results: Mapping[str, Results], run_dir: RunDirectory, cache: CacheTask, sets: Sequence[RowsSummary]
 ) -> None:
-    """Write the index of each set's cache; `sets` are as the teacher reads them."""
+    """Write the index of each set's cache; `sets` are in the teacher's tokens."""
     for made in sets:
         shards = results[made.name].shards
         folder = run_dir.fs_path(f"{cache.folder}/{made.name}")
@@ -295,7 +296,7 @@ def _run(
 ) -> dict[str, Results]:
     results = {made.name: Results(made, keeps_signals=made.name == task.student_set) for made in sets}
     with quiet_ray_data(), stall_watch(scaling, "scores") as watched:
-        # Not `from_arrow`, which asks for the size of every block by a remote task.
+        # `from_arrow` would ask for the size of every block by a remote task.
         dataset: Dataset = ray.data.from_blocks([unit_table(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:

@@ -1,9 +1,9 @@
 """Ranking of rows from easy to hard: reciprocal rank fusion of difficulty signals (POCL, section 3.2).
 
-Every signal ranks the rows on its own, 1 the easiest; a row's score is the sum over signals of `w / (k + rank)`, the
-weight w being 1 in the paper, and the ranking goes from the highest score to the lowest. Ties are decided the way the
-authors' code does it: all sorts are stable, and each of them runs on the list that the one before it left. numpy alone,
-so that the ranking can be recomputed anywhere.
+Each signal ranks the rows; rank 1 is the easiest. A row's score is the sum over signals of `w / (k + rank)`, with the
+weight w = 1 in the paper. The ranking goes from the highest score to the lowest. Ties are resolved as in the authors'
+code: all sorts are stable, and each sort takes the list that the previous one returned. This file needs numpy alone, so
+that the ranking can be recomputed anywhere.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Signal:
     """One measurement of a row's difficulty.
 
     Attributes:
-        name: Its column in scores.parquet.
-        easy: Whether a high or a low value means an easy row.
-        meaning: What it measures, in a few words.
+        name: Column in scores.parquet.
+            easy: Whether a high or a low value means an easy row.
+            meaning: Short description of the measurement.
     """
 
     name: str
@@ -54,14 +54,14 @@ SIGNALS: dict[str, Signal] = {
 
 
 STUDENT_SIGNALS = ("rouge_l", "ce_loss", "student_confidence", "teacher_student_kl")
-"""Those of `SIGNALS` that change as the student learns."""
+"""The signals of `SIGNALS` that change as the student learns."""
 
 TEACHER_SIGNALS = ("teacher_ce_loss", "teacher_student_kl", "teacher_entropy")
-"""Those of `SIGNALS` that need the teacher."""
+"""The signals of `SIGNALS` that need the teacher."""
 
 
 def unknown_signal(name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for a signal that nothing measures; the nearest known one is named."""
+    """Return the error for an unknown signal; it names the nearest known one."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}, or column:NAME"
@@ -76,24 +76,22 @@ def rank_rows(
     weights: Mapping[str, float] | None = None,
     easy: Mapping[str, Easy] | None = None,
 ) -> tuple[FloatArray, IntArray]:
-    """Fuse signals into one ranking, easiest row first (POCL, section 3.2); those of `constant_signals` take no part.
+    """Return one ranking from all signals, the easiest row first (POCL, section 3.2), without `constant_signals`.
 
     Args:
-        signals: Signal name -> values in row order, shape (num_rows,). The order of the mapping is the order of
-            fusion; it matters for ties alone.
-        rrf_k: The constant k of `1 / (k + rank)`.
-        tie_break: What decides between rows of equal values: their order in the file (the authors' code), or an
-            order drawn by `seed`.
-        seed: Of the draw.
-        weights: Signal name -> w of its part `w / (k + rank)` of the score; 1 for those left out.
-        easy: Signal name -> which of its values are easy, for signals that are not in `SIGNALS`.
+        signals: Mapping of signal names to values in row order, shape (num_rows,). The order of the mapping is the
+            order of fusion, which matters for ties alone. rrf_k: Constant k of `1 / (k + rank)`. tie_break: Order of
+            rows with equal values: their order in the file (the authors' code), or an order drawn by `seed`. seed: Seed
+            of that order. weights: Mapping of signal names to the weight w in `w / (k + rank)`; a signal left out has
+            weight 1. easy: Mapping of signal names to `high` or `low`, the values of an easy row, for signals that are
+            not in `SIGNALS`.
 
     Returns:
         `rrf_score` and `rank`, each of shape (num_rows,) in row order. Rank 1 is the easiest row.
 
     Raises:
         ConfigError: A signal is unknown.
-        DataError: A signal is not a number for some row.
+        DataError: A signal is NaN for some row.
     """
     weights, directions = weights or {}, {**{name: signal.easy for name, signal in SIGNALS.items()}, **(easy or {})}
     for name in signals:
@@ -148,7 +146,7 @@ def weak_teacher(signals: Mapping[str, npt.ArrayLike]) -> str | None:
 
 
 def _sort_key(name: str, easy: Easy, values: npt.ArrayLike) -> FloatArray:
-    """Values of which the smallest is the easiest row's."""
+    """The values with their sign set so that the smallest belongs to the easiest row."""
     key = np.asarray(values, dtype=np.float64)
     if key.ndim != 1:
         raise ValueError(f"signal {name} has shape {key.shape}; one number a row is needed")

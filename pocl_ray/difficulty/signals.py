@@ -1,6 +1,6 @@
-"""Difficulty signals from the hidden states of response tokens: per-token values, averaged by row.
+"""Difficulty signals from the hidden states of response tokens: values of each token, averaged over each row.
 
-With p the teacher's next-token distribution, q the student's and y the reference's tokens, a row's signals are means
+Let p be the teacher's next-token distribution, q the student's, and y the reference's tokens. A row's signals are means
 over its response tokens of
 
     ce_loss              -log q(y)
@@ -29,7 +29,7 @@ CHUNK_MIB = 64
 
 Signals = dict[str, npt.NDArray[np.float64]]
 LmHead = Callable[[torch.Tensor], torch.Tensor]
-"""From hidden states of shape (C, H) to logits of shape (C, V)."""
+"""A function from hidden states of shape (C, H) to logits of shape (C, V)."""
 
 
 @torch.no_grad()
@@ -41,11 +41,11 @@ def student_signals(
     Args:
         hidden_NH: The student's final hidden states at the positions that predict `targets_N`.
         head: The student's LM head.
-        targets_N: The response's token ids, row after row, the end-of-sequence token included.
-        lengths_R: Response tokens of each row, at least 1; they sum to N.
+        targets_N: Token ids of the responses, row after row, with the end-of-sequence tokens.
+            lengths_R: Number of response tokens of each row, at least 1; the sum is N.
 
     Returns:
-        Signal name -> means, each of shape (R,), in nats (`student_confidence`: a probability).
+        Mapping of signal names to means, each of shape (R,), in nats (`student_confidence`: a probability).
     """
     ce_loss, confidence = [], []
     for part in _chunks(hidden_NH, head, CHUNK_MIB):
@@ -65,19 +65,19 @@ def teacher_signals(
     extra: Mapping[str, TokenSignal] = MappingProxyType({}),
     watch: Callable[[torch.Tensor], object] | None = None,
 ) -> Signals:
-    """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` where the student is given.
+    """Return `teacher_ce_loss` and `teacher_entropy` of each row, and `teacher_student_kl` if the student is given.
 
     Args:
         hidden_NH: The teacher's final hidden states at the positions that predict `targets_N`.
         head: The teacher's LM head.
-        targets_N: As in `student_signals`.
-        lengths_R: As in `student_signals`.
-        student: The student's hidden states at the same positions, of its own width, and its LM head.
-        extra: Signals of plug-ins, which need the student.
-        watch: Called with the teacher's logits of each chunk, float32, in the order of the tokens.
+        targets_N: Token ids, as in `student_signals`.
+            lengths_R: Number of response tokens, as in `student_signals`.
+            student: Student's hidden states at the same positions, in its own width, and its LM head.
+            extra: Signals of plug-ins, which need the student.
+            watch: Function that is called with the teacher's logits of each chunk, float32, in the order of the tokens.
 
     Returns:
-        Signal name -> means, each of shape (R,), in nats.
+        Mapping of signal names to means, each of shape (R,), in nats.
     """
     assert student is not None or not extra, "a plug-in's signal compares the two models"
     ce_loss, entropy = [], []
@@ -107,13 +107,13 @@ def comparison_signals(
     lengths_R: npt.NDArray[np.int64],
     extra: Mapping[str, TokenSignal] = MappingProxyType({}),
 ) -> Signals:
-    """Return `teacher_student_kl` of each row, and the signals of plug-ins: what changes as the student learns.
+    """Return `teacher_student_kl` of each row and the signals of plug-ins, which change as the student learns.
 
     Args:
-        teacher: Its hidden states at the positions that predict `targets_N`, and its LM head.
-        student: The same of the student.
-        targets_N: As in `student_signals`.
-        lengths_R: As in `student_signals`.
+        teacher: Teacher's hidden states at the positions that predict `targets_N`, and its LM head.
+            student: Student's hidden states at these positions, and its LM head.
+            targets_N: Token ids, as in `student_signals`.
+            lengths_R: Number of response tokens, as in `student_signals`.
         extra: Signals of plug-ins.
     """
     compared: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -137,8 +137,8 @@ def _compare(
 def forward_kl(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> torch.Tensor:
     """Return KL(teacher || student) of each token, shape (C,), in nats.
 
-    Vocabularies padded to different sizes are cut to the shared part. Where the teacher's probability is 0 the term
-    is 0, whatever the student says.
+    Vocabularies padded to different sizes are cut to the shared part. A term is 0 if the teacher's probability is 0,
+    whatever the student's is.
 
     Args:
         teacher_logits_CV: Float32 logits.
@@ -166,7 +166,7 @@ def _nll(log_probs_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
 
 
 def _row_means(values: list[torch.Tensor], lengths_R: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Means over each row's tokens; on the CPU, where the order of summation is fixed."""
+    """The means over each row's tokens, computed on the CPU, where the order of summation is fixed."""
     assert (lengths_R > 0).all(), "a row has no response tokens"
     lengths = torch.from_numpy(np.asarray(lengths_R, dtype=np.int64))
     rows_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)

@@ -1,6 +1,7 @@
-"""How rows are shared out for scoring: by their lengths alone, so that nothing depends on who does which part.
+"""The division of rows into scoring tasks: by length alone, so that results do not depend on the number of actors.
 
-numpy alone: the Ray Data job and the training workers, which score again between stages, cut the rows in one way.
+This file needs numpy alone. The Ray Data job, and the training workers that score again between stages, divide the rows
+in the same way.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-_MIN_TASKS = 16  # so that a small data set still keeps several actors busy to the end
+_MIN_TASKS = 16  # keeps several actors busy to the end on a small data set
 _MIN_TASK_ROWS = 32
 _MIN_FILL = 0.75  # of its width that each row of a micro-batch fills,
 _MIN_BATCH_ROWS = 4  # beyond its first few rows
 _LENGTH_MULTIPLE = 8  # that `collate` rounds up to
 
 MicroBatches = list[npt.NDArray[np.int64]]
-"""The work of one task: the row ids of each micro-batch."""
+"""The row ids of each micro-batch of a task."""
 
 
 def plan_tasks(
@@ -24,16 +25,16 @@ def plan_tasks(
     shard_rows: int,
     batch_tokens: int,
 ) -> list[MicroBatches]:
-    """Cut rows into tasks, and these into micro-batches of rows of similar length.
+    """Return tasks, each of which is a list of micro-batches of rows of similar length.
 
     Args:
-        prompt_lengths: Tokens of each prompt, shape (num_rows,).
-        response_lengths: Tokens of each response, shape (num_rows,).
-        shard_rows: Rows of a task, at most; fewer where there would be only a few tasks.
-        batch_tokens: Padded tokens of a micro-batch, at most, save for a single row that is longer.
+        prompt_lengths: Number of tokens of each prompt, shape (num_rows,).
+            response_lengths: Number of tokens of each response, shape (num_rows,).
+            shard_rows: Maximum rows of a task; fewer if there would be only a few tasks.
+            batch_tokens: Maximum padded tokens of a micro-batch; a single row may be longer.
 
     Returns:
-        Tasks, the longest rows first, so that the last ones to finish are short: micro-batches of row ids.
+        Tasks with the longest rows first, so that the last tasks to finish are short.
     """
     lengths = np.asarray(prompt_lengths, dtype=np.int64) + response_lengths
     order = np.argsort(-lengths, kind="stable")
@@ -43,7 +44,7 @@ def plan_tasks(
 
 
 def _micro_batches(ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], batch_tokens: int) -> MicroBatches:
-    """Cut rows, longest first, where the padded size would pass the budget or padding would become a large share."""
+    """Cut rows, the longest first, where the padded size would exceed the budget or padding grows too large."""
     batches: MicroBatches = []
     start = 0
     while start < len(ids):

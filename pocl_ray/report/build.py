@@ -1,4 +1,4 @@
-"""Builds report.html, report.md and plots/*.png from the files of a run directory, and from nothing else."""
+"""Builds report.html, report.md and plots/*.png from the files of a run directory alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pocl_ray.report.difficulty import (
     topics_of_rows,
 )
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
-from pocl_ray.report.headline import model_names, result_sentences, tiles, weak_teacher_sentences, what_was_done
+from pocl_ray.report.headline import model_names, result_sentences, run_sentence, tiles, weak_teacher_sentences
 from pocl_ray.report.page import render_html, render_markdown
 from pocl_ray.report.results import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 
@@ -51,7 +51,7 @@ _DEV_LOSSES = {"eval/dev/ce_loss": "dev CE (nats/token)", "eval/dev/kd_loss": "d
 
 @dataclass(frozen=True)
 class DifficultySection:
-    """What the page shows of the scores."""
+    """The part of the page that shows the scores."""
 
     spreads: list[SignalSpread]
     plots: list[Plot]
@@ -64,18 +64,18 @@ class DifficultySection:
 
 
 def build_report(files: RunFiles) -> str:
-    """Write `report.html`, `report.md` and `plots/*.png` of a run.
+    """Write `report.html`, `report.md` and `plots/*.png` of a run, and return the place of the page.
 
-    A section whose step has not been run is left out, and the page says which step that is.
+    The page leaves out the section of a step that has not been run, and names that step.
 
     Args:
-        files: The run directory.
+        files: Run directory.
 
     Returns:
         Path or URL of report.html.
 
     Raises:
-        StorageError: A file of the run directory is there but cannot be read.
+        StorageError: A file of the run directory exists but cannot be read.
     """
     run = read_run(files)
     answered = {name: models for name, models in run.evaluation.items() if not is_of_text(models)}
@@ -87,7 +87,7 @@ def build_report(files: RunFiles) -> str:
         "name": run.config.name if run.config else "run",
         "run": run,
         "names": names,
-        "intro": what_was_done(run, done=is_done(run.steps, "distill")),
+        "intro": run_sentence(run, done=is_done(run.steps, "distill")),
         "sentences": [
             *result_sentences(run, results),
             *weak_teacher_sentences(results),
@@ -119,7 +119,7 @@ def _topic_plots(difficulty: DifficultySection | None) -> list[Plot]:
 
 
 def _plots(run: RunData) -> Iterator[Plot]:
-    from pocl_ray.report import plots  # matplotlib takes a second to import: only where something is drawn
+    from pocl_ray.report import plots  # matplotlib takes a second to import, so import it only if something is drawn
 
     names = model_names(run.config)
     ends = run.plan.stage_ends if run.plan else ()
@@ -148,7 +148,7 @@ def _plots(run: RunData) -> Iterator[Plot]:
 
 
 def _curves(run: RunData, kind: str, key: str) -> dict[str, Curve]:
-    """Return a metric of the control, where there is one, and of the student, drawn on top of it."""
+    """A metric of the control, if there is one, and then of the student, which is drawn on top."""
     sources = {STUDENT_KD: run.control, STUDENT: run.metrics}
     found = {model: curve_of(getattr(metrics, kind), key) for model, metrics in sources.items() if metrics}
     return {model: curve for model, curve in found.items() if curve is not None}
@@ -199,7 +199,7 @@ def _topics(run: RunData, buckets: np.ndarray, num_buckets: int) -> Plot | None:
 
 
 def _missing(run: RunData) -> list[tuple[str, str]]:
-    """Return the steps that have left nothing to show, each with what the page lacks for it."""
+    """The steps that have left nothing to show, each with the part of the page that is missing."""
     lacks = {
         "rows": ("example rows and topics", run.rows is None),
         "scores": ("difficulty", run.scores is None),
@@ -215,7 +215,7 @@ def _missing(run: RunData) -> list[tuple[str, str]]:
 
 
 def _warnings(run: RunData) -> list[str]:
-    """Return what a reader must know before believing the curves."""
+    """The warnings that a reader needs to judge the curves."""
     found = []
     for who, metrics in (("distillation", run.metrics), ("control", run.control)):
         count = num_not_finite(metrics, "train/loss") if metrics else 0

@@ -1,4 +1,4 @@
-"""Metrics over optimizer steps, made ready to draw: smoothed within stages, thinned, gaps where not finite."""
+"""Metrics over optimizer steps, prepared for drawing: smoothed within stages, thinned, finite values only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over steps.
+    """One metric over optimizer steps.
 
     Attributes:
-        steps: (points,), rising.
-        values: (points,), finite.
-        num_not_finite: Logged values that were NaN or infinite and are not among the points.
+        steps: Steps in rising order, shape (points,).
+            values: Finite values, shape (points,).
+            num_not_finite: Number of logged values that are NaN or infinite; the points leave them out.
     """
 
     steps: np.ndarray
@@ -29,7 +29,7 @@ class Curve:
 
 
 def curve_of(columns: dict[str, np.ndarray], name: str) -> Curve | None:
-    """Return a metric as a curve, or None where no finite value of it was logged."""
+    """Return a metric as a curve, or None if no finite value of it was logged."""
     if name not in columns:
         return None
     finite = np.isfinite(columns[name])
@@ -39,14 +39,14 @@ def curve_of(columns: dict[str, np.ndarray], name: str) -> Curve | None:
 
 
 def num_not_finite(metrics: Metrics, name: str) -> int:
-    """Return how many logged training steps hold a NaN or infinite value of a metric."""
+    """Return the number of logged training steps at which a metric is NaN or infinite."""
     return int((~np.isfinite(metrics.train[name])).sum()) if name in metrics.train else 0
 
 
 def smooth(curve: Curve, stage_ends: Sequence[int]) -> np.ndarray:
     """Return the centred moving mean of a curve, shape (points,).
 
-    The mean does not reach across a stage border, where temperature and kd_ratio change what the loss measures.
+    The mean does not cross a stage border, where temperature and kd_ratio change the meaning of the loss.
     """
     borders = [0, *np.searchsorted(curve.steps, np.asarray(stage_ends), side="right").tolist(), len(curve.steps)]
     smoothed = np.empty_like(curve.values)
@@ -60,13 +60,13 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     half = window // 2
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    # Near an end the window loses its outer part only: one that shrank to a point would end in noise.
+    # Near an end the window loses only its outer part. A window that shrinks to a point would end in noise.
     start, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (total[end] - total[start]) / (end - start)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, max_points: int = 1200) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `max_points` of a curve that draw the same picture: the lowest and highest of each slice."""
+    """Return at most `max_points` of a curve that look the same: the lowest and the highest point of each slice."""
     if len(steps) <= max_points:
         return steps, values
     kept = {0, len(steps) - 1}
@@ -77,10 +77,10 @@ def thin(steps: np.ndarray, values: np.ndarray, max_points: int = 1200) -> tuple
 
 
 def best_of_stages(curve: Curve, stage_ends: Sequence[int], losses: Curve | None = None) -> list[int]:
-    """Return the place in the curve of each stage's highest value: of equal ones that of the lowest loss, the earliest.
+    """Return the index of each stage's highest value; of equal values the lowest loss decides, then the earliest step.
 
     Args:
-        curve: What is compared.
+        curve: Curve whose values are compared.
         stage_ends: Last step of each stage.
         losses: What decides between equal values, at the same steps.
     """
@@ -95,14 +95,14 @@ def best_of_stages(curve: Curve, stage_ends: Sequence[int], losses: Curve | None
 
 
 def padded(values: Sequence[float] | np.ndarray, *, zero: bool) -> tuple[float, float]:
-    """Return limits of an axis with room around the values; `zero` starts it there."""
+    """Return limits of an axis with room around the values; with `zero` the axis starts at 0."""
     low, high = (0.0 if zero else float(min(values))), float(max(values))
     pad = 0.14 * (high - low) or 0.14 * abs(high) or 1.0
     return (low if zero else low - pad), high + pad
 
 
 def without_spikes(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return limits of an axis that a few outliers among the values do not decide."""
+    """Return limits of an axis that a few outliers do not stretch."""
     values = np.concatenate([curve.values for curve in curves])
     low, high = np.percentile(values, (0.2, 99.5))
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0

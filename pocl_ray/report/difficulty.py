@@ -1,4 +1,4 @@
-"""What the report says about difficulty: signals by bucket, their rank correlation, topics, example rows."""
+"""The difficulty part of the report: signals by bucket, their rank correlation, topics, example rows."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ NO_TOPIC = "(no topic)"
 
 @dataclass(frozen=True)
 class Box:
-    """Spread of a signal over the rows of a bucket; every value is NaN where no row has a finite one.
+    """Spread of a signal over the rows of a bucket; every value is NaN if no row has a finite one.
 
     Attributes:
-        quantiles: At 5, 25, 50, 75 and 95 percent.
-        mean: Over rows with a finite value.
-        num_rows: Rows with a finite value.
+        quantiles: Quantiles at 5, 25, 50, 75 and 95 percent.
+            mean: Mean over the rows with a finite value.
+            num_rows: Number of rows with a finite value.
     """
 
     quantiles: tuple[float, float, float, float, float]
@@ -46,13 +46,13 @@ class Box:
 
 @dataclass(frozen=True)
 class SignalSpread:
-    """A signal by bucket.
+    """Spread of a signal in each bucket.
 
     Attributes:
         name: Column of scores.parquet.
-        fused: Whether the ranking was made of it.
-        boxes: One a bucket, 0 the easiest.
-        num_not_finite: Rows without a finite value, which the boxes leave out.
+            fused: Whether the ranking uses the signal.
+            boxes: One box for each bucket, the easiest first.
+            num_not_finite: Number of rows without a finite value, which the boxes leave out.
     """
 
     name: str
@@ -63,12 +63,12 @@ class SignalSpread:
 
 @dataclass(frozen=True)
 class TopicTable:
-    """Where the rows of each topic went.
+    """Distribution of each topic's rows over the buckets.
 
     Attributes:
-        names: Topics, the easiest on average first.
-        num_rows: Rows of each topic.
-        shares: (topics, buckets), each line sums to 1.
+        names: Topics, ordered by mean difficulty, the easiest first.
+            num_rows: Number of rows of each topic.
+            shares: Shares of the buckets, shape (topics, buckets); each row sums to 1.
     """
 
     names: tuple[str, ...]
@@ -90,7 +90,7 @@ class Example:
 
 
 def signal_names(scores: dict[str, np.ndarray], fused: Sequence[str]) -> list[str]:
-    """Return the signals of scores.parquet, those that were fused first."""
+    """Return the signals of scores.parquet; the signals that the ranking uses come first."""
     found = [name for name in scores if name not in _NOT_SIGNALS]
     return [name for name in fused if name in found] + [name for name in found if name not in fused]
 
@@ -99,9 +99,8 @@ def buckets_of(rank: np.ndarray, bucket_ends: Sequence[int]) -> np.ndarray:
     """Return the bucket of each row.
 
     Args:
-        rank: From 1, the easiest.
-        bucket_ends: Rows up to the end of each bucket. Rows beyond the last one, which the division into equal
-            buckets leaves over, belong to the hardest bucket.
+        rank: Rank of each row; rank 1 is the easiest. bucket_ends: Number of rows up to the end of each bucket. Rows
+            after the last end, which the division into equal buckets leaves over, belong to the hardest bucket.
     """
     return np.minimum(np.searchsorted(np.asarray(bucket_ends), rank - 1, side="right"), len(bucket_ends) - 1)
 
@@ -109,7 +108,7 @@ def buckets_of(rank: np.ndarray, bucket_ends: Sequence[int]) -> np.ndarray:
 def spread_by_bucket(
     name: str, values: np.ndarray, buckets: np.ndarray, num_buckets: int, *, fused: bool
 ) -> SignalSpread:
-    """Summarise one signal, shape (rows,), by bucket."""
+    """Return the spread of one signal, shape (rows,), in each bucket."""
     finite = np.isfinite(values)
     boxes = tuple(_box(values[finite & (buckets == bucket)]) for bucket in range(num_buckets))
     return SignalSpread(name, fused, boxes, int(len(values) - finite.sum()))
@@ -127,10 +126,10 @@ def spearman(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Return Spearman's rank correlation of each pair of columns.
 
     Args:
-        columns: Each of shape (rows,). A row counts for a pair where both are finite; ties share their mean rank.
+        columns: Arrays of shape (rows,). A row counts for a pair if both values are finite. Ties share their mean rank.
 
     Returns:
-        (columns, columns); NaN for pairs of fewer than three rows or with a constant column.
+        Matrix of shape (columns, columns), with NaN for pairs of fewer than three rows or with a constant column.
     """
     result = np.full((len(columns), len(columns)), np.nan)
     for i, left in enumerate(columns):
@@ -152,7 +151,7 @@ def _pearson(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def topics_of_rows(rows: pa.Table, ids: np.ndarray) -> np.ndarray | None:
-    """Return the topic of each scored row, or None where the rows name fewer than two."""
+    """Return the topic of each scored row, or None if the rows name fewer than two topics."""
     if TOPIC not in rows.column_names:
         return None
     column = pc.fill_null(rows.column(TOPIC).cast(pa.string()), "")
@@ -165,7 +164,7 @@ def topics_of_rows(rows: pa.Table, ids: np.ndarray) -> np.ndarray | None:
 
 
 def topic_table(topics: np.ndarray, rank: np.ndarray, buckets: np.ndarray, num_buckets: int, limit: int) -> TopicTable:
-    """Count the rows of each topic by bucket; topics beyond the `limit` largest become one line."""
+    """Return the rows of each topic by bucket; topics beyond the `limit` largest are combined into one."""
     names, codes, sizes = np.unique(topics.astype(str), return_inverse=True, return_counts=True)
     order = np.argsort(-sizes, kind="stable")
     kept = order if len(names) <= limit else order[: limit - 1]
@@ -184,7 +183,7 @@ def topic_table(topics: np.ndarray, rank: np.ndarray, buckets: np.ndarray, num_b
 def example_rows(
     rows: pa.Table, scores: dict[str, np.ndarray], signals: Sequence[str], num_examples: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return the easiest rows, easiest first, and the hardest, hardest first; no row is in both."""
+    """Return the easiest rows, the easiest first, and the hardest rows, the hardest first; no row is in both lists."""
     order = np.argsort(scores[RANK], kind="stable")
     num_examples = min(num_examples, (len(order) + 1) // 2)
     easiest, hardest = order[:num_examples], order[num_examples:][::-1][:num_examples]
@@ -201,7 +200,7 @@ def example_rows(
 
 
 def _without_common_lines(prompts: list[str]) -> list[str]:
-    """Cut the lines that all prompts begin with and those that all end with: a template's text, the same in each."""
+    """The prompts without the lines that all of them begin or end with, which are the template's text."""
     if len(set(prompts)) < 2:
         return prompts
     lines = [prompt.split("\n") for prompt in prompts]
@@ -235,20 +234,20 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS].rstrip() + " …"
 
 
-# What ranking the rows anew between stages changed.
+# The changes of the ranking between stages.
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """A ranking beside the one before it.
+    """Comparison of a ranking with the one before it.
 
     Attributes:
-        stage: The stage that it was made for.
-        num_rows: All rows.
-        num_moved: Rows that it puts into another bucket.
-        num_replaced: Rows of the stage that the ranking before would not have put there.
-        num_stage_rows: Rows of the stage.
-        spearman: Rank correlation of the two.
+        stage: Stage that uses the ranking.
+            num_rows: Number of all rows.
+            num_moved: Number of rows that changed their bucket.
+            num_replaced: Number of rows of the stage that the ranking before would not have put there.
+            num_stage_rows: Number of rows of the stage.
+            spearman: Rank correlation of the two rankings.
     """
 
     stage: int
@@ -260,7 +259,7 @@ class Reranked:
 
 
 def reranked(tables: Mapping[int, dict[str, np.ndarray]], plan: Plan) -> list[Reranked]:
-    """Compare each ranking made between stages with the one before it."""
+    """Return the comparison of each ranking between stages with the one before it."""
     found = []
     for index, table in sorted(tables.items()):
         now, before, stage = table[RANK], table[PREVIOUS_RANK], plan.stages[index]

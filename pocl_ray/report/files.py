@@ -1,4 +1,4 @@
-"""The files of a run directory, read once into one frozen record; a file that is absent becomes `None` or empty."""
+"""The files of a run directory, read once into one frozen record. A missing file becomes `None` or empty."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow
 
 
 class RunFiles(Protocol):
-    """What the report needs of a run directory; every path is relative to it."""
+    """The part of a run directory that the report needs; every path is relative to it."""
 
     def exists(self, rel: str) -> bool:
-        """Whether the file is there."""
+        """Return whether the file exists."""
 
     def read_bytes(self, rel: str) -> bytes:
         """Return the file's content."""
@@ -40,13 +40,13 @@ class RunFiles(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """plan.json.
+    """The content of plan.json.
 
     Attributes:
-        num_rows: Training rows.
-        bucket_ends: Rows up to the end of each bucket, in the order of the ranking.
-        global_batch_rows: Rows of an optimizer step.
-        stages: The curriculum.
+        num_rows: Number of training rows.
+            bucket_ends: Number of rows up to the end of each bucket, in the order of the ranking.
+            global_batch_rows: Rows of an optimizer step.
+            stages: Stages of the curriculum.
     """
 
     num_rows: int
@@ -56,17 +56,17 @@ class Plan:
 
     @property
     def stage_ends(self) -> tuple[int, ...]:
-        """Optimizer steps done at the end of each stage, counted over all stages."""
+        """The number of optimizer steps at the end of each stage, counted over all stages."""
         return tuple(int(end) for end in np.cumsum([stage.num_steps for stage in self.stages]))
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl as columns in order of the step; a value that a line lacks is NaN.
+    """The content of metrics.jsonl as columns, ordered by step; a missing value is NaN.
 
     Attributes:
-        train: Column name to (number of optimizer steps logged,) float64.
-        evals: The same for the lines of dev evaluations.
+        train: Mapping of column names to float64 arrays with one value for each logged optimizer step.
+            evals: Same mapping for the lines of dev evaluations.
     """
 
     train: dict[str, np.ndarray]
@@ -75,12 +75,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Rejects:
-    """rejects.jsonl, counted.
+    """The counts of rejects.jsonl.
 
     Attributes:
-        num_rows: Lines of the file.
-        counts: (source, reason) to number of rows.
-        first_rows: (source, reason) to the first such row's number.
+        num_rows: Number of lines of the file.
+            counts: Mapping of (source, reason) to the number of rows.
+            first_rows: Mapping of (source, reason) to the number of the first such row.
     """
 
     num_rows: int
@@ -90,7 +90,7 @@ class Rejects:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that the report is made of."""
+    """All data that the report uses."""
 
     config: Config | None
     config_text: str
@@ -107,10 +107,10 @@ class RunData:
 
 
 def read_run(files: RunFiles) -> RunData:
-    """Read what a run directory holds so far.
+    """Return the data that a run directory holds so far.
 
     Raises:
-        StorageError: A file is there but cannot be understood.
+        StorageError: A file exists but cannot be parsed.
     """
     config_text = _text(files, "config.yaml")
     config = _read_config(config_text)
@@ -133,7 +133,7 @@ def read_run(files: RunFiles) -> RunData:
 
 
 def as_float(value: Any) -> float:
-    """Return a number as float; anything else, None and text included, is NaN."""
+    """Return a number as float; anything else, such as None or text, becomes NaN."""
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
@@ -169,7 +169,7 @@ def _read_config(text: str) -> Config | None:
 
 
 def _read_rescored(files: RunFiles, plan: Plan | None) -> dict[int, dict[str, np.ndarray]]:
-    """The rankings made between stages, by the stage that each was made for."""
+    """The rankings between stages, by the stage that uses each."""
     stages = [stage.index for stage in plan.stages if stage.rescore] if plan is not None else []
     found = {index: _read_scores(files, f"scores/stages/stage-{index}.parquet") for index in stages}
     return {index: table for index, table in found.items() if table is not None}
@@ -214,7 +214,7 @@ def _read_plan(files: RunFiles) -> Plan | None:
 
 
 def _as_taken(plan: Plan | None, metrics: Metrics | None) -> Plan | None:
-    """The plan with the steps that stages which end on convergence have taken; each ends with an evaluation."""
+    """The plan with the steps that were taken: stages that end on convergence end at one of their evaluations."""
     if plan is None or metrics is None or "curriculum/stage" not in metrics.evals:
         return plan
     of_stage, steps = metrics.evals["curriculum/stage"], metrics.evals["step"]
@@ -230,7 +230,7 @@ def _as_taken(plan: Plan | None, metrics: Metrics | None) -> Plan | None:
 
 
 def _json_lines(files: RunFiles, rel: str) -> list[dict[str, Any]]:
-    """Read JSON lines; the last one may be torn, because a killed run stops in mid-line."""
+    """The JSON lines of a file. The last one may be incomplete, since a killed run stops in mid-line."""
     lines = [line for line in _text(files, rel).splitlines() if line.strip()]
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -254,7 +254,7 @@ def _read_metrics(files: RunFiles, rel: str) -> Metrics | None:
 
 
 def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:
-    """Return lines that hold a key of `prefix` as columns; a resumed run logs a step twice, the last one counts."""
+    """The lines with a key of `prefix` as columns. A resumed run may log a step twice; the last line counts."""
     by_step = {as_float(line.get("step")): line for line in lines if any(key.startswith(prefix) for key in line)}
     steps = sorted(step for step in by_step if math.isfinite(step))
     names = dict.fromkeys(key for step in steps for key in by_step[step])
@@ -273,7 +273,7 @@ def _read_rejects(files: RunFiles) -> Rejects | None:
     return Rejects(sum(counts.values()), counts, first_rows)
 
 
-# What the pipeline did: time and tokens of each step, rows left out, the machines.
+# The work of the pipeline: time and tokens of each step, and rows that were left out.
 
 # In the order of the data flow, with what each of them does.
 STEPS = {
@@ -294,17 +294,17 @@ STEPS = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of the pipeline; NaN where the manifest does not say.
+    """A step of the pipeline; a number that is not in the manifest is NaN.
 
     Attributes:
-        name: As in manifest.json.
-        what: What it does.
-        status: As in manifest.json.
-        seconds: Wall time.
-        share_of_longest: Its time relative to that of the longest step, 0 to 1.
-        num_rows: Rows that it handled.
-        num_steps: Optimizer steps that it took.
-        num_tokens: Tokens that it handled; in training the response tokens alone.
+        name: Name in manifest.json.
+            what: Description of the work.
+            status: Status in manifest.json.
+            seconds: Wall time.
+            share_of_longest: Time relative to the longest step, 0 to 1.
+            num_rows: Number of rows that the step handled.
+            num_steps: Number of optimizer steps that the step took.
+            num_tokens: Number of tokens that the step handled; in training only response tokens count.
     """
 
     name: str
@@ -318,12 +318,12 @@ class StepTime:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second, or NaN."""
+        """The tokens per second, or NaN."""
         return self.num_tokens / self.seconds if self.seconds > 0 else math.nan
 
 
 def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
-    """Return the steps of the manifest in the order of the data flow, less the report, which is still under way."""
+    """Return the steps of the manifest in the order of the data flow, without the report, which is not finished."""
     names = [name for name in STEPS if name in steps] + [name for name in steps if name not in STEPS]
     seconds = {name: as_float(steps[name].get("seconds")) for name in names}
     longest = max((s for name, s in seconds.items() if name != "report" and math.isfinite(s)), default=0.0)
@@ -344,7 +344,7 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
 
 
 def total_seconds(steps: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return the wall time of all steps but the report."""
+    """Return the wall time of all steps except the report."""
     seconds = (as_float(step.get("seconds")) for name, step in steps.items() if name != "report")
     return sum(s for s in seconds if math.isfinite(s))
 
@@ -360,7 +360,7 @@ class RejectLine:
 
 
 def reject_lines(rejects: Rejects, limit: int = 20) -> list[RejectLine]:
-    """Return the most frequent reasons first, at most `limit`."""
+    """Return at most `limit` reasons, the most frequent first."""
     return [
         RejectLine(source, reason, count, rejects.first_rows[source, reason])
         for (source, reason), count in rejects.counts.most_common(limit)
@@ -368,5 +368,5 @@ def reject_lines(rejects: Rejects, limit: int = 20) -> list[RejectLine]:
 
 
 def is_done(steps: Mapping[str, Mapping[str, Any]], name: str) -> bool:
-    """Whether the manifest holds a step as done."""
+    """Return whether a step is done according to the manifest."""
     return steps.get(name, {}).get("status") == "done"

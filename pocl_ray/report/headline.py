@@ -1,4 +1,4 @@
-"""The run in words and a few figures: what was distilled, and how it came out, whichever side won."""
+"""The summary of a run in a few sentences and figures: the models, and the result, whichever side won."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WAYS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that stands large at the top, with a line below it."""
+    """A large figure at the top of the page, with a line below it."""
 
     label: str
     value: str
@@ -36,7 +36,7 @@ class Tile:
 
 
 def model_names(config: Config | None) -> dict[str, str]:
-    """Return what each model of `records` is called in the report."""
+    """Return the name of each model of `records` in the report."""
     is_pocl = config is None or config.curriculum.pacing == "baby_step"
     return {
         STUDENT_BEFORE: "undistilled student",
@@ -47,7 +47,7 @@ def model_names(config: Config | None) -> dict[str, str]:
 
 
 def describe_models(config: Config) -> tuple[str, str]:
-    """Return teacher and student in a few words each, without the folders of this machine."""
+    """Return short descriptions of teacher and student, without the folders of this machine."""
     teacher = _source(config.teacher) + (" with its adapter" if config.teacher.adapter is not None else "")
     layers, lora = config.student.num_layers, config.student.lora
     student = f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
@@ -66,8 +66,8 @@ def _source(model: ModelConfig) -> str:
     return f"{layers}{sizes.get('model_type', 'model')}{wide}"
 
 
-def what_was_done(run: RunData, *, done: bool) -> str:
-    """Return one sentence on what the run distils, or has distilled; nothing where there is no config."""
+def run_sentence(run: RunData, *, done: bool) -> str:
+    """Return one sentence on the distillation of the run; an empty text if there is no config."""
     if run.config is None:
         return ""
     teacher, student = describe_models(run.config)
@@ -81,7 +81,7 @@ def what_was_done(run: RunData, *, done: bool) -> str:
 
 
 def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
-    """Return a sentence or two on each evaluation set; of many sets, on the first one and on all together."""
+    """Return one or two sentences on each evaluation set; if there are many, on the first one and on all together."""
     names = model_names(run.config)
     if len(results) <= _MAX_SENTENCE_SETS:
         return [text for result in results if (text := _set_sentence(result, names))]
@@ -107,7 +107,7 @@ def weak_teacher_sentences(results: Sequence[SetResult]) -> list[str]:
 
 
 def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
-    """Count the sets on which the student is ahead of the control, level with it and behind it."""
+    """A sentence with the number of sets on which the student is ahead of the control, level with it, and behind it."""
     verdicts: dict[str, Counter[str]] = {}
     for comparison in (c for result in results for c in compare_with_control(result)):
         key = f"{comparison.decoding} {comparison.metric}"
@@ -168,7 +168,7 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def tiles(run: RunData, results: Sequence[SetResult]) -> list[Tile]:
-    """Return the figures at the top, of the first evaluation set."""
+    """Return the figures at the top of the page, which are those of the first evaluation set."""
     names = model_names(run.config)
     found = _result_tiles(results[0], names) if results else []
     total = total_seconds(run.steps)

@@ -1,4 +1,4 @@
-"""The student's README.md: what it is, how it was made, how good it is, how to load it."""
+"""The student's README.md: its origin, its training, its figures, and how to load it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from pocl_ray.config import Config
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.report.files import RunFiles, read_run
-from pocl_ray.report.headline import describe_models, model_names, what_was_done
+from pocl_ray.report.headline import describe_models, model_names, run_sentence
 from pocl_ray.report.page import render_model_card
 from pocl_ray.report.results import is_of_text, perplexities, set_results
 
@@ -24,15 +24,15 @@ _TEMPLATES = {
 
 
 def write_model_card(files: RunFiles) -> str:
-    """Write `student/README.md` from what the run directory holds, and return its text.
+    """Write `student/README.md` from the files of the run directory, and return its text.
 
-    The licence is left out: a student inherits terms from its teacher and its rows, which a program cannot judge.
+    The card names no licence. A student inherits the terms of its teacher and its rows, which a program cannot judge.
 
     Args:
-        files: The run directory. Without an evaluation the card has no figures.
+        files: Run directory. Without an evaluation the card has no figures.
 
     Raises:
-        StorageError: A file of the run directory is there but cannot be read.
+        StorageError: A file of the run directory exists but cannot be read.
     """
     run = read_run(files)
     names = model_names(run.config)
@@ -42,7 +42,7 @@ def write_model_card(files: RunFiles) -> str:
     context = {
         "front_matter": yaml.safe_dump(_front_matter(run.config), sort_keys=False, allow_unicode=True),
         "name": run.config.name if run.config else "student",
-        "intro": what_was_done(run, done=True),
+        "intro": run_sentence(run, done=True),
         "models": describe_models(run.config) if run.config else None,
         "adapters_alone": lora is not None and not lora.merge,
         "run": run,
@@ -68,6 +68,6 @@ def _front_matter(config: Config | None) -> dict[str, object]:
 
 
 def _hub_id(model: ModelConfig) -> str:
-    """Return the model's id on the Hub; a folder of some machine means nothing to the card's reader."""
+    """The model's id on the Hub; a folder of one machine would mean nothing to the card's reader."""
     path = model.path or ""
     return path if _HUB_ID.fullmatch(path) and not os.path.isdir(path) else ""

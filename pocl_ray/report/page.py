@@ -1,4 +1,4 @@
-"""Fills the templates: the page (autoescaped), the same in Markdown, and the model card."""
+"""Renders the templates: the page (autoescaped), its Markdown form, and the model card."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from pocl_ray.records import Stage
 
-# Numbers and foreign text as the report prints them.
+# Formats of numbers and of foreign text.
 
 NOTHING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
 def fixed(value: float, places: int = 2) -> str:
-    """Return a number with a fixed number of places, or a dash where it is not finite."""
+    """Return a number with a fixed number of decimal places, or a dash if it is not finite."""
     if not math.isfinite(value):
         return NOTHING
-    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", _MINUS)  # + 0.0 takes the sign off a zero
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", _MINUS)  # + 0.0 removes the sign of a zero
 
 
 def correlation(value: float) -> str:
-    """Return a coefficient to two places without the zero before the point, or a dash where it is not finite."""
+    """Return a coefficient with two decimal places and no zero before the point, or a dash if it is not finite."""
     return fixed(value).replace("0.", ".") if abs(value) < 0.995 else fixed(value)
 
 
 def signed(value: float, places: int = 2) -> str:
-    """Return a difference with its sign, or a dash where it is not finite."""
+    """Return a difference with its sign, or a dash if it is not finite."""
     shown = fixed(value, places)
     return f"+{shown}" if math.isfinite(value) and round(value, places) > 0 else shown
 
 
 def percent(share: float) -> str:
-    """Return a share as percentage, or a dash where it is not finite."""
+    """Return a share as percentage, or a dash if it is not finite."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%".replace("-", _MINUS) if math.isfinite(share) else NOTHING
 
 
 def count(value: float) -> str:
-    """Return a whole number with thousands separated, or a dash where it is not finite."""
+    """Return a whole number with thousands separators, or a dash if it is not finite."""
     return f"{value:,.0f}" if math.isfinite(value) else NOTHING
 
 
 def short(value: float) -> str:
-    """Return a number to three significant digits, or a dash where it is not finite."""
+    """Return a number to three significant digits, or a dash if it is not finite."""
     return f"{value:.3g}".replace("-", _MINUS) if math.isfinite(value) else NOTHING
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the two largest of its units, or a dash where it is not finite."""
+    """Return a time in its two largest units, or a dash if it is not finite."""
     if not math.isfinite(seconds):
         return NOTHING
     if seconds < 59.95:
@@ -63,19 +63,19 @@ def duration(seconds: float) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return text so that Markdown shows it as it is, on one line, inside a table as well."""
+    """Return text escaped for Markdown, on one line, so that it can also stand in a table."""
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 
 
 def indented(text: object) -> str:
-    """Return text as a Markdown code block, which nothing in the text can end."""
+    """Return text as a Markdown code block that no content can end early."""
     return "\n".join("    " + line for line in str(text).splitlines())
 
 
 def setting(stage: Stage, key: str) -> str:
-    """Return a stage's `kd_temperature` or `kd_ratio`, from the first step to the last where it moves."""
+    """Return a stage's `kd_temperature` or `kd_ratio`; if it moves, its first and its last value."""
     first, last = getattr(stage, key), getattr(stage, f"{key}_at")(stage.num_steps - 1)
     return short(first) if first == last else f"{short(first)} to {short(last)}"
 
@@ -108,7 +108,7 @@ def _environment() -> Environment:
 
 
 def render_html(context: Mapping[str, Any]) -> str:
-    """Return report.html; everything that comes from the run is escaped."""
+    """Return report.html; all content of the run is escaped."""
     return _environment().get_template("report.html.j2").render(context)
 
 
@@ -118,7 +118,7 @@ def render_markdown(context: Mapping[str, Any]) -> str:
 
 
 def render_search(context: Mapping[str, Any]) -> str:
-    """Return the page of a search, tune/report.html; everything that comes from the run is escaped."""
+    """Return the page of a search, tune/report.html; all content of the run is escaped."""
     return _environment().get_template("search.html.j2").render(context)
 
 

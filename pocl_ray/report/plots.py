@@ -1,4 +1,4 @@
-"""The plots: one small figure each, drawn once and rendered twice, as PNG and as SVG for the page."""
+"""The plots of the report: small figures, each rendered as PNG and as SVG for the page."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, 
 from pocl_ray.report.difficulty import SignalSpread, TopicTable
 from pocl_ray.report.results import SetResult
 
-# Makes a drawing of matplotlib part of the page: its colours follow the page's theme, its text the page's font.
+# Conversion of matplotlib's SVG for the page: colours follow the page's theme, text uses the page's font.
 
 
 def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, str]) -> str:
-    """Return an `<svg>` element that can stand inside HTML.
+    """Return an `<svg>` element to embed in HTML.
 
     Args:
-        svg: A whole SVG document, with text kept as text.
-        prefix: Put before every id, because ids of all drawings of a page share one namespace.
-        label: Read out instead of the drawing.
-        css_colours: Colour as `#rrggbb` to the name of the CSS variable that replaces it.
+        svg: Complete SVG document with text stored as text.
+            prefix: Prefix of every id, because all drawings of a page share one namespace of ids.
+            label: Text that a screen reader says for the drawing.
+            css_colours: Mapping of colours as `#rrggbb` to the names of the CSS variables that replace them.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -50,7 +50,7 @@ def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, s
     body = re.sub(r"(?<=url\(#)", prefix, body)
     body = re.sub(r"font: ((?:\S+ )*?[\d.]+px) [^;\"]+", r"font: \1 var(--font)", body)
     pattern = re.compile("|".join(map(re.escape, css_colours)), re.IGNORECASE)
-    # Only drawing instructions hold colours; a text such as "#ffffff" in a label must stay as it is.
+    # Only drawing instructions contain colours. A text such as "#ffffff" in a label must not change.
     return re.sub(
         r'style="[^"]*"',
         lambda style: pattern.sub(lambda hit: f"var(--{css_colours[hit.group().lower()]})", style.group()),
@@ -61,7 +61,7 @@ def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, s
 P = ParamSpec("P")
 
 INK, MUTED, LINE, PAPER = "#1c2127", "#5b646e", "#dde1e6", "#fefefe"
-# Okabe and Ito's colours, which the colour-blind tell apart; marks differ in shape as well.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart. Marks also differ in shape.
 COLOURS = {STUDENT: "#0072b2", STUDENT_KD: "#d55e00", STUDENT_BEFORE: "#868e96", TEACHER: "#009e73"}
 _CSS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"} | {
     colour: name.replace("_", "-") for name, colour in COLOURS.items()
@@ -86,10 +86,10 @@ class Plot:
     """A rendered figure.
 
     Attributes:
-        name: File name without ending.
-        title: One line for people.
-        svg: An element for the page, in its colours.
-        png: A file, on white.
+        name: File name without its ending.
+            title: Title in one line.
+            svg: SVG element in the page's colours.
+            png: PNG file on a white background.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Plot:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in this file's style, whatever the process has set."""
+    """Return the function with this file's matplotlib style, independent of the process's settings."""
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -110,27 +110,27 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def render(name: str, title: str, figure: Figure) -> Plot:
-    """Render a figure of this file."""
+    """Return a figure as a plot, rendered as SVG and PNG."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     svg, png = io.StringIO(), io.BytesIO()
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # A topic may be in a script that matplotlib's font lacks; the page's font has it.
+        # matplotlib's font may lack the script of a topic; the page's font has it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
-        figure.set_layout_engine("none")  # keep what was laid out; doing it again takes as long as drawing
+        figure.set_layout_engine("none")  # keep the layout; computing it again takes as long as drawing
         figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
     page_svg = inline_svg(svg.getvalue(), prefix=f"{name}-", label=title, css_colours=_CSS)
     return Plot(name, title, page_svg, png.getvalue())
 
 
 def new_figure(height_in: float, width_in: float = _WIDTH_IN) -> Figure:
-    """Return an empty figure whose parts are laid out for it."""
+    """Return an empty figure with automatic layout."""
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
 @styled
 def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
-    """Box plot of one signal: quartiles, 5th to 95th percentile as whiskers, the mean as a dot."""
+    """Return a box plot of one signal: quartiles, whiskers from the 5th to the 95th percentile, a dot for the mean."""
     figure = new_figure(2.5, 3.5)
     ax = figure.add_subplot()
     ax.use_sticky_edges = False
@@ -153,7 +153,7 @@ def signal_by_bucket(spread: SignalSpread, label: str) -> Figure:
 
 @styled
 def topics_by_bucket(table: TopicTable) -> Figure:
-    """Heat map: what share of each topic's rows lies in which bucket."""
+    """Return a heat map of the share of each topic's rows in each bucket."""
     num_topics, num_buckets = table.shares.shape
     figure = new_figure(0.5 + 0.24 * num_topics)
     ax = figure.add_subplot()
@@ -178,7 +178,7 @@ def topics_by_bucket(table: TopicTable) -> Figure:
 
 @styled
 def stage_settings(stages: Sequence[Stage]) -> Figure:
-    """Temperature and kd_ratio over optimizer steps."""
+    """Return a plot of temperature and kd_ratio over optimizer steps."""
     figure, axes = _stacked(2)
     for ax, label in zip(axes, ("kd_temperature", "kd_ratio"), strict=True):
         if all(getattr(stage, f"{label}_ramp") is None for stage in stages):
@@ -194,7 +194,7 @@ def stage_settings(stages: Sequence[Stage]) -> Figure:
 
 @styled
 def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
-    """Rows admitted, and the learning rate where it was logged, over optimizer steps."""
+    """Return a plot of admitted rows, and of the learning rate if it was logged, over optimizer steps."""
     figure, axes = _stacked(1 + (lr is not None))
     _stairs(axes[0], stages, [stage.num_rows for stage in stages], "rows admitted", fill=True)
     if lr is not None:
@@ -232,14 +232,15 @@ def _finish_stacked(figure: Figure, axes: Sequence[Axes], stages: Sequence[Stage
 def curves_over_steps(
     curves: Mapping[str, Curve], names: Mapping[str, str], label: str, stage_ends: Sequence[int], *, raw: bool
 ) -> Figure:
-    """Curves of several models over optimizer steps, with the borders of the stages.
+    """Return a plot of several models' curves over optimizer steps, with the borders of the stages.
 
     Args:
-        curves: Model to its curve.
-        names: Model to its name for people.
-        label: Of the y axis, unit included.
-        stage_ends: Steps at which the student's stages end; empty where there is no plan.
-        raw: The curve is noisy: draw it faintly, and its moving mean on top. Otherwise mark each point.
+        curves: Mapping of models to their curves.
+            names: Mapping of models to their names in the report.
+            label: Label of the y axis, with the unit.
+            stage_ends: Steps at which the student's stages end; empty if there is no plan.
+            raw: Whether the curve is noisy. If so, it is drawn faintly with its moving mean on top; if not, each point
+                is marked.
     """
     figure = new_figure(2.9)
     ax = figure.add_subplot()
@@ -271,7 +272,7 @@ def dev_score(
     mark_best: bool,
     losses: Curve | None = None,
 ) -> Figure:
-    """Dev ROUGE-L over optimizer steps; `mark_best` rings the checkpoint that each stage hands on."""
+    """Return a plot of dev ROUGE-L over optimizer steps; `mark_best` circles the best checkpoint of each stage."""
     figure = curves_over_steps(curves, names, "dev ROUGE-L (0 to 100)", stage_ends, raw=False)
     if mark_best and stage_ends and STUDENT in curves:
         curve = curves[STUDENT]
@@ -285,7 +286,7 @@ def dev_score(
 
 @styled
 def final_figures(results: Sequence[SetResult], names: Mapping[str, str]) -> Figure:
-    """ROUGE-L of each model: sampled answers with their spread over seeds, and greedy ones."""
+    """Return a plot of the ROUGE-L of each model: sampled answers with their spread over seeds, and greedy answers."""
     heights = [len(result.models) for result in results]
     figure = new_figure(0.75 + 0.27 * sum(heights) + 0.28 * len(results))
     axes = figure.subplots(len(results), sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -1,4 +1,4 @@
-"""What evaluation.json says: figures of each model, the teacher's gap, and POCL against plain distillation."""
+"""evaluation.json as read: figures of each model, the gap to the teacher, and a comparison with the control."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ MODELS = (STUDENT_BEFORE, STUDENT_KD, STUDENT, TEACHER)
 METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 Verdict = Literal["ahead", "behind", "level"]
 
-# Greedy answers have no spread over seeds; figures are printed to two places, and less is no difference.
+# Greedy answers have no spread over seeds. Figures are printed with two decimal places, so a smaller difference is
+# none.
 _GREEDY_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric of one model on one set, sampled over seeds and greedy; NaN where it was not measured."""
+    """A metric of one model on one set: sampled over seeds, and greedy. A value that was not measured is NaN."""
 
     mean: float
     std: float
@@ -33,14 +34,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model on one set.
+    """The results of one model on one set.
 
     Attributes:
-        model: A model of `records`.
-        rouge_l: 0 to 100.
-        exact_match: 0 to 100.
-        gap_closed: Share of the sampled ROUGE-L between undistilled student (0) and teacher (1), or NaN.
-        gap_closed_greedy: The same of greedy answers.
+        model: Model of `records`.
+        rouge_l: ROUGE-L, 0 to 100.
+        exact_match: Exact match, 0 to 100.
+        gap_closed: Position of the sampled ROUGE-L between the undistilled student (0) and the teacher (1), or NaN.
+        gap_closed_greedy: Same position for greedy answers.
         unstopped_share: Share of answers that reached the length limit, 0 to 1, or NaN.
     """
 
@@ -54,30 +55,30 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class SetResult:
-    """One evaluation set."""
+    """The results on one evaluation set."""
 
     name: str
     models: tuple[ModelResult, ...]
 
     def model(self, name: str) -> ModelResult | None:
-        """Return a model's result, or None where it was not evaluated."""
+        """Return a model's result, or None if it was not evaluated."""
         return next((result for result in self.models if result.model == name), None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The distilled student less the plain-KD control, in one metric.
+    """The difference of the distilled student and the plain-KD control in one metric.
 
     Attributes:
-        metric: Name for people.
-        decoding: How the answers were made.
-        student: Figure of the student, 0 to 100.
+        metric: Name of the metric in the report.
+            decoding: Kind of answers, sampled or greedy.
+            student: Figure of the student, 0 to 100.
         control: Figure of the control, 0 to 100.
         difference: Student less control.
         std: Standard deviation of the difference over seeds; NaN for greedy answers and single seeds.
-        num_seeds: Seeds that both have; 0 for greedy answers.
-        num_won: Seeds in which the student is ahead.
-        verdict: `level` where the difference is within one standard deviation.
+        num_seeds: Number of seeds that both have; 0 for greedy answers.
+            num_won: Number of seeds with which the student is ahead.
+            verdict: Result of the comparison; `level` if the difference is within one standard deviation.
     """
 
     metric: str
@@ -92,7 +93,7 @@ class Comparison:
 
 
 def set_results(sets: Mapping[str, Any]) -> list[SetResult]:
-    """Read the sets of evaluation.json, in their order there."""
+    """Return the sets of evaluation.json, in the order of the file."""
     return [SetResult(name, _model_results(models)) for name, models in sets.items()]
 
 
@@ -131,7 +132,7 @@ def _gap_closed(figures: Mapping[str, float], model: str) -> float:
 
 
 def compare_with_control(result: SetResult) -> list[Comparison]:
-    """Return the student beside the plain-KD control in each metric that both have, sampled first."""
+    """Return the comparison of student and plain-KD control in each metric that both have, sampled answers first."""
     student, control = result.model(STUDENT), result.model(STUDENT_KD)
     if student is None or control is None:
         return []
@@ -162,19 +163,19 @@ def _verdict(difference: float, tolerance: float) -> Verdict:
     return "ahead" if difference > 0 else "behind"
 
 
-# What evaluation.json says of plain text: the perplexity of each model on each set, where there are no answers.
+# Results on plain text: the perplexity of each model on each set.
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """One model on one set of texts.
+    """The perplexity of one model on one set of texts.
 
     Attributes:
-        set_name: The set.
-        model: A model of `records`.
-        perplexity: exp of the loss.
-        ce_loss: Mean negative log-likelihood of a token, in nats.
-        gap_closed: Share of the loss between undistilled student (0) and teacher (1), or NaN.
+        set_name: Name of the set.
+            model: Model of `records`.
+            perplexity: Exponential of the loss.
+            ce_loss: Mean negative log-likelihood of a token, in nats.
+            gap_closed: Position of the loss between the undistilled student (0) and the teacher (1), or NaN.
     """
 
     set_name: str
@@ -185,12 +186,12 @@ class Perplexity:
 
 
 def is_of_text(models: Mapping[str, Any]) -> bool:
-    """Whether a set of evaluation.json is one of plain text."""
+    """Return whether a set of evaluation.json is plain text."""
     return any("perplexity" in figures for figures in models.values())
 
 
 def perplexities(sets: Mapping[str, Any]) -> list[Perplexity]:
-    """Read the sets of plain text of evaluation.json, in their order there."""
+    """Return the sets of plain text in evaluation.json, in the order of the file."""
     found = []
     for set_name, models in sets.items():
         if not is_of_text(models):
@@ -203,7 +204,7 @@ def perplexities(sets: Mapping[str, Any]) -> list[Perplexity]:
 
 
 def perplexity_sentences(found: Sequence[Perplexity], names: Mapping[str, str]) -> list[str]:
-    """Return a sentence on each set: the student beside its start, the teacher and the control."""
+    """Return a sentence on each set that compares the student with its start, the teacher and the control."""
     sentences = []
     for set_name in dict.fromkeys(one.set_name for one in found):
         of_set = {one.model: one for one in found if one.set_name == set_name}

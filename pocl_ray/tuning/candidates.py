@@ -1,4 +1,4 @@
-"""From sampled values to a training run: the config of a trial, its stages, and the fingerprint of its student."""
+"""A trial as a plan: its config, its stages, and the fingerprint of its student, from sampled values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Kind = Literal["trial", "control", "confirm"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a trial tries.
+    """The settings that a trial tries.
 
     Attributes:
-        kind: `trial`, the plain `control`, or `confirm`: one of these again on another seed.
-        number: Counted from 0 over the trials; of a confirmation, that of the trial it repeats; -1: the control.
-        settings: Dotted keys and their values.
-        seed: Of the order of rows and of dropout; None: the run's own.
+        kind: Kind of run: `trial`, the plain `control`, or `confirm`, a repetition of one of these on another seed.
+            number: Number of the trial, from 0. A confirmation has the number of the trial that it repeats, the control
+            has -1. settings: Dotted keys and their values. seed: Seed of the order of rows and of dropout; None: the
+            run's seed.
     """
 
     kind: Kind
@@ -41,27 +41,27 @@ class Candidate:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is plain distillation, on whatever seed."""
+        """Return whether it is plain distillation, on any seed."""
         return self.number < 0
 
     @property
     def label(self) -> str:
-        """Short name for people and directories."""
+        """The short name, for people and directories."""
         base = "control" if self.is_control else f"trial-{self.number:03d}"
         return base if self.seed is None else f"{base}-seed-{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-like value."""
+        """Return the candidate as a JSON-like value."""
         return asdict(self)
 
     def again(self, seed: int) -> Candidate:
-        """Return the same on another seed."""
+        """Return the same candidate on another seed."""
         return replace(self, kind="confirm", seed=seed)
 
 
 @dataclass(frozen=True)
 class TrialOrigins:
-    """Fingerprints of what all trials start from."""
+    """The fingerprints of the data and models that all trials start from."""
 
     signals: str
     student: str
@@ -69,13 +69,13 @@ class TrialOrigins:
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A candidate that can be trained.
+    """A candidate with the plan of its training.
 
     Attributes:
-        candidate: What is tried.
-        config: Its whole config: `pocl-ray run` would do the same with it.
-        stages: What is trained; of the control, its one stage.
-        num_rows: Training rows.
+        candidate: Candidate that is trained.
+            config: Complete config, with which `pocl-ray run` would do the same.
+            stages: Stages of the training; the control has one.
+            num_rows: Number of training rows.
     """
 
     candidate: Candidate
@@ -85,47 +85,47 @@ class PlannedTrial:
 
     @cached_property
     def num_steps(self) -> int:
-        """Optimizer steps."""
+        """The number of optimizer steps."""
         return sum(stage.num_steps for stage in self.stages)
 
     @cached_property
     def num_samples(self) -> int:
-        """Training rows that are consumed, each counted as often as it is used."""
+        """The number of training rows that are consumed, each counted as often as it is used."""
         return self.num_steps * self.config.train.global_batch_rows
 
     def ranking_fingerprint(self, origins: TrialOrigins) -> str:
-        """Return the fingerprint of the ranking that this config asks for."""
+        """Return the fingerprint of this config's ranking."""
         return step_fingerprint("ranking", ranking_dependencies(self.config, origins.signals))
 
     def fingerprint(self, origins: TrialOrigins) -> str:
-        """Return the fingerprint that the student has in the manifest of a run with this config."""
+        """Return the fingerprint that the student would have in the manifest of a run with this config."""
         step = "control" if self.candidate.is_control else "distill"
         depends = distill_dependencies(self.config, self.ranking_fingerprint(origins), origins.student, self.stages)
         return step_fingerprint(step, depends)
 
     def name(self, origins: TrialOrigins) -> str:
-        """Return the trial's directory: two searches over the same run never meet in one."""
+        """Return the name of the trial's directory, which differs between two searches over the same run."""
         return f"{self.candidate.label}-{self.fingerprint(origins)[:8]}"
 
 
 class Planner:
-    """Turns candidates into plans, or says why one cannot be trained."""
+    """Turns candidates into plans, or raises an error that says why a candidate cannot be trained."""
 
     def __init__(self, config: Config, num_rows: int) -> None:
         """Take the base config and the number of training rows.
 
         Raises:
-            ConfigError: A constraint is no expression, or names a key that the config has not.
+            ConfigError: A constraint is not an expression, or names a key that is not in the config.
         """
         assert config.tune is not None
         self.config, self.tune, self.num_rows = config, config.tune, num_rows
         self.constraints = [Constraint(text) for text in config.tune.constraints]
 
     def plan(self, candidate: Candidate) -> PlannedTrial:
-        """Return the candidate's config and stages.
+        """Return the plan of a candidate.
 
         Raises:
-            UserError: The values do not fit together, break a constraint, or do not fit the budget or the rows.
+            UserError: The values contradict each other, violate a constraint, or do not fit the budget or the rows.
         """
         settings = dict(candidate.settings)
         if candidate.seed is not None:
@@ -145,8 +145,10 @@ class Planner:
         return PlannedTrial(candidate, config, plan_stages(config, self.num_rows), self.num_rows)
 
     def _control_stages(self, config: Config) -> tuple[Stage, ...]:
-        """Return plain distillation for the budget, or for as long as the base config's curriculum takes."""
-        num_steps = config.curriculum.num_steps  # the base curriculum need not fit into the budget: it is not trained
+        """The stage of plain distillation, as long as the budget or as the base config's curriculum."""
+        num_steps = (
+            config.curriculum.num_steps
+        )  # the base curriculum is not trained, so it need not fit into the budget
         if self.tune.budget is None or num_steps is None:
             num_steps = sum(stage.num_steps for stage in plan_stages(config, self.num_rows))
         with_control = config.model_copy(update={"control": config.control or ControlConfig()})
@@ -166,7 +168,7 @@ class Planner:
         return {BUDGET_KEY: budget.samples // train.global_batch_rows}
 
     def _pins(self, train: TrainConfig) -> Settings:
-        """Keep supervised fine-tuning as it is in the base config, where the trial changes keys that it shares."""
+        """The settings that keep supervised fine-tuning unchanged if the trial changes keys that it shares."""
         pins: Settings = {}
         for role in ("teacher", "student"):
             sft = getattr(self.config, role).sft
@@ -180,7 +182,7 @@ class Planner:
 
 
 def search_fingerprint(config: Config, origins: TrialOrigins) -> str:
-    """Return what the search depends on: another space or scheduler is another search over the same rows."""
+    """Return the fingerprint of a search: another space or scheduler is another search over the same rows."""
     assert config.tune is not None
     tune = config.tune.model_dump(mode="json", exclude={"max_concurrent", "confirm"})
     shared = {"curriculum", "distill", "train", "difficulty", "evaluation", "control", "seed", "other_teachers"}

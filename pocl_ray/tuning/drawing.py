@@ -1,4 +1,4 @@
-"""Draws candidates until there are as many as asked for: invalid and repeated ones are drawn again, and recorded."""
+"""Draws the candidates of a search: invalid and repeated candidates are recorded, and drawn again."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     import optuna
 
 
-# Where the next trial looks: pure functions of the seed, of how many were drawn before, and of what came of them.
+# The next trial's settings, as a pure function of the seed, the number of earlier draws, and their results.
 #
-# Nothing is kept between calls, so a search that was killed goes on as if it had not been.
+# Nothing is kept between calls, so a killed search continues as if it had never stopped.
 
-# Shares of the trials drawn at random before the estimator is asked, and their bounds.
+# The share of the trials that are drawn at random before the estimator is asked, and its bounds.
 STARTUP_SHARE, MIN_STARTUP, MAX_STARTUP = 0.3, 4, 10
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What became of a trial.
+    """The result of a trial.
 
     Attributes:
-        settings: Its values.
-        state: How it ended; `running` where it has not.
-        values: One value an objective; None where it failed or runs.
-        step: Training samples after which it ended.
+        settings: Values of the trial's keys.
+            state: State at its end, or `running`.
+            values: One value for each objective; None if the trial failed or still runs.
+            step: Number of training samples at its end.
     """
 
     settings: Settings
@@ -45,7 +45,7 @@ class TrialOutcome:
 
 
 def propose(tune: TuneConfig, num_drawn: int, history: Sequence[TrialOutcome], seed: int) -> Settings | None:
-    """Return the settings to try next; None where a grid has no more points."""
+    """Return the settings to try next; None if a grid has no more points."""
     if tune.algorithm == "grid":
         points = grid_points(tune.space)
         return points[num_drawn] if num_drawn < len(points) else None
@@ -121,7 +121,7 @@ def _float_range(domain: DomainConfig) -> tuple[float, float]:
 
 
 def _optuna_trial(tune: TuneConfig, told: TrialOutcome, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
-    """Return a trial as Optuna keeps it. Of one that was stopped it learns the value and how far that got."""
+    """The trial in Optuna's form. For a stopped trial it holds the value and the number of samples at the stop."""
     import optuna
 
     params = {key: _encode(domain, told.settings[key]) for key, domain in tune.space.items()}
@@ -133,19 +133,21 @@ def _optuna_trial(tune: TuneConfig, told: TrialOutcome, distributions: dict[str,
         return optuna.trial.create_trial(state=states.FAIL, **common)
     if told.state == "finished":
         return optuna.trial.create_trial(state=states.COMPLETE, values=list(told.values), **common)
-    if len(told.values) > 1:  # with several objectives there is no pruning, and a figure cut short would mislead
+    if (
+        len(told.values) > 1
+    ):  # with several objectives nothing is pruned, and the figure of a stopped trial would mislead
         return optuna.trial.create_trial(state=states.FAIL, **common)
     return optuna.trial.create_trial(state=states.PRUNED, intermediate_values={told.step: told.values[0]}, **common)
 
 
-NUM_TRIED = 200  # draws of which at least one must be valid before a search starts, or goes on
-NUM_ASKED = 20  # of these, so many are asked of the algorithm, which may insist; the rest are random
+NUM_TRIED = 200  # at least one of so many draws must be valid for a search to start, or to go on
+NUM_ASKED = 20  # so many of these come from the algorithm, which may repeat an invalid proposal; the others are random
 
 Plan = Callable[[Candidate], PlannedTrial]
 
 
 class Drawing:
-    """The state of a search: what was drawn, and what came of it. Its JSON is all that a resumed search needs."""
+    """The state of a search: the candidates and their results. A resumed search needs nothing but its JSON."""
 
     def __init__(self, config: Config, plan: Plan) -> None:
         """Take the base config, and the function that plans a candidate or raises ConfigError."""
@@ -158,13 +160,13 @@ class Drawing:
 
     @property
     def limit(self) -> int:
-        """How many trials there will be at most, without the control."""
+        """The maximum number of trials, without the control."""
         if self.tune.algorithm == "grid":
             return min(self.tune.num_trials or len(grid_points(self.tune.space)), len(grid_points(self.tune.space)))
         return self.tune.num_trials or 16
 
     def candidates(self) -> list[Candidate]:
-        """Return all that was drawn so far, the control first."""
+        """Return all candidates so far, the control first."""
         control = [Candidate("control", -1, {})] if self.tune.control and self.control_drawn else []
         return [*control, *(Candidate("trial", number, told.settings) for number, told in enumerate(self.told))]
 
@@ -199,7 +201,7 @@ class Drawing:
         return propose(self.tune, self.num_drawn - 1, self.told, self.seed)
 
     def tell(self, number: int, result: Mapping[str, Any] | None) -> None:
-        """Note how a trial ended: its last report, or None where it failed."""
+        """Record the end of a trial: its last report, or None if it failed."""
         if number < 0:
             return
         settings = self.told[number].settings
@@ -227,10 +229,10 @@ class Drawing:
 
 
 def check_drawable(config: Config, planner: Planner) -> None:
-    """Refuse a space of which nothing, or next to nothing, can be trained.
+    """Refuse a space in which no candidate, or almost none, can be trained.
 
     Raises:
-        ConfigError: None of many draws is valid; the message holds the reason of the last.
+        ConfigError: None of many draws is valid; the message names the reason of the last.
     """
     assert config.tune is not None
     if config.tune.control:

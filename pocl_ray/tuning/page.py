@@ -1,4 +1,4 @@
-"""`tune/report.html`: what the search tried, what mattered, and the winner beside the control."""
+"""The page `tune/report.html`: the trials, the keys that mattered, and the winner next to the control."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LABELS = {
 
 
 def write_page(run_dir: RunDirectory, config: Config, outcome: Outcome, planner: Planner, num_skipped: int) -> str:
-    """Write the page of a search and its plots as PNG, and return the page's place.
+    """Write the page of a search and its plots as PNG, and return the place of the page.
 
     Args:
-        run_dir: The run directory.
-        config: The base config.
-        outcome: What the search found.
-        planner: Tells the stages of a trial.
-        num_skipped: Samples that were drawn again.
+        run_dir: Run directory.
+            config: Base config.
+            outcome: Result of the search.
+            planner: Planner, which gives the stages of a trial.
+            num_skipped: Number of samples that were drawn again.
     """
     assert config.tune is not None
     objective = config.tune.objectives[0]
@@ -106,7 +106,7 @@ def _counts(outcome: Outcome) -> dict[str, int]:
 
 
 def _changes(winner: Contender | None, config: Config) -> list[tuple[str, Any, Any]]:
-    """Return key, value of the base config and value of the winner."""
+    """The changed keys, each with the value of the base config and the value of the winner."""
     if winner is None:
         return []
     tree = config.model_dump(mode="json")
@@ -121,8 +121,10 @@ def _look_up(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def _plots(config: Config, outcome: Outcome, planner: Planner) -> Iterator[Plot]:
-    """Yield the plots that there is something to draw for."""
-    from pocl_ray.report.plots import render  # matplotlib takes a second to import: only where something is drawn
+    """The plots for which there is data."""
+    from pocl_ray.report.plots import (
+        render,
+    )  # matplotlib takes a second to import, so import it only if something is drawn
     from pocl_ray.tuning import plots
 
     assert config.tune is not None
@@ -156,7 +158,7 @@ def _plots(config: Config, outcome: Outcome, planner: Planner) -> Iterator[Plot]
 
 
 def _point(record: TrialRecord, outcome: Outcome, planner: Planner, metric: str) -> Point | None:
-    """Return a trial as the plots see it; None of one that reported nothing."""
+    """The trial as a point of the plots; None if it reported nothing."""
     from pocl_ray.tuning.plots import Point
 
     if metric not in record.last:

@@ -1,4 +1,4 @@
-"""The plots of a search; the control is a dashed line in each of them."""
+"""The plots of a search; each shows the control as a dashed line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OWN, CONTROL, FADED = COLOURS[STUDENT], COLOURS[STUDENT_KD], COLOURS[STUDENT_BEF
 
 @dataclass(frozen=True)
 class Point:
-    """A trial as the plots see it.
+    """A trial as a point of the plots.
 
     Attributes:
-        label: Its name.
-        value: The objective of the student it left; of a stopped one, where it stopped.
-        is_finished: Whether it reached its end.
-        is_winner: Whether it won.
-        settings: Its values by axis.
-        curve: Training samples and the objective at each dev evaluation.
+        label: Name of the trial.
+            value: Objective of its student, or of a stopped trial at the stop.
+            is_finished: Whether the trial reached its end.
+            is_winner: Whether the trial won.
+            settings: Values of the trial by axis.
+            curve: Training samples and objective at each dev evaluation.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Point:
 
 @styled
 def history(points: Sequence[Point], control: float | None, label: str, sign: int) -> Figure:
-    """The objective of each trial in the order of their start, and the best so far."""
+    """Return a plot of the objective of each trial in the order of their start, and of the best so far."""
     figure = new_figure(2.7)
     ax = figure.add_subplot()
     best: list[tuple[int, float]] = []
@@ -61,7 +61,7 @@ def history(points: Sequence[Point], control: float | None, label: str, sign: in
 
 @styled
 def curves(points: Sequence[Point], control: Sequence[tuple[int, float]], label: str) -> Figure:
-    """The objective over training samples: where trials parted, and where some were stopped."""
+    """Return a plot of each trial's objective over training samples, with the points at which trials were stopped."""
     figure = new_figure(2.7)
     ax = figure.add_subplot()
     for point in sorted(points, key=lambda p: (p.is_winner, p.is_finished)):
@@ -86,7 +86,7 @@ def curves(points: Sequence[Point], control: Sequence[tuple[int, float]], label:
 
 @styled
 def by_setting(points: Sequence[Point], key: str, name: str, control: float | None, label: str) -> Figure:
-    """The objective against the values of one key."""
+    """Return a plot of the objective against the values of one key."""
     figure = new_figure(2.4, 3.5)
     ax = figure.add_subplot()
     places, ticks = axis_places([p.settings[key] for p in points])
@@ -104,7 +104,7 @@ def by_setting(points: Sequence[Point], key: str, name: str, control: float | No
 
 @styled
 def parallel(points: Sequence[Point], names: Mapping[str, str], control: float | None, label: str, sign: int) -> Figure:
-    """One line a trial through its values; the best ones are the darkest, and the last axis is the objective."""
+    """Return a plot with one line for each trial through its values; the last axis is the objective, dark is better."""
     figure = new_figure(3.0, 9.6)
     ax = figure.add_subplot()
     columns = [axis_places([p.settings[key] for p in points]) for key in names]
@@ -140,7 +140,7 @@ def parallel(points: Sequence[Point], names: Mapping[str, str], control: float |
 
 @styled
 def importance(shares: Mapping[str, float]) -> Figure:
-    """How much of the objective's variance each key explains by itself."""
+    """Return a plot of the share of the objective's variance that each key explains by itself."""
     figure = new_figure(0.7 + 0.3 * len(shares))
     ax = figure.add_subplot()
     ordered = sorted(shares.items(), key=lambda item: item[1])
@@ -156,7 +156,7 @@ def importance(shares: Mapping[str, float]) -> Figure:
 def trade_off(
     points: Sequence[Point], control: tuple[float, float] | None, front: set[str], key: str, labels: tuple[str, str]
 ) -> Figure:
-    """Two objectives against one another; trials that none beats in both are joined."""
+    """Return a plot of two objectives; a line joins the trials that no other trial beats in both."""
     figure = new_figure(2.7)
     ax = figure.add_subplot()
     for point in points:
@@ -173,7 +173,7 @@ def trade_off(
 
 
 def axis_places(values: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
-    """Return the position of each value on an axis, and the texts of the positions where these are no numbers."""
+    """Return the position of each value on an axis, and the labels of the positions if the values are not numbers."""
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         return np.array(values, dtype=float), None
     texts = sorted({str(v) for v in values})
@@ -183,8 +183,8 @@ def axis_places(values: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
 def explained_shares(points: Sequence[Point], keys: Sequence[str]) -> dict[str, float]:
     """Return the share of the objective's variance that each key explains by itself (the correlation ratio, eta²).
 
-    Values of a number are put into at most three groups of about equal size first. Few trials make this a hint only:
-    a key of k groups explains (k - 1) / (n - 1) of n trials by chance, which is taken off.
+    Numeric values are first put into at most three groups of about equal size. With few trials the share is only a
+    hint: a key with k groups explains (k - 1) / (n - 1) of the variance of n trials by chance. This part is subtracted.
     """
     values = np.array([p.value for p in points])
     total = float(((values - values.mean()) ** 2).sum()) if len(values) else 0.0

@@ -1,4 +1,4 @@
-"""The parts of Ray Tune that are ours: a searcher, schedulers that spare the control, and the keeper of resources."""
+"""Our parts of Ray Tune: a searcher, schedulers that spare the control, and the actor that frees resources."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pocl_ray.tuning.results import DECISIVE
 
 TIME_ATTR = "num_samples"
 ABORT_S = 15.0
-NO_END = 10**15  # training samples; every trial ends by itself
+NO_END = 10**15  # training samples: no limit, since every trial ends by itself
 
 
 class OfThisProcess:
-    """Is pickled as a name: Tune keeps its parts on disk, and a restored search takes those of the new process."""
+    """A part that is pickled as a name: Tune pickles its parts, and a restored search uses the new process's parts."""
 
     current: ClassVar[dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Name the kind of part that it is."""
+        """Return the name of this kind of part."""
         return _of_this_process, (type(self).__name__,)
 
     def take_over(self) -> None:
-        """Be the part of this kind from now on."""
+        """Make this object the part of its kind in this process."""
         self.current[type(self).__name__] = self
 
 
@@ -41,7 +41,7 @@ def _of_this_process(name: str) -> Any:
 
 
 class DrawingSearcher(OfThisProcess, Searcher):
-    """Asks a Drawing for candidates, and tells it what became of them."""
+    """A searcher that takes candidates from a Drawing and gives it their results."""
 
     def __init__(self, drawing: Drawing, objective: ObjectiveConfig) -> None:
         super().__init__(metric=DECISIVE, mode="max" if objective.sign > 0 else "min")
@@ -50,7 +50,7 @@ class DrawingSearcher(OfThisProcess, Searcher):
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """Return the next candidate, or that there are no more."""
+        """Return the next candidate, or `FINISHED` if there are no more."""
         planned = self.drawing.next()
         if planned is None:
             return Searcher.FINISHED
@@ -58,12 +58,12 @@ class DrawingSearcher(OfThisProcess, Searcher):
         return {"candidate": planned.candidate.to_json()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell how a trial ended."""
+        """Record the end of a trial."""
         if trial_id in self.numbers:
             self.drawing.tell(self.numbers[trial_id], None if error else result)
 
     def save(self, checkpoint_path: str) -> None:
-        """Write the state; as JSON, which holds nothing that could run."""
+        """Write the state as JSON, which cannot contain code."""
         content = {"numbers": self.numbers, "drawing": self.drawing.dump()}
         Path(checkpoint_path).write_text(json.dumps(content), encoding="utf-8")
 
@@ -75,31 +75,31 @@ class DrawingSearcher(OfThisProcess, Searcher):
 
 
 class _SparesTheControl(TrialScheduler):
-    """Mixed into a scheduler: the control neither is stopped nor counts in the comparison of trials."""
+    """A mixin for schedulers: the control is never stopped and does not count in the comparison of trials."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take a trial up."""
+        """Pass a new trial to the scheduler, unless it is the control."""
         if not _is_control(trial):
             super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Say whether a trial goes on."""
+        """Return the decision whether a trial continues."""
         if _is_control(trial):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Note that a trial ended."""
+        """Pass on that a trial ended."""
         if not _is_control(trial):
             super().on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Forget a trial."""
+        """Pass on that a trial was removed."""
         if not _is_control(trial):
             super().on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Note that a trial failed."""
+        """Pass on that a trial failed."""
         if not _is_control(trial):
             super().on_trial_error(tune_controller, trial)
 
@@ -117,13 +117,13 @@ def _is_control(trial: Any) -> bool:
 
 
 def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
-    """Return the scheduler; it compares trials after equally many training samples.
+    """Return the scheduler, which compares trials at equal numbers of training samples.
 
-    The first objective is compared, and of equal ones the dev loss.
+    It compares the first objective. The dev loss decides between equal trials.
 
     Args:
-        tune: The search.
-        num_samples: Training samples of a trial; a quarter of it is the default grace period.
+        tune: Config of the search.
+            num_samples: Number of training samples of a trial; a quarter of it is the default grace period.
     """
     settings, objective = tune.scheduler, tune.objectives[0]
     grace = settings.grace_samples or max(1, num_samples // 4)
@@ -142,23 +142,23 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
 
 @ray.remote(num_cpus=0)
 class TrialResources:
-    """Keeps in mind what each trial holds of the cluster, so that it comes back even from one that was killed."""
+    """The actor that knows each trial's resources in the cluster, so that even those of a killed trial are freed."""
 
     def __init__(self) -> None:
         self.held: dict[str, tuple[Any, PlacementGroup | None]] = {}
 
     def holds(self, name: str, controller: Any, group: PlacementGroup | None) -> None:
-        """A trial's controller stands, and its workers in a placement group where one is given."""
+        """Record the controller of a trial, and the placement group of its workers if one is given."""
         self.held[name] = (controller, group)
 
     def release(self, name: str) -> None:
-        """A trial is over: what it still holds is free."""
+        """Free all resources that a finished trial still holds."""
         controller, group = self.held.pop(name, (None, None))
         if controller is not None:
             try:
                 ray.get(controller.abort.remote(), timeout=ABORT_S)
             except RayActorError:
-                pass  # aborted, or dead already
+                pass  # already ended or dead
             except GetTimeoutError:
                 ray.kill(controller)
         if group is not None:

@@ -1,4 +1,4 @@
-"""What a search found: the table of trials, the winner after confirmation, and the config that gives it again."""
+"""The results of a search: the table of trials, the winner after confirmation, and the winner's config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pocl_ray.curriculum.hand_off import dev_loss, hand_off_figure
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, PlannedTrial
 
-# The record of a trial, `tune/trials/<name>/trial.json`: what was tried and what came of it, as it goes on.
+# The record of a trial, `tune/trials/<name>/trial.json`, which is updated while the trial runs.
 
 TRIALS = "tune/trials"
 RECORD = "trial.json"
@@ -29,21 +29,21 @@ Status = Literal["running", "finished", "stopped", "failed", "diverged"]
 
 @dataclass
 class TrialRecord:
-    """One trial.
+    """The record of one trial.
 
     Attributes:
-        name: Its directory in `tune/trials`.
-        candidate: What it tries.
-        fingerprint: Of its student.
-        num_steps: Optimizer steps of its plan.
-        num_samples: Training rows of its plan.
-        status: `stopped`: by the scheduler; `diverged`: its loss was not finite.
-        reason: Why it failed.
-        reports: What it told Tune, one entry a dev evaluation; the last one is of the student it left.
-        seconds: From its start to its end, over all of its starts.
-        start_s: From its start to the first optimizer step, of its last start.
-        started_at: When it was started, in UTC.
-        node: Ray's id of the node that its first worker is on.
+        name: Name of its directory in `tune/trials`.
+            candidate: Candidate that the trial trains.
+            fingerprint: Fingerprint of its student.
+            num_steps: Number of optimizer steps in its plan.
+            num_samples: Number of training rows in its plan.
+            status: State of the trial. `stopped`: by the scheduler; `diverged`: its loss was not finite.
+            reason: Reason of a failure.
+            reports: Reports to Tune, one for each dev evaluation; the last one is of the final student.
+            seconds: Time from start to end, summed over all starts.
+            start_s: Time from the last start to the first optimizer step.
+            started_at: Time of the start, in UTC.
+            node: Ray's id of the node of its first worker.
     """
 
     name: str
@@ -61,16 +61,16 @@ class TrialRecord:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last report; empty before there is one."""
+        """The last report, or an empty mapping before the first."""
         return self.reports[-1] if self.reports else {}
 
     def write(self, run_dir: RunDirectory) -> None:
-        """Write it."""
+        """Write the record to the run directory."""
         run_dir.write_json(f"{TRIALS}/{self.name}/{RECORD}", asdict(self))
 
 
 def read_record(run_dir: RunDirectory, name: str) -> TrialRecord | None:
-    """Read the record of a trial; None where there is none."""
+    """Return the record of a trial, or None if there is none."""
     rel = f"{TRIALS}/{name}/{RECORD}"
     if not run_dir.exists(rel):
         return None
@@ -79,9 +79,10 @@ def read_record(run_dir: RunDirectory, name: str) -> TrialRecord | None:
 
 
 def figures_of(evaluations: Sequence[dict[str, Any]], hand_off: Literal["best", "last"]) -> dict[str, Any]:
-    """Return the dev figures of the student as it would be handed on now, from the evaluations so far.
+    """Return the dev figures of the student that would be handed on now.
 
-    With `best` that is the best evaluation of the stage that the last one belongs to, with `last` the last.
+    With `best` these are the figures of the best evaluation in the current stage, with `last` those of the last
+    evaluation.
     """
     last = evaluations[-1]
     chosen = last
@@ -101,11 +102,11 @@ FIGURES = ("rouge_l", "exact_match", "ce_loss", "kd_loss", "num_tokens")
 
 @dataclass(frozen=True)
 class Contender:
-    """A trial, or the control, with its repetitions on other seeds.
+    """A trial, or the control, together with its repetitions on other seeds.
 
     Attributes:
-        record: On the run's own seed.
-        values: The first objective by seed; the run's own comes first.
+        record: Record on the run's own seed.
+            values: First objective by seed; the run's own seed comes first.
         losses: The dev loss by seed, which decides between equal means.
     """
 
@@ -115,24 +116,24 @@ class Contender:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
+        """The mean over seeds."""
         return statistics.fmean(self.values)
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over seeds; None of a single one."""
+        """The standard deviation over seeds; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a search.
+    """The outcome of a search.
 
     Attributes:
-        records: All trials: the control, the trials, and the repetitions.
-        winner: None where no trial reached its end.
-        control: None where there was none, or it failed.
-        contenders: The best trials, from the best on.
+        records: Records of the control, the trials and the repetitions.
+            winner: Best trial; None if no trial reached its end.
+            control: Control; None if there was none, or if it failed.
+            contenders: Best trials, the best first.
     """
 
     records: tuple[TrialRecord, ...]
@@ -142,7 +143,7 @@ class Outcome:
 
 
 def best_first(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> list[TrialRecord]:
-    """Return the trials that reached their end, from the best on by the first objective; dev loss decides ties."""
+    """Return the trials that reached their end, the best first by the first objective; dev loss decides ties."""
     finished = [r for r in records if r.candidate.kind == "trial" and r.status == "finished"]
     return sorted(
         finished,
@@ -178,7 +179,7 @@ def constant_objective(records: Sequence[TrialRecord], objective: ObjectiveConfi
 
 
 def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
-    """Name the winner: the best mean over seeds among the trials that were repeated, else the best trial."""
+    """Return the outcome. The winner is the repeated trial with the best mean over seeds, or else the best trial."""
     objective = tune.objectives[0]
     ranked = best_first(records, objective)
     if tune.confirm is not None:
@@ -198,7 +199,7 @@ def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
 
     contenders = [contender(record) for record in ranked]
     most = max((len(c.values) for c in contenders), default=0)
-    # One that failed on another seed has fewer values, and does not win by that.
+    # A trial that failed on another seed has fewer values. It must not win because of that.
     contenders.sort(key=lambda c: (most - len(c.values), -objective.sign * c.mean, statistics.fmean(c.losses)))
     controls = [r for r in records if r.candidate.kind == "control" and r.status == "finished"]
     return Outcome(
@@ -210,7 +211,7 @@ def decide(records: Sequence[TrialRecord], tune: TuneConfig) -> Outcome:
 
 
 def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[ObjectiveConfig]) -> set[str]:
-    """Return the names of finished trials that no other one beats in every objective."""
+    """Return the names of the finished trials that no other trial beats in every objective."""
     points = {
         r.name: [o.sign * r.last[o.metric] for o in objectives]
         for r in records
@@ -225,7 +226,7 @@ def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[ObjectiveC
 
 
 def table_rows(outcome: Outcome, tune: TuneConfig) -> list[dict[str, Any]]:
-    """Return one row a trial: parameters, metrics at the end and by stage, samples, seconds, status."""
+    """Return one row for each trial: parameters, metrics at the end and by stage, samples, seconds, status."""
     front = pareto_front(outcome.records, tune.objectives)
     num_stages = max((r["stage"] + 1 for record in outcome.records for r in record.reports), default=0)
     rows = []
@@ -267,7 +268,7 @@ def _cell(value: Any) -> Any:
 def write_tables(run_dir: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
     """Write `tune/results.parquet` and `tune/results.csv`."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    for name, values in columns.items():  # a column of mixed kinds, such as a schedule or a number, becomes text
+    for name, values in columns.items():  # a column of mixed types, such as schedules and numbers, becomes text
         kinds = {type(value) for value in values if value is not None}
         if len(kinds) > 1 and not kinds <= {int, float}:
             columns[name] = [None if value is None else str(value) for value in values]
@@ -282,12 +283,12 @@ def write_tables(run_dir: RunDirectory, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def best_config(planned: PlannedTrial) -> Config:
-    """Return the config that `pocl-ray run` takes to train the winner again, in a directory of its own."""
+    """Return the config with which `pocl-ray run` trains the winner again, in a run directory of its own."""
     return planned.config.model_copy(update={"name": f"{planned.config.name}-best", "tune": None})
 
 
 def write_winner(run_dir: RunDirectory, winner: Contender, planned: PlannedTrial) -> None:
-    """Write `tune/best.yaml`, and the student that the winner left to `tune/best/`."""
+    """Write `tune/best.yaml`, and the winner's student to `tune/best/`."""
     values = ", ".join(f"{key}={_cell(value)}" for key, value in winner.record.candidate.settings.items())
     shown = ", ".join(f"{value:.2f}" for value in winner.values)
     header = (

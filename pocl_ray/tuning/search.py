@@ -1,4 +1,4 @@
-"""`pocl-ray tune`: what all trials share is made once, then Ray Tune searches, then the best are confirmed.
+"""The command `pocl-ray tune`: prepare what all trials share, search with Ray Tune, confirm the best trials.
 
 rows -> teacher, student -> scores + teacher cache -> ranking    once, the steps of `pipeline`
 control, trials                                                  Ray Tune, side by side
@@ -47,23 +47,23 @@ TUNE = "tune"
 SKIPPED = "tune/skipped.json"
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # what a killed search knows is this old at most
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # a killed search loses at most this many seconds
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
-# Trials take no CPU, so that they never compete with their own workers; Ray wants every actor to ask for something.
+# Trials take no CPU, so that they never compete with their own workers. Ray needs every actor to request something.
 TRIAL_RESOURCES: dict[str, int | float] = {"memory": 1}
 
 
 def check_search(config: Config, num_rows: int | None = None) -> Planner:
-    """Check all that can be wrong with a search before anything is started.
+    """Check a search before anything is started, and return its planner.
 
     Args:
-        config: The base config.
-        num_rows: Training rows; None counts those of the source.
+        config: Base config.
+            num_rows: Number of training rows; None counts the rows of the source.
 
     Raises:
-        ConfigError: There is no `tune` section, a key or a value is wrong, or nothing of the space can be trained.
+        ConfigError: There is no `tune` section, a key or a value is wrong, or no candidate of the space can be trained.
     """
     if config.tune is None:
         raise ConfigError("tune: the config has no such section; give at least tune.space")
@@ -74,10 +74,10 @@ def check_search(config: Config, num_rows: int | None = None) -> Planner:
 
 
 class Search:
-    """One search over the run in its directory; a Ray cluster is connected."""
+    """One search over the run in its directory. A Ray cluster must be connected."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Make what all trials share, where it is not made yet, and count how many trials fit.
+        """Run the steps that all trials share, unless they are done, and count how many trials fit the cluster.
 
         Raises:
             ResourceError: The cluster has no room for one trial.
@@ -99,12 +99,12 @@ class Search:
             ranking=ranking,
             signals=SIGNALS,
             scores=SCORES,
-            holdings=TrialResources.remote(),  # type: ignore[attr-defined]
+            resources=TrialResources.remote(),  # type: ignore[attr-defined]
         )
-        self.watch = SearchWatch(self.run_dir, self.planner, self.origins, self.shared.holdings)
+        self.watch = SearchWatch(self.run_dir, self.planner, self.origins, self.shared.resources)
 
     def run(self) -> Outcome:
-        """Search, confirm, and write what was found."""
+        """Search, confirm, write the results, and return the outcome."""
         own = search_fingerprint(self.config, self.origins)[:12]
         drawing = Drawing(self.config, self.planner.plan)
         total = drawing.limit + int(self.tune.control)
@@ -121,7 +121,7 @@ class Search:
         return self._write(len(drawing.skipped))
 
     def _to_confirm(self) -> list[Candidate]:
-        """Return the best trials, and the control, on each of the new seeds."""
+        """The best trials and the control on each of the new seeds."""
         if self.tune.confirm is None:
             return []
         records = list(self.watch.records.values())
@@ -130,7 +130,7 @@ class Search:
         return [c.again(seed) for seed in self.tune.confirm.seeds for c in [*best, *(controls if best else [])]]
 
     def _run_tune(self, name: str, what: Drawing | Sequence[Candidate]) -> None:
-        """Run candidates under Ray Tune, going on with an experiment of this name where there is one."""
+        """Run candidates under Ray Tune; an experiment of this name is resumed if it exists."""
         searcher = DrawingSearcher(what, self.tune.objectives[0]) if isinstance(what, Drawing) else None
         trainable = tune.with_resources(
             tune.with_parameters(CurriculumTrial, shared=self.shared), tune.PlacementGroupFactory([TRIAL_RESOURCES])
@@ -177,7 +177,7 @@ class Search:
         )
 
     def _base_samples(self) -> int:
-        """Return the training samples of a trial: the budget's, else those of the base config's plan."""
+        """The training samples of a trial: the budget, or else the samples of the base config's plan."""
         if self.tune.budget is not None and self.tune.budget.samples is not None:
             return self.tune.budget.samples
         if self.tune.budget is not None and self.tune.budget.steps is not None:
@@ -208,13 +208,13 @@ def _trial_name(trial: Any) -> str:
 
 
 def search_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDirectory, str]:
-    """Run the search of a config, on the cluster that the environment names or on this machine.
+    """Run the search of a config on the cluster that the environment names, or on this machine.
 
     Returns:
         The run directory, and the result in one sentence.
 
     Raises:
-        UserError: The search cannot work, or no trial of it reached its end.
+        UserError: The search cannot work, or no trial reached its end.
     """
     check_search(config)
     local = {} if os.environ.get("RAY_ADDRESS") else ONE_MACHINE_ENVIRONMENT
@@ -228,7 +228,7 @@ def search_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDire
             stack.enter_context(ray_session())
             for name in ("ray.train", "ray.data"):
                 logging.getLogger(name).setLevel(logging.ERROR)
-            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that failed is a line of ours
+            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we print one line for each failed trial
             outcome = Search(pipeline).run()
         except UserError:
             pipeline.withdraw()

@@ -1,4 +1,4 @@
-"""The search space: which keys of the config take which values. Pure; nothing is started."""
+"""The search space: the keys of the config that are searched, and their values. Pure functions."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Settings = dict[str, Any]
 
 
 def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return the config with other values under dotted keys, and without the search.
+    """Return the config with these values under dotted keys, and without the `tune` section.
 
     Raises:
-        ValidationError: The config refuses them.
+        ValidationError: The values are not valid in the config.
     """
     tree = config.model_dump(mode="json")
     tree["tune"] = None
@@ -59,10 +59,10 @@ def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 def check_space(config: Config) -> None:
     """Check every key and every single value of the space.
 
-    A value that only together with others makes the config invalid is no mistake: such samples are drawn again.
+    A value that is invalid only in combination with others is not an error; such samples are drawn again.
 
     Raises:
-        ConfigError: A key is unknown or cannot be searched, or a value would be refused whatever the others are.
+        ConfigError: A key is unknown or cannot be searched, or a value is invalid whatever the other values are.
     """
     assert config.tune is not None
     for key, domain in config.tune.space.items():
@@ -77,10 +77,10 @@ def check_space(config: Config) -> None:
 
 
 def _check_names(config: Config, key: str, domain: DomainConfig) -> None:
-    """Check that losses, signals and rules of pacing are known by their names.
+    """Check that the names of losses, signals and pacing rules are known.
 
     Raises:
-        UserError: One is not.
+        UserError: A name is unknown.
     """
     checks: dict[str, Callable[[Any], object]] = {
         "distill.loss": lambda name: resolve_loss(name, {}, None),
@@ -104,7 +104,7 @@ def _check_searchable(key: str) -> None:
 
 
 def edge_values(domain: DomainConfig) -> list[Any]:
-    """Return the values one by one, or the ends of a range."""
+    """Return all listed values, or the ends of a range."""
     listed = listed_values(domain)
     if listed is not None:
         return listed
@@ -114,7 +114,7 @@ def edge_values(domain: DomainConfig) -> list[Any]:
 
 
 def listed_values(domain: DomainConfig) -> list[Any] | None:
-    """Return the values that are given one by one; None for a range."""
+    """Return the listed values; None for a range."""
     values = domain.choice if domain.grid is None else domain.grid
     return None if values is None else [list(v) if isinstance(v, tuple) else v for v in values]
 
@@ -137,25 +137,24 @@ def draw(domain: DomainConfig, rng: np.random.Generator) -> Any:
 
 
 def num_steps_of(low: float, high: float, step: float) -> int:
-    """Return how many whole steps fit between low and high."""
+    """Return the number of whole steps between low and high."""
     return math.floor((high - low) / step + 1e-9)
 
 
 def tidy(value: float) -> float:
-    """Round to six significant digits, so that what a config shows is what was run."""
+    """Return a value rounded to six significant digits, so that a config shows the exact value that was used."""
     return float(f"{value:.6g}")
 
 
 def grid_points(space: Mapping[str, DomainConfig]) -> list[Settings]:
-    """Return every combination of the values of a space that lists them."""
+    """Return every combination of the values of a space in which all values are listed."""
     axes = [listed_values(domain) or [] for domain in space.values()]
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
 
 
 # Constraints on a sampled config, such as `curriculum.interval_epochs * curriculum.num_buckets <= 12`.
-#
-# An expression of dotted keys, numbers, texts, arithmetic, comparisons, `and`, `or`, `not` and `in`; nothing else is
-# evaluated, and nothing is ever called.
+# A constraint is an expression of dotted keys, numbers, texts, arithmetic, comparisons, `and`, `or`, `not` and `in`.
+# Nothing else is evaluated, and no function is ever called.
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -183,17 +182,17 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 
 
 class ConstraintError(ConfigError):
-    """A constraint that cannot be evaluated at all, as opposed to one that does not hold."""
+    """The error for a constraint that cannot be evaluated; a constraint that is false is no such error."""
 
 
 class Constraint:
-    """One expression, parsed once and evaluated on many configs."""
+    """A constraint, which is parsed once and evaluated on many configs."""
 
     def __init__(self, text: str) -> None:
-        """Parse it.
+        """Parse the expression.
 
         Raises:
-            ConstraintError: It is no expression, or holds something that is not evaluated.
+            ConstraintError: The text is not an expression, or it contains something that is not evaluated.
         """
         self.text = text
         try:
@@ -203,10 +202,10 @@ class Constraint:
         self._check(self.body)
 
     def holds(self, tree: Mapping[str, Any]) -> bool:
-        """Return whether it is true of a config, given as a tree of its keys.
+        """Return whether the constraint is true for a config, which is given as a tree of keys.
 
         Raises:
-            ConstraintError: A key is not there, or its value cannot be compared or reckoned with.
+            ConstraintError: A key is missing, or its value does not support the operation.
         """
         try:
             return bool(self._value(self.body, tree))
@@ -265,7 +264,7 @@ class Constraint:
 
 
 def dotted(node: ast.AST) -> str | None:
-    """Return `a.b.c` for the syntax tree of a dotted name, and None for anything else."""
+    """Return `a.b.c` for the syntax tree of a dotted name, or None for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""A trial: one real training run under Ray Tune, which starts and stops it and learns of each dev evaluation."""
+"""A trial: one real training run, which Ray Tune starts and stops, and which reports each dev evaluation."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ STOP_S = 45.0
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials start from; each of them reads it where it lies, and makes none of it again.
+    """The prepared data and models that all trials share.
 
     Attributes:
-        config: The base config.
-        run_dir: The run directory of the search.
-        rows: The prepared sets.
-        student: The student before distillation.
-        teachers: The teachers, each with its fingerprint.
-        origins: Fingerprints of what the students depend on.
-        ranking: Fingerprint of the ranking in `scores`, the base config's.
-        signals: Parquet file of the signals, for rankings of another kind.
+        config: Base config.
+        run_dir: Run directory of the search.
+        rows: Prepared sets.
+        student: Student before distillation.
+        teachers: Teachers, each with its fingerprint.
+        origins: Fingerprints that the students depend on.
+        ranking: Fingerprint of the ranking in `scores`, which is the base config's.
+        signals: Parquet file of the signals, for other rankings.
         scores: Parquet file of the base config's ranking.
-        holdings: The actor that keeps in mind what each trial holds of the cluster.
+        resources: Actor that knows each trial's resources in the cluster.
     """
 
     config: Config
@@ -56,14 +56,14 @@ class Shared:
     ranking: str
     signals: str
     scores: str
-    holdings: Any
+    resources: Any
 
     def planner(self) -> Planner:
         """Return the planner of this search."""
         return Planner(self.config, self.rows.train.num_rows)
 
     def task(self, planned: PlannedTrial) -> TrainTask:
-        """Return the training of a candidate."""
+        """Return the training task of a candidate."""
         name = planned.name(self.origins)
         task = curriculum_task(
             planned.config,
@@ -81,42 +81,42 @@ class Shared:
 
 
 class DivergedError(Exception):
-    """Loss, gradients or dev figures of a trial are not finite any more."""
+    """The error for a trial whose loss, gradients or dev figures are no longer finite."""
 
 
 class _StoppedError(Exception):
-    """Tune stops the trial."""
+    """The signal that Tune stops the trial."""
 
 
 class CurriculumTrial(tune.Trainable):
-    """Runs a candidate; a step of it lasts until the next dev evaluation."""
+    """Runs a candidate. One step of Tune lasts until the next dev evaluation."""
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
-        """Take the first candidate. Nothing starts yet: Tune also sets up processes that it then has no use for."""
+        """Take the first candidate, but start nothing: Tune also sets up processes that it does not use later."""
         self.shared, self.candidate = shared, Candidate(**config["candidate"])
         self.run: TrialRun | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next candidate in the same process, which saves the time of its start."""
+        """Take the next candidate in the same process, which saves the start of a process."""
         self.cleanup()
         self.candidate = Candidate(**new_config["candidate"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next dev evaluation, and return its figures; the first call starts the training run."""
+        """Wait for the next dev evaluation and return its figures; the first call starts the training run."""
         if self.run is None:
             self.run = TrialRun(self.shared, self.candidate)
         return self.run.next_report()
 
     def cleanup(self) -> None:
-        """Stop the training run if it goes on, and free its workers."""
+        """Stop the training run if it is still running, and free its workers."""
         if self.run is not None:
             self.run.stop()
         self.run = None
 
 
 class TrialRun:
-    """The training run of one candidate, in a thread beside the steps that Tune asks for."""
+    """The training run of one candidate, in a thread next to the one that Tune calls."""
 
     def __init__(self, shared: Shared, candidate: Candidate) -> None:
         self.started, self.shared = time.monotonic(), shared
@@ -147,7 +147,7 @@ class TrialRun:
         self.thread.start()
 
     def next_report(self) -> dict[str, Any]:
-        """Wait for a dev evaluation; what went wrong in the run is raised here."""
+        """Return the figures of the next dev evaluation; an error of the training run is raised here."""
         item = self.queue.get()
         if self.is_replay:
             assert isinstance(item, dict)
@@ -172,7 +172,7 @@ class TrialRun:
         return {**report, DECISIVE: decisive(report, tune_config.objectives[0]), "done": is_done}
 
     def stop(self) -> None:
-        """End the run if it goes on; its workers are free when this returns."""
+        """Stop the run if it is still running; its workers are free when this returns."""
         self.stopping.set()
         if self.thread.is_alive():
             self.thread.join(STOP_S)
@@ -195,7 +195,7 @@ class TrialRun:
 
         try:
             write_ranking(self.shared, self.planned, self.task)
-            training_status = train_watched(self.task, self.planned.config.scaling, watch, self.shared.holdings)
+            training_status = train_watched(self.task, self.planned.config.scaling, watch, self.shared.resources)
             if not training_status.is_finished:
                 raise RuntimeError("the training run ended before its student was written")
             self.queue.put(self._report(training_status.evaluations, is_finished=True))
@@ -205,7 +205,7 @@ class TrialRun:
             self.queue.put(error)
 
     def _check_finite(self, training_status: TrainingStatus) -> None:
-        """End a run that has diverged; gradients that overflow are part of how fp16 finds its loss scale."""
+        """Raise for a run that has diverged. With fp16, gradients may overflow while the loss scale is found."""
         names = {"train/loss": "training loss"}
         if self.task.train.precision != "fp16":
             names["train/grad_norm"] = "gradient norm"
@@ -229,7 +229,7 @@ class TrialRun:
 
 
 def write_ranking(shared: Shared, planned: PlannedTrial, task: TrainTask) -> None:
-    """Rank the rows anew where the candidate ranks them in another way; the signals are there already."""
+    """Write the candidate's ranking from the existing signals, if it differs from the base config's."""
     if task.scores is None or task.scores == shared.scores:
         return
     rows = RowStore.open(shared.run_dir.local(shared.rows.train.path))

@@ -1,4 +1,4 @@
-"""Watches a search from the driver: the live table, the records of trials that ended, and what they leave behind."""
+"""The view of a search on the driver: the live table, the records of finished trials, and the release of resources."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "diverged"
 
 
 class SearchWatch(OfThisProcess, tune.Callback):
-    """Knows every trial of the search, and shows them."""
+    """A callback of Tune that records and shows every trial of the search."""
 
-    def __init__(self, run_dir: RunDirectory, planner: Planner, origins: TrialOrigins, holdings: Any) -> None:
-        """Take what is needed to know a trial by its candidate."""
-        self.run_dir, self.planner, self.origins, self.holdings = run_dir, planner, origins, holdings
+    def __init__(self, run_dir: RunDirectory, planner: Planner, origins: TrialOrigins, resources: Any) -> None:
+        """Take the objects that are needed to name a trial by its candidate."""
+        self.run_dir, self.planner, self.origins, self.resources = run_dir, planner, origins, resources
         self.records: dict[str, TrialRecord] = {}
         self.begun: dict[str, float] = {}
         self.title, self.total = "search", 0
@@ -43,7 +43,7 @@ class SearchWatch(OfThisProcess, tune.Callback):
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
-        """Show a table while the block runs, on a terminal; else a line whenever a trial ends."""
+        """Show a live table while the block runs, or without a terminal one line whenever a trial ends."""
         self.title, self.total = title, total
         if not console.is_terminal:
             yield
@@ -57,7 +57,7 @@ class SearchWatch(OfThisProcess, tune.Callback):
         return trials_table(self.records, self.planner.tune, f"{self.title}: {self._summary()}", self.begun)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial starts, or goes on after the search was killed."""
+        """Record that a trial starts, or resumes after the search was killed."""
         name = self._name(trial)
         self.begun[name] = time.monotonic()
         planned = self.planner.plan(Candidate(**trial.config["candidate"]))
@@ -68,22 +68,22 @@ class SearchWatch(OfThisProcess, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial was evaluated."""
+        """Record an evaluation of a trial."""
         self._read(self._name(trial))
         if self._live is None and time.monotonic() - self._last_line > PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
             console.print(f"  {self.title}: {self._summary()}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial reached its end, or the scheduler stopped it."""
+        """Record that a trial reached its end, or that the scheduler stopped it."""
         self._end(trial, "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; the search goes on."""
+        """Record that a trial failed; the search goes on."""
         self._end(trial, "failed", _last_line(trial.error_file) or "the trial's process died")
 
     def note_all(self, candidates: Iterable[Candidate]) -> None:
-        """Read the records of these candidates, those that an earlier process tried included."""
+        """Read the records of these candidates, including those of an earlier process."""
         for candidate in candidates:
             self._read(self._name_of(candidate))
 
@@ -93,7 +93,7 @@ class SearchWatch(OfThisProcess, tune.Callback):
         if record is not None and record.status == "running":
             record.status, record.reason = status, reason
             record.write(self.run_dir)
-        ray.get(self.holdings.release.remote(name))
+        ray.get(self.resources.release.remote(name))
         if record is not None:
             self.run_dir.delete(f"{CHECKPOINTS}/{record.name}-{record.fingerprint[:12]}")
         if self._live is None and record is not None:
@@ -155,12 +155,12 @@ def trials_table(
 
 
 def values_text(settings: Settings) -> str:
-    """Return settings as people read them: the last parts of the keys that tell them apart."""
+    """Return settings as a short text: each key is cut to the last parts that distinguish it."""
     return "  ".join(f"{short_key(key, settings)}={_short(value)}" for key, value in settings.items())
 
 
 def short_key(key: str, among: Mapping[str, Any]) -> str:
-    """Return as many parts from the end of a dotted key as tell it from the others."""
+    """Return the shortest end of a dotted key that distinguishes it from the other keys."""
     parts = key.split(".")
     for count in range(1, len(parts)):
         end = ".".join(parts[-count:])
@@ -176,7 +176,7 @@ def _short(value: Any) -> str:
 
 
 def line_of(record: TrialRecord, tune_config: TuneConfig) -> str:
-    """Return a trial in one line."""
+    """Return one line about a trial."""
     figures = "  ".join(f"{o.metric} {record.last[o.metric]:.4g}" for o in tune_config.objectives if record.last)
     reason = f"  ({record.reason})" if record.reason else ""
     text = f"{record.candidate.label}  {record.status}{reason}  {figures}  {record.seconds:.0f} s"
