@@ -29,8 +29,8 @@ from datasets import Dataset
 from step_sides import random_model, smollm2_shape
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pocl_ray.answers.decode import decode
-from pocl_ray.answers.generate import pad_left
+from pocl_ray.answers.batch import pad_left
+from pocl_ray.answers.decode import GenerationSettings, decode
 from pocl_ray.models.prepare import cut_layers
 
 Write = Callable[[list[np.ndarray]], int]
@@ -60,7 +60,7 @@ def our_side(student: PreTrainedModel, new_tokens: int) -> Write:
         rng = np.random.default_rng(len(prompts[0]))
         uniforms = [rng.random(new_tokens, dtype=np.float32) for _ in prompts]
         limits = [new_tokens] * len(prompts)
-        written = decode(student, prompts, limits, uniforms, stop_ids=[], batch_rows=64)
+        (written,) = decode(student, prompts, limits, [uniforms], stop_ids=[], settings=GenerationSettings())
         return sum(map(len, written))
 
     return write
@@ -98,7 +98,7 @@ def trl_side(student: PreTrainedModel, new_tokens: int, micro_batch: int, cached
         num_tokens = 0
         for start in range(0, len(prompts), micro_batch):
             part = [prompt.astype(np.int64) for prompt in prompts[start : start + micro_batch]]
-            ids_BT, mask_BT = pad_left(part, NEVER, torch.device("cpu"))
+            ids_BT, mask_BT = pad_left(part, torch.device("cpu"))
             with module.unwrap_model_for_generation(
                 trainer.model,
                 trainer.accelerator,

@@ -18,7 +18,7 @@ import numpy as np
 import regex
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.words import comparable, words
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
@@ -180,7 +180,7 @@ def score_answers(
         model: The student, on the device that is to be used.
         tokenizer: The run's.
         rows: All rows.
-        ids: Those of the task; which rows are in one is part of what is sampled.
+        ids: Those of the task; a row's answer is drawn by (seed, id) alone.
         generation: How answers are generated.
         max_tokens: `data.max_tokens`: prompt and answer together.
         seed: Of the sampling.
@@ -190,7 +190,7 @@ def score_answers(
     """
     prompts, _ = rows.tokens(ids)
     settings = GenerationSettings.of(generation, max_tokens, prompts)
-    answers = generate(model, tokenizer, prompts, settings, seed)
+    (answers,) = generate(model, tokenizer, prompts, settings, [seed], [int(row) for row in ids])
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     stopped = [len(answer) < limit for answer, limit in zip(answers, settings.limits(len(ids)), strict=True)]
     return list(zip(rouge_l_batch(texts, rows.references(ids)), stopped, strict=True))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
@@ -78,7 +78,7 @@ class DevEvaluator:
         if len(ids):
             prompts, _ = rows.tokens(ids)
             settings = GenerationSettings.of(self.generation, self.max_tokens, prompts)
-            answers = generate(model, self.tokenizer, prompts, settings, self.seed)
+            (answers,) = generate(model, self.tokenizer, prompts, settings, [self.seed], ids.tolist())
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
             references = rows.references(ids)
             sums[0] = sum(rouge_l_batch(texts, references))

@@ -328,6 +328,7 @@ class InferenceStudent:
         if self._copy is None:
             with torch.device(self.engine.device):
                 self._copy = type(student)._from_config(student.config, dtype=next(student.parameters()).dtype)
+            _untie_as(self._copy, student)
             add_same_adapters(self._copy, student)
             nn.Module.to(self._copy, self.engine.device, next(student.parameters()).dtype)
             self._copy.eval()
@@ -336,3 +337,11 @@ class InferenceStudent:
             with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
                 targets[name].copy_(parameter)
         return self._copy
+
+
+def _untie_as(copy: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give a copy an LM head of its own where the model has one, whatever its config says of tied embeddings."""
+    theirs: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
+    own: list[Any] = [copy.get_output_embeddings(), copy.get_input_embeddings()]
+    if theirs[0].weight is not theirs[1].weight and own[0].weight is own[1].weight:
+        own[0].weight = nn.Parameter(own[1].weight.detach().clone())

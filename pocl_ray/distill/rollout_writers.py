@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pocl_ray.answers.decode import decode
-from pocl_ray.answers.generate import Tokens
+from pocl_ray.answers.batch import Tokens
+from pocl_ray.answers.decode import GenerationSettings, decode
 from pocl_ray.config import RolloutConfig
 from pocl_ray.distill.engine import InferenceStudent
 from pocl_ray.distill.rollout_schedule import token_draws, writing_seed
@@ -55,16 +55,9 @@ class TransformersWriter:
         """See `RolloutWriter`. A row's draws are its own: it is written alike on any worker and in any batch."""
         draws = [token_draws(self.seed, step, row, limit) for row, limit in zip(ids, limits, strict=True)]
         config = self.config
-        return decode(
-            self.student.current(),
-            prompts,
-            limits,
-            draws,
-            self.stop_ids,
-            config.batch_rows,
-            config.sampling_temperature,
-            config.top_p,
-        )
+        settings = GenerationSettings(config.sampling_temperature, config.top_p, batch_rows=config.batch_rows)
+        (written,) = decode(self.student.current(), prompts, limits, [draws], self.stop_ids, settings)
+        return written
 
 
 class VllmWriter:

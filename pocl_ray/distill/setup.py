@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from pocl_ray.answers.generate import stop_ids_of
+from pocl_ray.answers.decode import stop_ids_of
+from pocl_ray.answers.families import means_of
 from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
@@ -67,6 +68,8 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teachers else 0.0, divergence)
     copy = InferenceStudent(engine)
+    if stores[1].has_prompts or task.rollout.is_on:
+        means_of(copy.current())  # a family that cannot answer is refused here, and not after the first stage
     dev = DevEvaluator(
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
     )

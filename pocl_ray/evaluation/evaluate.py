@@ -1,8 +1,8 @@
 """Evaluation of models on sets of rows: ROUGE-L and exact match of greedy and sampled answers.
 
-It is one Ray Data job with one pool of actors (POCL, section 4.1). An item is one batch of one set, for one model and
-one seed. The lengths of the prompts alone decide which rows share a batch. The samples depend on the batch and the seed
-alone. So the figures do not depend on the number of actors.
+All of it is one Ray Data job over one pool of actors (POCL, section 4.1). An item is one batch of one set, for one
+model and all seeds: the answers to a prompt share its prefill. What is sampled depends on the row and the seed alone,
+so the figures depend neither on the number of actors nor on the rows that share a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ray.data
 from ray.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
 from pocl_ray.config import EvaluationConfig, GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
@@ -77,10 +77,10 @@ def evaluate_models(
         ResourceError: The cluster has no room for an actor.
     """
     seeds = (*evaluation.seeds, *((GREEDY,) if evaluation.greedy else ()))
-    items = _plan_items(models, sets, seeds, run_dir, evaluation.generation.batch_rows)
+    items = _plan_items(models, sets, len(seeds), run_dir, evaluation.generation.batch_rows)
     (pool,) = plan_pools(scaling, [scaling.evaluation_actors], len(items))
     paths = {name: rows.path for name, rows in sets.items()}
-    settings = (evaluation.generation, max_tokens, pool.use_gpu)
+    settings = (seeds, evaluation.generation, max_tokens, pool.use_gpu)
     task = EvaluationTask(run_dir, dict(models), paths, tokenizer, *settings, dict(own_tokens))
     num_answers = len(models) * len(seeds) * sum(rows.num_rows for rows in sets.values())
     with quiet_ray_data(), stall_watch(scaling, "evaluate") as watched:
@@ -118,6 +118,7 @@ class EvaluationTask:
         models: Models by name.
         rows: Mapping of each set to the Arrow file of its rows, relative to the run directory.
         tokenizer: Directory of the tokenizer, relative to the run directory.
+        seeds: Seed of each answer to a prompt; GREEDY stands for a greedy one.
         generation: Settings of sampled answers; greedy answers differ in the temperature alone.
         max_tokens: Maximum tokens of prompt and answer together.
         use_gpu: Whether actors run on a GPU.
@@ -128,6 +129,7 @@ class EvaluationTask:
     models: dict[str, ModelRef]
     rows: dict[str, str]
     tokenizer: str
+    seeds: tuple[int, ...]
     generation: GenerationConfig
     max_tokens: int
     use_gpu: bool
@@ -151,36 +153,37 @@ class AnswerActor:
         """Yield the scored answers to the prompts of items.
 
         Args:
-            items: Table with columns `model`, `set`, `seed`, `ids`.
+            items: `model`, `set`, `ids`.
 
         Yields:
-            One row for each answer, as in predictions.parquet.
+            One row for each answer of an item, as in predictions.parquet.
         """
         for item in items.to_pylist():
-            yield self._answers(item["model"], item["set"], item["seed"], item["ids"])
+            yield self._answers(item["model"], item["set"], item["ids"])
 
-    def _answers(self, model: str, name: str, seed: int, ids: list[int]) -> pa.Table:
+    def _answers(self, model: str, name: str, ids: list[int]) -> pa.Table:
         rows, tokenizer = self._rows_of(model, name), self._tokenizer_of(model)
         prompts, _ = rows.tokens(ids)
-        references = rows.references(ids)
-        generation = self.task.generation
-        if seed == GREEDY:
-            generation = generation.model_copy(update={"sampling_temperature": 0.0})
-        settings = GenerationSettings.of(generation, self.task.max_tokens, prompts)
-        answers = generate(self._load(model), tokenizer, prompts, settings, seed)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        columns = {
-            "model": [model] * len(ids),
-            "set": [name] * len(ids),
-            ID: ids,
-            "seed": [seed] * len(ids),
-            "text": texts,
-            "rouge_l": rouge_l_batch(texts, references),
-            "exact_match": exact_match_batch(texts, references),
-            "num_tokens": [len(answer) for answer in answers],
-            "stopped": [len(a) < limit for a, limit in zip(answers, settings.limits(len(ids)), strict=True)],
-        }
-        return pa.table(columns)
+        settings = GenerationSettings.of(self.task.generation, self.task.max_tokens, prompts)
+        seeds = [None if seed == GREEDY else seed for seed in self.task.seeds]
+        answered = generate(self._load(model), tokenizer, prompts, settings, seeds, ids)
+        limits, references = settings.limits(len(ids)), rows.references(ids)
+        tables = []
+        for seed, answers in zip(self.task.seeds, answered, strict=True):
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            columns = {
+                "model": [model] * len(ids),
+                "set": [name] * len(ids),
+                ID: ids,
+                "seed": [seed] * len(ids),
+                "text": texts,
+                "rouge_l": rouge_l_batch(texts, references),
+                "exact_match": exact_match_batch(texts, references),
+                "num_tokens": [len(answer) for answer in answers],
+                "stopped": [len(answer) < limit for answer, limit in zip(answers, limits, strict=True)],
+            }
+            tables.append(pa.table(columns))
+        return pa.concat_tables(tables)
 
     def _rows_of(self, model: str, name: str) -> RowStore:
         rel = self.task.tokens_of(model).rows[name]
@@ -205,20 +208,22 @@ class AnswerActor:
 def _plan_items(
     models: Mapping[str, ModelRef],
     sets: Mapping[str, RowsSummary],
-    seeds: tuple[int, ...],
+    num_seeds: int,
     run_dir: RunDirectory,
     batch_rows: int,
 ) -> list[pa.Table]:
-    """One table for each batch of each model, set and seed, ordered by model, so that actors rarely load a model."""
+    """One table for each batch of each model and set, model by model so that actors rarely load another one."""
+    # An item's answers are generated at once: all seeds of as many prompts as make up a batch.
+    num_prompts = max(1, batch_rows // num_seeds)
     batches: dict[str, list[list[int]]] = {}
     for name, rows in sets.items():
         lengths = RowStore.open(run_dir.local(rows.path)).prompt_lengths
         order = np.argsort(lengths, kind="stable").tolist()
-        batches[name] = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+        batches[name] = [order[start : start + num_prompts] for start in range(0, len(order), num_prompts)]
     items = []
-    for model, (name, of_set), seed in product(models, batches.items(), seeds):
-        for ids in reversed(of_set):  # long prompts first, so that the last batches to finish are short
-            items.append(pa.table({"model": [model], "set": [name], "seed": [seed], "ids": [ids]}))
+    for model, (name, of_set) in product(models, batches.items()):
+        for ids in reversed(of_set):  # long prompts first: the last ones to finish are short
+            items.append(pa.table({"model": [model], "set": [name], "ids": [ids]}))
     return items
 
 

@@ -22,7 +22,7 @@ import ray.data
 from ray.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.config import GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -123,7 +123,7 @@ class TeacherWriter:
         """Return the answers to the prompts of one batch, with the columns of `PART_SCHEMA`."""
         task, (prompts, _) = self.task, self.rows.tokens(ids)
         settings = GenerationSettings.of(task.generation, task.max_tokens, prompts)
-        answers = generate(self.model, self.tokenizer, prompts, settings, task.seed, keys=ids.tolist())
+        (answers,) = generate(self.model, self.tokenizer, prompts, settings, [task.seed], ids.tolist())
         stopped = [len(a) < limit for a, limit in zip(answers, settings.limits(len(ids)), strict=True)]
         return pa.table([pa.array(ids), answers, stopped], schema=PART_SCHEMA)
 

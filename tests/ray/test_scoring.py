@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.rouge import rouge_l_batch
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.config.sources import ScoringGenerationConfig
@@ -93,7 +93,7 @@ def test_rouge_l_is_that_of_the_students_answers(scored: Any, tiny_run: Any) -> 
     tokenizer = load_tokenizer(str(tiny_run.run_dir.local("tokenizer")))
     # At temperature 0.01 sampling is all but greedy; only near ties may differ with the batch.
     settings = GenerationSettings.of(DIFFICULTY.generation, 48, prompts)
-    answers = generate(load_model(tiny_run.student), tokenizer, prompts, settings, seed=7)
+    (answers,) = generate(load_model(tiny_run.student), tokenizer, prompts, settings, [7], ids.tolist())
     expected = rouge_l_batch(tokenizer.batch_decode(answers, skip_special_tokens=True), store.references(ids))
     agreeing = np.isclose(table["rouge_l"].to_numpy(), expected)
     assert agreeing.mean() > 0.9

@@ -1,4 +1,4 @@
-"""Responses sampled by hand: what the library's own logits say, token by token, however rows are put together."""
+"""Responses of the decoding loop: what the library's own logits say, token by token, however rows are put together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 import transformers
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
 
-from pocl_ray.answers import decode as module
-from pocl_ray.answers.decode import decode, draw, groups_of
+from pocl_ray.answers import batch as module
+from pocl_ray.answers.batch import groups_of
+from pocl_ray.answers.decode import GenerationSettings, decode
+from pocl_ray.answers.families import means_of
+from pocl_ray.answers.sampling import draw
 
 V, EOS = 40, 2
 WIDE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -46,8 +49,10 @@ def numbers(limits: list[int], seed: int = 0) -> list[np.ndarray]:
 
 
 def written(model: PreTrainedModel, prompts: list[np.ndarray], limits: list[int], **changes: Any) -> list[list[int]]:
-    settings: dict[str, Any] = {"uniforms": numbers(limits), "stop_ids": [EOS], "batch_rows": 5} | changes
-    return [response.tolist() for response in decode(model, prompts, limits, **settings)]
+    stop_ids = changes.pop("stop_ids", [EOS])
+    settings = GenerationSettings(**{"batch_rows": 5, **changes})
+    (responses,) = decode(model, prompts, limits, [numbers(limits)], stop_ids, settings)
+    return [response.tolist() for response in responses]
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def by_definition(
 def test_responses_are_those_of_each_row_alone_by_definition(family: str, temperature: float, top_p: float) -> None:
     model, prompts = tiny_model(family), some_prompts()
     limits = [6 + 2 * row for row in range(len(prompts))]
-    found = written(model, prompts, limits, temperature=temperature, top_p=top_p)
+    found = written(model, prompts, limits, sampling_temperature=temperature, top_p=top_p)
     rows = zip(prompts, limits, numbers(limits), strict=True)
     assert found == [by_definition(model, *row, temperature, top_p) for row in rows]
 
@@ -102,9 +107,9 @@ def test_batches_change_no_response() -> None:
 def test_slices_of_the_head_change_no_response(
     family: str, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, limits, sampling = tiny_model(family), [30] * 12, {"temperature": temperature, "top_p": top_p}
+    model, limits, sampling = tiny_model(family), [30] * 12, {"sampling_temperature": temperature, "top_p": top_p}
     with monkeypatch.context() as whole:
-        whole.setattr(module._Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
+        whole.setattr(module.Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
         expected = written(model, some_prompts(), limits, **sampling)
     monkeypatch.setattr(module, "_HEAD_ROWS", 7)
     assert written(model, some_prompts(), limits, **sampling) == expected
@@ -114,7 +119,8 @@ def test_slices_of_the_head_keep_its_bias(monkeypatch: pytest.MonkeyPatch) -> No
     model, limits = tiny_model(), [9] * 12
     model.lm_head.bias = torch.nn.Parameter(torch.full((V,), -9.0).index_fill(0, torch.tensor([17]), 9.0))
     monkeypatch.setattr(module, "_HEAD_ROWS", 16)
-    assert {token for response in written(model, some_prompts(), limits, temperature=0.0) for token in response} == {17}
+    found = written(model, some_prompts(), limits, sampling_temperature=0.0)
+    assert {token for response in found for token in response} == {17}
 
 
 def test_any_stop_token_ends_a_response() -> None:
@@ -126,6 +132,7 @@ def test_any_stop_token_ends_a_response() -> None:
 
 def test_rows_that_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widths = tiny_model(), []
+    means_of(model)
     body = model.base_model
     original = body.forward
 
@@ -179,3 +186,36 @@ def test_training_goes_on_from_where_it_was() -> None:
     assert torch.rand(2).tolist() == expected, "the global generator is not used"
     model(torch.tensor([[5, 6]])).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize("batch_rows", [2, 5, 100])
+def test_draws_of_a_prompt_share_its_prefill_and_change_no_response(
+    family: str, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts, limits = tiny_model(family), some_prompts(), [20 + row for row in range(12)]
+    settings = GenerationSettings(no_repeat_ngram_size=3, batch_rows=batch_rows)
+    draws = [numbers(limits, 1), None, numbers(limits, 2)]
+    alone = [decode(model, prompts, limits, [draw], [EOS], settings)[0] for draw in draws]
+    read = []
+    original = module.Batch._forward
+
+    def counted(batch: Any, ids_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(tuple(ids_BT.shape))
+        return original(batch, ids_BT, *rest)
+
+    monkeypatch.setattr(module.Batch, "_forward", counted)
+    together = decode(model, prompts, limits, draws, [EOS], settings)
+    assert [[r.tolist() for r in one] for one in together] == [[r.tolist() for r in one] for one in alone]
+    if batch_rows >= len(draws):
+        assert sum(rows for rows, width in read if width > 1) == len(prompts), "each prompt is read once"
+
+
+def test_no_ngram_repeats_in_prompt_and_answer_as_the_library_bans_them() -> None:
+    model, prompts, limits = tiny_model("gpt2"), some_prompts(), [30] * 12
+    found = written(model, prompts, limits, sampling_temperature=0.0, no_repeat_ngram_size=2)
+    for prompt, response in zip(prompts, found, strict=True):
+        ids_BT = torch.from_numpy(prompt)[None]
+        options = {"do_sample": False, "max_new_tokens": 30, "no_repeat_ngram_size": 2, "pad_token_id": EOS}
+        expected = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), eos_token_id=EOS, **options)
+        assert response == expected[0, len(prompt) :].tolist()

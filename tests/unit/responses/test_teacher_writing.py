@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pocl_ray.answers.generate import GenerationSettings, generate
+from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.config import DataConfig, GenerationConfig, ScalingConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
@@ -80,7 +80,7 @@ def test_each_answer_is_what_the_teacher_writes_to_its_prompt_alone(
     prompts, _ = RowStore.open(task.run_dir.local(task.rows)).tokens(np.arange(NUM_ROWS))
     for row, answer in enumerate(table["response_ids"].to_pylist()):
         settings = GenerationSettings.of(task.generation, 32, [prompts[row]])
-        assert generate(model, tokenizer, [prompts[row]], settings, 3, keys=[row]) == [answer]
+        assert generate(model, tokenizer, [prompts[row]], settings, [3], [row]) == [[answer]]
         assert table["stopped"][row].as_py() == (len(answer) < 8)
 
 
