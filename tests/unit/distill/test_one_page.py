@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import prepare, train
+from runs import prepare, train, with_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ray.config import CurriculumConfig, DataConfig, SourceConfig, TrainConfig
@@ -108,10 +108,9 @@ def package_losses(
     tokenizer.save_pretrained(task.run_dir.local("tokenizer"))
     save_model(student, tokenizer, folder / "student")
     task = replace(
-        task,
+        with_teacher(task, ref=ModelRef(str(page.TEACHER), dtype="float32")),
         stages=plan_curriculum(CURRICULUM, NUM_ROWS, page.BATCH_ROWS),
         student=ModelRef(str(folder / "student")),
-        teacher=ModelRef(str(page.TEACHER), dtype="float32"),
         rows=made.train,
         dev_rows=made.dev,
         train=TRAIN,
