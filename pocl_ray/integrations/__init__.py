@@ -1,1 +1,1 @@
-"""POCL in trainers of others: `curriculum` (the plan), `huggingface` (Trainer), `gkd` (TRL's GKDTrainer)."""
+"""POCL in other libraries' trainers: `curriculum` (the plan), `huggingface` (Trainer), `gkd` (TRL's GKDTrainer)."""

@@ -1,7 +1,8 @@
-"""A curriculum as an object of its own: which rows somebody else's trainer sees, in which order, at which settings.
+"""A curriculum as an object: the rows that another library's trainer sees, their order, and the settings of each step.
 
-It is made of a finished run of pocl-ray (`from_run`), or in memory of signals (`from_signals`) or ranks. Everything in
-it is a function of the optimizer step, so that nothing needs to be stored to go on after an interruption.
+It is made from a finished run of pocl-ray (`from_run`), from signals in memory (`from_signals`), or from ranks
+(`from_ranks`). Everything in it is a function of the optimizer step, so an interrupted training needs no stored state
+to go on.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Point:
-    """Where in the curriculum an optimizer step is.
+    """The place of an optimizer step in the curriculum.
 
     Attributes:
         stage: Index of the stage.
-        stage_step: Step within the stage, from 0.
-        kd_temperature: Softens both distributions of the distillation loss.
-        kd_ratio: Weight of the distillation loss; the rest is cross-entropy.
+            stage_step: Step within the stage, from 0.
+            kd_temperature: Temperature that softens both distributions of the distillation loss.
+            kd_ratio: Weight of the distillation loss; the rest is cross-entropy.
     """
 
     stage: int
@@ -53,15 +54,16 @@ class Point:
 class Curriculum:
     """Stages over a ranking of the rows of a data set.
 
-    The trainer hands on its last weights from stage to stage, as the authors' released runs do: `curriculum.hand_off`
-    does not apply. A rerun in pocl-ray with the same ranking, seed and batch sees the same rows in every step.
+    Each stage continues with the last weights of the stage before, as in the authors' released runs;
+    `curriculum.hand_off` does not apply. A rerun in pocl-ray with the same ranking, seed and batch sees the same rows
+    in every step.
 
     Attributes:
-        stages: The plan.
-        ranked: Row ids, the easiest first; shape (rows,).
-        dataset_rows: Place of each row id in the data set that is trained on; shape (rows,).
+        stages: Stages of the plan.
+        ranked: Row ids, the easiest first, shape (rows,).
+            dataset_rows: Place of each row id in the training data set, shape (rows,).
         global_batch_rows: Rows of an optimizer step, over all processes and accumulated batches.
-        seed: Of the order within each epoch.
+        seed: Seed of the order of rows within each epoch.
     """
 
     stages: tuple[Stage, ...]
@@ -79,18 +81,18 @@ class Curriculum:
         seed: int = 42,
         dataset_rows: npt.ArrayLike | None = None,
     ) -> Curriculum:
-        """Plan the stages over rows of known rank.
+        """Return a curriculum over rows of known rank.
 
         Args:
-            rank: Rank of each row, 1 the easiest; shape (rows,).
+            rank: Rank of each row, shape (rows,); rank 1 is the easiest.
             curriculum: Buckets, pacing and schedules, as in a config of pocl-ray.
             global_batch_rows: Rows of an optimizer step.
-            seed: Of the order within each epoch.
-            dataset_rows: Place of each row in the data set; None: they are its rows, in order.
+            seed: Seed of the order of rows within each epoch.
+            dataset_rows: Place of each row in the data set; None if they are its rows in order.
 
         Raises:
-            DataError: The ranks are not 1 to the number of rows, each once.
-            ConfigError: The plan is not possible with so many rows, or ends its stages on a dev figure.
+            DataError: The ranks are not each number from 1 to the number of rows once.
+            ConfigError: The plan is not possible with this number of rows, or it ends stages on a dev figure.
         """
         ranks = np.asarray(rank, dtype=np.int64)
         if not np.array_equal(np.sort(ranks), np.arange(1, ranks.size + 1)):
@@ -116,18 +118,18 @@ class Curriculum:
         rrf_k: float = 60.0,
         tie_break: Literal["file_order", "seeded"] = "file_order",
     ) -> Curriculum:
-        """Rank rows by difficulty signals that you measured, and plan the stages.
+        """Return a curriculum over rows that are ranked by difficulty signals of your own.
 
         Args:
-            signals: Signal -> value of each row of the data set, in its order.
-            curriculum: As in `from_ranks`, and so are `global_batch_rows` and `seed`.
-            weights: Signal -> weight in the fusion; 1 for those left out.
-            easy: Which values are easy, for signals that pocl-ray does not know.
+            signals: Mapping of signal names to the values of the data set's rows, in their order.
+            curriculum: Config of the curriculum, as in `from_ranks`; so are `global_batch_rows` and `seed`.
+            weights: Mapping of signal names to weights in the fusion; a signal left out has weight 1.
+            easy: Values of an easy row, `high` or `low`, for signals that pocl-ray does not know.
             rrf_k: Constant of reciprocal rank fusion.
-            tie_break: What decides between equally hard rows.
+            tie_break: Order of equally hard rows.
 
         Raises:
-            UserError: A signal is unknown or not a number for some row; or what `from_ranks` raises.
+            UserError: A signal is unknown, or NaN for some row; or as in `from_ranks`.
         """
         _, rank = rank_rows(signals, rrf_k, tie_break, seed, weights=weights, easy=easy)
         return cls.from_ranks(rank, curriculum, global_batch_rows, seed)
@@ -140,20 +142,20 @@ class Curriculum:
         curriculum: CurriculumConfig | None = None,
         global_batch_rows: int | None = None,
     ) -> Curriculum:
-        """Take the ranking, and where nothing else is given the plan, of a run that `pocl-ray score` finished.
+        """Return the curriculum of a run that `pocl-ray score` has finished.
 
-        The data set to train on is then the source of the run's training rows, whole and in its order: rows that the
-        run left out or held out are not trained on.
+        The training data set must be the complete source of the run's training rows, in its order. Rows that the run
+        left out or held out are not used.
 
         Args:
-            storage_path: Where runs lie, locally or remote.
-            name: Of the run.
-            curriculum: Instead of the run's.
-            global_batch_rows: Instead of the run's.
+            storage_path: Local or remote place of the runs.
+            name: Name of the run.
+            curriculum: Config of the curriculum that replaces the run's.
+            global_batch_rows: Rows of an optimizer step, in place of the run's.
 
         Raises:
-            UserError: The run is not there or not scored, or a row of its source became several; or what `from_ranks`
-                raises.
+            UserError: The run is missing or not scored, or a row of its source became several rows; or as in
+                `from_ranks`.
         """
         run_dir = RunDirectory.open(storage_path, name, create=False)
         for needed in ("config.yaml", "scores.parquet", "rows/train.arrow"):
@@ -180,16 +182,16 @@ class Curriculum:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of all stages."""
+        """The number of optimizer steps of all stages."""
         return self._ends[-1]
 
     @property
     def restarts(self) -> bool:
-        """Whether each stage starts with fresh moments and its own LR schedule, as in the paper."""
+        """Return whether each stage starts with new moments and its own LR schedule, as in the paper."""
         return any(stage.restart_optimizer for stage in self.stages[1:])
 
     def at(self, step: int) -> Point:
-        """Return where an optimizer step of the run is, counted from 0; past the end, the last one."""
+        """Return the place of an optimizer step, counted from 0; after the end, the place of the last step."""
         step = max(0, min(step, self.num_steps - 1))
         index = bisect.bisect_right(self._ends, step)
         stage = self.stages[index]
@@ -197,7 +199,7 @@ class Curriculum:
         return Point(index, within, stage.kd_temperature_at(within), stage.kd_ratio_at(within))
 
     def batches(self) -> Iterator[IntArray]:
-        """Yield the data set's rows of each optimizer step, shape (global_batch_rows,)."""
+        """Yield the indices of the data set's rows for each optimizer step, shape (global_batch_rows,)."""
         orders = {"rank": self.ranked, "random": random_order(len(self.ranked), self.seed)}
         for stage in self.stages:
             rows = orders[stage.order][stage.first_rank : stage.end_rank]
@@ -209,7 +211,7 @@ class Curriculum:
         return CurriculumSampler(self)
 
     def check(self, num_dataset_rows: int, rows_per_step: int) -> None:
-        """Check that a trainer's data set and batch are those of the plan.
+        """Check that a trainer's data set and batch fit the plan.
 
         Raises:
             DataError: The data set has too few rows.
@@ -230,7 +232,7 @@ class Curriculum:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that the order of rows and the settings of steps depend on."""
+        """Return a digest of everything that decides the order of rows and the settings of steps."""
         plan = [[stage.to_json() for stage in self.stages], self.global_batch_rows, self.seed]
         content = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
         for array in (self.ranked, self.dataset_rows):
@@ -244,10 +246,10 @@ class Curriculum:
 
 
 class CurriculumSampler(Sampler[int]):
-    """Yields the data set's rows of all stages of a curriculum in order, epoch after epoch.
+    """A sampler of the data set's rows for all stages of a curriculum, in order, epoch after epoch.
 
-    One pass over it is the whole training. Consecutive batches of it are dealt to processes and accumulated, which is
-    what `accelerate` does, so that an optimizer step sees one global batch.
+    One pass over it is the whole training. `accelerate` distributes consecutive batches over the processes and
+    accumulates them, so that an optimizer step sees one global batch.
     """
 
     def __init__(self, curriculum: Curriculum) -> None:

@@ -1,4 +1,4 @@
-"""POCL in TRL's `GKDTrainer`: on-policy distillation, or off-policy with `lmbda=0`, through a curriculum.
+"""POCL in TRL's `GKDTrainer`: on-policy distillation, or off-policy with `lmbda=0`, with a curriculum.
 
     curriculum = Curriculum.from_run("runs", "dolly")
     trainer = CurriculumGKDTrainer(
@@ -7,9 +7,9 @@
     )
     trainer.train()
 
-What TRL 1.16 leaves out, and is added here: its loss runs at temperature 1 whatever `temperature` says (that one is for
-sampling alone, and stays so), it has no kd_ratio, and with several processes its gradient comes out smaller by their
-number. Rows, generation with `lmbda` and `seq_kd`, and collation are TRL's own.
+This class adds three things that TRL 1.16 lacks. TRL's loss always has temperature 1 (its `temperature` is for sampling
+alone, here too). TRL has no kd_ratio. And with several processes its gradient is too small by a factor of their number.
+Rows, generation with `lmbda` and `seq_kd`, and collation are TRL's own.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class CurriculumGKDTrainer(DistillationMixin, GKDTrainer):
     """`GKDTrainer` with the rows, stages, temperature and kd_ratio of a curriculum.
 
     Args:
-        curriculum: The plan.
-        loss: A divergence of `pocl_ray.distill.losses`; None: TRL's own, the generalized JSD with the `beta` of the
-            arguments.
+        curriculum: Plan of the stages.
+        loss: Divergence of `pocl_ray.distill.losses`; None for TRL's own, the generalized JSD with the arguments'
+            `beta`.
         loss_args: Parameters of that loss.
-        scale_by_t_squared: Multiply by the temperature squared; None: as the loss's authors do (TRL does not).
+        scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do (TRL
+            does not).
 
     Raises:
-        UserError: Data set, batch, arguments or loss do not fit.
+        UserError: Data set, batch, arguments or loss do not fit the plan.
     """
 
     def __init__(

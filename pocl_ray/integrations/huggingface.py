@@ -1,8 +1,8 @@
 """POCL in a Hugging Face `Trainer`: the order of rows, stages, temperature and kd_ratio of a curriculum.
 
-`CurriculumMixin` goes in front of a trainer class that draws training rows with a sampler: ranking and stages.
-`DistillationMixin` brings the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)`, with the divergences of
-pocl-ray. `CurriculumTrainer` is both on top of `transformers.Trainer`:
+`CurriculumMixin` adds ranking and stages to a trainer class that draws training rows with a sampler; it is the first
+base class. `DistillationMixin` adds the loss `(1 - kd_ratio) * ce + kd_ratio * kd(kd_temperature)` with the divergences
+of pocl-ray. `CurriculumTrainer` is `transformers.Trainer` with both:
 
     curriculum = Curriculum.from_run("runs", "dolly")
     trainer = CurriculumTrainer(student, args, train_dataset=rows, curriculum=curriculum, teacher_model=teacher)
@@ -44,12 +44,12 @@ else:
 
 
 class CurriculumCallback(TrainerCallback):
-    """Ties a training to its curriculum: fresh moments at stage borders, and no resuming with another plan.
+    """A callback that resets the moments at stage borders, and refuses to resume with another plan.
 
     Args:
-        curriculum: The plan.
-        on_point: Called before each optimizer step with where it is, for trainers that read their settings from
-            attributes, such as `lambda point: setattr(trainer, "temperature", point.kd_temperature)`.
+        curriculum: Plan of the stages.
+        on_point: Function that is called with the step's place before each optimizer step, for trainers that read their
+            settings from attributes, such as `lambda point: setattr(trainer, "temperature", point.kd_temperature)`.
     """
 
     def __init__(self, curriculum: Curriculum, on_point: Callable[[Point], None] | None = None) -> None:
@@ -58,7 +58,7 @@ class CurriculumCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to go on from a checkpoint of another plan; write the plan's digest into those to come.
+        """Refuse a checkpoint of another plan, and store this plan's digest for later checkpoints.
 
         Raises:
             ConfigError: The checkpoint was not trained with this curriculum.
@@ -76,23 +76,23 @@ class CurriculumCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restart the optimizer where a stage asks for it, and tell of the step's settings."""
+        """Restart the optimizer if a new stage requires it, and pass on the step's settings."""
         point = self.curriculum.at(state.global_step)
         if point.stage > 0 and point.stage_step == 0 and self.curriculum.stages[point.stage].restart_optimizer:
-            kwargs["optimizer"].state.clear()  # torch's optimizers make fresh moments where they find none
+            kwargs["optimizer"].state.clear()  # torch's optimizers create new moments if there are none
         if self.on_point is not None:
             self.on_point(point)
 
 
 class CurriculumMixin(_Trainer):
-    """Trains through the stages of a curriculum; goes in front of a trainer class.
+    """A mixin that trains through the stages of a curriculum; it comes before the trainer class.
 
-    `class MyTrainer(CurriculumMixin, TheirTrainer)` takes all that their trainer takes, and the curriculum. `max_steps`
-    becomes the length of the plan, which is one epoch to the trainer: set evaluation, saving and logging by steps.
-    A loss of yours finds the settings of the step in `self.point`.
+    `class MyTrainer(CurriculumMixin, TheirTrainer)` takes all arguments of their trainer, and the curriculum.
+    `max_steps` becomes the length of the plan. The plan is one epoch for the trainer, so set evaluation, saving and
+    logging by steps. A loss of your own reads the settings of the step from `self.point`.
 
     Args:
-        curriculum: The plan.
+        curriculum: Plan of the stages.
 
     Raises:
         UserError: Data set, batch or arguments do not fit the plan.
@@ -108,7 +108,7 @@ class CurriculumMixin(_Trainer):
 
     @property
     def point(self) -> Point:
-        """Where the optimizer step at hand is in the curriculum."""
+        """The place of the current optimizer step in the curriculum."""
         return self.curriculum.at(self.state.global_step)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
@@ -137,10 +137,10 @@ class CurriculumMixin(_Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Return the LR schedule of the arguments; one for each stage where stages restart the optimizer.
+        """Return the LR schedule of the arguments, once for each stage if stages restart the optimizer.
 
         Raises:
-            ConfigError: The kind of schedule cannot be restarted.
+            ConfigError: This kind of schedule cannot be restarted.
         """
         if not self.curriculum.restarts or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -151,7 +151,7 @@ class CurriculumMixin(_Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the stage of the last step beside the losses of training."""
+        """Log the losses of training together with the stage of the last step."""
         if "loss" in logs:
             logs = {**logs, **self._curriculum_logs(self.curriculum.at(self.state.global_step - 1))}
         super().log(logs, start_time)
@@ -161,18 +161,18 @@ class CurriculumMixin(_Trainer):
 
 
 class DistillationMixin(CurriculumMixin):
-    """Distils with pocl-ray's loss at the temperature and kd_ratio of the step; needs `self.teacher_model`.
+    """A mixin with pocl-ray's distillation loss at the step's temperature and kd_ratio; it needs `self.teacher_model`.
 
-    The loss is a sum over response tokens (labels other than -100), divided by their number in the whole optimizer
-    step, over all processes. In evaluation it is the divergence alone at temperature 1, so that stages can be compared.
+    The loss is a sum over response tokens (labels other than -100), divided by their number in the optimizer step over
+    all processes. In evaluation it is the divergence alone at temperature 1, so that stages can be compared.
 
     Args:
-        loss: A divergence of `pocl_ray.distill.losses`, or a plug-in's.
-        loss_args: Its parameters.
-        scale_by_t_squared: Multiply by the temperature squared; None: as the loss's authors do.
+        loss: Divergence of `pocl_ray.distill.losses`, or of a plug-in.
+            loss_args: Parameters of the loss.
+            scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do.
 
     Raises:
-        UserError: The loss is unknown; or what `CurriculumMixin` raises.
+        UserError: The loss is unknown; or as in `CurriculumMixin`.
     """
 
     teacher_model: Any
@@ -189,7 +189,7 @@ class DistillationMixin(CurriculumMixin):
         super().__init__(*args, **kwargs)
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ConfigError("compute_loss_func and label_smoothing_factor do not go with the distillation loss")
-        self.model_accepts_loss_kwargs = True  # or the trainer would not count the response tokens of a step
+        self.model_accepts_loss_kwargs = True  # otherwise the trainer would not count the response tokens of a step
 
     def compute_loss(
         self,
@@ -198,7 +198,7 @@ class DistillationMixin(CurriculumMixin):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch, and the student's outputs where asked."""
+        """Return the loss of a batch, and the student's outputs if they are requested."""
         if self.teacher_model is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
@@ -226,7 +226,7 @@ class DistillationMixin(CurriculumMixin):
         return ((1 - point.kd_ratio) * ce_N + point.kd_ratio * kd_N).sum()
 
     def _normaliser(self, num_items_in_batch: Tensor | int | None, targets_N: Tensor) -> Tensor | float:
-        """What the sum is divided by; gradients are averaged over processes, which is undone here."""
+        """The divisor of the sum. It undoes the average of gradients over processes."""
         if num_items_in_batch is None:
             return max(1, targets_N.numel())
         spread = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -241,10 +241,10 @@ class DistillationMixin(CurriculumMixin):
 
 
 class CurriculumTrainer(DistillationMixin, Trainer):
-    """`transformers.Trainer` that distils through a curriculum, or trains on the references without a teacher.
+    """A `transformers.Trainer` that distils with a curriculum, or trains on the references if there is no teacher.
 
     Args:
-        teacher_model: The frozen teacher, whole on every process. Without one the loss is the student's own, and
+        teacher_model: Frozen teacher, complete on every process. Without one the loss is the model's own, and
             temperature and kd_ratio of the curriculum do not apply.
     """
 
@@ -256,7 +256,7 @@ class CurriculumTrainer(DistillationMixin, Trainer):
 
 
 def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
-    """Refuse what would silently train on other rows, or not as planned."""
+    """Refuse arguments with which the trainer would silently use other rows or another plan."""
     args = trainer.args
     num_steps = curriculum.num_steps
     wrong: UserError | None = None
@@ -277,7 +277,7 @@ def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
 def _restarting_schedule(
     curriculum: Curriculum, args: TrainingArguments, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a schedule that runs through the one of the arguments in every stage."""
+    """The schedule that repeats the arguments' schedule in every stage."""
     factors: list[Callable[[int], float]] = []
     for stage in curriculum.stages:
         dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)

@@ -1,1 +1,1 @@
-"""Teachers and students: loading, cutting a student from its teacher, importing GGUF, caching hidden states."""
+"""Teachers and students: loading, cutting a student from its teacher, adapters, import of GGUF files."""

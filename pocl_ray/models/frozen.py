@@ -1,4 +1,4 @@
-"""The teacher in memory: for scoring, which fills the cache, and for runs without a cache.
+"""The teacher in memory, for scoring, which fills the cache, and for training without a cache.
 
 Legend: B batch, T tokens, N response tokens in one flat axis, K the teacher's hidden size.
 """
@@ -21,12 +21,12 @@ from pocl_ray.models.places import ModelRef, read_config
 class LiveTeacher:
     """A frozen teacher on one device.
 
-    Load it before any `HfDeepSpeedConfig` lives: while one does, transformers partitions every model that it loads,
-    the teacher too, over the ranks of ZeRO-3.
+    Load it before an `HfDeepSpeedConfig` object exists. While one exists, transformers partitions every model that it
+    loads over the ranks of ZeRO-3, including the teacher.
 
     Attributes:
-        head: its LM head, for logits of the hidden states.
-        model: the model itself, in eval mode and without gradients, for generation.
+        head: LM head, which turns hidden states into logits.
+            model: Model in eval mode and without gradients, for generation.
     """
 
     def __init__(self, ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
@@ -39,37 +39,37 @@ class LiveTeacher:
         """Return the final hidden states of response positions.
 
         Args:
-            input_ids_BT: token ids, padded on the right, on any device.
-            attention_mask_BT: 1 for tokens, 0 for padding.
-            response_index_N: flat positions `b * T + t`.
+            input_ids_BT: Token ids, padded on the right, on any device.
+            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+            response_index_N: Flat positions `b * T + t`.
 
         Returns:
-            teacher_hidden_NK, on the teacher's device and in its dtype, without gradient.
+            teacher_hidden_NK, on the teacher's device, in its dtype, without gradient.
         """
         parts = [tensor.to(self.model.device) for tensor in (input_ids_BT, attention_mask_BT, response_index_N)]
         with torch.inference_mode():
             hidden_NK = self._parts.response_hidden(*parts)
-        return hidden_NK.clone()  # made outside: autograd refuses to save an inference tensor, and losses may want to
+        return (
+            hidden_NK.clone()
+        )  # cloned outside inference mode: autograd cannot save an inference tensor, and a loss may need to
 
 
 # A frozen teacher split over the training workers: ZeRO stage 3 without an optimizer.
 #
-# Each worker holds its share of every weight. A layer's weights are gathered when it runs and let go behind it, so
-# that a teacher takes its size divided by the number of workers, and room for a layer. The price is that all workers
-# run it together, equally often: a forward pass is collective.
-#
-# Legend: B batch, T tokens, N response tokens in one flat axis, K the teacher's hidden size.
+# Each worker holds a share of every weight. The weights of a layer are gathered when the layer runs, and released after
+# it. So a worker needs memory for its share of the teacher and for one layer. The price is that a forward pass is
+# collective: all workers must run it together, equally often.
 
 
 class _Body(nn.Module):
-    """What DeepSpeed wraps: it learns the order of the layers from calls of this module alone."""
+    """The module that DeepSpeed wraps: DeepSpeed learns the order of the layers from calls of this module alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor, whole: bool = False) -> Tensor:
-        """Hidden states at the positions; of the `whole` model its own logits there."""
+        """Return the hidden states at the positions, or with `whole` the model's own logits there."""
         if not whole:
             return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
         output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
@@ -77,23 +77,26 @@ class _Body(nn.Module):
 
 
 class ShardedTeacher:
-    """A frozen teacher of which each worker holds a part; making and calling it is collective.
+    """A frozen teacher of which each worker holds a part. Construction and calls are collective.
 
     Attributes:
-        head: Its LM head, whole on every worker.
+        head: LM head, complete on every worker.
     """
 
     def __init__(self, ref: ModelRef, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Load the teacher in parts. DeepSpeed must be imported and joined to the process group.
+        """Load the teacher in parts. DeepSpeed must be imported and use the process group.
 
         Raises:
-            ModelError: It cannot be loaded, or not in this dtype on this device, or head and body are not the model.
+            ModelError: The model cannot be loaded, or not in this dtype on this device, or it cannot be split into body
+                and head.
         """
         import deepspeed
 
         dtype = dtype or _dtype_of(ref)
         config = _inference_config(ref, dtype, deepspeed.get_accelerator())
-        partitions = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions what it loads
+        partitions = HfDeepSpeedConfig(
+            config
+        )  # while this object exists, from_pretrained partitions the model that it loads
         model = load_model(ref, device=device, dtype=dtype).requires_grad_(False)
         del partitions
         parts = split_model(model)
@@ -110,15 +113,15 @@ class ShardedTeacher:
 
     @torch.no_grad()
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
-        """Return the final hidden states of response positions; all workers call it together.
+        """Return the final hidden states of response positions; all workers must call this together.
 
         Args:
-            input_ids_BT: token ids, padded on the right; another batch on each worker.
-            attention_mask_BT: 1 for tokens, 0 for padding.
-            response_index_N: flat positions `b * T + t`.
+            input_ids_BT: Token ids, padded on the right; each worker has another batch.
+            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+            response_index_N: Flat positions `b * T + t`.
 
         Returns:
-            teacher_hidden_NK, on the teacher's device and in its dtype, without gradient.
+            teacher_hidden_NK, on the teacher's device, in its dtype, without gradient.
         """
         inputs = (part.to(self.device) for part in (input_ids_BT, attention_mask_BT, response_index_N))
         hidden_NK: Tensor = self._engine(*inputs)
@@ -133,7 +136,7 @@ class ShardedTeacher:
 
 
 def _dtype_of(ref: ModelRef) -> torch.dtype:
-    """The dtype to load in, which DeepSpeed must know before; float32 where the model does not say."""
+    """The dtype to load in, which DeepSpeed must know beforehand; float32 if the model names none."""
     config = read_config(ref)
     name = ref.dtype if ref.dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)

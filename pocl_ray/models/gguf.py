@@ -1,11 +1,11 @@
-"""From a GGUF file to a Hugging Face directory of safetensors, once.
+"""Conversion of a GGUF file to a Hugging Face directory of safetensors.
 
-transformers reads GGUF directly, but takes about twenty seconds for 135M parameters each time, and every Ray worker
-would pay it. The directory made here loads in a fraction of a second.
+transformers reads GGUF directly, but each time it takes about twenty seconds for 135M parameters, and every Ray worker
+would need that time. The converted directory loads in a fraction of a second.
 
 The weights are stored as float32. A 4-bit block stands for `scale * q + minimum` with float16 scale and minimum, whose
-values float32 holds exactly; bfloat16 would round each a second time (by up to 0.4 %). Who wants bfloat16 at run time
-asks for it when loading.
+values float32 holds exactly. bfloat16 would round each value a second time (by up to 0.4 %). It can be chosen at run
+time, when the model is loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GGUF_MAGIC = b"GGUF"
 
 
 def is_imported(directory: Path, source_sha256: str) -> bool:
-    """Tell whether `directory` holds a finished import of the GGUF file with this hash, every file unchanged."""
+    """Return whether `directory` holds a finished import of the GGUF file with this hash, with every file unchanged."""
     try:
         record = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -43,19 +43,20 @@ def is_imported(directory: Path, source_sha256: str) -> bool:
 
 
 def import_gguf(gguf_path: Path, directory: Path, on_step: Callable[[str], None] = lambda _: None) -> Path:
-    """Convert a GGUF file to a Hugging Face directory, unless the directory already holds just that.
+    """Convert a GGUF file to a Hugging Face directory, unless the directory already holds it.
 
     Args:
-        gguf_path: the file; architecture and quantization must be ones that transformers can read.
-        directory: where to; replaced as a whole when it holds something else of ours, refused when it is foreign.
-        on_step: called with a few words when a step begins, for progress output.
+        gguf_path: GGUF file, with an architecture and a quantization that transformers can read.
+            directory: Target directory. It is replaced if it holds another import, and refused if it holds other files.
+            on_step: Function that is called with a short description when a step begins, for progress output.
 
     Returns:
-        The directory: float32 safetensors, tokenizer with chat template, generation config, and a record of hashes.
+        The directory, with float32 safetensors, tokenizer with chat template, generation config, and a record of
+        hashes.
 
     Raises:
-        ModelError: no such file, not GGUF, an architecture that transformers cannot convert, or a foreign directory.
-        StorageError: the place cannot be written.
+        ModelError: The file is missing or is not GGUF, transformers cannot convert its architecture, or the directory
+            holds other files. StorageError: The place cannot be written.
     """
     gguf_path, directory = Path(gguf_path), Path(directory)
     _check_is_gguf(gguf_path)
@@ -75,10 +76,10 @@ def import_gguf(gguf_path: Path, directory: Path, on_step: Callable[[str], None]
 
 
 def check_replaceable(directory: Path) -> None:
-    """Refuse a directory that holds files which no import has written.
+    """Refuse a directory that holds files that no import has written.
 
     Raises:
-        ModelError: the directory is not empty and carries no import record, or it is a file.
+        ModelError: The directory is not empty and has no import record, or it is a file.
     """
     if directory.is_file():
         raise ModelError(f"{directory}: is a file; name a directory")
@@ -95,10 +96,10 @@ def _check_is_gguf(path: Path) -> None:
 
 
 def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, with nothing left in the config that says they were ever quantized."""
+    """The model and the tokenizer, without any trace of quantization in the config."""
     folder, name = str(path.parent), path.name
     try:
-        with quiet_transformers(), redirect_stderr(StringIO()):  # its tqdm bars would tear our own progress line
+        with quiet_transformers(), redirect_stderr(StringIO()):  # its tqdm bars would break our progress line
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, ImportError) as error:
@@ -107,14 +108,14 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
-    # Set as plain attributes: saving asks them whether the weights are still quantized.
+    # Plain attributes, because saving reads them to learn whether the weights are still quantized.
     object.__setattr__(model, "hf_quantizer", None)
     object.__setattr__(model, "is_quantized", False)
     return model, tokenizer
 
 
 def _check_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Read everything back and hold it against what was in memory: a full disk must not pass for a model."""
+    """Read all files back and compare them with the memory: a full disk must not go unnoticed."""
     with quiet_transformers():
         written = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
     expected = model.state_dict()

@@ -1,4 +1,4 @@
-"""The head of a model read straight from its safetensors: 1 GB of a 7B model instead of 15."""
+"""Loading of a model's head alone from its safetensors: 1 GB of a 7B model in place of 15 GB."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _INDEX = "model.safetensors.index.json"
 
 
 def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> HeadWeights:
-    """Load a model's head alone.
+    """Return a model's head, loaded without the rest of the model.
 
-    The names of its tensors are asked of the model's own class, made without memory (on the meta device); only these
-    tensors are then read, and of a Hub model only the shard that holds them is downloaded. The whole model is loaded
-    where that cannot tell: a class that comes with the model (`trust_remote_code`), quantized weights, tensors
-    saved under names of an older layout, or an adapter that changes the head.
+    The model's own class, built without memory on the meta device, gives the names of the head's tensors. Only these
+    tensors are read, and only their shard of a Hub model is downloaded. The whole model is loaded if that is not
+    possible: for a class that comes with the model (`trust_remote_code`), quantized weights, tensors under the names of
+    an older layout, or an adapter that changes the head.
 
     Args:
-        ref: the model.
-        device: where to put the head.
-        dtype: overrides `ref.dtype`; with neither, the dtype that the model would be loaded in.
+        ref: Model.
+            device: Device of the head.
+            dtype: Dtype that overrides `ref.dtype`; without either, the dtype that the model would be loaded in.
 
     Raises:
-        ModelError: as `load_model`.
+        ModelError: As in `load_model`.
     """
     check_place(ref)
     config = AutoConfig.from_pretrained(
@@ -49,7 +49,7 @@ def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dt
 
 
 def _dtype_of(ref: ModelRef, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype that load_model would use; None is that of the stored tensor."""
+    """The dtype that load_model would use; None means the dtype of the stored tensor."""
     if ref.dtype != "auto":
         return getattr(torch, ref.dtype)
     return config.dtype if isinstance(config.dtype, torch.dtype) else None
@@ -74,14 +74,14 @@ def _read_head(ref: ModelRef, config: PreTrainedConfig) -> tuple[Tensor, Tensor 
 
 
 def _names_of(skeleton: PreTrainedModel, parameter: Tensor) -> list[str]:
-    """All names that a parameter may be saved under, a tied embedding's first; base models save without the prefix."""
+    """All names that a parameter may be saved under, a tied embedding's first. Base models save without the prefix."""
     names = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is parameter]
     prefix = f"{skeleton.base_model_prefix}."
     return names + [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def _find_tensor(ref: ModelRef, names: list[str], shape: torch.Size) -> Tensor | None:
-    """Read the first of the named tensors that there is, if its shape is right."""
+    """The first of the named tensors that exists, if it has the right shape."""
     path = find_file(ref, _SINGLE)
     if path is not None:
         return _read_tensor(path, names, shape)

@@ -1,11 +1,12 @@
-"""The two halves of a language model: the body that makes hidden states, and the head that turns them into logits.
+"""The two parts of a language model: the body computes hidden states, and the head turns them into logits.
 
-Logits are wanted at response positions only, and a cached teacher is its head alone. So a model is split where it is
-narrowest: the final hidden state, after the last norm (and after OPT-350m's projection). Logits are
+Logits are needed at response positions only, and training with a cached teacher needs its head alone. So a model is
+split where it is narrowest: at the final hidden state, after the last norm (and after OPT-350m's projection). Logits
+are
 
     logits = softcap * tanh(z / softcap),   z = multiplier / divisor * (hidden @ weight^T + bias)
 
-with each of softcap, multiplier and divisor absent in most families (Gemma caps, Cohere multiplies, Granite divides).
+Most families have no softcap, multiplier or divisor (Gemma has a cap, Cohere a multiplier, Granite a divisor).
 
 Legend: B batch, T tokens, V vocabulary, H hidden, N response tokens in one flat axis.
 """
@@ -32,12 +33,12 @@ _FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the head's linear output.
+    """The transform of a model family that follows the head's linear layer.
 
     Attributes:
-        multiplier: Cohere's `logit_scale`.
-        divisor: Granite's `logits_scaling`.
-        softcap: Gemma's `final_logit_softcapping`.
+        multiplier: Multiplier of the logits, Cohere's `logit_scale`.
+            divisor: Divisor of the logits, Granite's `logits_scaling`.
+            softcap: Limit of the logits, Gemma's `final_logit_softcapping`.
     """
 
     multiplier: float | None = None
@@ -46,7 +47,7 @@ class LogitTransform:
 
     @staticmethod
     def of(config: PreTrainedConfig) -> LogitTransform:
-        """Read it from a model's config."""
+        """Return the transform of a model's config."""
         return LogitTransform(
             multiplier=getattr(config, "logit_scale", None),
             divisor=getattr(config, "logits_scaling", None),
@@ -54,7 +55,7 @@ class LogitTransform:
         )
 
     def __call__(self, logits_NV: Tensor) -> Tensor:
-        """Apply it, in the order that transformers does."""
+        """Return the transformed logits; the order of operations is that of transformers."""
         if self.multiplier is not None:
             logits_NV = logits_NV * self.multiplier
         if self.divisor is not None:
@@ -66,12 +67,12 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The live modules of a model; calling them goes through their hooks, which ZeRO-3 needs.
+    """The modules of a loaded model. A call runs their hooks, which ZeRO-3 needs.
 
     Attributes:
-        body: makes the final hidden states.
-        head: the linear layer of the vocabulary.
-        transform: what follows the linear layer.
+        body: Module that computes the final hidden states.
+            head: Linear layer of the vocabulary.
+            transform: Transform after the linear layer.
     """
 
     body: nn.Module
@@ -79,23 +80,23 @@ class ModelParts:
     transform: LogitTransform
 
     def response_hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
-        """Return final hidden states (N, H) at flat positions `b * T + t` of right-padded input."""
+        """Return the final hidden states (N, H) at flat positions `b * T + t` of right-padded input."""
         output = self.body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
         return output.last_hidden_state.flatten(0, 1).index_select(0, index_N)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return logits (N, V) of final hidden states."""
+        """Return the logits (N, V) of final hidden states."""
         return self.transform(self.head(hidden_NH))
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """The head of a frozen model by itself; picklable.
+    """The head of a frozen model without the body; picklable.
 
     Attributes:
-        weight_VH: rows of the vocabulary, possibly padded.
-        bias_V: or None, as nearly everywhere.
-        transform: what follows the linear layer.
+        weight_VH: Weight with one row for each token id, possibly padded.
+            bias_V: Bias; None in nearly all families.
+            transform: Transform after the linear layer.
     """
 
     weight_VH: Tensor
@@ -104,21 +105,21 @@ class HeadWeights:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows, padding included."""
+        """The number of rows, including padding."""
         return self.weight_VH.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states that it takes."""
+        """The width of the hidden states that the head takes."""
         return self.weight_VH.shape[1]
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return logits (N, V), in the dtype of the weight, of hidden states (N, H) of any floating dtype."""
+        """Return logits (N, V) in the dtype of the weight; the hidden states (N, H) may have any floating dtype."""
         hidden_NH = hidden_NH.to(self.weight_VH.dtype)
         return self.transform(functional.linear(hidden_NH, self.weight_VH, self.bias_V))
 
     def cut(self, vocab_size: int) -> HeadWeights:
-        """Return the head of the first `vocab_size` tokens: what padded vocabularies have in common."""
+        """Return the head of the first `vocab_size` tokens, which padded vocabularies have in common."""
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
         return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
 
@@ -144,10 +145,10 @@ class HeadWeights:
 
     @staticmethod
     def load(path: Path) -> HeadWeights:
-        """Read what `save` wrote.
+        """Return a head that `save` wrote.
 
         Raises:
-            ModelError: no such file, not a head, or one of another version.
+            ModelError: The file is missing, is not a head, or is from another version.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -165,10 +166,10 @@ class HeadWeights:
 
 
 def split_model(model: PreTrainedModel) -> ModelParts:
-    """Split a causal language model into the modules that make hidden states and logits.
+    """Return the modules of a causal language model that compute hidden states and logits.
 
     Raises:
-        ModelError: the model has no output layer of its own.
+        ModelError: The model has no output layer.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -180,19 +181,19 @@ def response_hidden(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask
     """Return the final hidden states of response positions.
 
     Args:
-        model: a causal language model.
-        input_ids_BT: token ids, padded on the right.
-        attention_mask_BT: 1 for tokens, 0 for padding.
-        index_N: flat positions `b * T + t`.
+        model: Causal language model.
+            input_ids_BT: Token ids, padded on the right.
+            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+            index_N: Flat positions `b * T + t`.
 
     Returns:
-        Hidden states (N, H), such that `head_of(model).logits` of them are the model's logits there.
+        Hidden states (N, H). `head_of(model).logits` turns them into the model's logits at these positions.
     """
     return split_model(model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
 
 
 def head_of(model: PreTrainedModel) -> HeadWeights:
-    """Return the head of a loaded model; it shares the model's memory and carries no gradient."""
+    """Return the head of a loaded model. It shares the model's memory and has no gradient."""
     parts = split_model(model)
     weight_VH = parts.head.weight
     bias_V = getattr(parts.head, "bias", None)
@@ -202,12 +203,12 @@ def head_of(model: PreTrainedModel) -> HeadWeights:
 
 @torch.no_grad()
 def check_split(model: PreTrainedModel) -> None:
-    """Check on a few tokens that body and head together are the model.
+    """Check on a few tokens that body and head together give the model's logits.
 
-    A family whose logits take a turn that `LogitTransform` does not know must not be distilled wrongly in silence.
+    A family with a transform that `LogitTransform` does not know must not be silently distilled with wrong logits.
 
     Raises:
-        ModelError: body and head give other logits than the model does.
+        ModelError: Body and head give other logits than the model.
     """
     was_training = model.training
     model.eval()
@@ -224,10 +225,10 @@ def check_split(model: PreTrainedModel) -> None:
 
 
 def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
-    """Hold the logits of head and hidden states against the model's own.
+    """Compare the logits of head and hidden states with the model's own.
 
     Raises:
-        ModelError: They differ by more than rounding.
+        ModelError: The logits differ by more than rounding.
     """
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):

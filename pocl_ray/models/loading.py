@@ -1,7 +1,7 @@
-"""Loading teachers, students and tokenizers, with one clear line when that cannot work.
+"""Loading of teachers, students and tokenizers, with one clear line if that fails.
 
-Only safetensors are read: a pickled `.bin` may run any code. Nothing of a model's own Python code runs unless
-`trust_remote_code` is asked for.
+Only safetensors are read, since a pickled `.bin` may run any code. A model's own Python code runs only if
+`trust_remote_code` is set.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pocl_ray.models.lora import merged_with_adapter
 from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
 from pocl_ray.models.saving import quiet_transformers, save_model
 
-# Frozen models in 8 bit, through bitsandbytes (LLM.int8(), arXiv 2208.07339), which is an extra.
+# Frozen models in 8 bit, by bitsandbytes (LLM.int8(), arXiv 2208.07339), which is an extra.
 #
-# The linear layers of the body are quantized; embeddings and the LM head stay as they are, so that hidden states and
-# head work as everywhere. Meant for CUDA GPUs; CPUs do it too.
+# The linear layers of the body are quantized. Embeddings and the LM head are not, so that hidden states and head work
+# as in other models. It is meant for CUDA GPUs, and also works on CPUs.
 
 INSTALL = "pip install 'pocl-ray[int8]'"
 
@@ -39,7 +39,7 @@ def check_int8(name: str) -> None:
     """Check that a model can be loaded in 8 bit.
 
     Args:
-        name: The model, or its key in the config.
+        name: Name of the model, or its key in the config.
 
     Raises:
         ResourceError: bitsandbytes is not installed.
@@ -49,13 +49,13 @@ def check_int8(name: str) -> None:
 
 
 def int8_options(name: str, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that load a model in 8 bit, straight to its device.
+    """Return the arguments of `from_pretrained` that load a model in 8 bit, directly onto its device.
 
     Raises:
         ResourceError: bitsandbytes is not installed.
     """
     check_int8(name)
-    # Its products are taken in float16, which it says at every one of them.
+    # It computes products in float16, and prints a warning for each of them.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
 
@@ -80,22 +80,21 @@ def load_model(
     dtype: torch.dtype | None = None,
     eval_mode: bool = True,
 ) -> PreTrainedModel:
-    """Load a causal language model, its adapter merged where it has one.
+    """Return a causal language model, with its adapter merged if it has one.
 
     Args:
-        ref: what to load.
-        device: where to put it.
-        dtype: overrides `ref.dtype`.
-        eval_mode: switch dropout off (teachers, scoring, generation); False for a model about to be trained.
+        ref: Model to load.
+            device: Device of the model.
+            dtype: Dtype that overrides `ref.dtype`.
+            eval_mode: Whether dropout is off (teachers, scoring, generation); False for a model that will be trained.
 
     Returns:
-        The model. Its embedding passes gradients for the eos token even where that doubles as the pad token.
+        The model. Its embedding has a gradient for the eos token, even if that is also the pad token.
 
     Raises:
-        ModelError: nothing there, weights that are unsafe, missing, damaged or of another shape than config.json
-            says, an unknown architecture, an attention implementation that is not available, or an adapter that
-            does not fit.
-        ResourceError: a GPU is asked for where there is none, or 8 bit where that cannot be.
+        ModelError: The model is missing; its weights are unsafe, missing, damaged or of another shape than in
+            config.json; its architecture is unknown; its attention implementation is not available; or its adapter does
+            not fit. ResourceError: The machine has no GPU but one is requested, or 8 bit is not possible.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -129,15 +128,15 @@ def load_model(
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has an eos and a pad token; pad becomes eos where there is none.
+    """Return a tokenizer with an eos token and a pad token; eos is used as pad if there is none.
 
     Args:
-        path: a local directory or a Hub id.
-        revision: branch, tag or commit of a Hub id.
-        trust_remote_code: run Python code that comes with the tokenizer.
+        path: Local directory or Hub id.
+            revision: Branch, tag or commit of a Hub id.
+            trust_remote_code: Whether Python code that comes with the tokenizer may run.
 
     Raises:
-        ModelError: no tokenizer there, or one without an eos token.
+        ModelError: There is no tokenizer, or it has no eos token.
     """
     ref = ModelRef(path, revision=revision, trust_remote_code=trust_remote_code)
     try:
@@ -154,33 +153,33 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
 
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Check that each token id means the same to both models.
+    """Check that each token id means the same token for both models.
 
-    Embeddings may be padded to different sizes: that is a matter of the models, not of the tokenizers.
+    Embeddings may be padded to different sizes; that concerns the models and not the tokenizers.
 
     Raises:
-        ModelError: the vocabularies differ; the message names the token with the smallest id that does.
+        ModelError: The vocabularies differ. The message names the differing token with the smallest id.
     """
     teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
     differing = teacher_ids.items() ^ student_ids.items()
     if not differing:
         return
     token, _ = min(differing, key=lambda item: (item[1], item[0]))
-    place = f"token {token!r} is {_told(teacher_ids.get(token))} for the teacher"
+    place = f"token {token!r} is {_id_text(teacher_ids.get(token))} for the teacher"
     remedy = "distillation compares token by token and needs one tokenizer; teacher.cross_tokenizer: uld bridges two"
-    raise ModelError(f"tokenizers differ: {place} and {_told(student_ids.get(token))} for the student; {remedy}")
+    raise ModelError(f"tokenizers differ: {place} and {_id_text(student_ids.get(token))} for the student; {remedy}")
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once."""
+    """Return the number of parameters; tied parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def release_eos_row(model: PreTrainedModel) -> None:
-    """Let the input embedding of eos be trained where eos doubles as pad.
+    """Make the input embedding of eos trainable if eos is also the pad token.
 
-    `nn.Embedding(padding_idx=...)` gives that row no gradient. With pad = eos the row of a real token would stand still
-    for ever. The forward pass is unaffected; padding is kept out by the attention mask and the labels.
+    `nn.Embedding(padding_idx=...)` gives that row no gradient. With pad = eos the row of a real token would never
+    change. The forward pass stays the same; the attention mask and the labels exclude padding.
     """
     embedding: Any = model.get_input_embeddings()
     eos = model.config.eos_token_id
@@ -194,7 +193,7 @@ def _location(ref: ModelRef) -> str:
 
 
 def _check_complete(ref: ModelRef, report: dict[str, Any]) -> None:
-    """transformers fills missing weights with random numbers and warns; here that is an error."""
+    """Refuse missing weights, which transformers fills with random numbers after a warning."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"{ref.path}: its safetensors lack {missing[0]} ({len(missing)} tensors in all are missing)")
@@ -203,7 +202,7 @@ def _check_complete(ref: ModelRef, report: dict[str, Any]) -> None:
         raise ModelError(f"{ref.path}: {mismatched[0][0]} has another shape than config.json says")
 
 
-def _told(token_id: int | None) -> str:
+def _id_text(token_id: int | None) -> str:
     return "absent" if token_id is None else f"id {token_id}"
 
 

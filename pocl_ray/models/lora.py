@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: put into a student, written, and merged into a model's weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: how they are added to a student, written, and merged.
 
-An adapter of a linear layer with weight W, of shape (out, in), adds `alpha / rank * B A` to it; A and B alone are
-trained, of shapes (rank, in) and (out, rank). They are put inside the layers: the student keeps its class, its body and
-its head, so that all that works on a model works on it. The LM head gets none: the loss takes its weight directly, in
-chunks, and where it is tied to the embedding an adapter on one of the two could not be merged.
+An adapter adds `alpha / rank * B A` to the weight W, of shape (out, in), of a linear layer. Only A and B are trained;
+their shapes are (rank, in) and (out, rank). Adapters are placed inside the layers. The student keeps its class, its
+body and its head, so that all code for models also works on it. The LM head gets no adapter: the loss uses its weight
+directly, in chunks, and an adapter on a head that is tied to the embedding could not be merged.
 
-peft is imported where it is used: it is an extra.
+peft is imported where it is used, because it is an extra.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from pocl_ray.models.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef, ad
 from pocl_ray.models.saving import atomic_directory, write_model_files
 
 ADAPTER = "adapter"
-"""The folder of a student's adapters inside its directory."""
+"""The name of the adapters' folder inside a student's directory."""
 
 _NAME = "default"
-_PREFIX = "base_model.model."  # what peft puts before a module's name in its files
+_PREFIX = "base_model.model."  # prefix of module names in peft's files
 
 
 def import_peft(place: str) -> Any:
-    """Return peft.
+    """Return the module peft.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: peft is not installed.
     """
     try:
         return importlib.import_module("peft")
@@ -55,11 +55,11 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) 
     """Return the full names of the linear layers that get an adapter.
 
     Args:
-        model: The student; may be on the meta device.
-        target_modules: Names, or ends of names at a dot; None for every linear layer but the LM head.
+        model: Student; it may be on the meta device.
+        target_modules: Names of layers, or ends of names after a dot; None for every linear layer except the LM head.
 
     Raises:
-        ConfigError: A target matches no linear layer, or the LM head; the message names the layers that exist.
+        ConfigError: A target matches no linear layer, or it is the LM head. The message names the existing layers.
     """
     head = split_model(model).head
     linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -78,14 +78,14 @@ def target_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) 
 
 
 def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
-    """Put fresh adapters into a student, in place, and freeze everything else.
+    """Add new adapters to a student, in place, and freeze all other weights.
 
-    A is drawn, B is zero: the student computes what it did before.
+    A is random and B is zero, so the student's outputs do not change.
 
     Args:
-        student: Whole (not partitioned by ZeRO-3).
-        lora: Rank, scale, dropout and targets.
-        seed: Of the adapters' weights; the global random state is left as it was.
+        student: Complete student (not partitioned by ZeRO-3).
+            lora: Rank, scale, dropout and targets.
+            seed: Seed of the adapters' weights; the global random state does not change.
 
     Raises:
         ConfigError: peft is missing, or a target matches nothing.
@@ -104,7 +104,7 @@ def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
 
 
 def add_same_adapters(copy: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Put into a copy of a student the adapters that the student has, if any, so that names of parameters agree."""
+    """Add the student's adapters, if any, to a copy of it, so that both have the same parameter names."""
     for name, config in getattr(student, "peft_config", {}).items():
         with _quiet(seed=0):
             import_peft("student.lora").inject_adapter_in_model(config, copy, name)
@@ -118,15 +118,15 @@ def save_student(
     lora: LoraConfig | None,
     base: str,
 ) -> None:
-    """Write a trained student: a plain model, and the adapters that were trained, in a folder of their own.
+    """Write a trained student: a plain model, and next to it the trained adapters in their own folder.
 
     Args:
-        student: In float32, with adapters in it where `lora` says so; it is changed.
-        tokenizer: Its tokenizer.
-        dtype: Of the written model; adapters are merged in float32 and stay in it.
-        directory: Where to; replaced as a whole when it exists.
-        lora: The adapters; with `merge` off there is no model beside them.
-        base: Where the model lies that the adapters belong to.
+        student: Student in float32, with adapters if `lora` is given; it is changed.
+            tokenizer: Tokenizer of the student.
+            dtype: Dtype of the written model. Adapters are merged in float32 and written in float32.
+            directory: Target directory; it is replaced if it exists.
+            lora: Config of the adapters; without `merge` no plain model is written.
+            base: Place of the model that the adapters belong to.
 
     Raises:
         StorageError: The place cannot be written.
@@ -143,12 +143,12 @@ def save_student(
 
 
 def save_adapters(student: PreTrainedModel, base: str, directory: Path) -> None:
-    """Write a student's adapters as peft does: `adapter_config.json` and `adapter_model.safetensors`, in float32.
+    """Write a student's adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`, in float32.
 
     Args:
-        student: With adapters in it.
-        base: Where the model lies that the adapters belong to.
-        directory: Where to; made if it is not there.
+        student: Student with adapters.
+            base: Place of the model that the adapters belong to.
+            directory: Target directory; it is created if it is missing.
     """
     peft = import_peft("student.lora")
     directory.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def save_adapters(student: PreTrainedModel, base: str, directory: Path) -> None:
 
 
 def merge_adapters(student: PreTrainedModel) -> PreTrainedModel:
-    """Add the adapters of a student to its weights and take them out, in place; return the plain model."""
+    """Return the plain model of a student: adapters are added to its weights and removed, in place."""
     layer_class = importlib.import_module("peft.tuners.lora").LoraLayer
     for name, module in list(student.named_modules()):
         if isinstance(module, layer_class):
@@ -174,17 +174,17 @@ def merge_adapters(student: PreTrainedModel) -> PreTrainedModel:
 
 
 def merged_with_adapter(model: PreTrainedModel, ref: ModelRef) -> PreTrainedModel:
-    """Merge the adapter that `ref` names into a model that has just been loaded.
+    """Return a model, which was just loaded, with the adapter of `ref` merged into it.
 
     Args:
-        model: The model that the adapter belongs to; changed.
-        ref: Names the adapter, a directory or a Hub id.
+        model: Model that the adapter belongs to; it is changed.
+            ref: Reference with the adapter's directory or Hub id.
 
     Returns:
-        The plain model, in the dtype that it had, none of it frozen.
+        The plain model in its former dtype, with no frozen weights.
 
     Raises:
-        ModelError: There is no such adapter, it is no LoRA, it is not in safetensors, or it fits another model.
+        ModelError: The adapter is missing, is not a LoRA, is not in safetensors, or fits another model.
         ConfigError: peft is missing.
     """
     assert ref.adapter is not None
@@ -209,10 +209,10 @@ def merged_with_adapter(model: PreTrainedModel, ref: ModelRef) -> PreTrainedMode
 
 
 def check_adapter(ref: ModelRef) -> None:
-    """Check that the adapter of a reference is there and can be merged, before anything large is read.
+    """Check that the adapter of a reference exists and can be merged, before anything large is read.
 
     Raises:
-        ModelError: It has no config or no safetensors, or is of a kind other than LoRA.
+        ModelError: The adapter has no config or no safetensors, or is not a LoRA.
     """
     kind = adapter_config(ref).get("peft_type")
     if kind != "LORA":
@@ -222,7 +222,7 @@ def check_adapter(ref: ModelRef) -> None:
 
 
 def adapter_changes(ref: ModelRef, parameters: Sequence[str]) -> bool:
-    """Whether the adapter of `ref`, if any, changes one of the named parameters, such as the LM head's weight."""
+    """Return whether the adapter of `ref`, if any, changes a named parameter, such as the LM head's weight."""
     if ref.adapter is None:
         return False
     check_adapter(ref)
@@ -240,7 +240,7 @@ def _matches(name: str, target: str) -> bool:
 
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
-    """Draw from `seed`, leave the global random state as it was, and keep peft's hints to its programmers away."""
+    """Use random numbers from `seed`, restore the global random state afterwards, and hide peft's warnings."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)

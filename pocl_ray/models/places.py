@@ -1,4 +1,4 @@
-"""Where a model lies: a directory, a Hub id or the package itself, what must be there, and a fingerprint of weights."""
+"""The place of a model: a directory, a Hub id or the package, checks of its files, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _hash_of: dict[tuple[str, int, int], str] = {}
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model by name; plain values only, so that it travels to Ray workers and into JSON.
+    """A reference to a model. It has plain values only, so that it can be sent to Ray workers and written as JSON.
 
     Attributes:
-        path: a local directory, a Hub id, or `samples://NAME` for a model that the package ships.
-        revision: branch, tag or commit of a Hub id.
-        dtype: the dtype to load in; `auto` is the one that the weights were saved in.
-        attention: the attention implementation; `auto` leaves the choice to transformers.
-        trust_remote_code: run Python code that comes with the model.
-        adapter: a LoRA adapter, a local directory or a Hub id, that is merged into the weights as they are loaded.
-        adapter_revision: branch, tag or commit of a Hub adapter.
-        quantization: `int8` to load the linear layers in 8 bit, for inference alone.
+        path: Local directory, Hub id, or `samples://NAME` for a model that the package ships.
+        revision: Branch, tag or commit of a Hub id.
+        dtype: Dtype to load in; `auto` is the dtype that the weights were saved in.
+        attention: Attention implementation; `auto` leaves the choice to transformers.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        adapter: LoRA adapter, a local directory or a Hub id, that is merged into the weights when they are loaded.
+        adapter_revision: Branch, tag or commit of a Hub adapter.
+        quantization: `int8` to load the linear layers in 8 bit, for inference only.
     """
 
     path: str
@@ -65,9 +65,10 @@ class ModelRef:
 
 
 def on_this_node(ref: ModelRef) -> ModelRef:
-    """Return the model with places that this node can read.
+    """Return the model with paths that this node can read.
 
-    What lies on an object store is copied here; a shipped model is read from the package as it is installed here.
+    Directories on an object store are copied to this node. A shipped model is read from the package that is installed
+    here.
 
     Raises:
         ModelError: The package ships no such model.
@@ -98,11 +99,11 @@ def file_sha256(path: Path) -> str:
 
 
 def check_place(ref: ModelRef) -> None:
-    """Check that the place holds a model that may be loaded, before anything large is read.
+    """Check that a model is there and may be loaded, before anything large is read.
 
     Raises:
-        ModelError: no such directory, no config.json, no safetensors, an architecture that transformers does not
-            know or that brings its own code, or a Hub id that cannot be resolved.
+        ModelError: The directory, config.json or safetensors are missing; transformers does not know the architecture,
+            or it brings its own code; or a Hub id cannot be resolved.
     """
     directory = ref.directory
     if directory is not None:
@@ -113,10 +114,10 @@ def check_place(ref: ModelRef) -> None:
 
 
 def read_config(ref: ModelRef) -> dict[str, Any]:
-    """Return config.json of the model.
+    """Return the content of the model's config.json.
 
     Raises:
-        ModelError: the file is not there or is not JSON, or the Hub does not offer it.
+        ModelError: The file is missing or is not JSON, or the Hub does not offer it.
     """
     path = find_file(ref, "config.json")
     if path is None:
@@ -135,10 +136,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_file(ref: ModelRef, name: str) -> Path | None:
-    """Return the local path of one file of the model, downloading it from the Hub if need be; None if it has none.
+    """Return the local path of one file of the model, downloaded from the Hub if needed; None if there is no such file.
 
     Raises:
-        ModelError: the Hub cannot be reached, or has no such model or revision.
+        ModelError: The Hub cannot be reached, or has no such model or revision.
     """
     if ref.directory is not None:
         path = ref.directory / name
@@ -161,20 +162,20 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
 
 
 def adapter_file(ref: ModelRef, name: str) -> Path | None:
-    """Return the local path of one file of the model's adapter; None if it has none.
+    """Return the local path of one file of the model's adapter; None if there is no such file.
 
     Raises:
-        ModelError: there is no such adapter.
+        ModelError: There is no such adapter.
     """
     assert ref.adapter is not None
     return find_file(ModelRef(ref.adapter, ref.adapter_revision), name)
 
 
 def adapter_config(ref: ModelRef) -> dict[str, Any]:
-    """Return `adapter_config.json` of the model's adapter.
+    """Return the content of `adapter_config.json` of the model's adapter.
 
     Raises:
-        ModelError: there is no such adapter, or the file is not JSON.
+        ModelError: There is no such adapter, or the file is not JSON.
     """
     path = adapter_file(ref, ADAPTER_CONFIG)
     if path is None:
@@ -183,15 +184,15 @@ def adapter_config(ref: ModelRef) -> dict[str, Any]:
 
 
 def model_fingerprint(ref: ModelRef) -> str:
-    """Return what identifies the weights: hash of config and safetensors, or id and commit of a Hub model.
+    """Return the fingerprint of the weights: a hash of config and safetensors, or id and commit of a Hub model.
 
-    An adapter's follows that of the model it is merged into.
+    The fingerprint of an adapter is appended to that of its model.
 
-    Tokenizer files and the place do not count: a copy of a model has the fingerprint of the original. File hashes are
-    remembered within the process by path, size and time of change.
+    Tokenizer files and the place do not count, so a copy of a model has the same fingerprint. The process remembers
+    file hashes by path, size and modification time.
 
     Raises:
-        ModelError: the model is not there.
+        ModelError: The model is missing.
     """
     if ref.adapter is not None:
         own = model_fingerprint(replace(ref, adapter=None, adapter_revision=None))
@@ -230,7 +231,7 @@ def _remembered_sha256(path: Path) -> str:
 
 
 def _looks_like_path(path: str) -> bool:
-    """Tell a mistyped path from a Hub id (`name` or `owner/name`; dots are usual there)."""
+    """Return whether a text is a mistyped path, and not a Hub id (`name` or `owner/name`, often with dots)."""
     first, _, rest = path.partition("/")
     return path.startswith((".", "/", "~")) or "/" in rest or "\\" in path or (bool(rest) and Path(first).is_dir())
 
@@ -262,7 +263,7 @@ def _check_architecture(ref: ModelRef, config: dict[str, Any]) -> None:
 
 
 def nearest(name: Any, known: Any) -> str:
-    """Return "; did you mean ...?" for the known name that is most like this one, or an empty string."""
+    """Return "; did you mean ...?" with the most similar known name, or an empty string."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 

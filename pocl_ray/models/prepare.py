@@ -1,4 +1,4 @@
-"""Teacher and student as they are before training: loaded from where they lie, made from a config, or cut."""
+"""Teacher and student before training: ready-made, built from an architecture, or cut from the teacher."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ from pocl_ray.models.places import (
 from pocl_ray.models.saving import save_model
 from pocl_ray.run_directory.storage import RunDirectory
 
-# A student cut from its teacher: some of its layers, evenly spaced, everything else as it is.
+# A student cut from its teacher: it has some of the teacher's layers, evenly spaced, and all of its other weights.
 
 
 def evenly_spaced(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
-    """Return the layers that a student keeps: the first, the last and evenly between; one layer is the first.
+    """Return the layers that a student keeps: the first, the last, and layers evenly spaced between them.
 
     Raises:
-        ModelError: fewer than one layer, or more than the teacher has.
+        ModelError: The number of layers is below 1, or above the teacher's.
     """
     if not 1 <= num_layers <= num_teacher_layers:
         raise ModelError(f"num_layers: {num_layers} of a teacher with {num_teacher_layers} layers; give 1 to that many")
     gaps = max(num_layers - 1, 1)
-    # Rounded half up in integers: round() would go to the even neighbour and space them by the parity of the index.
+    # Round half up in integers. round() would choose the even neighbour, so that spacing depends on the index's parity.
     return tuple((2 * i * (num_teacher_layers - 1) + gaps) // (2 * gaps) for i in range(num_layers))
 
 
 def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """Make a student of some of a teacher's layers.
+    """Return a student that consists of some of a teacher's layers.
 
-    The student is a model of its own, built from an adjusted config, so that everything that depends on depth (layer
-    indices of the KV cache, kinds of layers) is as if it had always been this deep. The teacher is left as it was.
+    The student is a new model, built from an adjusted config, so that everything that depends on depth (layer indices
+    of the KV cache, kinds of layers) fits. The teacher does not change.
 
     Args:
-        model: the teacher, with its weights whole (not partitioned by ZeRO-3).
-        num_layers: layers to keep, 1 to all.
+        model: Teacher with complete weights (not partitioned by ZeRO-3).
+            num_layers: Number of layers to keep, from 1 to all.
 
     Returns:
-        The student in training mode, in the teacher's dtype and on its device.
+        The student in training mode, in the teacher's dtype and on the teacher's device.
 
     Raises:
-        ModelError: more layers than the teacher has, or a family that cannot be cut.
+        ModelError: More layers are requested than the teacher has, or the model family cannot be cut.
     """
     family = type(model).__name__
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -102,7 +102,7 @@ def _layers_prefix(model: PreTrainedModel) -> str:
 
 
 def _cut_config(config: PreTrainedConfig, kept: tuple[int, ...]) -> PreTrainedConfig:
-    """The student's config; what the teacher's lists per layer (`layer_types`, `no_rope_layers`) is cut alike."""
+    """The student's config. Lists with an entry for each layer (`layer_types`, `no_rope_layers`) are cut as well."""
     depth = config.num_hidden_layers
     fields = config.to_dict()
     for name, value in fields.items():
@@ -114,7 +114,7 @@ def _cut_config(config: PreTrainedConfig, kept: tuple[int, ...]) -> PreTrainedCo
 
 
 def _cut_state(state: dict[str, Tensor], prefix: str, kept: tuple[int, ...]) -> dict[str, Tensor]:
-    """Weights by the student's names: layer kept[j] becomes layer j."""
+    """The weights under the student's names: layer kept[j] becomes layer j."""
     place_of = {layer: place for place, layer in enumerate(kept)}
     cut: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -131,9 +131,9 @@ VOCABULARY_MULTIPLE = 8
 
 
 def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
-    """Return a model's reference; `path` takes the place of the config's, for a model made in this run.
+    """Return the reference of a model; `path` replaces the config's path for a model that this run has made.
 
-    A local directory becomes absolute: Ray Train's workers have a working directory of their own.
+    A local directory becomes absolute, because Ray Train's workers have another working directory.
     """
     place = path or config.path
     assert place is not None
@@ -150,7 +150,7 @@ def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
 
 
 def _absolute(place: str) -> str:
-    """A directory here as absolute path; a Hub id or URL as it is."""
+    """The absolute path of a local directory; a Hub id or URL does not change."""
     directory = Path(place).expanduser()
     return str(directory.absolute()) if directory.is_dir() else place
 
@@ -163,14 +163,14 @@ def trained_reference(config: StudentConfig, start: ModelRef, path: str) -> Mode
 
 
 def origin_fingerprint(config: ModelConfig) -> str | dict[str, object]:
-    """Return what a model's weights depend on before this run does anything to them."""
+    """Return the origin that a model's weights depend on before this run changes them."""
     if config.path is not None:
         return model_fingerprint(on_this_node(reference(config)))
     return config.model_dump(mode="json", include={"architecture", "num_layers"})
 
 
 def make_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, seed: int, run_dir: RunDirectory) -> None:
-    """Build an untrained teacher from its architecture into `models/teacher_init`."""
+    """Build an untrained teacher from its architecture in `models/teacher_init`."""
     assert config.architecture is not None
     _save_built(config.architecture, tokenizer, seed, run_dir, "models/teacher_init")
 
@@ -182,10 +182,10 @@ def make_student(
     seed: int,
     run_dir: RunDirectory,
 ) -> None:
-    """Build or cut the student into `models/student_init`; only to be cut it needs the teacher.
+    """Build or cut the student in `models/student_init`. The teacher is only needed for a cut.
 
     Raises:
-        ModelError: The architecture does not work, or more layers are asked for than the teacher has.
+        ModelError: The architecture does not work, or more layers are requested than the teacher has.
     """
     if config.architecture is not None:
         _save_built(config.architecture, tokenizer, seed + 1, run_dir, "models/student_init")
@@ -200,12 +200,12 @@ def make_student(
 def check_student_tokenizer(
     config: StudentConfig, tokenizer: PreTrainedTokenizerBase, is_bridged: bool = False
 ) -> None:
-    """Refuse a student that comes with another tokenizer than the run's.
+    """Refuse a student with another tokenizer than the run's.
 
     Args:
-        config: The student.
-        tokenizer: The run's.
-        is_bridged: Whether that is the student's alone, and not the teacher's as well.
+        config: Config of the student.
+            tokenizer: Tokenizer of the run.
+            is_bridged: Whether the teacher has another tokenizer.
 
     Raises:
         ModelError: The vocabularies differ.
@@ -220,7 +220,7 @@ def check_student_tokenizer(
 
 
 def check_teacher_tokenizer(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a ready-made teacher that comes with another tokenizer than the run's, such as one of `tokenizer.path`.
+    """Refuse a ready-made teacher with another tokenizer than the run's, such as the one of `tokenizer.path`.
 
     Raises:
         ModelError: The vocabularies differ.
@@ -233,10 +233,10 @@ def check_teacher_tokenizer(config: TeacherConfig, tokenizer: PreTrainedTokenize
 
 
 def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a further teacher that cannot be loaded, or that comes with another tokenizer than the run's.
+    """Refuse a further teacher that cannot be loaded, or that has another tokenizer than the run's.
 
     Raises:
-        ModelError: No weights there, or the vocabularies differ.
+        ModelError: There are no weights, or the vocabularies differ.
     """
     assert config.path is not None
     ref = on_this_node(reference(config))
@@ -245,11 +245,11 @@ def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
-    """Check, from what lies there, that adapters can be made and merged; nothing large is read.
+    """Check from small files that adapters can be created and merged.
 
     Raises:
-        ConfigError: peft is not installed, or a target of the student's adapters is no layer of its.
-        ModelError: A teacher's adapter is not there, or cannot be merged.
+        ConfigError: peft is not installed, or a target of the adapters is not a layer of the student.
+        ModelError: A teacher's adapter is missing or cannot be merged.
     """
     for one in (teacher, *others):
         if one.adapter is not None:
@@ -266,13 +266,13 @@ def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: Teac
 
 
 def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Check from their configs alone that both models can be loaded or made.
+    """Check from the configs alone that both models can be loaded or built.
 
     Returns:
-        A warning where the student has more parameters than its teacher, else None.
+        A warning if the student has more parameters than its teacher, else None.
 
     Raises:
-        ModelError: No weights there, an architecture that does not work, or more layers than the teacher has.
+        ModelError: Weights are missing, an architecture does not work, or the student has more layers than the teacher.
     """
     large = _skeleton(teacher, tokenizer)
     if student.num_layers is not None:
@@ -288,7 +288,7 @@ def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreT
 
 
 def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """The model without memory for its weights; one that is made has a vocabulary of its own without the tokenizer."""
+    """The model without memory for its weights; without a tokenizer, a new model has its default vocabulary."""
     with torch.device("meta"):
         if config.architecture is not None:
             return _build(config.architecture, tokenizer, seed=0)

@@ -1,4 +1,4 @@
-"""Writing model directories so that a half-written one is never taken for finished."""
+"""Writing of model directories, such that a half-written one is never taken for finished."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pocl_ray.errors import StorageError
 
 @contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `directory` that takes its place when the block ends without an exception.
+    """Yield an empty sibling of `directory` that replaces it when the block ends without an exception.
 
-    An older `directory` is replaced as a whole. A crash leaves the old one, or none, but never a mixture.
+    An older `directory` is replaced as a whole. After a crash there is the old one or none, but never a mixture.
 
     Args:
-        directory: the local directory to create or replace.
+        directory: Local directory to create or replace.
 
     Raises:
-        StorageError: the place cannot be written.
+        StorageError: The place cannot be written.
     """
     directory = Path(directory).absolute()
     token = uuid.uuid4().hex[:8]
     staging = directory.with_name(f".{directory.name}.writing-{token}")
     retired = directory.with_name(f".{directory.name}.retired-{token}")
     try:
-        # Not tempfile.mkdtemp: its mode 0700 would survive the rename and shut out the other users of a shared disk.
+        # tempfile.mkdtemp would set mode 0700, which the rename keeps. It would lock out other users of a shared disk.
         staging.mkdir(parents=True)
     except OSError as error:
         raise StorageError(f"{directory}: cannot be written ({error.strerror}); choose a place you may write") from None
@@ -49,18 +49,18 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
-    """Write a Hugging Face directory: config, safetensors, tokenizer, and a generation config that knows where to stop.
+    """Write a Hugging Face directory: config, safetensors, tokenizer, and a generation config with the eos token.
 
     Args:
-        model: the model; it is written in the dtype that it has.
-        tokenizer: its tokenizer, with `eos` and `pad`.
-        directory: where to; replaced as a whole when it exists.
+        model: Model, which is written in its present dtype.
+            tokenizer: Tokenizer of the model, with `eos` and `pad`.
+            directory: Target directory; it is replaced if it exists.
 
     Returns:
         The directory.
 
     Raises:
-        StorageError: the place cannot be written.
+        StorageError: The place cannot be written.
     """
     with atomic_directory(directory) as staging:
         write_model_files(model, tokenizer, staging)
@@ -68,7 +68,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def write_model_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the files of `save_model` into an existing directory, which the caller puts in place."""
+    """Write the files of `save_model` into an existing directory, which the caller moves into place."""
     _fill_generation_config(model, tokenizer)
     with quiet_transformers():
         model.save_pretrained(directory)
@@ -77,9 +77,9 @@ def write_model_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep the library's own progress bars out of logs and of our progress display.
+    """Hide the library's progress bars while the block runs.
 
-    Saving also makes accelerate import DeepSpeed, which warns on a machine without a GPU unless it is told so.
+    Saving also makes accelerate import DeepSpeed, which warns on a machine without a GPU unless its accelerator is set.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -93,7 +93,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _share_files(directory: Path) -> None:
-    """Give files the mode that the umask gave the directory: safetensors writes 0600, useless on a shared disk."""
+    """Give files the mode of the directory. safetensors writes mode 0600, which is unusable on a shared disk."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file():
@@ -101,7 +101,7 @@ def _share_files(directory: Path) -> None:
 
 
 def _fill_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set eos, pad and bos where they are missing; a list of eos ids that the model came with stays."""
+    """Set eos, pad and bos if they are missing; a list of eos ids from the model does not change."""
     settings = model.generation_config
     if settings is None:
         raise ValueError(f"{type(model).__name__} cannot generate: not a causal language model")

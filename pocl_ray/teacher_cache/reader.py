@@ -1,6 +1,6 @@
-"""The teacher cache as training reads it: rows by id out of memory-mapped shards, each byte copied once.
+"""The reader of the teacher cache: rows by id from memory-mapped shards, with one copy of each byte.
 
-The format and the writer are in `cache_writer`, what the records hold in `hidden_cache` and `top_k_cache`.
+The format and the writer are in `writer.py`, the records of a top-k cache in `top_k.py`.
 
 Legend: N tokens of several rows in one flat axis, R bytes of a token's record.
 """
@@ -41,7 +41,7 @@ _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
 
 @dataclass(frozen=True)
 class _Shard:
-    """A mapped shard: its tokens as rows of bytes, and where these begin in the mapping."""
+    """A mapped shard: its tokens as rows of bytes, and the first token of each row."""
 
     mapping: mmap.mmap
     bytes_NR: np.ndarray
@@ -52,8 +52,8 @@ class TeacherCache:
     """A finished teacher cache in a local directory; safe to use from several threads.
 
     Attributes:
-        meta: what meta.json says.
-        directory: where it is.
+        meta: Content of meta.json.
+            directory: Directory of the cache.
     """
 
     kind: ClassVar[Literal["hidden", "topk"]]
@@ -72,19 +72,19 @@ class TeacherCache:
     def open(
         cls, directory: str | Path, expect_teacher: str, expect_rows: str, expect_num_rows: int | None = None
     ) -> Self:
-        """Open a cache that belongs to this teacher and these rows.
+        """Return the cache of a directory, after a check that it belongs to this teacher and these rows.
 
-        Sizes of all shards are checked; their content is mapped when it is first asked for.
+        The sizes of all shards are checked. Their content is mapped when it is first needed.
 
         Args:
-            directory: a local directory.
-            expect_teacher: the teacher's fingerprint.
-            expect_rows: the rows' fingerprint.
-            expect_num_rows: how many rows there should be, if known.
+            directory: Local directory.
+                expect_teacher: Fingerprint of the teacher.
+                expect_rows: Fingerprint of the rows.
+                expect_num_rows: Expected number of rows, if known.
 
         Raises:
-            StorageError: not a finished cache, one of another kind, of another teacher, of other rows or of another
-                version of the format, or one with a shard missing or cut short.
+            StorageError: The cache is not finished; it is of another kind, teacher, set of rows or version of the
+                format; or a shard is missing or cut short.
         """
         directory = Path(directory)
         meta = _read_meta(directory)
@@ -114,7 +114,7 @@ class TeacherCache:
         """Return the number of response tokens of each row, shape (R,).
 
         Raises:
-            StorageError: an id that the cache does not hold.
+            StorageError: The cache does not hold an id.
         """
         return self._num_tokens[self._find(ids)]
 
@@ -122,14 +122,14 @@ class TeacherCache:
         """Return the records of rows, one after the other in the order of `ids`.
 
         Args:
-            ids: row ids, in any order; an id may repeat.
-            out_NR: where to put them, uint8; a new array by default.
+            ids: Row ids in any order; an id may be repeated.
+            out_NR: Array of uint8 that receives the records; a new array by default.
 
         Returns:
-            uint8, shape (N, R), N the sum of `num_tokens(ids)`.
+            Array of uint8, shape (N, R), where N is the sum of `num_tokens(ids)`.
 
         Raises:
-            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+            StorageError: The cache does not hold an id, or a shard cannot be read.
         """
         places = self._find(ids)
         shape = (int(self._num_tokens[places].sum()), self.meta.layout.row_bytes)
@@ -142,10 +142,10 @@ class TeacherCache:
         return filled_NR
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Ask the kernel to read the pages of these rows; returns at once, a hint and no more.
+        """Ask the kernel to read the pages of these rows in advance. This is only a hint, and returns at once.
 
         Raises:
-            StorageError: an id that the cache does not hold.
+            StorageError: The cache does not hold an id.
         """
         row_bytes = self.meta.layout.row_bytes
         for number, first, length in self._runs(self._find(ids)):
@@ -164,7 +164,7 @@ class TeacherCache:
         return places
 
     def _runs(self, places: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard, first token, number of tokens), rows that follow each other in a shard as one."""
+        """Yield (shard, first token, number of tokens); consecutive rows of a shard are combined."""
         if not len(places):
             return
         shard, first, length = self._shard_of[places], self._first_token[places], self._num_tokens[places]
@@ -177,7 +177,7 @@ class TeacherCache:
         with self._lock:
             if number not in self._open:
                 if len(self._open) >= _MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)  # unmapped when the last view of it is gone
+                    self._open.popitem(last=False)  # it is unmapped when the last view of it is gone
                 self._open[number] = _map_shard(self.directory, self.meta, self.meta.shards[number])
             self._open.move_to_end(number)
             return self._open[number]
@@ -231,9 +231,8 @@ def _read_index(directory: Path, meta: CacheMeta) -> pa.RecordBatch:
     return index
 
 
-# The cache of the teacher's final hidden states, from which its LM head gives the full distribution back.
-#
-# Legend: N tokens of several rows in one flat axis, K the teacher's hidden size.
+# The cache of the teacher's final hidden states, from which its LM head computes the full distribution again.
+# Further axis: K the teacher's hidden size.
 
 __all__ = ["CacheMeta", "HiddenCache", "Layout", "ShardInfo", "estimate_bytes", "write_index", "write_shard"]
 
@@ -252,14 +251,14 @@ class HiddenCache(TeacherCache):
         """Return the hidden states of rows, one after the other in the order of `ids`.
 
         Args:
-            ids: row ids, in any order; an id may repeat.
-            pin_memory: put them into page-locked memory, for an asynchronous copy to a GPU.
+            ids: Row ids in any order; an id may be repeated.
+            pin_memory: Whether to use page-locked memory, for an asynchronous copy to a GPU.
 
         Returns:
-            hidden_NK, N the sum of `num_tokens(ids)`.
+            hidden_NK, where N is the sum of `num_tokens(ids)`.
 
         Raises:
-            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+            StorageError: The cache does not hold an id, or a shard cannot be read.
         """
         shape = (int(self.num_tokens(ids).sum()), self.meta.layout.width)
         hidden_NK = torch.empty(shape, dtype=self.dtype, pin_memory=pin_memory)
@@ -267,9 +266,8 @@ class HiddenCache(TeacherCache):
         return hidden_NK
 
 
-# The cache of the teacher's likeliest tokens: for corpora whose hidden states would not fit.
-#
-# Legend: N tokens of several rows in one flat axis, K tokens kept.
+# The cache of the teacher's likeliest tokens, for corpora whose hidden states would not fit. Here K is the number of
+# tokens kept.
 
 
 class TopKCache(TeacherCache):
@@ -278,10 +276,10 @@ class TopKCache(TeacherCache):
     kind: ClassVar[Literal["hidden", "topk"]] = "topk"
 
     def take(self, ids: np.ndarray) -> TopK:
-        """Return what is kept of rows, one after the other in the order of `ids`.
+        """Return the likeliest tokens of rows, one row after the other in the order of `ids`.
 
         Raises:
-            StorageError: an id that the cache does not hold, or a shard that cannot be read.
+            StorageError: The cache does not hold an id, or a shard cannot be read.
         """
         layout = self.meta.layout
         records_NR = torch.from_numpy(self.records(ids))
@@ -295,14 +293,14 @@ class TopKCache(TeacherCache):
         )
 
     def check(self, top_k: int, student_vocab_size: int) -> None:
-        """Check that the cache keeps as many tokens as asked for, of a vocabulary that the student has.
+        """Check that the cache keeps the requested number of tokens, and that the student has all of them.
 
         Args:
-            top_k: What the config asks for; of a smaller vocabulary all are kept.
-            student_vocab_size: The student's logits, padding included.
+            top_k: Number of tokens in the config; a smaller vocabulary is kept completely.
+                student_vocab_size: Number of the student's logits, padding included.
 
         Raises:
-            StorageError: It does not.
+            StorageError: The cache does not fit.
         """
         layout, remedy = self.meta.layout, "score again"
         if layout.width != min(top_k, layout.vocab_size):

@@ -1,17 +1,18 @@
-"""The teacher's likeliest tokens and the mass of all others: what a `topk` cache holds of a response token.
+"""The teacher's likeliest tokens and the mass of all others: the record of a response token in a `topk` cache.
 
-Kept are the k largest log-probabilities log p_j at temperature 1, and of the other V - k tokens, the tail, the curve
+A record holds the k largest log-probabilities log p_j at temperature 1. The other V - k tokens are the tail, of which
+it holds the curve
 
     f(b) = log sum_{j in tail} p_j^b,      b = 1/T,
 
-which at temperature T gives the distribution over k tokens and one bucket for the tail:
+The curve gives, at temperature T, the distribution over k tokens and one bucket for the tail:
 
     log p_i(T) = b log p_i - Z,    log p_tail(T) = f(b) - Z,    Z = log(sum_{i in top} p_i^b + e^f(b)).
 
-The tail's share at T does not follow from its share at 1: it depends on how the tail is spread. But f is convex and
-smooth, so a few of its values with their slopes f'(b) = E_b[log p] hold it: between the stored b it is read off the
-cubic through the two values and slopes at either side (Hermite), at the stored ones it is exact, and beyond the largest
-it goes on along its slope, which by convexity is never above f. f(0) = log(V - k) needs no storage.
+The tail's share at T does not follow from its share at 1, because it depends on the spread of the tail. But f is convex
+and smooth, so a few of its values and slopes f'(b) = E_b[log p] describe it. It is exact at each stored b. Between two
+stored b it is read from the cubic through both values and slopes (Hermite). Above the largest b it continues along its
+slope, which by convexity is never above f. f(0) = log(V - k) is not stored.
 
 Legend: N response tokens in one flat axis, V vocabulary, K tokens kept, E = K + 1 events (tokens and bucket), P numbers
 of the curve.
@@ -28,24 +29,24 @@ import torch
 from torch import Tensor
 
 INVERSE_TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 2.0)
-"""Where the tail's curve is stored: exact at temperatures 4, 2, 4/3, 1 and 1/2."""
+"""The points at which the tail's curve is stored. It is exact at temperatures 4, 2, 4/3, 1 and 1/2."""
 
 NUM_CURVE = 1 + 2 * len(INVERSE_TEMPERATURES)
-"""Numbers of a curve: the slope at b = 0, then value and slope at each of `INVERSE_TEMPERATURES`."""
+"""The length of a curve: the slope at b = 0, then value and slope at each of `INVERSE_TEMPERATURES`."""
 
 LOG_ZERO = math.log(torch.finfo(torch.float32).tiny)
-"""What the logarithm of a probability of 0 is read as, as in the losses."""
+"""The value that stands for the logarithm of a probability of 0, as in the losses."""
 
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """What is kept of the teacher's distribution at N tokens.
+    """The kept part of the teacher's distribution at N tokens.
 
     Attributes:
-        ids_NK: The likeliest tokens, int32, likeliest first.
-        logp_NK: Their log-probabilities at temperature 1, in the dtype of the cache.
-        curve_NP: The tail's curve, float32; of no meaning where there is no tail.
-        vocab_size: V: tokens of the distribution; the tail has V - K of them.
+        ids_NK: Ids of the likeliest tokens, int32, the likeliest first.
+            logp_NK: Log-probabilities of these tokens at temperature 1, in the dtype of the cache.
+            curve_NP: Curve of the tail, float32; it has no meaning if there is no tail.
+            vocab_size: Number V of tokens of the distribution; the tail has V - K tokens.
     """
 
     ids_NK: Tensor
@@ -65,35 +66,36 @@ class TopK:
 
     @property
     def top_k(self) -> int:
-        """K: the tokens that are kept."""
+        """The number K of tokens that are kept."""
         return self.ids_NK.shape[1]
 
     @property
     def has_tail(self) -> bool:
-        """Whether there are other tokens than those kept."""
+        """Return whether there are other tokens than the kept ones."""
         return self.top_k < self.vocab_size
 
     @property
     def nbytes(self) -> int:
-        """Size in memory, and in the cache."""
+        """The size in bytes, in memory and in the cache."""
         return self.ids_NK.nbytes + self.logp_NK.nbytes + self.curve_NP.nbytes
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> TopK:
-        """Return it on a device."""
+        """Return a copy on a device."""
         ids_NK, logp_NK, curve_NP = (
             part.to(device, non_blocking=non_blocking) for part in (self.ids_NK, self.logp_NK, self.curve_NP)
         )
         return TopK(ids_NK, logp_NK, curve_NP, self.vocab_size)
 
     def split(self, lengths: Sequence[int]) -> list[TopK]:
-        """Cut it into pieces of so many tokens."""
+        """Return pieces with these numbers of tokens."""
         ends = [0]
         for length in lengths:
             ends.append(ends[-1] + length)
         return [self[start:end] for start, end in pairwise(ends)]
 
     def log_probs(self, temperature: float = 1.0) -> Tensor:
-        """Return log-probabilities of the events at a temperature, float32: shape (N, K + 1), (N, K) without a tail."""
+        """Return the events' log-probabilities at a temperature, float32, shape (N, K + 1), or (N, K) without a
+        tail."""
         inverse = 1.0 / temperature
         top_NK = self.logp_NK.float() * inverse
         events_NE = torch.cat([top_NK, self._tail(inverse)[:, None]], dim=-1) if self.has_tail else top_NK
@@ -102,7 +104,7 @@ class TopK:
     def entropy(self) -> Tensor:
         """Return the entropy of the whole distribution at temperature 1, shape (N,), float32, in nats.
 
-        It is exact: the tail's mass is e^f(1), and its mean log-probability f'(1).
+        It is exact: the tail's mass is e^f(1), and the tail's mean log-probability is f'(1).
         """
         top_NK = self.logp_NK.float()
         entropy_N = -(top_NK.exp() * top_NK).sum(-1)
@@ -134,12 +136,13 @@ class TopK:
 
 @torch.no_grad()
 def top_k_of(logits_NV: Tensor, top_k: int, dtype: torch.dtype = torch.float32) -> TopK:
-    """Keep the likeliest tokens of the teacher and the curve of its tail.
+    """Return the likeliest tokens of the teacher and the curve of its tail.
 
     Args:
-        logits_NV: The teacher's logits; a logit of -inf is a mask.
-        top_k: K; the whole vocabulary where it is smaller.
-        dtype: Of the log-probabilities: float32 or float16 (to 0.03 nats at -60, much finer near 0, where it matters).
+        logits_NV: Teacher's logits; a logit of -inf is a mask.
+            top_k: Number K of tokens to keep; a smaller vocabulary is kept completely.
+            dtype: Dtype of the log-probabilities: float32 or float16 (exact to 0.03 nats at -60, and much finer near 0,
+                where it matters).
     """
     logp_NV = logits_NV.float().log_softmax(dim=-1).nan_to_num_(nan=math.nan, neginf=LOG_ZERO)
     num_kept = min(top_k, logp_NV.shape[-1])
@@ -152,7 +155,7 @@ def top_k_of(logits_NV: Tensor, top_k: int, dtype: torch.dtype = torch.float32) 
 
 
 def concatenate(parts: Sequence[TopK]) -> TopK:
-    """Put the tokens of several parts of one kind behind one another."""
+    """Return the tokens of several parts as one."""
     return TopK(
         torch.cat([part.ids_NK for part in parts]),
         torch.cat([part.logp_NK for part in parts]),

@@ -1,17 +1,18 @@
 """The teacher cache, its format and its writer: a record of fixed size for each response token, by row id, in shards.
 
-On fixed data the teacher says the same in every epoch of every stage, so it is run once. What is kept of a token is the
-final hidden state, from which its LM head gives the full distribution back exactly, or its likeliest tokens (`top_k`).
+On fixed data the teacher's outputs are the same in every epoch of every stage, so it runs once. The cache keeps for
+each token the final hidden state, from which the LM head computes the exact full distribution, or the likeliest tokens
+(`top_k`).
 
 A cache is a directory:
 
     shard-<digest>.arrow   one record batch: id int64, num_tokens int32, tokens large_binary (raw little-endian)
-    index.arrow            where each row is: id, shard, row, first_token, num_tokens; sorted by id
-    meta.json              what it is, and of which teacher and rows; written last, so no meta.json means no cache
+    index.arrow            the place of each row: id, shard, row, first_token, num_tokens; sorted by id
+    meta.json              format, teacher and rows; it is written last, so a cache without it is not finished
 
-The binary column of a single batch is one contiguous buffer, hence a shard is a matrix (tokens, bytes of a record) that
-can be sliced in place. Its name is a digest of its ids and bytes: a task that Ray runs twice writes the same file
-again.
+The binary column of a single batch is one contiguous buffer. So a shard is a matrix (tokens, bytes of a record) that
+can be sliced in place. The name of a shard is a digest of its ids and bytes, so a task that Ray runs twice writes the
+same file again.
 
 Legend: N tokens of several rows in one flat axis, K the teacher's hidden size, R bytes of a record.
 """
@@ -44,13 +45,13 @@ _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
 @dataclass(frozen=True)
 class Layout:
-    """What the record of a token is.
+    """The layout of a token's record.
 
     Attributes:
-        kind: `hidden`, a hidden state; `topk`, ids (int32), log-probabilities, and the curve of the tail (float32).
-        dtype: of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
-        width: the hidden size, or the tokens that are kept.
-        vocab_size: of `topk`: tokens of the distribution; 0 for hidden states.
+        kind: `hidden` for a hidden state; `topk` for ids (int32), log-probabilities, and the curve of the tail
+            (float32). dtype: Dtype of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
+            width: Hidden size, or number of tokens that are kept. vocab_size: Number of tokens of the distribution for
+            `topk`; 0 for hidden states.
     """
 
     kind: Literal["hidden", "topk"]
@@ -60,13 +61,13 @@ class Layout:
 
     @property
     def row_bytes(self) -> int:
-        """R: bytes of a record."""
+        """The number R of bytes of a record."""
         itemsize = DTYPES[self.dtype].itemsize
         return self.width * itemsize if self.kind == "hidden" else self.width * (4 + itemsize) + 4 * NUM_CURVE
 
     @staticmethod
     def of(tokens: Tensor | TopK) -> Layout:
-        """Return the layout in which some tokens are stored."""
+        """Return the layout of these outputs."""
         if isinstance(tokens, TopK):
             return Layout("topk", dtype_name(tokens.logp_NK.dtype), tokens.top_k, tokens.vocab_size)
         return Layout("hidden", dtype_name(tokens.dtype), tokens.shape[1])
@@ -79,7 +80,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard: its file name, rows, tokens and size of the file."""
+    """A shard: file name, number of rows, number of tokens, and size of the file."""
 
     name: str
     num_rows: int
@@ -89,17 +90,17 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What meta.json says.
+    """The content of meta.json.
 
     Attributes:
-        version: of the format.
-        layout: of a token's record.
-        num_rows: rows in all.
-        num_tokens: response tokens in all.
-        num_bytes: size of all shards.
-        teacher: fingerprint of the teacher that made them.
-        rows: fingerprint of the tokenized rows that they belong to.
-        shards: in the order of the numbers in the index.
+        version: Version of the format.
+            layout: Layout of a token's record.
+            num_rows: Number of all rows.
+            num_tokens: Number of all response tokens.
+            num_bytes: Size of all shards.
+            teacher: Fingerprint of the teacher that wrote the cache.
+            rows: Fingerprint of the tokenized rows of the cache.
+            shards: Shards in the order of their numbers in the index.
     """
 
     version: int
@@ -121,7 +122,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def estimate_bytes(num_tokens: int, layout: Layout) -> int:
-    """Return the size in bytes of a cache of so many response tokens (the index adds 28 bytes a row)."""
+    """Return the size in bytes of a cache of `num_tokens` response tokens (the index adds 28 bytes for each row)."""
     return num_tokens * layout.row_bytes
 
 
@@ -131,16 +132,17 @@ def write_shard(
     tokens: Sequence[Tensor | TopK],
     filesystem: pafs.FileSystem | None = None,
 ) -> ShardInfo:
-    """Write what is kept of some rows as one shard, whole or not at all; doing it again changes nothing.
+    """Write the outputs for some rows as one shard, completely or not at all; a repetition changes nothing.
 
     Args:
-        directory: of the cache, a local path or a path on `filesystem`; it is made when missing.
-        ids: row ids, int64, one a row.
-        tokens: of each row the hidden states, shape (tokens of the row, K), or the top k; of one layout, on any device.
-        filesystem: the local one by default.
+        directory: Directory of the cache, a local path or a path on `filesystem`; it is created if it is missing.
+            ids: Row ids, int64, one for each row.
+            tokens: Hidden states of each row, shape (tokens of the row, K), or its top k; all have one layout, on any
+                device.
+            filesystem: Filesystem of the cache; the local one by default.
 
     Returns:
-        The shard's name and sizes; hand the names of all shards to `write_index`.
+        The shard's name and sizes. Pass the names of all shards to `write_index`.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     if len(ids) != len(tokens) or not len(ids):
@@ -163,20 +165,18 @@ def write_index(
     rows: str,
     filesystem: pafs.FileSystem | None = None,
 ) -> CacheMeta:
-    """Make a cache of the shards: write the index, then meta.json, then delete shards that are not named.
+    """Finish a cache: write the index, then meta.json, then delete shards that are not named.
 
-    Ids and lengths are read from the shards; their records are not. Unnamed shards are left-overs of attempts that
-    Ray gave up.
+    It reads ids and lengths of the shards, and not their records. Unnamed shards are left over from attempts that Ray
+    gave up.
 
     Args:
-        directory: where the shards are.
-        shard_names: of the shards that count; names may repeat (one per row, as a scoring job returns them).
-        teacher: fingerprint of the teacher.
-        rows: fingerprint of the rows.
-        filesystem: the local one by default.
+        directory: Directory of the shards. shard_names: Names of the shards to keep; names may be repeated (one for
+            each row, as a scoring job returns them). teacher: Fingerprint of the teacher. rows: Fingerprint of the
+            rows. filesystem: Filesystem of the cache; the local one by default.
 
     Raises:
-        ValueError: no shard, an id in two shards, or shards of different layouts.
+        ValueError: There is no shard, an id is in two shards, or shards have different layouts.
     """
     filesystem, folder = filesystem or pafs.LocalFileSystem(), str(directory)
     names = sorted(set(shard_names))
@@ -199,7 +199,7 @@ def write_index(
         shards=infos,
     )
     if filesystem.get_file_info(f"{folder}/{META_NAME}").type == pafs.FileType.File:
-        filesystem.delete_file(f"{folder}/{META_NAME}")  # the old one must not be read with the new index
+        filesystem.delete_file(f"{folder}/{META_NAME}")  # the old meta.json must not be read with the new index
     _put(filesystem, folder, INDEX_NAME, _ipc_file(index))
     _put(filesystem, folder, META_NAME, pa.py_buffer((json.dumps(asdict(meta), indent=2) + "\n").encode()))
     _delete_unnamed(filesystem, folder, set(names))
@@ -242,7 +242,7 @@ def _ipc_file(batch: pa.RecordBatch) -> pa.Buffer:
 
 
 def _put(filesystem: pafs.FileSystem, folder: str, name: str, data: pa.Buffer) -> int:
-    """Write a file that appears whole: object stores do so by themselves, elsewhere through a temporary name."""
+    """Write a file that appears complete: object stores do that by themselves, other stores need a temporary name."""
     filesystem.create_dir(folder, recursive=True)
     target = f"{folder}/{name}"
     staging = f"{folder}/.{name}.writing-{uuid.uuid4().hex[:8]}"
@@ -255,7 +255,7 @@ def _put(filesystem: pafs.FileSystem, folder: str, name: str, data: pa.Buffer) -
 
 
 def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tuple[ShardInfo, pa.RecordBatch, Layout]:
-    """Read ids and lengths of a shard, leaving the records where they are."""
+    """The ids and lengths of a shard, read without its records."""
     with filesystem.open_input_file(f"{folder}/{name}") as file:
         options = pa.ipc.IpcReadOptions(included_fields=[0, 1])
         reader = pa.ipc.open_file(file, options=options)
@@ -266,7 +266,7 @@ def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tupl
 
 
 def _make_index(tables: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    """Where each row is, sorted by id."""
+    """The place of each row, sorted by id."""
     parts: dict[str, list[Any]] = {name: [] for name in ("id", "shard", "row", "first_token", "num_tokens")}
     for number, table in enumerate(tables):
         lengths = table.column("num_tokens").to_numpy()
