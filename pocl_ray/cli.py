@@ -1,4 +1,4 @@
-"""The commands. Each is a line or two; what they do is in `pipeline` and in the rooms.
+"""The commands. Each is a line or two; the work is in `pipeline` and in the rooms.
 
 Heavy imports are inside the commands, so that `plan`, `--help` and a wrong key answer at once.
 """
@@ -85,7 +85,7 @@ def evaluate(
     references: Annotated[Path | None, typer.Option(help="JSONL with `output`, a string or a list")] = None,
     resume_with_changes: WithChanges = False,
 ) -> None:
-    """Compare the student with where it came from; or score given answers, as JSON."""
+    """Compare the student with the untuned student and the teacher; or score given answers, as JSON."""
     if predictions is not None and references is not None and config is None:
         from pocl_ray.answers.rouge import score_files
 
@@ -112,7 +112,7 @@ def tune(config: ConfigPath, overrides: Overrides = None, resume_with_changes: W
 
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Write the report again from what the run directory holds."""
+    """Write the report again from the files of the run directory."""
     from pocl_ray.report.build import build_report
 
     loaded = load_config(config, overrides or [])
@@ -166,7 +166,7 @@ def submit(
 
 
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
-    """Run a step and all that it rests on, on the cluster that the environment names or on this machine."""
+    """Run a step and all steps that it depends on, on the cluster that the environment names or on this machine."""
     config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.ray_cluster.session import ray_session
@@ -191,7 +191,7 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
 
 
 def main() -> None:
-    """Run a command; a user's mistake becomes one line and exit code 2, what failed too often a last line and 1."""
+    """Run a command; a user's mistake gives one line and exit code 2, too many failures give a last line and 1."""
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The terminal: one progress bar for long work, with a rate and an ETA; plain lines where there is no terminal."""
+"""The terminal: one progress bar for long work, with a rate and an ETA; plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class Bar:
-    """Progress of one step of the pipeline."""
+    """The progress of one step of the pipeline."""
 
     def __init__(self, name: str, total: int | None, unit: str, progress: Progress | None) -> None:
         self.name, self.total, self.unit, self.progress = name, total, unit, progress
@@ -34,7 +34,7 @@ class Bar:
             self._task = progress.add_task(name, total=total, note="", rate="")
 
     def update(self, done: int, total: int | None = None, note: str | None = None) -> None:
-        """Show how much is done, of how much, and a few words beside it."""
+        """Show the units done, the total, and a short note."""
         self.done = done
         self.total = total if total is not None else self.total
         self.note = note if note is not None else self.note
@@ -45,7 +45,7 @@ class Bar:
             console.print(self._line())
 
     def begin(self, done: int = 0) -> None:
-        """Start the clock of the rate now, at `done`: what came before was start-up, or an earlier run's."""
+        """Start the clock of the rate now, at `done`: earlier time and units belong to start-up or to another run."""
         self.started, self.first = time.monotonic(), done
 
     def _rate(self) -> str:
@@ -66,9 +66,9 @@ def progress_bar(name: str, total: int | None, unit: str) -> Iterator[Bar]:
     """Show a progress bar while the block runs.
 
     Args:
-        name: What is being done.
-        total: Units to do; None while it is not known.
-        unit: Such as `rows` or `steps`.
+        name: Name of the work.
+        total: Number of units; None while it is not known.
+        unit: Name of a unit, such as `rows` or `steps`.
     """
     if not console.is_terminal:
         yield Bar(name, total, unit, None)

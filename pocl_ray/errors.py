@@ -1,12 +1,12 @@
-"""What a user can get wrong, as an exception tree.
+"""The errors that a user can cause, as a tree of exceptions.
 
-The command line turns a `UserError` into one line on stderr and exit code 2; everything else is a fault of
-ours or of the machine and keeps its traceback. A message names the place (file, key, row) and the remedy.
+The command line turns a `UserError` into one line on stderr and exit code 2. Every other error is a fault of the
+program or of the machine, and keeps its traceback. A message names the place (file, key, row) and the remedy.
 """
 
 
 class UserError(Exception):
-    """The user's input is wrong; the message is one line that names the place and what would be right."""
+    """Wrong input of the user; the message is one line that names the place and the remedy."""
 
 
 class ConfigError(UserError):
@@ -14,7 +14,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Rows that are missing, unreadable, or too often unusable."""
+    """Rows that are missing or unreadable, or too many unusable rows."""
 
 
 class ModelError(UserError):
@@ -26,15 +26,15 @@ class StorageError(UserError):
 
 
 class ResourceError(UserError):
-    """More devices, workers or disk than the cluster has."""
+    """A request for more devices, workers or disk space than the cluster has."""
 
 
 class StalledError(UserError):
-    """Work that stood still, again and again: something in it hangs, or its time is too short."""
+    """Work that repeatedly makes no progress: it hangs, or its time limit is too short."""
 
 
 class GaveUpError(Exception):
-    """Something failed as often as it may, and not through the user's input; the message is one line.
+    """A repeated failure, up to the allowed number, that is not the user's fault; the message is one line.
 
-    It says what failed, how often, and why the last time; what was raised then is its `__cause__`. Exit code 1.
+    It says what failed, how often, and why the last time. The last error is its `__cause__`. The exit code is 1.
     """

@@ -1,4 +1,4 @@
-"""What the result of a step depends on, where more than one place has to know it, such as a trial of a search."""
+"""The dependencies of steps that more than one place must know, such as the pipeline and a trial of a search."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_w
 
 
 def ranking_dependencies(config: Config, signals: str) -> list[Any]:
-    """Return all that the ranking depends on, given the fingerprint of the signals."""
+    """Return everything that the ranking depends on, given the fingerprint of the signals."""
     settings = config.difficulty.model_dump(mode="json", include={"columns", "rrf_k", "tie_break"})
-    settings["signals"] = list(config.difficulty.signals.items())  # their order breaks ties
+    settings["signals"] = list(config.difficulty.signals.items())  # their order decides ties
     return [signals, settings, config.seed]
 
 
 def distill_dependencies(config: Config, ranking: str, student: str, stages: Sequence[Stage]) -> list[Any]:
-    """Return all that a distilled student depends on, given the fingerprints of the ranking and of its start."""
+    """Return everything that a distilled student depends on, given the fingerprints of ranking and untuned student."""
     train = _train(config)
     seed = train.pop("seed")
     return [
@@ -41,7 +41,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
 
 
 def _teaching(config: Config, num_stages: int) -> list[Any]:
-    """How several teachers share the loss; nothing for one alone."""
+    """The shares of several teachers in the loss; an empty list for a single teacher."""
     if not config.other_teachers:
         return []
     teachers = (config.teacher, *config.other_teachers)
@@ -49,7 +49,7 @@ def _teaching(config: Config, num_stages: int) -> list[Any]:
 
 
 def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any:
-    """Return what supervised fine-tuning of a model adds to its dependencies; None where there is none."""
+    """Return the dependencies that supervised fine-tuning adds to a model's; None if there is no fine-tuning."""
     sft = getattr(config, role).sft
     if sft is None:
         return None
@@ -60,7 +60,7 @@ def sft_dependencies(config: Config, role: Literal["teacher", "student"]) -> Any
 
 
 def _train(config: Config) -> dict[str, Any]:
-    """What of `train` a result depends on. Keys younger than run directories count only where they are in use."""
+    """The keys of `train` that a result depends on. A newer key counts only if it is used."""
     train: dict[str, Any] = neutral_free(config)["train"]
     if config.train.lr_schedule != "wsd":
         del train["decay_ratio"]
@@ -72,13 +72,13 @@ def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:
     return [] if lora is None else [lora.model_dump(mode="json", exclude=exclude)]
 
 
-# Where a run reads the teacher: what needs none of it neither trains nor loads nor caches one.
+# The parts of a run that read the teacher. Where none does, no teacher is trained, loaded or cached.
 
 
 def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
     """Return whether training through these stages reads the teacher.
 
-    It does for its loss, for the dev figure that ends a stage, and for signals that compare the models again.
+    It does for the loss, for the dev figure that ends a stage, and for signals that compare the models again.
     """
     watches = config.curriculum.advance == "plateau" and config.curriculum.plateau.metric == "kd_loss"
     compares = any(stage.rescore for stage in stages) and choose_signals(config.difficulty).compares
@@ -86,6 +86,6 @@ def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
 
 
 def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether anything that a config trains reads the teacher: the curriculum, its control, or a search."""
+    """Return whether any training of a config reads the teacher: the curriculum, its control, or a search."""
     has_control = config.control is not None and config.control.kd_ratio > 0
     return has_control or config.tune is not None or reads_teacher(config, stages)

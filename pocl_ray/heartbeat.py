@@ -1,7 +1,7 @@
-"""The heartbeat of a process: when it last made progress, and where in the code it is now.
+"""The heartbeat of a process: the time of its last progress, and its place in the code.
 
-Code that computes calls `beat` for every batch, file or tensor. A watcher reads `process_status` from another thread of
-the process, or has it sent. The process measures ages itself, so the clocks of two machines are never compared.
+Code that computes calls `beat` for every batch, file or tensor. A watcher reads `process_status` in another thread of
+the process, or receives it. The process measures the age itself, so the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _STANDARD_LIBRARY = Path(threading.__file__).parent.as_posix()
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """State of a process.
+    """The state of a process.
 
     Attributes:
-        age_s: Seconds since it last got on; 0 while it has nothing to do.
-        doing: What it was at.
-        place: The line of code where it stands, and the function.
-        waits: Whether that is inside a collective, or a call of Ray's, so that it waits for another process.
-        host: Name of its machine.
-        pid: The process.
+        age_s: Seconds since the last progress; 0 while the process has nothing to do.
+            doing: Description of the work.
+            place: Current line of code, and its function.
+            waits: Whether the process waits for another one, in a collective or in a call of Ray.
+            host: Name of the machine.
+            pid: Id of the process.
     """
 
     age_s: float
@@ -45,36 +45,36 @@ class ProcessStatus:
 
 
 class Heartbeat:
-    """The heartbeat of one process; one thread at a time beats."""
+    """The heartbeat of one process; only one thread at a time may call `beat`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with a beat, at nothing."""
+        """Start with a beat and without work."""
         self._clock = clock
         self._thread = threading.get_ident()
         self._at, self._doing, self._is_idle = clock(), "starting", False
 
     def beat(self, doing: str) -> None:
-        """Work went on; `doing` says what is next, in a few words."""
+        """Record progress; `doing` is a short description of the work that comes next."""
         self._thread, self._doing, self._is_idle = threading.get_ident(), doing, False
         self._at = self._clock()
 
     def touch(self) -> None:
-        """Something went on that the work waits for, in another thread."""
+        """Record progress of another thread that the work waits for."""
         self._at = self._clock()
 
     def rest(self) -> None:
-        """There is nothing to do."""
+        """Record that there is nothing to do."""
         self._is_idle = True
 
     def process_status(self) -> ProcessStatus:
-        """Return how the process is; called from another thread than the one that works."""
+        """Return the state of the process; called from another thread than the working one."""
         age_s = 0.0 if self._is_idle else self._clock() - self._at
         frame = sys._current_frames().get(self._thread)
         return ProcessStatus(age_s, self._doing, *_place(frame), socket.gethostname(), os.getpid())
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Return the innermost line that is not the standard library's, and whether it waits for another process."""
+    """The innermost line outside of the standard library, and whether it waits for another process."""
     while frame is not None and _is_standard(frame) and frame.f_back is not None:
         frame = frame.f_back
     if frame is None:
@@ -90,26 +90,26 @@ def _is_standard(frame: FrameType) -> bool:
 
 
 _HEARTBEAT = Heartbeat()
-"""Of this process."""
+"""The heartbeat of this process."""
 
-# Functions, not bound methods: Ray sends them to a worker by name, and there they mean the worker's own heartbeat.
+# Functions and not bound methods: Ray sends them to a worker by name, where they use the worker's own heartbeat.
 
 
 def beat(doing: str) -> None:
-    """Note that this process's work went on; see `Heartbeat.beat`."""
+    """Record progress of this process; see `Heartbeat.beat`."""
     _HEARTBEAT.beat(doing)
 
 
 def touch() -> None:
-    """Note that something went on that its work waits for."""
+    """Record progress that this process waits for; see `Heartbeat.touch`."""
     _HEARTBEAT.touch()
 
 
 def rest() -> None:
-    """Note that it has nothing to do."""
+    """Record that this process has nothing to do."""
     _HEARTBEAT.rest()
 
 
 def process_status() -> ProcessStatus:
-    """Return how it is."""
+    """Return the state of this process."""
     return _HEARTBEAT.process_status()

@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, rows, and the two models as they are before distillation."""
+"""The inputs of a run: tokenizer, rows, and both models before distillation."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 
 @dataclass(frozen=True)
 class FingerprintedModel:
-    """A model of this run: where it is, and the fingerprint of all that it depends on."""
+    """A model of this run: its place, and the fingerprint of everything that it depends on."""
 
     ref: ModelRef
     fingerprint: str
 
 
 class Inputs:
-    """The steps before scoring. A step asks for those it rests on."""
+    """The steps before scoring. Each step requests the steps that it depends on."""
 
     def __init__(self, config: Config, steps: Steps) -> None:
-        """Take the config and the runner of steps; nothing is done yet."""
+        """Take the config and the runner of steps, but do nothing yet."""
         self.config, self.steps, self.run_dir = config, steps, steps.run_dir
 
     @cached_property
     def tokenizer(self) -> str:
-        """Fingerprint of the tokenizer in `tokenizer/`: the teacher's, another one, or one trained on the rows.
+        """The fingerprint of the tokenizer in `tokenizer/`: the teacher's, another one, or one trained on the rows.
 
-        Where the teacher keeps its own, that is in `teacher_tokenizer/`, and `tokenizer/` has the student's.
+        If the teacher keeps its own, that one is in `teacher_tokenizer/`, and `tokenizer/` holds the student's.
         """
         config = self.config
         owner = config.teacher if config.teacher.cross_tokenizer is None else config.student
@@ -115,12 +115,12 @@ class Inputs:
         return load_tokenizer(str(self.run_dir.local(TOKENIZER)))
 
     def load_teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the teacher's, where it has one of its own."""
+        """Return the teacher's tokenizer if it has its own, else None."""
         return load_tokenizer(str(self.run_dir.local(TEACHER_TOKENIZER))) if self._is_bridged else None
 
     @cached_property
     def rows(self) -> Rows:
-        """The sets that the student meets: the prepared ones, or train with the teacher's answers as responses."""
+        """The sets for the student: the prepared ones, or with the teacher's answers as responses in train."""
         prepared, is_theirs = self.prepared, self.config.data.responses == "teacher"
         if is_theirs:
             _ = self.responses
@@ -129,7 +129,7 @@ class Inputs:
 
     @cached_property
     def responses(self) -> str:
-        """Fingerprint of the training rows with the teacher's answers in place of their own responses."""
+        """The fingerprint of the training rows in which the teacher's answers replace the responses."""
         config, prepared, teacher = self.config, self.prepared, self.teacher
         generation = config.teacher.generation
 
@@ -178,7 +178,7 @@ class Inputs:
 
     @cached_property
     def prepared(self) -> Rows:
-        """The sets as they were read, every row with its own response."""
+        """The sets as they were read; each row has its own response."""
         config = self.config
         numbers = list(config.difficulty.columns)
 
@@ -206,7 +206,7 @@ class Inputs:
 
     @cached_property
     def teacher(self) -> FingerprintedModel:
-        """The teacher, fine-tuned where the config says so."""
+        """The teacher, fine-tuned if the config says so."""
         config = self.config.teacher
 
         def work(fingerprint: str) -> StepResult:
@@ -229,7 +229,7 @@ class Inputs:
 
     @cached_property
     def other_teachers(self) -> tuple[FingerprintedModel, ...]:
-        """The further teachers, as they lie."""
+        """The further teachers, which are ready-made."""
         return tuple(
             FingerprintedModel(reference(config), fingerprint(_loaded_as(config)))
             for config in self.config.other_teachers
@@ -272,7 +272,7 @@ class Inputs:
 
     @property
     def own_tokens(self) -> dict[str, OwnTokens]:
-        """What the teacher reads and writes in where it has a tokenizer of its own."""
+        """The teacher's tokenizer and rows, if it has its own tokenizer."""
         if not self._is_bridged:
             return {}
         sets = self.prepared.as_teacher_reads.tests
@@ -280,7 +280,7 @@ class Inputs:
 
     @property
     def rows_fingerprint(self) -> list[str]:
-        """Of every set."""
+        """The fingerprints of all sets."""
         return _fingerprints(self.rows)
 
     def _made(self, name: str) -> str:
@@ -296,6 +296,6 @@ def _copy_tokenizer(place: str, revision: str | None, trust_remote_code: bool, f
 
 
 def _loaded_as(config: TeacherConfig) -> list[Any]:
-    """What the answers of a ready-made teacher depend on."""
+    """The settings that the answers of a ready-made teacher depend on."""
     depends: list[Any] = [origin_fingerprint(config), config.dtype]
     return depends if config.quantization == "none" else [*depends, config.quantization]

@@ -2,9 +2,9 @@
 
     rows -> teacher, student -> scores + teacher cache -> ranking -> plan -> distilled student -> evaluation -> report
 
-Where the teacher is to write the responses (SeqKD), it does so before the student or the scores see a row.
-Each step is a property: asking for it does it, and first whatever it rests on. A step that the manifest knows as done
-is not done again. Ray is connected when the first step that needs it is to run.
+If the teacher writes the responses (SeqKD), it does so before any other step uses a row. Each step is a property. A
+read of it runs the step, after the steps that it depends on. A step that is done according to the manifest is not run
+again. Ray is connected before the first step that needs it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan
 
 
 class Pipeline:
-    """One run in its directory, from scoring to the report; what comes before is in `inputs`."""
+    """One run in its directory, from scoring to the report; the steps before are in `inputs`."""
 
     def __init__(
         self, config: Config, resume_with_changes: bool = False, connect: Callable[[], object] = lambda: None
@@ -53,9 +53,9 @@ class Pipeline:
         """Open the run directory.
 
         Args:
-            config: The run.
-            resume_with_changes: Go on in a directory whose config differs; the steps concerned run again.
-            connect: Connects to Ray; without it, Ray must be connected already.
+            config: Config of the run.
+                resume_with_changes: Whether to go on in a directory whose config differs; affected steps run again.
+                connect: Function that connects to Ray; without it, Ray must be connected already.
 
         Raises:
             UserError: An input is missing or does not fit, or the directory belongs to another config.
@@ -74,25 +74,27 @@ class Pipeline:
         self.inputs = Inputs(config, self.steps)
 
     def close(self) -> None:
-        """Give the run directory back to other runs.
+        """Release the run directory for other runs.
 
         Raises:
-            StorageError: Another run took it over meanwhile.
+            StorageError: Another run has taken the directory meanwhile.
         """
         self._claim.lease.release()
         if self._claim.lease.lost_to is not None:
             raise refusal(self.run_dir, self._claim.lease.lost_to)
 
     def withdraw(self) -> None:
-        """After a user's mistake, leave everything as it was, unless work worth keeping was done since."""
+        """Undo the claim of the run directory after a user's mistake, unless useful work was done since."""
         if not self.steps.has_cluster:
             self._claim.undo(keep_config=self.steps.num_done > 0)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The curriculum, written to `plan.json`; asked for early, with all that may not fit."""
+        """The stages of the curriculum, which are written to `plan.json`. They are read early, as a check."""
         config, num_prepared = self.config, self.inputs.prepared.train.num_rows
-        plan_stages(config, num_prepared)  # before a teacher is trained to write responses, some of which may be empty
+        plan_stages(
+            config, num_prepared
+        )  # check before a teacher is trained to write responses, some of which may be empty
         check_settings(config, num_prepared, self.inputs.load_tokenizer(), self.inputs.load_teacher_tokenizer())
         num_rows = self.inputs.rows.train.num_rows
         stages = plan_stages(config, num_rows)
@@ -114,12 +116,12 @@ class Pipeline:
 
     @cached_property
     def signals(self) -> str:
-        """Fingerprint of the signals of every training row, and of the teacher cache made in the same pass."""
+        """The fingerprint of the signals of all training rows, and of the teacher cache from the same pass."""
         config, inputs = self.config, self.inputs
         distils = any_training_reads_teacher(config, self.stages)
         chosen = choose_signals(config.difficulty)
         folder = CACHE if distils and config.distill.teacher_cache != "none" else None
-        # What a search may choose is not known here, so it is all measured.
+        # A search may choose any signal, so all are measured.
         is_read = folder is not None or chosen.reads_teacher or config.tune is not None
         teacher = inputs.teacher if distils or is_read else None
         student = inputs.student
@@ -156,7 +158,7 @@ class Pipeline:
 
     @cached_property
     def ranking(self) -> str:
-        """Fingerprint of `scores.parquet`: the signals, and the rank that they give each row."""
+        """The fingerprint of `scores.parquet`, which holds the signals and the rank of each row."""
         difficulty, seed = self.config.difficulty, self.config.seed
 
         def work(_: str) -> StepResult:
@@ -181,12 +183,12 @@ class Pipeline:
 
     @cached_property
     def control(self) -> FingerprintedModel | None:
-        """The student after plain distillation, at the same number of optimizer steps."""
+        """The student after plain distillation, with the same number of optimizer steps."""
         config, stages = self.config, self.stages
         if config.control is None:
             return None
         num_steps = sum(stage.num_steps for stage in stages)
-        if config.curriculum.advance == "plateau":  # how many they were is known once they are done
+        if config.curriculum.advance == "plateau":  # their number is known only after they are done
             _ = self.distilled
             num_steps = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
         plan = plan_control(config, self.inputs.rows.train.num_rows, num_steps)
@@ -194,7 +196,7 @@ class Pipeline:
 
     @cached_property
     def evaluation(self) -> str:
-        """Fingerprint of `evaluation.json`: the student beside where it came from."""
+        """The fingerprint of `evaluation.json`, which compares the student with the untuned student and the teacher."""
         config, inputs = self.config, self.inputs
         models = {STUDENT: self.distilled}
         if config.evaluation.student_before:
@@ -232,7 +234,7 @@ class Pipeline:
 
     @cached_property
     def report(self) -> str:
-        """Fingerprint of the report and the model card, written from what the run directory holds."""
+        """The fingerprint of the report and the model card, which are written from the run directory."""
 
         def work(_: str) -> StepResult:
             build_report(self.run_dir)
@@ -250,7 +252,7 @@ class Pipeline:
         return CacheTask(folder, self.config.distill.cache_dtype, self._top_k, fingerprint)
 
     def _cache_other_teachers(self, student: ModelRef) -> list[str]:
-        """Fill the caches of the further teachers, and return their directories; none where teachers run live."""
+        """Fill the caches of the further teachers, and return their directories; empty if teachers run live."""
         config, rows, written = self.config, self.inputs.rows, []
         for place, other in enumerate(self.inputs.other_teachers, start=1):
             folder = cache_folder(config, place)

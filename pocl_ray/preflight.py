@@ -1,5 +1,5 @@
-"""What can be found wrong before anything expensive: inputs before anything is written, settings once the rows are
-prepared, and the cluster's room as soon as Ray is connected."""
+"""Checks before expensive work: of inputs before anything is written, of settings once rows are prepared, and of the
+cluster's room once Ray is connected."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from pocl_ray.run_directory.disk import check_free
 from pocl_ray.run_directory.storage import RunDirectory, check_lasts
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in the environment of a submitted job."""
+"""The variable that Ray sets in the environment of a submitted job."""
 
 LOOK_S = 120.0
-"""How long a node may take to say which versions it has."""
+"""The time limit for a node to report its versions."""
 
 
 def check_inputs(config: Config) -> None:
-    """Check what needs neither rows nor a cluster: that files, models, names and templates are there and fit.
+    """Check, without rows or a cluster, that files, models, names and templates exist and fit.
 
     Raises:
         UserError: A file or model is missing, or a name is unknown.
@@ -74,10 +74,10 @@ def _check_origin(key: str, model: ModelConfig) -> None:
 
 
 def check_rescoring(config: Config) -> None:
-    """Check that what the teacher says can be compared with the student again between stages.
+    """Check that the teacher can be compared with the student again between stages.
 
     Raises:
-        ConfigError: The cache does not hold it, or the teacher cannot be asked by each worker alone.
+        ConfigError: The cache does not hold the teacher's distribution, or a single worker cannot run the teacher.
     """
     compares = config.difficulty.rescore == "each_stage" and choose_signals(config.difficulty).compares
     if compares and config.distill.teacher_cache == "topk":
@@ -95,10 +95,10 @@ def check_rescoring(config: Config) -> None:
 
 
 def check_bridging(config: Config) -> None:
-    """Check that no plug-in compares models that have different tokenizers.
+    """Check that no plug-in compares models with different tokenizers.
 
     Raises:
-        ConfigError: One of `difficulty.signals` does.
+        ConfigError: A signal of `difficulty.signals` does.
     """
     compared = choose_signals(config.difficulty).plugins
     if config.teacher.cross_tokenizer is not None and compared:
@@ -114,17 +114,17 @@ def check_settings(
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Check what the later steps would stumble over; needs neither weights in memory nor a cluster.
+    """Check everything that later steps would fail on; it needs neither weights in memory nor a cluster.
 
     Args:
-        config: The run.
-        num_rows: Training rows.
-        tokenizer: The run's; gives the vocabulary of models that are made.
-        teacher_tokenizer: The teacher's, where it keeps one of its own.
+        config: Config of the run.
+            num_rows: Number of training rows.
+            tokenizer: Tokenizer of the run, which gives the vocabulary of new models.
+            teacher_tokenizer: Tokenizer of the teacher, if it keeps its own.
 
     Raises:
-        ConfigError: Fewer rows than a global batch holds.
-        ModelError: A model has no weights, or cannot be made, or a further teacher has another tokenizer.
+        ConfigError: There are fewer rows than a global batch holds.
+            ModelError: A model has no weights or cannot be built, or a further teacher has another tokenizer.
     """
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:
@@ -139,7 +139,7 @@ def check_settings(
 
 
 def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase | None) -> None:
-    """Say where two tokenizers are bridged that are one: it works, and a divergence token by token says more."""
+    """Warn if both tokenizers are the same although they are bridged: a divergence by token would say more."""
     if teachers is not None and teachers.get_vocab() == tokenizer.get_vocab():
         console.print(
             "[yellow]warning:[/] teacher and student have the same tokenizer, over which a divergence token by token "
@@ -148,10 +148,10 @@ def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrain
 
 
 def check_room(config: Config) -> None:
-    """Check that the cluster that is connected has room for the training workers and for the actors.
+    """Check that the connected cluster has room for the training workers and for the actors.
 
     Raises:
-        ResourceError: It has not, or has no GPU where one is asked for.
+        ResourceError: There is no room, or no GPU although one is requested.
     """
     scaling = config.scaling
     use_gpu = wants_gpu(scaling)
@@ -162,10 +162,10 @@ def check_room(config: Config) -> None:
 
 
 def check_without_gpus(config: Config) -> None:
-    """Refuse what only GPUs can do.
+    """Refuse settings that need a GPU.
 
     Raises:
-        ConfigError: The config asks for it.
+        ConfigError: The config has such a setting.
     """
     divergences(config.distill, config.rollout, torch.device("cpu"))
     if config.rollout.backend == "vllm":
@@ -173,10 +173,10 @@ def check_without_gpus(config: Config) -> None:
 
 
 def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
-    """Check that the teacher caches will fit the disk of the run directory.
+    """Check that the teacher caches fit the disk of the run directory.
 
     Raises:
-        ResourceError: They will not.
+        ResourceError: They do not fit.
     """
     read = rows.as_teacher_reads
     num_bytes = cache_bytes(config, (read.train, read.dev))
@@ -186,17 +186,19 @@ def check_disk(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
 
 
 def check_nodes() -> None:
-    """Check that all nodes of the cluster run the same versions as this process; a machine alone always does.
+    """Check that all nodes of the cluster run the same versions as this process; a single machine always does.
 
-    Nodes that an autoscaler starts later are looked at when they train. A clock that is far off is told.
+    Nodes that an autoscaler starts later are checked when they train. A clock that is far off gives a warning.
 
     Raises:
-        ResourceError: A node has other versions, or none of the project.
+        ResourceError: A node has other versions, or lacks the project.
     """
     if is_one_machine():
         return
 
-    def look() -> tuple[dict[str, str], float]:  # nested, so that Ray sends its code: the module may be missing there
+    def look() -> tuple[
+        dict[str, str], float
+    ]:  # nested, so that Ray sends its code, since the module may be missing on the node
         try:
             from pocl_ray.ray_cluster.versions import versions
         except ImportError:
@@ -213,7 +215,7 @@ def check_nodes() -> None:
     for address, answer in asked:
         try:
             theirs, their_time = ray.get(answer, timeout=LOOK_S)
-        except RayError as error:  # it may have been taken away, or be busy; training asks again
+        except RayError as error:  # the node may be gone or busy; training checks again
             console.print(f"[yellow]warning:[/] node {address} does not tell its versions ({type(error).__name__})")
             continue
         check_same(here, theirs, f"node {address}")

@@ -1,4 +1,4 @@
-"""`pocl-ray plan`: the stages and the size of the teacher cache, before anything is started."""
+"""The command `pocl-ray plan`: the stages and the size of the teacher cache, before anything is started."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     """Print the curriculum for the given number of training rows.
 
     Args:
-        config: The run.
-        num_rows: Training rows; None takes those that the run has prepared, else counts the source's.
+        config: Config of the run. num_rows: Number of training rows; None takes the rows that the run has prepared, or
+            else counts the source's.
 
     Raises:
         UserError: The loss, a signal or the curriculum is unknown or cannot work, or there are no rows to count.
@@ -64,7 +64,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:
-    """One line a stage; the places of its rows only where a stage does not begin with the first one."""
+    """A table with one line for each stage; it has the places of rows only if a stage does not begin at the first."""
     shows_places = any(stage.first_rank for stage in stages)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("stage", "buckets", "rows", *(["places"] if shows_places else []), "epochs", "steps"):
@@ -92,7 +92,7 @@ def _moving(first: float, last: float) -> str:
 
 
 def _prepared(config: Config, for_teacher: bool = False) -> dict[str, RowsSummary]:
-    """The sets that the run has prepared; in the tokens of a teacher with a tokenizer of its own, where asked for."""
+    """The sets that the run has prepared; with `for_teacher` in the tokens of a teacher with its own tokenizer."""
     run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
     if not run_dir.exists("rows/summary.json"):
         return {}
@@ -128,7 +128,7 @@ def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, Rows
 
 
 def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
-    """Return what the teacher caches of some sets take; None where a teacher's width cannot be told beforehand."""
+    """Return the bytes that the teacher caches of some sets take; None if a teacher's width is not known beforehand."""
     layouts = [_cache_layout(config.distill, teacher) for teacher in (config.teacher, *config.other_teachers)]
     num_tokens = sum(made.num_response_tokens for made in sets)
     sizes = [estimate_bytes(num_tokens, layout) for layout in layouts if layout is not None]
@@ -136,7 +136,7 @@ def cache_bytes(config: Config, sets: Sequence[RowsSummary]) -> int | None:
 
 
 def _cache_layout(distill: DistillConfig, teacher: TeacherConfig) -> Layout | None:
-    """Return what is stored of a token; a teacher's own dtype is taken to be bfloat16."""
+    """The layout of a token's record; the teacher's own dtype is assumed to be bfloat16."""
     if distill.teacher_cache == "topk":
         return Layout("topk", "float32" if distill.cache_dtype == "float32" else "float16", distill.top_k)
     width = _teacher_width(teacher)
@@ -145,7 +145,7 @@ def _cache_layout(distill: DistillConfig, teacher: TeacherConfig) -> Layout | No
 
 
 def _teacher_width(teacher: TeacherConfig) -> int | None:
-    """Return the width of the teacher's hidden states, where that can be told without the network."""
+    """The width of the teacher's hidden states; None if it is not known without the network."""
     if teacher.architecture is not None:
         width = teacher.architecture.get("hidden_size", teacher.architecture.get("n_embd"))
         return int(width) if width is not None else None

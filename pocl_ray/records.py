@@ -1,4 +1,4 @@
-"""Column names, and the frozen records that one step hands to the next."""
+"""Column names, and the frozen records that one step passes to the next."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ REFERENCES = "references"
 PROMPT_IDS = "prompt_ids"
 RESPONSE_IDS = "response_ids"
 
-# A numeric column of the user's own, carried along as a difficulty signal, is called `column:NAME`.
+# A numeric column of the user's data that serves as a difficulty signal is called `column:NAME`.
 COLUMN = "column:"
 
-# Columns of scores.parquet, beside one column per signal.
+# Columns of scores.parquet, in addition to one column for each signal.
 NUM_PROMPT_TOKENS = "num_prompt_tokens"
 NUM_RESPONSE_TOKENS = "num_response_tokens"
 RRF_SCORE = "rrf_score"
 RANK = "rank"
 
-# And of scores/stages/stage-<k>.parquet, beside these: where the row stood in the ranking before.
+# A further column of scores/stages/stage-<k>.parquet: the rank of the row in the ranking before.
 PREVIOUS_RANK = "previous_rank"
 
 # Models of evaluation.json.
@@ -42,10 +42,10 @@ class Ramp:
     """A value that moves over positions: stages, or the optimizer steps of a whole run.
 
     Attributes:
-        points: The values that it goes through, evenly spaced from the first position to the last.
-        shape: How it goes from one point to the next.
-        num_positions: Length of the ramp.
-        first_position: Position at which its owner starts; a stage counts its steps from there.
+        points: Values of the ramp, evenly spaced from the first position to the last.
+            shape: Shape of the ramp between two points.
+            num_positions: Length of the ramp.
+            first_position: Position at which its owner starts; a stage counts its steps from there.
     """
 
     points: tuple[float, ...]
@@ -57,7 +57,7 @@ class Ramp:
         """Return the value at a step of the owner, from 0.
 
         Between points a and b at share s of the way: linear is a + s (b - a), cosine a + (1 - cos(pi s)) / 2 (b - a).
-        Beyond the last position it stays.
+        After the last position the value stays the same.
         """
         share = min(1.0, (self.first_position + step) / max(1, self.num_positions - 1))
         segment, within = divmod(share * (len(self.points) - 1), 1)
@@ -74,26 +74,27 @@ Order = Literal["rank", "random"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum: a slice of an order of the rows, and how it is trained on.
+    """One stage of the curriculum: a slice of an order of the rows, and the settings of its training.
 
     Attributes:
-        index: 0 for the first stage.
-        buckets: The buckets that its rows lie in, wholly or in part; 0 is the first of the order.
-        first_rank: Place of its first row in the order, from 0.
-        end_rank: One past the place of its last row; the stage trains on `[first_rank, end_rank)`.
-        num_epochs: Passes over these rows; the most of them where `min_epochs` is set.
-        steps_per_epoch: Optimizer steps of a pass; rows that do not fill a global batch are left out of it.
-        kd_temperature: Softens both distributions; that of the first step where it moves.
-        kd_ratio: Weight of the distillation loss, the rest is cross-entropy; that of the first step where it moves.
-        restart_optimizer: Whether the stage starts with fresh moments.
+        index: Index of the stage, from 0.
+            buckets: Buckets of its rows, complete or in part; 0 is the first in the order.
+            first_rank: Place of its first row in the order, from 0.
+            end_rank: Place after its last row; the stage trains on `[first_rank, end_rank)`.
+            num_epochs: Number of passes over these rows; the maximum if `min_epochs` is set.
+            steps_per_epoch: Optimizer steps of a pass; rows that do not fill a global batch are left out.
+            kd_temperature: Temperature that softens both distributions; if it moves, the value at the first step.
+            kd_ratio: Weight of the distillation loss, the rest is cross-entropy; if it moves, the value at the first
+                step.
+            restart_optimizer: Whether the stage starts with new moments.
         lr_first_step: Position in the LR schedule at which the stage starts.
         lr_num_steps: Length of the LR schedule that the stage belongs to.
-        max_steps: Ends the stage early, within an epoch; None: after its epochs.
-        order: What the places count in: the ranking, 0 the easiest row, or an order drawn by the seed of the run.
-        min_epochs: The stage ends on convergence, but not before so many passes; None: after its epochs.
-        kd_temperature_ramp: Over the steps of the run; None: one value for the stage.
-        kd_ratio_ramp: The same of `kd_ratio`.
-        rescore: Whether the rows are ranked anew before it, by the student as it then is.
+        max_steps: Number of steps after which the stage ends within an epoch; None: it ends after its epochs. order:
+            Order that the places refer to: the ranking, with the easiest row at 0, or an order drawn by the run's seed.
+            min_epochs: Minimum number of passes of a stage that ends on convergence; None: it ends after its epochs.
+            kd_temperature_ramp: Ramp of the temperature over the steps of the run; None: one value for the stage.
+            kd_ratio_ramp: Ramp of `kd_ratio` over the steps of the run; None: one value for the stage. rescore: Whether
+            the current student ranks the rows again before the stage.
     """
 
     index: int
@@ -124,27 +125,27 @@ class Stage:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether its loss has a distillation part at any step; with `kd_ratio` 0 the teacher is not read."""
+        """Return whether the loss has a distillation part at any step; with `kd_ratio` 0 the teacher is not read."""
         return self.kd_ratio > 0 if self.kd_ratio_ramp is None else max(self.kd_ratio_ramp.points) > 0
 
     @property
     def num_rows(self) -> int:
-        """Rows that the stage trains on."""
+        """The number of rows that the stage trains on."""
         return self.end_rank - self.first_rank
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the stage; the most of them where `min_epochs` is set."""
+        """The number of optimizer steps of the stage; the maximum if `min_epochs` is set."""
         steps = self.num_epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the stage as plan.json holds it."""
+        """Return the stage in the form of plan.json."""
         return {**asdict(self), "buckets": list(self.buckets), "num_rows": self.num_rows, "num_steps": self.num_steps}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Stage:
-        """Read a stage of plan.json."""
+        """Return a stage from its form in plan.json."""
         kept = {k: v for k, v in data.items() if k not in ("num_rows", "num_steps")}
         for key in ("kd_temperature_ramp", "kd_ratio_ramp"):
             if kept.get(key) is not None:
@@ -154,16 +155,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class RowsSummary:
-    """What the rows step made of one set.
+    """The result of the row step for one set.
 
     Attributes:
-        name: `train`, `dev`, or the name of a test set.
-        path: Arrow file, relative to the run directory.
-        num_rows: Usable rows.
-        num_rejected: Rows in rejects.jsonl.
-        num_prompt_tokens: Sum over rows.
-        num_response_tokens: Sum over rows, the end-of-sequence token included.
-        max_response_tokens: Longest response.
+        name: Name of the set: `train`, `dev`, or the name of a test set.
+            path: Arrow file, relative to the run directory.
+            num_rows: Number of usable rows.
+            num_rejected: Number of rows in rejects.jsonl.
+            num_prompt_tokens: Number of prompt tokens of all rows.
+            num_response_tokens: Number of response tokens of all rows, including end-of-sequence tokens.
+            max_response_tokens: Tokens of the longest response.
         fingerprint: Digest of the file's content.
     """
 
