@@ -1,7 +1,7 @@
-"""What scoring and evaluation share of Ray Data: pools of actors that fit the cluster, one progress bar, clear errors.
+"""The common part of our Ray Data jobs: pools of actors that fit the cluster, one progress bar, clear errors.
 
-Actors load their models with the first batch and not in their constructor: Ray Data would create a failing actor anew,
-whereas an exception in a batch travels to the driver as it is.
+Actors load their models with the first batch and not in their constructor. Ray Data would start an actor again if its
+constructor fails, but an exception in a batch reaches the driver unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import progress_bar
 from pocl_ray.errors import GaveUpError, ResourceError
 from pocl_ray.ray_cluster.capacity import (
-    in_words,
+    resources_text,
     room_for,
     usable_nodes,
     wait_for_room,
@@ -30,7 +30,7 @@ from pocl_ray.ray_cluster.capacity import (
 )
 from pocl_ray.ray_cluster.ray_errors import explain_death, find_actor_death, find_user_error
 
-_TASKS_IN_FLIGHT = 2  # one runs, one waits: an actor never idles, and tasks stay free for actors that come later
+_TASKS_IN_FLIGHT = 2  # one runs and one waits: an actor is never idle, and tasks are left for actors that start later
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class ActorPool:
     """The actors of one step of a Ray Data job.
 
     Attributes:
-        size: How many, at most.
-        num_cpus: Logical CPUs of each.
-        num_gpus: GPUs of each; 0 runs on the CPU.
-        scaling: Kind of GPU, custom resources and labels that are asked for, and how many failures are allowed.
+        size: Maximum number of actors.
+            num_cpus: Logical CPUs of each actor.
+            num_gpus: GPUs of each actor; 0 runs on the CPU.
+            scaling: Config with the requested GPU type, custom resources and labels, and the number of allowed
+                failures.
     """
 
     size: int
@@ -51,11 +52,11 @@ class ActorPool:
 
     @property
     def use_gpu(self) -> bool:
-        """Whether the actors run on a GPU."""
+        """Return whether the actors run on a GPU."""
         return self.num_gpus > 0
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `Dataset.map_batches`: a batch is a whole block of the input."""
+        """Return the arguments of `Dataset.map_batches`; a batch is a whole block of the input."""
         strategy = ActorPoolStrategy(
             min_size=1, max_size=self.size, initial_size=self.size, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
@@ -77,18 +78,18 @@ class ActorPool:
 
 
 def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) -> list[ActorPool]:
-    """Size the pools of a job so that all of them fit the cluster at once.
+    """Return pools for a job, with sizes such that all of them fit the cluster at once.
 
     Args:
-        scaling: What an actor asks for.
-        wanted: Actors of each pool, at most.
-        num_tasks: Tasks of the job; more actors than tasks would idle.
+        scaling: Number of actors and their resources.
+            wanted: Maximum number of actors of each pool.
+            num_tasks: Number of tasks of the job; more actors than tasks would be idle.
 
     Returns:
-        One pool for each of `wanted`, of at least one actor.
+        One pool for each entry of `wanted`, with at least one actor.
 
     Raises:
-        ResourceError: The cluster has no room for one actor of each pool, or no GPU where one is asked for.
+        ResourceError: The cluster has no room for one actor of each pool, or no GPU although one is requested.
     """
     num_gpus = _gpus_per_actor(scaling, len(wanted)) if wants_gpu(scaling) else 0.0
     needed = {"CPU": scaling.cpus_per_actor, "GPU": num_gpus, **scaling.resources_per_actor}
@@ -102,7 +103,7 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
     if fits < len(wanted):
         keys = "scaling.cpus_per_actor or scaling.gpus_per_actor" if num_gpus else "scaling.cpus_per_actor"
         raise ResourceError(
-            f"{len(wanted)} actors of {in_words(needed)} each must run at once, but the cluster has room for "
+            f"{len(wanted)} actors of {resources_text(needed)} each must run at once, but the cluster has room for "
             f"{fits}{where(scaling)}; lower {keys}"
         )
     while sum(sizes) > fits:
@@ -111,31 +112,31 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
 
 
 def _gpus_per_actor(scaling: ScalingConfig, num_pools: int) -> float:
-    """One GPU each, or an equal share of them where the pools outnumber the GPUs."""
+    """One GPU for each actor, or an equal share if there are more pools than GPUs."""
     num_gpus = sum(node.get("GPU", 0) for node in usable_nodes(scaling.labels).values())
     return scaling.gpus_per_actor or min(1.0, num_gpus / num_pools)
 
 
 def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
-    """Run a Ray Data job and gather its (small) output: what `stream` yields, in one table."""
+    """Return the (small) output of a Ray Data job as one table."""
     return pa.concat_tables(stream(dataset, name, num_rows, unit), promote_options="default")
 
 
 def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa.Table]:
-    """Run a Ray Data job behind a progress bar.
+    """Yield the output of a Ray Data job, which runs with a progress bar.
 
     Args:
-        dataset: The lazy job.
-        name: What is being done.
-        num_rows: Rows that the job will give.
-        unit: What a row is.
+        dataset: Lazy data set of the job.
+            name: Name of the job.
+            num_rows: Number of rows that the job returns.
+            unit: Name of a row.
 
     Yields:
-        Its output, in the order in which it comes.
+        Tables in the order of their arrival.
 
     Raises:
-        UserError: One that an actor raised.
-        GaveUpError: A task lost its actor more often than it is done again.
+        UserError: An actor raised a UserError.
+            GaveUpError: A task lost its actor more often than is allowed.
     """
     done = 0
     with progress_bar(name, num_rows, unit) as bar:
@@ -144,7 +145,7 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
                 table = cast(pa.Table, batch)
                 has_begun, done = done > 0, done + table.num_rows
                 yield table
-                if not has_begun:  # before that, processes started and models loaded
+                if not has_begun:  # before that, processes start and models are loaded
                     bar.begin(done)
                 bar.update(done)
         except RayError as error:
@@ -157,7 +158,7 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
 
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """Make and run Ray Data jobs without Ray Data's own bars and messages; what it had is restored."""
+    """Hide Ray Data's own bars and messages while the block runs."""
     context, logger = DataContext.get_current(), logging.getLogger("ray.data")
     quiet = {"enable_progress_bars": False, "enable_operator_progress_bars": False, "print_on_execution_start": False}
     before, level = {name: getattr(context, name) for name in quiet}, logger.level

@@ -1,10 +1,10 @@
-"""The watch over Ray Data's actors, which Ray Data itself waits for without end: one that hangs is killed.
+"""The watch over Ray Data's actors: an actor that hangs is killed, since Ray Data would wait for it for ever.
 
-Each actor's process writes its pulse into the cluster's key-value store from a thread of its own; the driver reads
-them. An actor whose pulse is too old, or who writes no more (a stopped process), is killed on its node; Ray Data then
-starts another one and gives it the batch again, as after any loss. When that has happened too often, the next actor
-raises what the user is to know, which travels to the driver like any mistake. What dies by itself Ray Data replaces
-without end as well; here each task's actors are counted, so that one that kills all of them ends the job.
+A thread in the process of each actor writes a heartbeat into the cluster's key-value store, and the driver reads it. An
+actor is killed on its node if its heartbeat is too old, or if it writes none any more (a stopped process). Ray Data
+then starts another actor and gives it the batch again. After too many such losses the next actor raises an error for
+the user, which reaches the driver like any other error. Ray Data also replaces actors that die without limit. So the
+actors that each task has lost are counted here, and a task that kills all its actors ends the job.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Process:
 
     Attributes:
         node: Ray's id of its node.
-        pid: Its number there.
-        started_s: When it started, in seconds since the boot; a number may be given again.
+            pid: Id of the process on the node.
+            started_s: Start of the process in seconds since the boot, because a pid may be used again.
     """
 
     node: str
@@ -69,11 +69,11 @@ class _Heard:
 
 @dataclass
 class StallFinder:
-    """Finds the processes that stand still in what they wrote; time is the reader's own.
+    """Finds the processes that hang, from their heartbeats; times are measured by the reader's clock.
 
     Attributes:
-        actor_timeout_s: Nobody may take longer to get on.
-        clock: Seconds.
+        actor_timeout_s: Maximum time without progress.
+            clock: Function that returns the time in seconds.
     """
 
     actor_timeout_s: float
@@ -81,15 +81,15 @@ class StallFinder:
     _heard: dict[str, _Heard] = field(default_factory=dict)
 
     def forget_silence(self) -> None:
-        """Begin anew to wait for each: the reader itself could not hear."""
+        """Restart the wait for each process, because the reader itself could not read."""
         for heard in self._heard.values():
             heard.at = self.clock()
 
     def find(self, written: Mapping[str, str]) -> list[tuple[Process, str]]:
-        """Return the processes that stand still, each with what is said of it; each is returned once.
+        """Return the processes that hang, each with a description; each is returned once.
 
         Args:
-            written: By key, what `heartbeat_text` gave.
+            written: Heartbeats by key, as `heartbeat_text` returns them.
         """
         found = []
         for key, text in written.items():
@@ -108,7 +108,7 @@ class StallFinder:
 
 
 def heartbeat_text(process: Process, seen: ProcessStatus, count: int) -> str:
-    """Return what a process writes of itself, different each time."""
+    """Return the heartbeat of a process, which is different each time."""
     return json.dumps({"process": asdict(process), "vital": asdict(seen), "count": count})
 
 
@@ -122,13 +122,13 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
     """Watch the actors of a Ray Data job while the block runs.
 
     Args:
-        scaling: How long an actor may stand still, and how many are killed before the job is given up.
-        what: Is being done, for the user.
+        scaling: Config with the maximum time without progress, and the number of kills before the job is given up.
+            what: Description of the job, for the user.
 
     Yields:
-        A function that makes an actor's class a watched one.
+        A function from an actor's class to a watched class.
     """
-    # Where several clusters are known to a process, Ray's key-value functions may know another one, or none.
+    # In a process that knows several clusters, Ray's key-value functions may use another cluster, or none.
     internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
     prefix = f"{uuid.uuid4().hex}/"
     period_s = min(30.0, max(0.5, scaling.stall_timeout_s / 10))
@@ -145,13 +145,13 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
 
 
 def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], None]) -> type:
-    """Return the class of an actor that writes its pulse, under the name of the original.
+    """Return a subclass of an actor's class, with the same name, that writes heartbeats.
 
     Args:
-        actor: A class for `map_batches` whose `__call__` yields.
-        prefix: Of the keys that are written.
-        period_s: How often.
-        begin: Called with the id of each task.
+        actor: Class for `map_batches` whose `__call__` yields.
+            prefix: Prefix of the keys that are written.
+            period_s: Seconds between two heartbeats.
+            begin: Function that is called with the id of each task.
     """
 
     class WatchedActor(actor):  # type: ignore[misc, valid-type]
@@ -169,23 +169,23 @@ def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], No
             beat("starting a batch")
             try:
                 for given in super().__call__(batch):
-                    rest()  # it may wait long until somebody takes it
+                    rest()  # the output may wait for a long time until it is taken
                     yield given
                     beat("going on with a batch")
             finally:
                 rest()
 
-    WatchedActor.__name__ = WatchedActor.__qualname__ = actor.__name__  # Ray shows it
+    WatchedActor.__name__ = WatchedActor.__qualname__ = actor.__name__  # the name that Ray shows
     return WatchedActor
 
 
 def begin_task(prefix: str, what: str, scaling: ScalingConfig, task: str) -> None:
-    """Note which process begins a task.
+    """Record that this process begins a task.
 
-    Ray's own count of retries would not do: while a lost node is not known as lost, each of them fails at once.
+    Ray's own count of retries is not enough: until a lost node is known as lost, each retry fails at once.
 
     Raises:
-        GaveUpError: As many as may have lost their lives over it.
+        GaveUpError: The task has lost as many actors as are allowed.
     """
     key = f"{prefix}{TRIES}{task}"
     before = json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE) or "[]")
@@ -205,10 +205,10 @@ def _raise_verdict(prefix: str) -> None:
 
 
 def _write(prefix: str, period_s: float) -> None:
-    """Write the pulse of this process for as long as it lives."""
+    """Write heartbeats for as long as this process lives."""
     process, count = Process.here(), 0
     while True:
-        with suppress(Exception):  # the store may be away for a while, and the thread must outlast that
+        with suppress(Exception):  # the store may be unreachable for a while, and the thread must survive that
             text = heartbeat_text(process, process_status(), count)
             internal_kv._internal_kv_put(f"{prefix}{PULSE}{process.node}-{process.pid}", text, namespace=NAMESPACE)
         count += 1
@@ -216,12 +216,12 @@ def _write(prefix: str, period_s: float) -> None:
 
 
 def _keep(prefix: str, scaling: ScalingConfig, what: str, period_s: float, over: threading.Event) -> None:
-    """Read the pulses, kill what stands still, and give up after too many."""
+    """Read the heartbeats, kill processes that hang, and give up after too many."""
     finder, num_killed = StallFinder(scaling.stall_timeout_s), 0
     while not over.wait(period_s):
         try:
             found = finder.find(_read(prefix))
-        except Exception:  # Ray's errors of a store that is away have no class of their own
+        except Exception:  # Ray has no error class of its own for a store that is unreachable
             finder.forget_silence()
             continue
         for process, text in found:
@@ -241,18 +241,18 @@ def _read(prefix: str) -> dict[str, str]:
 
 
 def _kill(prefix: str, process: Process) -> bool:
-    """Kill a process on its node, and forget it; whether it still lived."""
+    """Kill a process on its node, remove its heartbeat, and return whether it was still alive."""
     internal_kv._internal_kv_del(f"{prefix}{PULSE}{process.node}-{process.pid}", namespace=NAMESPACE)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
     try:
         killer = ray.remote(num_cpus=0)(kill_here).options(scheduling_strategy=there)
         return bool(ray.get(killer.remote(process.pid, process.started_s), timeout=KILL_S))
     except RayError:
-        return False  # the node is gone, and the process with it
+        return False  # the node is gone, and so is the process
 
 
 def kill_here(pid: int, started_s: float) -> bool:
-    """End a process of this machine, a stopped one too; whether it still lived."""
+    """End a process of this machine, even a stopped one, and return whether it was still alive."""
     try:
         process = psutil.Process(pid)
         lives = process.status() != psutil.STATUS_ZOMBIE and abs(started_after_boot_s(pid) - started_s) < 1.0

@@ -1,8 +1,8 @@
-"""What the cluster has room for, and asking one that grows for more.
+"""The room in the cluster, and requests to an autoscaler for more.
 
-Only nodes count that are alive and carry the labels of `scaling.labels`. An autoscaler buys nodes for what waits to be
-started; our steps look before they start anything, so they ask it for what they need, until that has come or
-`scaling.start_timeout_s` is over.
+Only nodes count that are alive and have the labels of `scaling.labels`. An autoscaler adds nodes for work that waits to
+start. Our steps check the room before they start anything. So they request what they need, and wait until it has come
+or `scaling.start_timeout_s` is over.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pocl_ray.errors import ResourceError
 
 LOOK_EVERY_S = 1.0
 SETTLE_S = 30.0
-"""Nodes that are bought together come within such a time of each other."""
+"""The time within which nodes of one request join the cluster."""
 
 
 def is_one_machine() -> bool:
-    """Whether this process started the cluster itself, which therefore will not grow."""
+    """Return whether this process started the cluster, which therefore cannot grow."""
     node = ray._private.worker._global_node
     return node is not None and node.head
 
 
 def usable_nodes(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Return the resources of each node that is alive and that these label selectors choose, by node id."""
+    """Return the resources, by node id, of each node that is alive and matches these label selectors."""
     nodes: list[dict[str, Any]] = ray.nodes()
     return {
         node["NodeID"]: node["Resources"]
@@ -41,9 +41,9 @@ def usable_nodes(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
 
 
 def carries(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether the labels of a node are those that selectors ask for, in Ray's forms `a`, `!a`, `in(a,b)`, `!in(a,b)`.
+    """Return whether a node's labels match selectors in Ray's forms `a`, `!a`, `in(a,b)`, `!in(a,b)`.
 
-    A node without the label satisfies the two that exclude.
+    A node without the label matches the two forms that exclude.
     """
     for key, selector in labels.items():
         value = selector.removeprefix("!")
@@ -55,10 +55,10 @@ def carries(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 
 def wants_gpu(scaling: ScalingConfig) -> bool:
-    """Whether workers and actors run on GPUs; with `scaling.use_gpu` null, whether a usable node has one now.
+    """Return whether workers and actors run on GPUs; with `scaling.use_gpu` null, whether a usable node has one now.
 
     Raises:
-        ResourceError: GPUs are asked for, and no usable node has one after `scaling.start_timeout_s`.
+        ResourceError: GPUs are requested, and no usable node has one after `scaling.start_timeout_s`.
     """
 
     def num_gpus() -> int:
@@ -74,24 +74,24 @@ def wants_gpu(scaling: ScalingConfig) -> bool:
 
 
 def where(scaling: ScalingConfig) -> str:
-    """Return the labels that nodes must carry, in words that end a sentence about the cluster."""
+    """Return the labels that nodes must have, as the end of a sentence about the cluster."""
     chosen = ", ".join(f"{key}={value}" for key, value in scaling.labels.items())
     return f" on nodes labelled {chosen}" if chosen else ""
 
 
 def with_accelerator(needed: Mapping[str, float], scaling: ScalingConfig) -> dict[str, float]:
-    """Return what something on a GPU asks a node for, the kind of the GPU included."""
+    """Return the resources of a GPU user, including the type of the GPU."""
     kind = {} if scaling.accelerator_type is None else {f"accelerator_type:{scaling.accelerator_type}": 0.001}
     return {**needed, **(kind if needed.get("GPU", 0) > 0 else {})}
 
 
 def room_for(needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]], placement: str = "PACK") -> int:
-    """Return how many workers or actors fit, none of them cut across nodes.
+    """Return how many workers or actors fit, where each must fit on one node.
 
     Args:
-        needed: What one of them asks for.
-        nodes: What each node has.
-        placement: Ray's placement strategy.
+        needed: Resources of one worker or actor.
+            nodes: Resources of each node.
+            placement: Ray's placement strategy.
     """
     fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
     if placement == "STRICT_PACK":
@@ -104,22 +104,23 @@ def room_for(needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]], 
 def wait_for_room(
     room: Callable[[], int], least: int, wanted: Sequence[Mapping[str, float]], scaling: ScalingConfig
 ) -> int:
-    """Return how much room there is; where it is too little, ask a cluster that may grow for all that is wanted.
+    """Return the number that fits; if it is too small, request all that is wanted from a cluster that may grow.
 
-    A cluster that grows is left to until all that is wanted fits, or the least does and nothing has come for a while.
+    On an autoscaling cluster, wait until all that is wanted fits, or until the minimum fits and no node has joined for
+    `SETTLE_S`.
 
     Args:
-        room: Counts what fits now.
-        least: What is enough to go on.
-        wanted: What each of them asks for, all together.
-        scaling: Labels of the nodes, and how long to wait.
+        room: Function that returns the number that fits now.
+            least: Minimum number to go on.
+            wanted: Resources of each worker or actor that is wanted.
+            scaling: Config with the labels of the nodes and the time to wait.
     """
     now = room()
     if now >= least or is_one_machine():
         return now
     console.print(
         f"  waiting {scaling.start_timeout_s:.0f} s at most for the cluster to grow: "
-        f"{len(wanted)} x {in_words(wanted[0])}{where(scaling)}"
+        f"{len(wanted)} x {resources_text(wanted[0])}{where(scaling)}"
     )
     _ask(wanted, scaling.labels)
     try:
@@ -135,30 +136,30 @@ def wait_for_room(
         _ask([], {})
 
 
-def in_words(resources: Mapping[str, float]) -> str:
-    """Return amounts by name as words."""
+def resources_text(resources: Mapping[str, float]) -> str:
+    """Return resources as text."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def _ask(wanted: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> None:
-    """Tell the autoscaler, if there is one, what should fit; nothing takes back what was asked for before."""
+    """Request resources from the autoscaler, if there is one; it replaces no earlier request."""
     request_resources(bundles=[dict(each) for each in wanted], bundle_label_selectors=[dict(labels) for _ in wanted])
 
 
-# Room for training workers: what one of them asks for, and waiting until the fewest allowed fit.
+# Room for training workers.
 
 
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
-    """Return what one training worker asks the cluster for; the kind of its GPU is said apart."""
+    """Return the resources of one training worker, without the type of its GPU."""
     resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
     return {**resources, "GPU": resources.get("GPU", 1)} if use_gpu else resources
 
 
 def wait_for_workers(scaling: ScalingConfig, use_gpu: bool) -> None:
-    """Wait until the cluster has room for the fewest workers allowed.
+    """Wait until the cluster has room for the minimum number of workers.
 
     Raises:
-        ResourceError: It has not after `scaling.start_timeout_s`; at once where it cannot grow.
+        ResourceError: There is no room after `scaling.start_timeout_s`, or at once if the cluster cannot grow.
     """
     needed = with_accelerator(resources_per_worker(scaling, use_gpu), scaling)
 
@@ -168,15 +169,15 @@ def wait_for_workers(scaling: ScalingConfig, use_gpu: bool) -> None:
     fits = wait_for_room(room, scaling.min_workers, [needed] * scaling.max_workers, scaling)
     if fits < scaling.min_workers:
         nodes = usable_nodes(scaling.labels).values()
-        listed = "; ".join(in_words({name: node.get(name, 0) for name in needed}) for node in nodes) or "nothing"
+        listed = "; ".join(resources_text({name: node.get(name, 0) for name in needed}) for node in nodes) or "nothing"
         raise ResourceError(
             f"scaling.num_workers: the cluster has room for {fits} of {scaling.min_workers} workers of "
-            f"{in_words(needed)} each{where(scaling)} (its nodes have {listed}); lower scaling.num_workers or "
+            f"{resources_text(needed)} each{where(scaling)} (its nodes have {listed}); lower scaling.num_workers or "
             "scaling.cpus_per_worker"
         )
 
 
-# How many trials the cluster has room for at once.
+# Room for trials.
 
 
 def trials_at_once(
@@ -185,15 +186,16 @@ def trials_at_once(
     num_workers: int,
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"],
 ) -> int:
-    """Return how many groups of workers fit on the nodes side by side.
+    """Return how many groups of workers fit on the nodes at the same time.
 
-    A trial needs nothing but its workers: trial and controller are actors without resources.
+    Only the workers of a trial need resources; its trial actor and its controller need none.
 
     Args:
-        nodes: What each node has, by resource.
-        per_worker: What a worker needs.
-        num_workers: Workers of a trial.
-        placement: STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of them do.
+        nodes: Resources of each node.
+            per_worker: Resources of a worker.
+            num_workers: Number of workers of a trial.
+            placement: Placement strategy. STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of
+                them do.
     """
     needed = {name: amount for name, amount in per_worker.items() if amount > 0}
     slots = [min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items()) for node in nodes]
@@ -208,14 +210,14 @@ def trials_at_once(
 
 
 def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
-    """Return how many trials run at once on the cluster that is connected; at least one.
+    """Return how many trials run at once on the connected cluster; at least one.
 
     Args:
-        scaling: Of a trial.
-        most: What the user allows; None: whatever fits.
+        scaling: Resources of a trial.
+            most: Maximum that the user allows; None for all that fit.
 
     Raises:
-        ResourceError: Not one fits, after `scaling.start_timeout_s`; at once where the cluster cannot grow.
+        ResourceError: No trial fits after `scaling.start_timeout_s`, or at once if the cluster cannot grow.
     """
     use_gpu = wants_gpu(scaling)
     wait_for_workers(scaling, use_gpu)

@@ -1,4 +1,4 @@
-"""The Ray session: the cluster that `RAY_ADDRESS` or a job names, else one of this machine's own."""
+"""The Ray session: the cluster that `RAY_ADDRESS` or a job names, or else a new one on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError
 
-# Of this process alone, on a cluster of others as well: its lines would stand between ours, and what fails is raised.
+# Settings of this process, also on a shared cluster. Ray's lines would mix with ours, and errors are raised anyway.
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DEDUP_LOGS": "0",
@@ -27,24 +27,24 @@ QUIET = {
 START_ATTEMPTS = 3
 RETRY_S = 2.0
 REACH_S = 10.0
-"""A head that was started a moment ago may not listen yet; Ray itself would try for many minutes."""
+"""The time to wait for a head that has just started; Ray itself would try for many minutes."""
 LOOK_S = 5.0
 GRACE_S = 30.0
-"""How long a process that has lost its raylet has to end by itself."""
-# Of a cluster of our own; a shared one keeps its idea of when a node is dead. The only node of ours is never dead,
-# however long a machine under load leaves it without an answer: Ray would end this process without a word.
+"""The time in which a process that has lost its raylet may end by itself."""
+# Settings of our own cluster; a shared one decides for itself when a node is dead. Our only node is never dead, however
+# long it does not answer on a machine under load. Otherwise Ray would end this process without a message.
 HERE = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-    # One for each CPU, without the hook of ours, so that none of them would ever get work.
+    # Ray would start one for each CPU without our set-up hook, so that none of them would ever get work.
     "RAY_prestart_worker_first_driver": "0",
 }
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Connect to Ray while the block runs; a cluster that was started for it ends with it.
+    """Connect to Ray while the block runs; a cluster that was started for it ends with the block.
 
     Raises:
         ResourceError: The cluster that `RAY_ADDRESS` names cannot be reached.
@@ -80,13 +80,13 @@ def ray_session() -> Iterator[None]:
 
 
 def check_address(address: str) -> None:
-    """Check that a cluster may be at an address: it is `host:port`, and somebody listens there.
+    """Check that a cluster may be at an address: it is `host:port`, and a process listens there.
 
     Args:
-        address: What `RAY_ADDRESS` says; `auto` and `local` are left to Ray.
+        address: Value of `RAY_ADDRESS`; Ray handles `auto` and `local`.
 
     Raises:
-        ResourceError: It is of another form, or nobody answers within `REACH_S`.
+        ResourceError: The address has another form, or nothing answers within `REACH_S`.
     """
     if address in ("auto", "local"):
         return
@@ -114,12 +114,12 @@ def check_address(address: str) -> None:
 def connect(address: str | None, **options: Any) -> None:
     """Connect to a cluster, or start one.
 
-    Ray gives a new node half a minute to stand, which is not enough on a machine under load: then it is tried again,
-    as is a cluster whose head answers already and whose first node does not stand yet.
+    Ray gives a new node half a minute to start, which is not enough on a machine under load. Then the start is
+    repeated. A connection is also repeated if the head answers but its first node is not ready.
 
     Args:
-        address: Of the cluster; None starts one.
-        options: More of `ray.init`, such as `num_cpus`.
+        address: Address of the cluster; None starts one.
+            options: Further arguments of `ray.init`, such as `num_cpus`.
     """
     for key, value in ({} if address else HERE).items():
         os.environ.setdefault(key, value)
@@ -133,7 +133,7 @@ def connect(address: str | None, **options: Any) -> None:
                 **{"runtime_env": {"worker_process_setup_hook": set_up_worker}, **options},
             )
             return
-        except Exception as error:  # Ray raises nothing more special
+        except Exception as error:  # Ray raises no more specific class
             is_starting = "timed out during startup" in str(error) or (address and isinstance(error, ConnectionError))
             if not is_starting or attempt == START_ATTEMPTS - 1:
                 raise
@@ -143,7 +143,7 @@ def connect(address: str | None, **options: Any) -> None:
 
 @contextmanager
 def _muted_stderr() -> Iterator[None]:
-    """Keep the lines that Ray's C++ core writes while it starts off the terminal; what goes wrong is raised."""
+    """Hide the lines that Ray's C++ core writes to the terminal while it starts; errors are raised anyway."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -156,7 +156,7 @@ def _muted_stderr() -> Iterator[None]:
 
 
 def set_up_worker() -> None:
-    """Prepare a process of Ray's, before it does any work."""
+    """Prepare a worker process of Ray before it does any work."""
     know_the_cluster()
     end_with_the_node()
 
@@ -164,18 +164,19 @@ def set_up_worker() -> None:
 def know_the_cluster() -> None:
     """Tell libraries in a worker which cluster it belongs to.
 
-    They look it up in a file of the machine otherwise, which may still name a cluster that died.
+    Otherwise they read the address from a file of the machine, which may still name a dead cluster.
     """
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def end_with_the_node() -> None:
-    """Have this process end where its node's raylet has ended, a while after that.
+    """Make this process end some time after its node's raylet has ended.
 
-    Ray means to end it at once; after a killed driver one was seen that lived on for half an hour, until it was killed.
+    Ray should end it at once. But after a killed driver one such process was seen to live for half an hour, until it
+    was killed.
     """
     raylet = os.getppid()
-    if os.environ.get("RAY_RAYLET_PID") == str(raylet):  # not where something else, as a container, stands between
+    if os.environ.get("RAY_RAYLET_PID") == str(raylet):  # not if there is something between them, such as a container
         threading.Thread(target=_await_the_end_of, args=(raylet,), daemon=True).start()
 
 

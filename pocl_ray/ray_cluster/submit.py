@@ -1,7 +1,7 @@
 """Submission of a run as a job to a Ray cluster, over the cluster's HTTP address.
 
-The working directory travels with the job, and the cluster has everything else installed: pocl-ray's dependencies come
-from the image or the nodes' set-up (`cluster/README.md`), not from the job.
+The working directory is sent with the job. Everything else must be installed on the cluster: pocl-ray's dependencies
+come from the image or the set-up of the nodes (`cluster/README.md`), and not from the job.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pocl_ray.console import console
 from pocl_ray.errors import ConfigError, ResourceError
 from pocl_ray.run_directory.storage import check_lasts
 
-# What a checkout holds and a job does not need, beside what .gitignore names. A leading slash is the top alone:
-# `pocl_ray/models` is code.
+# Files of a checkout that a job does not need, in addition to those of .gitignore. A leading slash means the top level
+# only, since `pocl_ray/models` is code.
 EXCLUDES = (
     "/.git",
     "/.venv",
@@ -50,15 +50,15 @@ MAX_RECONNECTS = 100
 
 @dataclass(frozen=True)
 class Submission:
-    """What is to be submitted.
+    """A run that is submitted.
 
     Attributes:
-        config: The YAML file, inside the working directory.
-        overrides: `key=value`, or YAML files of keys.
-        address: Of the cluster's dashboard, such as `http://head:8265`.
-        working_dir: What travels with the job.
-        env: Environment variables of the job and of all its workers.
-        runtime_env: A YAML file of Ray's runtime environment; what is given here goes on top.
+        config: YAML file in the working directory.
+            overrides: Overrides `key=value`, or YAML files of keys.
+            address: Address of the cluster's dashboard, such as `http://head:8265`.
+            working_dir: Directory that is sent with the job.
+            env: Environment variables of the job and of all its workers.
+            runtime_env: YAML file of Ray's runtime environment; the other attributes override it.
     """
 
     config: Path
@@ -70,17 +70,18 @@ class Submission:
 
 
 def submit(submission: Submission, wait: bool = True) -> int:
-    """Submit a run, say how to look at it and how to stop it, and follow its output.
+    """Submit a run, print how to follow it and how to stop it, and show its output.
 
     Args:
-        submission: The run.
-        wait: Whether to stay until it ends.
+        submission: Run to submit.
+            wait: Whether to wait until the job ends.
 
     Returns:
-        The exit code of the job; 0 where it is not waited for.
+        The exit code of the job; 0 without waiting.
 
     Raises:
-        UserError: The config is wrong or lies elsewhere, or the cluster cannot be reached or refuses us.
+        UserError: The config is wrong or outside the working directory, or the cluster cannot be reached or refuses
+            access.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -117,7 +118,7 @@ def submit(submission: Submission, wait: bool = True) -> int:
 
 
 def _quieten_packing() -> None:
-    """Have Ray tell only of files that are too large while it packs, not of each `.gitignore` and what stays behind."""
+    """Make Ray report only files that are too large while it packs, and not each `.gitignore` and excluded file."""
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
@@ -127,7 +128,7 @@ def entrypoint(submission: Submission) -> str:
     """Return the command that the job runs, with paths of configs relative to the working directory.
 
     Raises:
-        ConfigError: A config lies outside of the working directory, so the job would not have it.
+        ConfigError: A config is outside the working directory, so the job would not have it.
     """
     working_dir = submission.working_dir.resolve()
     overrides = [_inside(Path(o), working_dir) if is_layer(o) else o for o in submission.overrides]
@@ -135,7 +136,7 @@ def entrypoint(submission: Submission) -> str:
 
 
 def _inside(config: Path, working_dir: Path) -> str:
-    """The path of a config as the job will find it."""
+    """The path of a config relative to the working directory."""
     if not config.resolve().is_relative_to(working_dir):
         raise ConfigError(
             f"{config}: lies outside of the working directory {working_dir}, which alone travels with the "
@@ -148,7 +149,7 @@ def runtime_environment(submission: Submission) -> dict[str, Any]:
     """Return Ray's runtime environment of the job.
 
     Raises:
-        ConfigError: There is no such directory, or the file of the runtime environment is not a mapping.
+        ConfigError: The directory is missing, or the file of the runtime environment is not a mapping.
     """
     if not submission.working_dir.is_dir():
         raise ConfigError(f"--working-dir {submission.working_dir}: no such directory")
@@ -162,10 +163,10 @@ def runtime_environment(submission: Submission) -> dict[str, Any]:
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
-    """Return `KEY=VALUE` pairs as a mapping; a KEY alone takes the value that it has here.
+    """Return `KEY=VALUE` pairs as a mapping; a KEY alone takes its value from this process's environment.
 
     Raises:
-        ConfigError: A KEY alone that is not set here.
+        ConfigError: A KEY alone is not set in this environment.
     """
     env = {}
     for pair in pairs:
@@ -219,7 +220,7 @@ async def _show(client: Any, job: str, num_shown: int) -> int:
 
 
 def _exit_code(info: Any) -> int:
-    """Return what the command would have returned here; a job that was stopped or lost counts as failed."""
+    """The exit code that the command would return locally; a job that was stopped or lost counts as failed."""
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None or info.driver_exit_code <= 0:

@@ -1,7 +1,7 @@
-"""Whether the machines of a cluster run the same code: versions of what matters, and a digest of the project's files.
+"""Checks that all machines of a cluster run the same code: versions of packages, and a digest of the project's files.
 
-Two versions of the project in one run would train on different ideas of the same checkpoint, or fail somewhere in
-unpickling; so it is said before, with the node and what differs there.
+Two versions of the project in one run would read a checkpoint in different ways, or fail while unpickling. So the check
+comes first, and its message names the node and the differences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPARED = ("ray", "torch", "deepspeed", "transformers", "pyarrow")
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions that must agree on all nodes, by package; `pocl-ray` is a digest of its files."""
+    """Return by package the versions that must agree on all nodes; for `pocl-ray` it is a digest of its files."""
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "pocl-ray": _digest(Path(__file__).parents[1])}
     for package in COMPARED:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def _digest(package: Path) -> str:
-    """Hash the files once they stand still: Ray may unpack a job's working directory beside a process that runs."""
+    """The hash of the files after they stop changing: Ray may unpack a job's files while another process runs."""
     digest, again = "", _digest_now(package)
     for _ in range(UNPACKING_LOOKS):
         if again and digest == again:
@@ -44,7 +44,7 @@ def _digest(package: Path) -> str:
 
 
 def _digest_now(package: Path) -> str:
-    """Hash the files as they are; an empty string where one of them is just being replaced."""
+    """The hash of the files now, or an empty string if one of them is just being replaced."""
     digest = hashlib.sha256()
     try:
         for path in sorted(package.rglob("*.py")):
@@ -55,15 +55,15 @@ def _digest_now(package: Path) -> str:
 
 
 def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) -> None:
-    """Refuse to work together with another version.
+    """Refuse another version of the code.
 
     Args:
-        driver: What runs the command.
-        other: What runs elsewhere.
-        place: Where that is, such as `node 10.0.0.4`.
+        driver: Versions of the process that runs the command.
+            other: Versions at the other place.
+            place: Name of the other place, such as `node 10.0.0.4`.
 
     Raises:
-        ResourceError: They differ; the message names each package with both versions.
+        ResourceError: The versions differ; the message names each such package with both versions.
     """
     differing = [
         f"{name} {other.get(name, 'none')} (here {driver.get(name, 'none')})"
@@ -77,31 +77,30 @@ def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) 
         )
 
 
-# Clocks that disagree: ages that need only one clock, and a word where one is far off.
-#
-# Nothing here or elsewhere compares the clocks of two machines to decide whether work is lost or a lease is over.
+# Clocks: a warning if the clock of a node is far off. No code compares the clocks of two machines to decide whether
+# work is lost or a lease is over.
 
 MAX_SKEW_S = 300.0
-"""Object stores refuse requests that are 15 minutes off; long before that somebody should know."""
+"""The difference at which the user is warned. Object stores refuse requests that are 15 minutes off."""
 
 
 def skew_s(asked_at: float, theirs: float, answered_at: float) -> float:
-    """Return by how much another clock is ahead, at least (negative: behind).
+    """Return the minimum by which another clock is ahead (negative: behind).
 
     Args:
-        asked_at: Here, before the other was asked for its time.
-        theirs: What it said.
-        answered_at: Here, when that had come.
+        asked_at: Local time before the request.
+            theirs: Time of the other clock.
+            answered_at: Local time after the answer.
     """
     return max(0.0, theirs - answered_at) + min(0.0, theirs - asked_at)
 
 
 def skew_warning(place: str, ahead_s: float) -> str | None:
-    """Return what the user is told of a clock that is too far off, or None.
+    """Return the warning about a clock that is too far off, or None.
 
     Args:
-        place: Where it is, such as `node 10.0.0.4`.
-        ahead_s: By how much it is ahead of the driver's.
+        place: Name of the place, such as `node 10.0.0.4`.
+            ahead_s: Seconds by which the clock is ahead of the driver's.
     """
     if abs(ahead_s) <= MAX_SKEW_S:
         return None

@@ -1,1 +1,1 @@
-"""What a run leaves behind: storage, manifest, claim, lease."""
+"""The files that a run leaves: storage, manifest, claim, lease."""

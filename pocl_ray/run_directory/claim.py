@@ -1,4 +1,4 @@
-"""What a run directory belongs to: the config that made it, and the machines and versions that did the work."""
+"""The owner of a run directory: the config that it belongs to, and the machines and versions that did the work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets",
 SIGNALS = "difficulty.signals"
 COSTLY = ("checkpoints", "responses", "scores", "scores.parquet", "teacher_cache")
 
-# Keys that change how fast or on what a run goes, and not what it computes: another value goes on with the same run.
+# Keys that change the speed of a run or its machines, and not its results. The same run may go on with another value.
 NEUTRAL = (
     "storage_path",
     "scaling",
@@ -49,7 +49,7 @@ NEUTRAL = (
 
 
 def neutral_free(config: Config) -> dict[str, Any]:
-    """Return the config as a tree without the keys that do not change the result."""
+    """Return the config as a tree, without the keys that do not change the result."""
     tree = config.model_dump(mode="json")
     for key in NEUTRAL:
         *parents, leaf = key.split(".")
@@ -61,19 +61,19 @@ def neutral_free(config: Config) -> dict[str, Any]:
 
 
 class Claim:
-    """A run directory taken for a config, which a user's mistake found early gives back as it was.
+    """A run directory that is taken for a config. It can be given back unchanged after an early mistake of the user.
 
     Attributes:
-        run_dir: The run directory.
-        lease: Keeps other runs out until it is released, at the latest when the claim is gone.
+        run_dir: Run directory.
+            lease: Lease that excludes other runs until it is released, at the latest when the claim is deleted.
     """
 
     def __init__(self, config: Config, resume_with_changes: bool) -> None:
-        """Take the directory, or refuse.
+        """Take the directory, or raise an error.
 
         Raises:
-            StorageError: It cannot be written, another run writes there, or it belongs to a run with another config;
-                the message says what differs.
+            StorageError: The directory cannot be written, another run writes there, or it belongs to a run with another
+                config. The message names the differences.
         """
         self.run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
         self._existed = self.run_dir.exists("")
@@ -90,10 +90,10 @@ class Claim:
             raise
 
     def undo(self, keep_config: bool) -> None:
-        """Give the directory back: a new one is deleted, an old one gets its config back.
+        """Give the directory back: delete a new one, restore the config of an old one.
 
         Args:
-            keep_config: In an old directory steps were done under the new config, which therefore stays.
+            keep_config: Whether steps were done under the new config, which an old directory then keeps.
         """
         self.lease.release()
         if self.lease.lost_to is not None:
@@ -101,14 +101,14 @@ class Claim:
         if not self._existed:
             self.run_dir.delete("")
             if not self._storage_existed:
-                with suppress(OSError):  # somebody else may use it by now
+                with suppress(OSError):  # another process may use it by now
                     Path(self.run_dir.uri).parent.rmdir()
         elif not keep_config and self._before is not None:
             self.run_dir.write_text(CONFIG, self._before)
 
 
 def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
-    """Refuse a directory in which work under another config lies; one in which nothing costly was begun is free."""
+    """Refuse a directory with work under another config; a directory without costly work is free."""
     if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
         try:
             earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
@@ -125,7 +125,7 @@ def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: boo
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Yield `key: before -> now` for each leaf that differs, and for the order of signals, which decides on ties."""
+    """Yield `key: before -> now` for each value that differs, and for the order of signals, which decides ties."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         if key == SIGNALS and {*before} == {*now} and [*before] != [*now]:
             yield f"{key}: {', '.join(before)} -> {', '.join(now)} (the order)"
@@ -136,7 +136,7 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, the project's git revision, and the nodes of the cluster that is connected."""
+    """Return versions, the project's git revision, and the nodes of the connected cluster."""
     import ray
 
     nodes = [

@@ -1,4 +1,4 @@
-"""Room on disks: estimated before work begins, and a clear word where a disk is full all the same."""
+"""Free space on disks: an estimate before work begins, and a clear message if a disk is full later."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pocl_ray.run_directory.storage import RunDirectory, clock_is_off, reason
 
 GIB = float(1 << 30)
 MARGIN = 1.05
-"""Of the estimate: indexes, file systems and the files of others take a little too."""
+"""The factor on the estimate, since indexes, file systems and other files need some space too."""
 _SIGNS = ("No space left on device", "os error 28", "Errno 28", "Disk quota exceeded", "os error 122")
 
 
 def check_free(run_dir: RunDirectory, num_bytes: int, what: str, remedy: str) -> None:
-    """Check that a run directory on a local disk has room; an object store has no end.
+    """Check that a run directory on a local disk has enough space; object stores have no limit.
 
     Args:
-        run_dir: The run directory.
-        num_bytes: How much is to be written.
-        what: What it is, for the message.
-        remedy: What makes it smaller.
+        run_dir: Run directory.
+            num_bytes: Number of bytes that will be written.
+            what: Name of the data, for the message.
+            remedy: Advice that makes the data smaller, for the message.
 
     Raises:
-        ResourceError: There is too little room.
+        ResourceError: There is too little space.
     """
     if isinstance(run_dir.filesystem, pafs.LocalFileSystem):
         check_free_at(Path(run_dir.fs_path()), num_bytes, what, remedy)
 
 
 def check_free_at(directory: Path, num_bytes: int, what: str, remedy: str) -> None:
-    """Check that a directory, or the one it will lie in, has room for `num_bytes`.
+    """Check that a directory, or its nearest existing parent, has space for `num_bytes`.
 
     Raises:
-        ResourceError: It has not.
+        ResourceError: There is too little space.
     """
     place = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -49,7 +49,7 @@ def check_free_at(directory: Path, num_bytes: int, what: str, remedy: str) -> No
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether a full disk is behind an error; what libraries in C++ and Rust raise carries it as text."""
+    """Return whether a full disk is the cause of an error; libraries in C++ and Rust say so in the text alone."""
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
         or any(sign in str(link) for sign in _SIGNS)
@@ -67,8 +67,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def full_disk_error(error: BaseException, what: str) -> ResourceError:
-    """Return what the user is told of a disk that is full."""
-    detail = next(reversed(str(error).strip().splitlines()), "")[:200]  # of a remote error, the line after its trace
+    """Return the error for a full disk."""
+    detail = next(reversed(str(error).strip().splitlines()), "")[
+        :200
+    ]  # the last line of a remote error follows its traceback
     return ResourceError(
         f"the disk is full while {what} ({detail}); what was finished before is kept: make room, or move the run to "
         "another storage_path, and give the same command again"
@@ -76,11 +78,11 @@ def full_disk_error(error: BaseException, what: str) -> ResourceError:
 
 
 def machine_fault(error: BaseException, what: str) -> UserError | None:
-    """Return what the user is told of an error that a machine is to blame for: a full disk, or a wrong clock.
+    """Return the error for a fault of the machine (a full disk or a wrong clock), or None for other errors.
 
     Args:
-        error: Any.
-        what: Was being done.
+        error: Any error.
+            what: Description of the interrupted work.
     """
     if disk_full(error):
         return full_disk_error(error, what)

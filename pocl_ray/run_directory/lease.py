@@ -1,12 +1,13 @@
-"""The lease of a run directory: one run at a time writes there, and a second one is refused.
+"""The lease of a run directory: one run at a time writes there, and a second run is refused.
 
-The holder renews `lease.json` from a thread. Whether a holder on another machine lives is judged by the age of that
-file, which the store measures with its own clock, and else by watching whether it is renewed, timed by the watcher's
-monotonic clock; the clocks of two machines are never compared. A holder on this machine is looked up among its
-processes, so that a run that was killed is taken over at once.
+The holder renews `lease.json` from a thread. The age of that file, measured by the store's own clock, shows whether a
+holder on another machine is alive. If the store gives no times, the file is watched for a renewal, timed by the
+watcher's monotonic clock. The clocks of two machines are never compared. A holder on this machine is looked up among
+its processes, so that the directory of a killed run is free at once.
 
-No filesystem here offers compare-and-swap, so taking is write, wait, read back: of two that start within
-`SETTLE_S`, the later writer stays. A holder that was stopped for long and taken over notices when it renews.
+No filesystem here has compare-and-swap. So a lease is taken by write, wait and read back: if two runs start within
+`SETTLE_S`, the later writer gets the lease. A holder that was suspended and lost its lease notices that at the next
+renewal.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ RENEW_S = 15.0
 SETTLE_S = 0.5
 POLL_S = 1.0
 MARGIN_S = 60.0
-"""More than `LEASE_S` without a renewal that a store must have seen before nobody watches any more."""
+"""The age of a lease, longer than `LEASE_S`, after which it is over without further watching."""
 
 _held: set[str] = set()
-"""Leases that this process holds."""
+"""The leases that this process holds."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What `lease.json` says.
+    """The content of `lease.json`.
 
     Attributes:
-        id: Of this lease; a later run has another one.
-        host: Name of the machine.
-        machine: Tells machines, reboots and process namespaces apart.
-        pid: The process.
-        process_started_s: When it started, in seconds since the boot.
-        taken_at: When the lease was taken, for the reader.
-        renewed_at: Seconds since 1970 by the holder's clock; for the reader, nothing is decided by it.
-        num_renewals: Rises with every renewal.
+        id: Id of this lease; a later run has another one.
+            host: Name of the machine.
+            machine: Id that distinguishes machines, reboots and process namespaces.
+            pid: Id of the process.
+            process_started_s: Start of the process, in seconds since the boot.
+            taken_at: Time at which the lease was taken, for human readers.
+            renewed_at: Seconds since 1970 by the holder's clock, for human readers; no decision uses it.
+            num_renewals: Number of renewals.
     """
 
     id: str
@@ -66,7 +67,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """Return a new holder: this process."""
+        """Return a new holder for this process."""
         return cls(
             id=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -78,7 +79,7 @@ class Holder:
         )
 
     def lives(self) -> bool | None:
-        """Whether the holder still runs; None where that cannot be told from here."""
+        """Return whether the holder still runs; None if this machine cannot know."""
         if self.machine == machine():
             if self.pid == os.getpid():
                 return self.id in _held
@@ -103,7 +104,7 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the run directory back; nothing happens the second time, or when another run holds it now."""
+        """Release the run directory; a second call does nothing, and neither does a call when another run holds it."""
         if self._released.is_set():
             return
         self._released.set()
@@ -118,7 +119,7 @@ class Lease:
             try:
                 self._renew()
             except StorageError:
-                continue  # the store may be away for a while; it is tried again, well within the lease
+                continue  # the store may be unreachable for a while; try again, well within the lease
             if self.lost_to is not None:
                 _held.discard(self.holder.id)
                 if self._interrupts:
@@ -140,8 +141,8 @@ def take(run_dir: RunDirectory, say: Callable[[str], None]) -> Lease:
     """Take the lease of a run directory.
 
     Args:
-        run_dir: The run directory.
-        say: Is told why it takes a while, when it does.
+        run_dir: Run directory.
+            say: Function that is called with the reason of a delay.
 
     Raises:
         StorageError: Another run holds it.
@@ -166,20 +167,20 @@ def take(run_dir: RunDirectory, say: Callable[[str], None]) -> Lease:
 
 
 def refusal(run_dir: RunDirectory, holder: Holder) -> StorageError:
-    """Return what a run is told that may not write."""
+    """Return the error for a run that may not write."""
     return StorageError(
         f"{run_dir.uri}: another run writes there ({holder}); wait until it ends or stop it, or choose another name"
     )
 
 
 def read_holder(run_dir: RunDirectory) -> Holder | None:
-    """Return who holds the run directory, or None."""
+    """Return the holder of the run directory, or None."""
     try:
         content: Any = run_dir.read_json(FILE) if run_dir.exists(FILE) else None
     except StorageError:
         if run_dir.exists(FILE):
             raise
-        return None  # released in this moment
+        return None  # it was released just now
     try:
         return None if content is None else Holder(**content)
     except TypeError:
@@ -189,13 +190,13 @@ def read_holder(run_dir: RunDirectory) -> Holder | None:
 
 
 def _is_over(run_dir: RunDirectory) -> bool:
-    """Whether the store has seen no renewal for so long that there is nothing to watch."""
+    """Return whether the store has seen no renewal for so long that the lease is over."""
     age_s = age_in_store(run_dir, FILE)
     return age_s is not None and age_s > LEASE_S + MARGIN_S
 
 
 def _renews(run_dir: RunDirectory, seen: Holder) -> bool:
-    """Watch a lease for as long as one lasts; whether its holder, or another one, renewed it."""
+    """Watch a lease for its full length, and return whether its holder or another one renewed it."""
     deadline = time.monotonic() + LEASE_S
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -209,14 +210,14 @@ def _renews(run_dir: RunDirectory, seen: Holder) -> bool:
 
 def _runs(pid: int, started: float) -> bool:
     try:
-        is_the_same = abs(started_after_boot_s(pid) - started) < 1.0  # a pid may be given again
+        is_the_same = abs(started_after_boot_s(pid) - started) < 1.0  # a pid may be used again
         return is_the_same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
 def machine() -> str:
-    """Return what tells this machine, boot and process namespace from others with the same host name."""
+    """Return an id of this machine, boot and process namespace, since others may have the same host name."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.exists():
@@ -225,16 +226,16 @@ def machine() -> str:
 
 
 def age_in_store(run_dir: RunDirectory, rel: str) -> float | None:
-    """Return how long ago a file was written, by the clock of the store alone.
+    """Return the age of a file by the clock of the store alone.
 
-    The store is asked for the time of a file that is written now; no clock of a machine that runs pocl-ray is read.
+    A new file is written and the store is asked for its time. No clock of a machine that runs pocl-ray is used.
 
     Args:
         run_dir: The run directory.
-        rel: The file, relative to it.
+        rel: Path of the file, relative to the run directory.
 
     Returns:
-        Seconds; None where the store tells no times, or the file is gone.
+        Age in seconds; None if the store gives no times, or if the file is gone.
 
     Raises:
         StorageError: The store does not answer.
@@ -252,10 +253,10 @@ def age_in_store(run_dir: RunDirectory, rel: str) -> float | None:
 
 
 def started_after_boot_s(pid: int) -> float:
-    """Return when a process of this machine started, in seconds since the boot: no setting of the clock changes it.
+    """Return the start of a local process in seconds since the boot, which no setting of the clock changes.
 
     Raises:
-        psutil.NoSuchProcess: There is none.
+        psutil.NoSuchProcess: There is no such process.
     """
     stat = Path(f"/proc/{pid}/stat")
     if not Path("/proc/self/stat").exists():

@@ -47,7 +47,7 @@ def test_an_address_where_somebody_listens_is_left_to_ray() -> None:
 
 WORKER = """
 import time
-from pocl_ray import session
+from pocl_ray.ray_cluster import session
 session.LOOK_S = session.GRACE_S = 0.05
 session.end_with_the_node()
 print("up", flush=True)
