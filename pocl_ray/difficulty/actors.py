@@ -29,7 +29,7 @@ from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teache
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # any model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head
-from pocl_ray.models.heads import HeadWeights
+from pocl_ray.models.heads import HeadSample, HeadWeights
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
@@ -194,6 +194,7 @@ class TopKUnitWriter:
 
 
 _MAX_SHARD_BYTES = 256 * 2**20
+_SAMPLE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -424,11 +425,22 @@ class TeacherActor(_Reader):
             self._head = load_head(on_this_node(self.task.student), self.task.device, dtype)
         return self._head
 
+    def _sample(self, name: str, row: int) -> HeadSample:
+        """The teacher's own logits at the first response tokens of a row, to hold the head read from disk against."""
+        own = self.task.teacher_rows.get(name)
+        prompts, responses = (self.rows(name) if own is None else self._store(own)).tokens([row])
+        num_tokens = min(_SAMPLE_TOKENS, len(responses[0]))
+        ids = np.concatenate([prompts[0], responses[0][:num_tokens]]).astype(np.int64)
+        index_N = torch.arange(len(ids) - num_tokens - 1, len(ids) - 1, device=self.task.device).clamp_(min=0)
+        return HeadSample.of(self.model.model, torch.from_numpy(ids)[None].to(self.task.device), index_N)
+
     def _finish(self, name: str, scored: Sequence[pa.Table], kept: Sequence[torch.Tensor | TopK]) -> pa.Table:
         table = pa.concat_tables(scored)
         shard = None
         if self.task.cache is not None:
             run_dir = self.task.run_dir
             directory = run_dir.fs_path(f"{self.task.cache}/{name}")
-            shard = write_shard(directory, table[ID].to_numpy(), kept, run_dir.filesystem).name
+            ids = table[ID].to_numpy()
+            sample = None if self.task.top_k is not None else self._sample(name, int(ids[0])).to_bytes()
+            shard = write_shard(directory, ids, kept, run_dir.filesystem, sample).name
         return with_place(table, name, shard)

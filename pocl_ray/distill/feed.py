@@ -170,6 +170,8 @@ def teachers_of(
                 cache.check(task.distill.top_k, num_student_logits)
             else:
                 cache = HiddenCache.open(directory, *expected)
+                assert one.head is not None
+                cache.check_head(one.head, one.task.ref.path)
         rows = None if own is None else RowStore.open(task.run_dir.local(own.path))
         assert rows is None or len(rows) == made.num_rows, "the teacher's rows are the student's, by id"
         sources.append(TeacherSource(cache, one.live, index, one.task.weight, one.task.stages, rows))

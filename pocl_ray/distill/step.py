@@ -141,7 +141,9 @@ class DistillationModule(nn.Module):
         teacher = self._teacher_logits(batch, settings.of(batch))
         assert settings.token_weight is not None and teacher is not None
         total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
-        for rows in token_chunks(batch.num_response_tokens, self.student.config.vocab_size, self.chunk_bytes):
+        for rows in token_chunks(
+            batch.num_response_tokens, self.student.config.get_text_config().vocab_size, self.chunk_bytes
+        ):
             total += settings.token_weight.scores(teacher(rows)).double().sum()
         return total
 
@@ -149,7 +151,7 @@ class DistillationModule(nn.Module):
         """Size of the student's logits of a chunk; less where those of a teacher with another tokenizer are larger."""
         own = [self._teacher_heads[one.teacher] for one in batch.teacher_outputs if one.paired_N is not None]
         widest = max((head.vocab_size for head in own if head is not None), default=0)
-        vocab_size = self.student.config.vocab_size
+        vocab_size = self.student.config.get_text_config().vocab_size
         return self.chunk_bytes * vocab_size // max(vocab_size, widest)
 
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:

@@ -109,7 +109,7 @@ class ShardedTeacher:
         self._engine, *_ = deepspeed.initialize(model=_Body(model), config=config, dist_init_required=False)
         self._engine.eval()
         self.device = device
-        self._check_split(type(model).__name__, model.config.vocab_size)
+        self._check_split(type(model).__name__, model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:

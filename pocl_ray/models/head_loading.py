@@ -74,8 +74,14 @@ def _read_head(ref: ModelRef, config: PreTrainedConfig) -> tuple[Tensor, Tensor 
 
 
 def _names_of(skeleton: PreTrainedModel, parameter: Tensor) -> list[str]:
-    """All names that a parameter may be saved under, a tied embedding's first. Base models save without the prefix."""
+    """All names that a parameter may be saved under, the head's own first; base models save without the prefix.
+
+    A config may say that head and embedding are tied while the files hold a head of its own (merged adapters, resized
+    heads). Then transformers computes with that one, so the embedding counts only where there is no other.
+    """
+    head = next(name for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings())
     names = [name for name, other in skeleton.named_parameters(remove_duplicate=False) if other is parameter]
+    names.sort(key=lambda name: not name.startswith(f"{head}."))
     prefix = f"{skeleton.base_model_prefix}."
     return names + [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,11 +47,12 @@ class LogitTransform:
 
     @staticmethod
     def of(config: PreTrainedConfig) -> LogitTransform:
-        """Return the transform of a model's config."""
+        """Return the transform of a model's config; a multimodal one keeps it in the config of its text model."""
+        text = config.get_text_config()
         return LogitTransform(
-            multiplier=getattr(config, "logit_scale", None),
-            divisor=getattr(config, "logits_scaling", None),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            multiplier=getattr(text, "logit_scale", None),
+            divisor=getattr(text, "logits_scaling", None),
+            softcap=getattr(text, "final_logit_softcapping", None),
         )
 
     def __call__(self, logits_NV: Tensor) -> Tensor:
@@ -213,7 +214,8 @@ def check_split(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     try:
-        ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
+        embedding: Any = model.get_input_embeddings()  # and not the config, in which it may be nested
+        ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % embedding.weight.shape[0]
         mask_BT = torch.ones_like(ids_BT)
         expected_NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0].float()
         parts = split_model(model)
@@ -233,3 +235,65 @@ def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
         raise ModelError(f"{family}: its logits are not head(hidden states); this family cannot be split")
+
+
+@dataclass(frozen=True)
+class HeadSample:
+    """A few tokens of a model: final hidden states and the logits that the whole model gave, of one forward pass.
+
+    Attributes:
+        hidden_NH: the final hidden states.
+        logits_NV: the model's own logits there.
+    """
+
+    hidden_NH: Tensor
+    logits_NV: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: PreTrainedModel, ids_BT: Tensor, index_N: Tensor) -> HeadSample:
+        """Run a model on one row of tokens, and keep what it says at some positions of it."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            kept.append(output.last_hidden_state[0])
+
+        hook = split_model(model).body.register_forward_hook(keep)
+        try:
+            logits_TV = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits[0]
+        finally:
+            hook.remove()
+        return HeadSample(kept[0][index_N].cpu(), logits_TV[index_N].cpu())
+
+    def to_bytes(self) -> bytes:
+        """Return the content of a safetensors file."""
+        return save({"hidden": self.hidden_NH.contiguous(), "logits": self.logits_NV.contiguous()})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> HeadSample:
+        """Read what `to_bytes` returned."""
+        tensors = load(data)
+        return HeadSample(tensors["hidden"], tensors["logits"])
+
+    def check(self, head: HeadWeights, place: str) -> None:
+        """Check that a head makes the same logits of the hidden states.
+
+        Args:
+            head: the head, such as one that was read from a model's files.
+            place: names it in the message.
+
+        Raises:
+            ModelError: it gives other logits.
+        """
+        remedy = "set distill.teacher_cache to none, so that the teacher itself is asked"
+        found_NV = head.logits(self.hidden_NH.to(head.weight_VH.device)).float().cpu()
+        if found_NV.shape != self.logits_NV.shape:
+            sizes = f"{found_NV.shape[-1]} logits, and the teacher that was scored {self.logits_NV.shape[-1]}"
+            raise ModelError(f"{place}: the LM head read from its files gives {sizes}; {remedy}")
+        scale = max(1.0, float(self.logits_NV.abs().max()))
+        off = float((found_NV - self.logits_NV.float()).abs().max())
+        if not off <= 1e-2 * scale:
+            raise ModelError(
+                f"{place}: the LM head read from its files gives other logits than the teacher that was scored (off by "
+                f"{off:.2g}); {remedy}"
+            )

@@ -70,7 +70,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     family = type(model).__name__
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{family}: a student cannot be cut from a model that brings its own code")
-    kept = evenly_spaced(num_layers, model.config.num_hidden_layers)
+    kept = evenly_spaced(num_layers, model.config.get_text_config().num_hidden_layers)
     prefix = _layers_prefix(model)
     config = _cut_config(model.config, kept)
     attention = getattr(model.config, "_attn_implementation", None)
@@ -89,7 +89,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def _layers_prefix(model: PreTrainedModel) -> str:
     """The name of the list of layers, such as `model.layers`."""
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     lists = [
         name
         for name, module in model.base_model.named_modules(prefix=model.base_model_prefix)
@@ -276,7 +276,7 @@ def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreT
     """
     large = _skeleton(teacher, tokenizer)
     if student.num_layers is not None:
-        evenly_spaced(student.num_layers, large.config.num_hidden_layers)
+        evenly_spaced(student.num_layers, large.config.get_text_config().num_hidden_layers)
         return None
     num_teacher, num_student = num_parameters(large), num_parameters(_skeleton(student, tokenizer))
     if num_student <= num_teacher:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from pocl_ray.errors import StorageError
+from pocl_ray.models.heads import HeadSample, HeadWeights
 from pocl_ray.teacher_cache.top_k import TopK
 from pocl_ray.teacher_cache.writer import (
     DTYPES,
     FORMAT_VERSION,
     INDEX_NAME,
     META_NAME,
+    SAMPLE,
     CacheMeta,
     Layout,
     ShardInfo,
@@ -37,6 +39,7 @@ from pocl_ray.teacher_cache.writer import (
 )
 
 _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
+_MAX_SAMPLES = 4  # shards whose sample the head is held against
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,33 @@ class HiddenCache(TeacherCache):
         hidden_NK = torch.empty(shape, dtype=self.dtype, pin_memory=pin_memory)
         self.records(ids, hidden_NK.view(torch.uint8).numpy())
         return hidden_NK
+
+    def check_head(self, head: HeadWeights, place: str) -> None:
+        """Hold the head that training will use against the logits of the model that filled the cache.
+
+        The files of a model may say one thing and its computation another: a config that ties the embeddings, and a
+        head of its own in the checkpoint. Shards of earlier versions hold no sample; there is nothing to hold against.
+
+        Args:
+            head: the teacher's LM head.
+            place: names the teacher in the message.
+
+        Raises:
+            ModelError: it gives other logits.
+            StorageError: a shard cannot be read.
+        """
+        for shard in self.meta.shards[:_MAX_SAMPLES]:
+            path = self.directory / shard.name
+            try:
+                with pa.memory_map(str(path)) as file:
+                    metadata = pa.ipc.open_file(file).schema.metadata or {}
+            except (OSError, pa.ArrowInvalid) as error:
+                raise StorageError(
+                    f"{path}: this shard of the teacher cache cannot be read ({error}); score again"
+                ) from None
+            sample = metadata.get(SAMPLE.encode())
+            if sample is not None:
+                HeadSample.from_bytes(sample).check(head, place)
 
 
 # The cache of the teacher's likeliest tokens, for corpora whose hidden states would not fit. Here K is the number of

@@ -39,6 +39,7 @@ from pocl_ray.teacher_cache.top_k import NUM_CURVE, TopK
 FORMAT_VERSION = 2
 META_NAME = "meta.json"
 INDEX_NAME = "index.arrow"
+SAMPLE = "head_sample"  # in the metadata of a shard's schema
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
@@ -131,15 +132,17 @@ def write_shard(
     ids: np.ndarray,
     tokens: Sequence[Tensor | TopK],
     filesystem: pafs.FileSystem | None = None,
+    sample: bytes | None = None,
 ) -> ShardInfo:
     """Write the outputs for some rows as one shard, completely or not at all; a repetition changes nothing.
 
     Args:
         directory: Directory of the cache, a local path or a path on `filesystem`; it is created if it is missing.
-            ids: Row ids, int64, one for each row.
-            tokens: Hidden states of each row, shape (tokens of the row, K), or its top k; all have one layout, on any
-                device.
-            filesystem: Filesystem of the cache; the local one by default.
+        ids: Row ids, int64, one for each row.
+        tokens: Hidden states of each row, shape (tokens of the row, K), or its top k; all have one layout, on any
+            device.
+        filesystem: Filesystem of the cache; the local one by default.
+        sample: The teacher's own logits at a few tokens (`HeadSample`), which a head read from disk is held against.
 
     Returns:
         The shard's name and sizes. Pass the names of all shards to `write_index`.
@@ -153,7 +156,7 @@ def write_shard(
     lengths = np.array([len(row) for row in tokens], dtype=np.int32)
     payload = np.concatenate([_as_bytes(row) for row in tokens]).reshape(-1)
     name = f"shard-{_digest(ids, lengths, payload)}.arrow"
-    data = _shard_file(ids, lengths, payload, layouts.pop())
+    data = _shard_file(ids, lengths, payload, layouts.pop(), sample)
     num_bytes = _put(filesystem or pafs.LocalFileSystem(), str(directory), name, data)
     return ShardInfo(name, len(ids), int(lengths.sum()), num_bytes)
 
@@ -222,12 +225,16 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:20]
 
 
-def _shard_file(ids: np.ndarray, lengths: np.ndarray, payload: np.ndarray, layout: Layout) -> pa.Buffer:
+def _shard_file(
+    ids: np.ndarray, lengths: np.ndarray, payload: np.ndarray, layout: Layout, sample: bytes | None
+) -> pa.Buffer:
     row_bytes = lengths.astype(np.int64) * layout.row_bytes
     offsets = np.concatenate([[0], np.cumsum(row_bytes)]).astype(np.int64)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(payload)]
     columns = [pa.array(ids), pa.array(lengths), pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)]
-    metadata = {"version": str(FORMAT_VERSION), "layout": json.dumps(asdict(layout))}
+    metadata: dict[str, str | bytes] = {"version": str(FORMAT_VERSION), "layout": json.dumps(asdict(layout))}
+    if sample is not None:
+        metadata[SAMPLE] = sample
     schema = pa.schema(
         [("id", pa.int64()), ("num_tokens", pa.int32()), ("tokens", pa.large_binary())], metadata=metadata
     )

@@ -15,8 +15,11 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
+from pocl_ray.models.head_loading import load_head
+from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
@@ -130,6 +133,11 @@ def test_large_tasks_give_several_shards_that_make_one_cache(
     assert meta.layout.dtype == ("float32" if dtype == "auto" else dtype)
     cache = HiddenCache.open(directory, "teacher", "rows", NUM_ROWS)
     assert cache.num_tokens(np.arange(NUM_ROWS)).tolist() == table["num_response_tokens"].to_pylist()
+    assert task.teacher is not None
+    head = load_head(task.teacher)
+    cache.check_head(head, "teacher")
+    with pytest.raises(ModelError, match=r"^teacher: the LM head read from its files gives other logits"):
+        cache.check_head(HeadWeights(head.weight_VH.flip(0), head.bias_V, head.transform), "teacher")
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("auto", "float32"), ("float16", "float16")])

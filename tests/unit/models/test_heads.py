@@ -11,8 +11,16 @@ from safetensors.torch import load_file, save_file
 from pocl_ray.errors import ModelError
 from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.head_loading import load_head
-from pocl_ray.models.heads import HeadWeights, LogitTransform, check_split, head_of, response_hidden, split_model
-from pocl_ray.models.loading import ModelRef, save_model
+from pocl_ray.models.heads import (
+    HeadSample,
+    HeadWeights,
+    LogitTransform,
+    check_split,
+    head_of,
+    response_hidden,
+    split_model,
+)
+from pocl_ray.models.loading import ModelRef, load_model, save_model
 
 
 def test_head_of_hidden_states_is_the_models_logits_at_response_positions(family, new_model, padded_batch):
@@ -56,6 +64,30 @@ def test_head_loads_alone_from_a_base_model_checkpoint_without_prefix(new_model,
         "pocl_ray.models.head_loading.load_model", lambda *_, **__: pytest.fail("loaded the whole model")
     )
     assert torch.equal(load_head(ModelRef(str(tmp_path))).weight_VH, head_of(model).weight_VH)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "5KB"])
+def test_a_head_of_its_own_is_read_though_the_config_ties_the_embeddings(new_model, tmp_path, max_shard_size):
+    model = new_model("llama_untied")
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    ref = ModelRef(str(tmp_path))
+    assert torch.equal(load_head(ref).weight_VH, head_of(load_model(ref)).weight_VH)
+    assert torch.equal(load_head(ref).weight_VH, model.lm_head.weight)
+
+
+def test_a_head_is_held_against_the_models_own_logits(new_model):
+    model = new_model("llama_untied")
+    sample = HeadSample.from_bytes(HeadSample.of(model, torch.arange(6)[None], torch.tensor([2, 4])).to_bytes())
+    sample.check(head_of(model), "here")
+    weight_VH = head_of(model).weight_VH.clone()
+    weight_VH[7] += 1.0
+    with pytest.raises(ModelError, match=r"^here: the LM head read from its files gives other logits"):
+        sample.check(HeadWeights(weight_VH), "here")
+    with pytest.raises(ModelError, match="gives 8 logits"):
+        sample.check(head_of(model).cut(8), "here")
 
 
 def test_head_comes_from_the_whole_model_where_weights_are_quantized(new_model, tmp_path, monkeypatch):
