@@ -108,7 +108,7 @@ def package_losses(
     tokenizer.save_pretrained(task.run_dir.local("tokenizer"))
     save_model(student, tokenizer, folder / "student")
     task = replace(
-        with_teacher(task, ref=ModelRef(str(page.TEACHER), dtype="float32")),
+        with_teacher(task, ref=ModelRef("samples://quickstart-teacher", dtype="float32")),
         stages=plan_curriculum(CURRICULUM, NUM_ROWS, page.BATCH_ROWS),
         student=ModelRef(str(folder / "student")),
         rows=made.train,
