@@ -47,7 +47,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     )
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
-        console.print(f"rows are ranked anew, by the student as it then is, before stage {', '.join(rescored)}")
+        console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")
     if config.data.task == "text" and not prepared:
         console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:

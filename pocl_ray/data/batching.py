@@ -1,9 +1,9 @@
-"""The order of training and the tensors of a micro-batch.
+"""The order of training, and the tensors of a micro-batch.
 
-The order is a function of (seed, stage, epoch) alone: a global batch is drawn first and only then cut into the ranks'
-micro-batches, so a run that goes on with another number of workers trains on the same global batches. Within a
-global batch rows are sorted by length before they are cut; since the loss is a sum over response tokens, the
-cut changes nothing but the padding.
+The order is a function of (seed, stage, epoch) alone. A global batch is drawn first, and then cut into the ranks'
+micro-batches, so a run that resumes with another number of workers trains on the same global batches. The rows of a
+global batch are sorted by length before the cut. Since the loss is a sum over response tokens, the cut changes only the
+padding.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pocl_ray.teacher_cache.top_k import TopK
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher says at the response tokens of a batch.
+    """A teacher's output at the response tokens of a batch.
 
     Attributes:
-        tokens: Its final hidden states, shape (N, K), for its LM head; or its likeliest tokens.
-        teacher: Its place among the run's teachers.
-        weight: Of its divergence in the loss.
-        paired_N: Of a teacher with another tokenizer, which of the batch's response tokens have a counterpart among
-            its own; `tokens` then holds these counterparts alone, in their order. On the CPU. None: all have one.
+        tokens: Final hidden states, shape (N, K), for the teacher's LM head; or its likeliest tokens.
+            teacher: Index of the teacher among the run's teachers.
+            weight: Weight of the teacher's divergence in the loss.
+            paired_N: Mask, on the CPU, of the batch's response tokens that have a counterpart in another tokenizer of
+                the teacher; `tokens` then holds only these counterparts, in their order. None: all have one.
     """
 
     tokens: torch.Tensor | TopK
@@ -41,11 +41,11 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The rows of a batch in the tokens of a teacher with another tokenizer, for one that runs live.
+    """The rows of a batch in the tokens of a live teacher with another tokenizer.
 
     Attributes:
-        batch: Its input.
-        pairs: Which of its response tokens belong to which of the student's.
+        batch: Input of the teacher.
+            pairs: Pairs of the teacher's and the student's response tokens.
     """
 
     batch: MicroBatch
@@ -57,13 +57,13 @@ class MicroBatch:
     """The rows of one forward pass on one worker, padded on the right.
 
     Attributes:
-        input_ids_BT: Prompt and response, int64.
-        attention_mask_BT: 1 where there is a token.
-        response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
-        targets_N: These next tokens.
-        taught: What the teachers say at the same positions; empty without a teacher.
+        input_ids_BT: Token ids of prompt and response, int64.
+            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+            response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
+            targets_N: Ids of these next tokens.
+        taught: Outputs of the teachers at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
-        teacher_rows: What a live teacher reads where it has another tokenizer; None: what the student reads.
+        teacher_rows: Input of a live teacher with another tokenizer; None: the student's input.
     """
 
     input_ids_BT: torch.Tensor
@@ -89,18 +89,18 @@ class MicroBatch:
 
     @property
     def num_response_tokens(self) -> int:
-        """Response tokens in the batch."""
+        """The number of response tokens in the batch."""
         return self.targets_N.numel()
 
 
 def random_order(num_rows: int, seed: int) -> np.ndarray:
-    """Return all row ids in an order drawn by the seed; independent of the orders of the epochs."""
+    """Return all row ids in an order drawn by the seed, independent of the orders of the epochs."""
     sequence = np.random.SeedSequence(seed, spawn_key=(1,))
     return np.random.Generator(np.random.PCG64(sequence)).permutation(num_rows)
 
 
 def epoch_order(stage_rows: np.ndarray, seed: int, stage: int, epoch: int) -> np.ndarray:
-    """Return the stage's row ids in the order of one epoch; a function of (seed, stage, epoch)."""
+    """Return the stage's row ids in the order of one epoch, which is a function of (seed, stage, epoch)."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stage, epoch])))
     return stage_rows[rng.permutation(len(stage_rows))]
 
@@ -112,10 +112,10 @@ def global_batches(
 
     Args:
         stage: The stage.
-        stage_rows: Its row ids.
-        global_batch_rows: Rows of a step; those left over at the end of an epoch are skipped in it.
+        stage_rows: Row ids of the stage.
+        global_batch_rows: Rows of an optimizer step; rows left over at the end of an epoch are skipped in that epoch.
         seed: Seed of the run.
-        first_step: Optimizer steps of the stage that are already done.
+        first_step: Number of optimizer steps of the stage that are already done.
     """
     order, epoch_of_order = stage_rows, -1
     for step in range(first_step, stage.num_steps):
@@ -132,13 +132,13 @@ def rank_micro_batches(
 
     Args:
         ids: Row ids of the global batch, a multiple of `world_size`.
-        lengths: Tokens of each of these rows.
-        rank: This worker.
+        lengths: Number of tokens of each row.
+            rank: Rank of this worker.
         world_size: Number of workers.
-        micro_batch_rows: Rows of a micro-batch, at most.
+        micro_batch_rows: Maximum rows of a micro-batch.
 
     Returns:
-        Equally many micro-batches on every rank, which collective operations in the forward pass rely on.
+        Micro-batches, equally many on every rank, since the forward pass may contain collective operations.
     """
     assert len(ids) % world_size == 0, "a global batch is a multiple of the number of workers"
     by_length = ids[np.argsort(-lengths, kind="stable")]
@@ -149,13 +149,13 @@ def rank_micro_batches(
 def collate(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, multiple: int = 8
 ) -> MicroBatch:
-    """Pad rows on the right into a micro-batch.
+    """Return a micro-batch of rows, padded on the right.
 
     Args:
         prompts: Token ids of each prompt, at least one.
         responses: Token ids of each response, at least one.
-        pad_id: What fills the rest; masked, so it may be the end-of-sequence token.
-        multiple: T is rounded up to a multiple of this.
+        pad_id: Token id of the padding. It is masked, so it may be the end-of-sequence token.
+            multiple: Number of which T is made a multiple.
     """
     num_prompt = np.fromiter(map(len, prompts), np.int64, len(prompts))[:, None]
     total = num_prompt + np.fromiter(map(len, responses), np.int64, len(responses))[:, None]

@@ -1,7 +1,7 @@
-"""Documents to be summarised that are too long for a prompt: they lose their end, and the template stays whole.
+"""Shortening of requests that are too long: a document to be summarised loses its end, and the template stays whole.
 
-Other prompts lose their beginning when they are too long. Of a document that would be the wrong part: instruction and
-lead stand there.
+Other prompts lose their beginning if they are too long. For a document that would be the wrong part, since it holds the
+instruction and the lead.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pocl_ray.errors import ModelError
 
 
 class DocumentFitter:
-    """Shortens documents.
+    """Shortens documents to the room in their prompts.
 
     Args:
-        tokenizer: A Hugging Face tokenizer that tells where in the text a token stands.
-        template: Makes the prompts.
-        max_prompt_tokens: Of a prompt, what the tokenizer puts in front included.
+        tokenizer: Hugging Face tokenizer that gives the position of each token in the text.
+            template: Template of the prompts.
+            max_prompt_tokens: Maximum tokens of a prompt, including the tokens that the tokenizer adds in front.
 
     Raises:
-        ModelError: The tokenizer cannot tell.
+        ModelError: The tokenizer gives no positions.
     """
 
     def __init__(self, tokenizer: Any, template: PromptTemplate, max_prompt_tokens: int) -> None:
@@ -41,10 +41,10 @@ class DocumentFitter:
         """Return the request with as much of its document as fits.
 
         Raises:
-            UnusableRowError: There is no room for any of it; or the template refuses the request.
+            UnusableRowError: There is no room for any of the document, or the template refuses the request.
         """
         prompt = self._template.render(request)
-        if len(prompt.encode("utf-8", errors="replace")) <= self._limit:  # a token is a byte at least
+        if len(prompt.encode("utf-8", errors="replace")) <= self._limit:  # a token has at least one byte
             return request
         num_over = self._num_tokens(prompt) - self._limit
         while num_over > 0:
@@ -62,7 +62,7 @@ class DocumentFitter:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _without_end(self, document: str, num_tokens: int) -> str:
-        """The document without its last tokens, shorter by a character at least."""
+        """The document without its last tokens, at least one character shorter."""
         places = self._tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
@@ -72,28 +72,28 @@ class DocumentFitter:
         return document[: min(end, len(document) - 1)].rstrip()
 
 
-# Conversations that are too long for a prompt: they lose their oldest turns, whole, and keep their system message.
+# Conversations that are too long for a prompt lose their oldest turns as a whole, and keep their system message.
 #
-# Other prompts lose their beginning when they are too long. Of a chat that would be the wrong part: the system message
-# stands there, and what is left would begin in the middle of a turn, which no chat template ever writes.
+# Losing the beginning would be wrong for a chat: it holds the system message, and the rest would begin in the middle of
+# a turn, which no chat template writes.
 
 
 class ConversationFitter:
-    """Leaves out turns.
+    """Shortens conversations by whole turns.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
-        template: Makes the prompts, of chats.
-        max_prompt_tokens: Of a prompt.
+        tokenizer: Hugging Face tokenizer.
+            template: Template of chat prompts.
+            max_prompt_tokens: Maximum tokens of a prompt.
     """
 
     def __init__(self, tokenizer: Any, template: PromptTemplate, max_prompt_tokens: int) -> None:
         self._tokenizer, self._template, self._limit = tokenizer, template, max_prompt_tokens
 
     def fit(self, request: Request) -> Request:
-        """Return the request with as many of its last turns as fit, a turn of the user the first of them.
+        """Return the request with as many of its last turns as fit; the first of them is a turn of the user.
 
-        A last turn that is too long by itself is left as it is, to lose its beginning like any other prompt.
+        A last turn that is too long by itself does not change here. Later it loses its beginning like any other prompt.
 
         Raises:
             UnusableRowError: The template refuses the request.
@@ -104,12 +104,12 @@ class ConversationFitter:
 
     def _fits(self, request: Request) -> bool:
         prompt = self._template.render(request)
-        if len(prompt.encode("utf-8", errors="replace")) <= self._limit:  # a token is a byte at least
+        if len(prompt.encode("utf-8", errors="replace")) <= self._limit:  # a token has at least one byte
             return True
         return len(self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) <= self._limit
 
 
 def _without_oldest(turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns from the second one of the user on."""
+    """The turns from the user's second turn on."""
     later = (place for place, turn in enumerate(turns) if place > 0 and turn["role"] == "user")
     return turns[next(later, len(turns)) :]

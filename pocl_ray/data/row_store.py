@@ -1,4 +1,4 @@
-"""The Arrow file of prepared rows, memory-mapped: what scoring, training and evaluation read."""
+"""The Arrow file of prepared rows, memory-mapped, which scoring, training and evaluation read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS_SCHEMA = pa.schema(
 
 
 def rows_schema(numbers: Sequence[str] = ()) -> pa.Schema:
-    """Return the schema of a file of rows with these numeric columns of the user's."""
+    """Return the schema of a file of rows, with these numeric columns of the user's data."""
     fields = [pa.field(f"{COLUMN}{name}", pa.float64(), nullable=False) for name in numbers]
     return pa.schema([*ROWS_SCHEMA, *fields])
 
@@ -41,7 +41,7 @@ Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class _TokenLists:
-    """Views of one list column: per record batch the offsets and the values, without copying."""
+    """Views of one list column: the offsets and values of each record batch, without copies."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], column: str) -> None:
         arrays = [batch.column(column) for batch in batches]
@@ -57,10 +57,10 @@ class _TokenLists:
 
 
 class RowStore:
-    """Prepared rows by id, read from a memory map. Cheap to open, and to send to other processes of the node.
+    """Prepared rows by id, read from a memory map. It is cheap to open, and to send to other processes of the node.
 
     Args:
-        path: Arrow IPC file with the columns of `ROWS_SCHEMA`; `id` is the position.
+        path: Arrow IPC file with the columns of `ROWS_SCHEMA`; `id` is the position of the row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,17 +68,19 @@ class RowStore:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         own = [name.removeprefix(COLUMN) for name in reader.schema.names[len(ROWS_SCHEMA) :]]
         if not reader.schema.equals(rows_schema(own)):
-            raise DataError(f"{path}: is not a file of prepared rows (its columns differ); delete it to make it anew")
+            raise DataError(
+                f"{path}: is not a file of prepared rows (its columns differ); delete it to have it made again"
+            )
         self.schema = reader.schema
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     @classmethod
     def open(cls, path: str | Path) -> RowStore:
-        """Map a file of rows.
+        """Return the memory-mapped rows of a file.
 
         Raises:
-            DataError: It is missing, or no file of rows.
+            DataError: The file is missing, or is not a file of rows.
         """
         try:
             return cls(Path(path))
@@ -98,29 +100,29 @@ class RowStore:
 
     @cached_property
     def has_prompts(self) -> bool:
-        """Whether rows ask for something; those of plain text do not."""
+        """Return whether rows have prompts; rows of plain text have none."""
         return any(batch.column(PROMPT)[0].as_py() != "" for batch in self._batches[:1])
 
     @cached_property
     def prompt_lengths(self) -> Int32Array:
-        """Tokens of each prompt, shape (rows,)."""
+        """The number of tokens of each prompt, shape (rows,)."""
         return self._prompt_ids.lengths()
 
     @cached_property
     def response_lengths(self) -> Int32Array:
-        """Tokens of each response with its end-of-sequence token, shape (rows,)."""
+        """The number of tokens of each response, with its end-of-sequence token, shape (rows,)."""
         return self._response_ids.lengths()
 
     def prompts(self, ids: Ids) -> list[str]:
-        """Return the texts of prompts."""
+        """Return the texts of the prompts."""
         return self._values(PROMPT, ids)
 
     def references(self, ids: Ids) -> list[list[str]]:
-        """Return the accepted answers of each row; the first is the one trained on."""
+        """Return the accepted answers of each row; training uses the first."""
         return self._values(REFERENCES, ids)
 
     def topics(self, ids: Ids) -> list[str | None]:
-        """Return the topics; None where the source names none."""
+        """Return the topics; None for a row without one."""
         return self._values(TOPIC, ids)
 
     def source_rows(self, ids: Ids) -> list[int]:
@@ -128,20 +130,20 @@ class RowStore:
         return self._values(SOURCE_ROW, ids)
 
     def numbers(self, name: str) -> npt.NDArray[np.float64]:
-        """Return a numeric column of the user's, shape (rows,).
+        """Return a numeric column of the user's data, shape (rows,).
 
         Raises:
-            KeyError: The file was prepared without it.
+            KeyError: The file was prepared without this column.
         """
         return np.concatenate([batch.column(f"{COLUMN}{name}").to_numpy() for batch in self._batches])
 
     def tokens(self, ids: Ids) -> tuple[list[Int32Array], list[Int32Array]]:
-        """Return token ids of prompts and responses, one int32 array a row.
+        """Return the token ids of prompts and responses, one int32 array for each row.
 
         The arrays are read-only views of the memory map.
 
         Raises:
-            IndexError: An id is not that of a row.
+            IndexError: No row has such an id.
         """
         places = self._places(ids)
         prompt, response = self._prompt_ids, self._response_ids
@@ -168,23 +170,23 @@ class RowStore:
 
 
 def shared_prompts(train: RowStore, other: RowStore) -> int:
-    """Count the rows of `other` whose prompt, or text without one, also stands in `train`; a measure of leakage."""
-    theirs, ours = _what_is_asked(other), _what_is_asked(train)
+    """Return the number of rows of `other` whose prompt (or plain text) is also in `train`, to measure leakage."""
+    theirs, ours = _prompt_or_text(other), _prompt_or_text(train)
     common = pc.unique(ours.filter(pc.is_in(ours, value_set=pc.unique(theirs))))
     return int(pc.sum(pc.is_in(theirs, value_set=common)).as_py() or 0)
 
 
-def _what_is_asked(rows: RowStore) -> pa.ChunkedArray:
-    """The prompt of each row; of plain text, which has none, the text."""
+def _prompt_or_text(rows: RowStore) -> pa.ChunkedArray:
+    """The prompt of each row, or the text for rows of plain text."""
     if rows.has_prompts:
         return pa.chunked_array([batch.column(PROMPT) for batch in rows.batches], pa.string())
     return pa.chunked_array([pc.list_element(batch.column(REFERENCES), 0) for batch in rows.batches], pa.string())
 
 
-# Which response tokens of two tokenizers belong together: of each response the k-th with the k-th.
+# Pairs of response tokens of two tokenizers: in each response the k-th token with the k-th.
 #
-# The longer one's rest has no counterpart (arXiv 2402.12030 cuts it). Only lengths count, so pairs are found for a
-# whole batch at once.
+# The rest of the longer one has no counterpart (arXiv 2402.12030 cuts it). Only lengths matter, so pairs are found for
+# a whole batch at once.
 #
 # Axes: R rows, N response tokens of the student in one flat axis, M those of the teacher, P pairs.
 
@@ -194,11 +196,11 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The tokens of a batch that have a counterpart; the p-th of one model belongs to the p-th of the other.
+    """The tokens of a batch that have a counterpart; the p-th token of one model belongs to the p-th of the other.
 
     Attributes:
-        student_N: Which of the student's tokens.
-        teacher_M: Which of the teacher's tokens; equally many.
+        student_N: Mask of the student's tokens that have a counterpart.
+            teacher_M: Mask of the teacher's tokens that have a counterpart; equally many.
     """
 
     student_N: BoolArray
@@ -206,23 +208,24 @@ class Pairs:
 
     @classmethod
     def of(cls, student_lengths_R: IntArray, teacher_lengths_R: IntArray) -> Pairs:
-        """Pair the tokens of responses of these lengths, at least 1, row after row."""
+        """Return the pairs in responses of these lengths, at least 1, row after row."""
         shared_R = np.minimum(student_lengths_R, teacher_lengths_R)
         return cls(_first_of_each(student_lengths_R, shared_R), _first_of_each(teacher_lengths_R, shared_R))
 
 
 def pairing_figures(student: RowStore, teacher: RowStore, max_prompt_tokens: int, max_tokens: int) -> dict[str, int]:
-    """Return what becomes of a set in two tokenizers.
+    """Return figures about the rows of a set in two tokenizers.
 
     Args:
-        student: Its rows in the student's tokens.
-        teacher: And in the teacher's.
-        max_prompt_tokens: `data.max_prompt_tokens`.
-        max_tokens: `data.max_tokens`.
+        student: Rows in the student's tokens.
+            teacher: Rows in the teacher's tokens.
+            max_prompt_tokens: Value of `data.max_prompt_tokens`.
+            max_tokens: Value of `data.max_tokens`.
 
     Returns:
-        `num_unpaired_tokens`, the student's response tokens without a counterpart, of `num_response_tokens`; and of the
-        teacher's rows `num_full_prompts` and `num_full_rows`, which reach the limits at which they are cut.
+        `num_unpaired_tokens`, the number of the student's `num_response_tokens` without a counterpart; and
+        `num_full_prompts` and `num_full_rows`, the numbers of the teacher's rows that reach the limits at which they
+        are cut.
     """
     ours, theirs = student.response_lengths, teacher.response_lengths
     return {
@@ -234,7 +237,7 @@ def pairing_figures(student: RowStore, teacher: RowStore, max_prompt_tokens: int
 
 
 def describe_pairing(figures: dict[str, int]) -> str:
-    """Return one line on what `pairing_figures` found, with the limits that are worth raising."""
+    """Return one line about the result of `pairing_figures`, with the limits that should be raised."""
     share = figures["num_unpaired_tokens"] / max(1, figures["num_response_tokens"])
     line = f"{share:.1%} of the student's response tokens have no counterpart in the teacher's"
     if figures["num_full_prompts"]:
@@ -245,7 +248,7 @@ def describe_pairing(figures: dict[str, int]) -> str:
 
 
 def _first_of_each(lengths_R: IntArray, counts_R: IntArray) -> BoolArray:
-    """Mark the first `counts_R` tokens of each row, shape (sum of lengths,)."""
+    """The mask of the first `counts_R` tokens of each row, shape (sum of lengths,)."""
     lengths_R = lengths_R.astype(np.int64)
     starts_R = np.cumsum(lengths_R) - lengths_R
     place_N = np.arange(int(lengths_R.sum())) - np.repeat(starts_R, lengths_R)

@@ -1,11 +1,11 @@
-"""From prompt and response to token ids, many rows in one call of the tokenizer.
+"""Tokenization of prompts and responses, many rows in one call of the tokenizer.
 
-The authors tokenise prompt and response as one text and cut behind the prompt's tokens, which is right only while no
-token spans the border. Here the joined text is used where its tokens begin with the prompt's own (so the response gets
-the pieces that it has in running text, also with SentencePiece), and otherwise the response is tokenised by itself.
-Either way the prompt's ids are those that a model is given at generation.
+The authors tokenise prompt and response as one text, and cut after the prompt's tokens. That is right only if no token
+spans the border. Here the joined text is used if its tokens begin with the prompt's tokens, so that the response has
+the same pieces as in running text, also with SentencePiece. Otherwise the response is tokenised by itself. In both
+cases the prompt has the same ids as at generation.
 
-With the `alpaca` template the response begins right behind `### Response:` and a line break.
+With the `alpaca` template the response begins directly after `### Response:` and a line break.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pocl_ray.data.prompts import Example
 from pocl_ray.errors import ConfigError, ModelError
 
 PreparedRow = tuple[Example, list[int], list[int]]
-"""A row, the ids of its prompt, and those of its response."""
+"""A row, the ids of its prompt, and the ids of its response."""
 
 
 class RowTokenizer:
     """Tokenises prompts and responses, and cuts them to length.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
-        max_prompt_tokens: Longer prompts lose their beginning (the response marker stands at the end), save for the
-            tokens that the tokenizer puts in front.
-        max_tokens: Prompt and response together; a longer response loses its end, its end-of-sequence token with it.
-        adds_special_tokens: Whether the tokenizer puts its tokens, such as BOS, in front of the prompt. False for chat
-            templates, which write them out. A BOS that the prompt has already is not doubled.
+        tokenizer: Hugging Face tokenizer. max_prompt_tokens: Maximum tokens of a prompt. A longer prompt loses its
+            beginning (the response marker is at the end), but keeps the tokens that the tokenizer adds in front.
+            max_tokens: Maximum tokens of prompt and response together. A longer response loses its end, including its
+            end-of-sequence token. adds_special_tokens: Whether the tokenizer adds tokens such as BOS in front of the
+            prompt. It is False for chat templates, which contain them. A BOS that the prompt already has is not added
+            again.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token, so a response could not end.
@@ -50,7 +50,7 @@ class RowTokenizer:
         self._front = front_tokens(tokenizer) if adds_special_tokens else []
 
     def rows(self, examples: Sequence[Example]) -> list[list[PreparedRow]]:
-        """Return the one row of each example, or none where the response has no tokens."""
+        """Return a list with the row of each example; it is empty if the response has no tokens."""
         prompt_ids, response_ids = self.encode(
             [example.prompt for example in examples], [example.references[0] for example in examples]
         )
@@ -58,18 +58,18 @@ class RowTokenizer:
         return [[row] if row[2] else [] for row in tokenized]
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokenise rows.
+        """Return the token ids of rows.
 
         Args:
-            prompts: Texts of prompts.
-            responses: Texts of responses, as many.
+            prompts: Texts of the prompts.
+                responses: Texts of the responses, equally many.
 
         Returns:
-            Ids of the prompts, and of the responses with the end-of-sequence token (unless that was cut off); a
-            response without any token of its own gives an empty list.
+            Ids of the prompts, and ids of the responses with the end-of-sequence token (unless it was cut off). A
+            response without any tokens gives an empty list.
         """
         bare_prompts = self._tokenize(prompts)
-        bare_responses = self._tokenize_behind(prompts, bare_prompts, responses)
+        bare_responses = self._tokenize_after(prompts, bare_prompts, responses)
         prompt_ids = [self._cut_prompt(ids) for ids in bare_prompts]
         eos = [self._tokenizer.eos_token_id]
         response_ids = [
@@ -79,7 +79,7 @@ class RowTokenizer:
         return prompt_ids, response_ids
 
     def responses(self, prompts: Sequence[str], texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
-        """Return the ids of responses; the end-of-sequence token stands behind those alone that came to an end."""
+        """Return the ids of responses; only complete responses have the end-of-sequence token."""
         eos = self._tokenizer.eos_token_id
         _, whole = self.encode(prompts, texts)
         return [
@@ -98,7 +98,7 @@ class RowTokenizer:
         )
         return encoded["input_ids"]
 
-    def _tokenize_behind(
+    def _tokenize_after(
         self, prompts: Sequence[str], prompt_ids: list[list[int]], responses: Sequence[str]
     ) -> list[list[int]]:
         joined = self._tokenize([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
@@ -118,29 +118,29 @@ class RowTokenizer:
 
 
 def front_tokens(tokenizer: Any) -> list[int]:
-    """Return the tokens that the tokenizer puts in front of a text by itself."""
+    """Return the tokens that the tokenizer itself adds in front of a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = (start for start in range(len(full)) if full[start : start + len(bare)] == bare)
     return list(full[: next(starts, 0)])
 
 
-# Plain text without a prompt, for the distillation of language modelling: texts cut into rows of at most `max_tokens`.
+# Plain text without a prompt, for the distillation of language modelling: texts are cut into rows of at most
+# `max_tokens`.
 #
-# A row's first token is its prompt, all others are its response, so that every position but the first is trained on.
-# A long text becomes several rows, each of which begins with the last token of the one before: every token of the
-# text but the first is a response token exactly once, and nothing is lost. The text ends with the end-of-sequence
-# token. Short texts are not packed: batches are made of rows of similar length anyway, and a row stays one text of
-# one difficulty.
+# A row's first token is its prompt, and all others are its response, so that every position except the first is trained
+# on. A long text becomes several rows. Each of them begins with the last token of the row before, so every token of the
+# text except the first is a response token exactly once, and nothing is lost. The text ends with the end-of-sequence
+# token. Short texts are not packed: batches hold rows of similar length anyway, and each row stays one text with one
+# difficulty.
 
 
 class TextTokenizer:
-    """Makes rows of texts.
+    """Cuts texts into rows.
 
     Args:
-        tokenizer: A Hugging Face tokenizer. A token that it puts in front of a text by itself, such as BOS, is the
-            first one of the text.
-        max_tokens: Of a row.
+        tokenizer: Hugging Face tokenizer. A token that it adds in front of a text, such as BOS, is the first token of
+            the text. max_tokens: Maximum tokens of a row.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token.
@@ -157,10 +157,10 @@ class TextTokenizer:
         """Return the rows of each text.
 
         Args:
-            examples: Texts as their first reference, with an empty prompt.
+            examples: Examples with an empty prompt, whose first reference is the text.
 
         Returns:
-            For each text its rows: the example with the row's own text, the first token, and those behind it.
+            The rows of each text: the example with the row's own text, the first token, and the other tokens.
         """
         if not examples:
             return []
@@ -183,15 +183,15 @@ class TextTokenizer:
         ]
 
 
-# A tokenizer of one's own for models that are trained from nothing: byte-level BPE with single digits.
+# A new tokenizer for models that are trained from the start: byte-level BPE with single digits.
 #
-# Byte-level, so every text can be written and none is unknown. Digits stay single, so that a small model sees the
-# columns of a sum. One special token both ends a text and pads a batch, as in GPT-2: the rest of the system has to
-# live with that anyway.
+# With bytes, every text can be encoded and no token is unknown. Digits stay single, so that a small model sees the
+# columns of a sum. One special token ends a text and pads a batch, as in GPT-2, since the rest of the system must
+# handle that anyway.
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-"""Every byte and the special token: with fewer, some text could not be written."""
+"""The number of all bytes and the special token. A smaller vocabulary could not encode every text."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -199,19 +199,19 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '\n=>\n' }}{% endif %}"
     "{% endfor %}"
 )
-"""A turn of anyone but the assistant ends in an arrow, an answer in the end-of-text token."""
+"""The chat template: a turn of the assistant ends with the end-of-text token, every other turn with an arrow."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE tokenizer and save it as a directory that `AutoTokenizer` loads.
 
-    The same texts in the same order give the same tokenizer. A few texts may hold fewer pairs worth merging than
-    `vocab_size` has room for; the vocabulary is smaller then.
+    The same texts in the same order give the same tokenizer. If the texts have too few pairs to merge, the vocabulary
+    is smaller than `vocab_size`.
 
     Args:
-        texts: what to learn the merges from, such as prompts and answers.
-        vocab_size: entries of the vocabulary at most, the 256 bytes and the special token included.
-        path: the directory to write, made where it is missing.
+        texts: Texts from which the merges are learnt, such as prompts and answers.
+            vocab_size: Maximum size of the vocabulary, including the 256 bytes and the special token.
+            path: Directory to write; it is created if it is missing.
 
     Raises:
         ConfigError: `vocab_size` has no room for every byte and the special token.

@@ -69,7 +69,7 @@ class CurriculumCallback(TrainerCallback):
             found = "without a curriculum" if before is None else "with another curriculum, ranking, batch or seed"
             raise ConfigError(
                 f"the checkpoint at step {state.global_step} was trained {found}; resume with the same one, or "
-                "start anew"
+                "start again"
             )
         stored[_STATE_KEY] = {"args": {}, "attributes": {"digest": self.curriculum.digest}}
 
@@ -263,7 +263,7 @@ def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
     if args.max_steps > num_steps:
         wrong = ConfigError(f"max_steps {args.max_steps} is beyond the curriculum's {num_steps} steps; leave it out")
     elif args.ignore_data_skip:
-        wrong = ConfigError("ignore_data_skip would start the curriculum anew after a resume; leave it out")
+        wrong = ConfigError("ignore_data_skip would start the curriculum again after a resume; leave it out")
     elif getattr(args.accelerator_config, "split_batches", False):
         wrong = ConfigError("accelerator_config.split_batches changes the rows of a step; leave it out")
     elif args.n_gpu > 1:

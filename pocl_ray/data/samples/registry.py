@@ -1,9 +1,9 @@
-"""What a task family is: a small function that invents one question and its answer.
+"""The task families: each is a small function that generates a question and its answer.
 
-A family is registered with its grade, 1 for what can be read off the page to 4 for what must be worked out.
-Everything that makes one question differ from another stands in `input` (and so in the answer); the instruction
-is only one of a few ways to say the same task. Rows are told apart by input and answer, so that the question
-"2, 7" of the training split cannot come back in the test split in other words.
+A family has a grade, from 1 (the answer can be copied) to 4 (the answer takes several steps). `input` holds everything
+that distinguishes a question (and so its answer). The instruction is one of a few wordings of the same task. Rows are
+distinguished by input and answer, so that the question "2, 7" of the training split cannot return in the test split in
+other words.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pocl_ray.data.samples.words import (
 
 @dataclass(frozen=True)
 class Row:
-    """One question. `answers` holds every accepted wording, the one to train on first."""
+    """One question. `answers` holds all accepted wordings; training uses the first."""
 
     instruction: str
     input: str
@@ -45,13 +45,13 @@ class Row:
 
     @property
     def question(self) -> tuple[str, tuple[str, ...]]:
-        """What makes this row distinct within its family, however the task is phrased."""
+        """The input and the answers, which distinguish this row within its family, whatever the wording of the task."""
         return self.input, self.answers
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task: its name, its grade of difficulty (1 easy to 4 hard) and the function that invents rows."""
+    """A kind of task: its name, its grade of difficulty (1 easy to 4 hard) and the function that generates rows."""
 
     name: str
     grade: int
@@ -62,10 +62,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(grade: int) -> Callable[[Callable[[random.Random], Row]], Callable[[random.Random], Row]]:
-    """Register the decorated function as a family under its own name.
+    """Return a decorator that registers a function as a family under its own name.
 
     Args:
-        grade: difficulty as a person would see it, 1 (copying) to 4 (several steps of thought).
+        grade: Difficulty for a person, from 1 (copying) to 4 (several steps of thought).
     """
 
     def register(invent: Callable[[random.Random], Row]) -> Callable[[random.Random], Row]:
@@ -79,7 +79,7 @@ def family(grade: int) -> Callable[[Callable[[random.Random], Row]], Callable[[r
 
 
 def row(instruction: str, text: str, *answers: str) -> Row:
-    """Put a row together; the first answer is the one to train on."""
+    """Return a row; training uses the first answer."""
     return Row(instruction, text, answers)
 
 
