@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,26 @@ def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "inst
     raise DataError(_ROLES_OF_TASK[task][1].format(found=_names(found)))
 
 
+def wanted_columns(mapping: Columns, task: Task, numbers: Sequence[str] = ()) -> Callable[[Collection[str]], set[str]]:
+    """Return what tells from the columns of a source those that are read; the others are never decoded.
+
+    Args:
+        mapping: Roles that the user gave.
+        task: What rows are for.
+        numbers: Columns that are carried along.
+    """
+
+    def wanted(found: Collection[str]) -> set[str]:
+        try:
+            chosen = set(resolve_columns(found, mapping, task).values())
+        except DataError:  # another file of the source may have what is missing here; if none has, that is the error
+            layouts = [layout for layout in _LAYOUTS[task] if mapping.keys() <= {*layout, *_EVERYWHERE}]
+            chosen = {column for layout in layouts for column in {**_EVERYWHERE, **layout, **mapping}.values()}
+        return {*chosen, *numbers} & {*found}
+
+    return wanted
+
+
 def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
     """Read one row.
 
@@ -251,7 +271,9 @@ def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str |
     turns = _field(values, column)
     if not isinstance(turns, (list, tuple)):
         raise UnusableRowError(f"{column} is {type(turns).__name__}, not a list of turns")
-    messages = [_read_turn(turn, f"{column}[{position}]") for position, turn in enumerate(turns)]
+    messages = [
+        _read_turn(turn, f"{column}[{position}]") for position, turn in enumerate(turns) if not _says_nothing(turn)
+    ]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise UnusableRowError(f"{column} has no turn of the assistant")
@@ -262,6 +284,15 @@ def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str |
         raise UnusableRowError(f"{column} has no turn of the user before the last one of the assistant")
     instruction = before[-1]["content"]
     return Request(instruction, "", system, tuple(before[:-1]), (messages[last]["content"],), topic)
+
+
+def _says_nothing(turn: Any) -> bool:
+    """Whether a turn is an empty system message, which is as good as none, as in a `system` column."""
+    if not isinstance(turn, Mapping):
+        return False
+    role, content = ("role", "content") if "role" in turn else ("from", "value")
+    said = turn.get(content)
+    return turn.get(role) in ("system", "developer") and (said is None or (isinstance(said, str) and not said.strip()))
 
 
 def _read_turn(turn: Any, place: str) -> Message:

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import DataConfig, SourceConfig
+from pocl_ray.data.columns import wanted_columns
 from pocl_ray.data.prompts import Example, PromptTemplate, read_examples
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore, pairing_figures, shared_prompts
@@ -170,7 +171,8 @@ def read_summary(run_dir: RunDirectory) -> Rows:
 
 def count_rows(config: DataConfig) -> int:
     """Return the readable training rows of the source, without a tokenizer; a few may turn out unusable later."""
-    total = sum(1 for row in read_source(config.train, default_split("train")) if not isinstance(row, Reject))
+    wanted = wanted_columns(config.train.columns, config.task)
+    total = sum(1 for row in read_source(config.train, default_split("train"), wanted) if not isinstance(row, Reject))
     return total - config.holdout_rows
 
 

@@ -27,6 +27,7 @@ from pocl_ray.data.columns import (
     read_request,
     read_text,
     resolve_columns,
+    wanted_columns,
 )
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.sources import read_source
@@ -198,7 +199,7 @@ def read_examples(
     Raises:
         DataError: The source is missing or empty, or lacks a column.
     """
-    stream = read_source(source, default_split)
+    stream = read_source(source, default_split, wanted_columns(source.columns, task))
     reader = ExampleReader(source.columns, template, task=task)
     while chunk := list(islice(stream, CHUNK_ROWS)):
         yield from reader.read(chunk)
@@ -237,7 +238,7 @@ class ExampleReader:
             DataError: The columns needed are not there.
         """
         if self._columns is None:
-            found = {column for item in chunk if isinstance(item, SourceRow) for column in item.values}
+            found = {column for item in chunk if isinstance(item, SourceRow) for column in item.columns}
             if not found:  # nothing but unreadable rows so far
                 return [_reject(item, "has no columns") for item in chunk]
             try:

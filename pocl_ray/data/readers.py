@@ -11,7 +11,7 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from pocl_ray.run_directory.storage import is_remote, resolve
 Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]
 
+MAX_FIELD_CHARS = 2**31 - 1
+"""Of a CSV field; Python's own limit is 131,072."""
+_UNREADABLE = (UnicodeDecodeError, OverflowError, ValueError, pa.ArrowException)
 SAMPLES_SCHEME = "samples://"
 _FORMAT_OF_ENDING: dict[str, FileFormat] = {
     ".jsonl": "jsonl",
@@ -226,12 +229,19 @@ class SourceRow:
     Attributes:
         source: File, folder or id that it comes from.
         row: Its number there, from 1: the line of a JSONL file, else the position of the row (a CSV's header is none).
-        values: Column name to value.
+        values: Column name to value, of the columns that are wanted.
+        others: The columns that are not.
     """
 
     source: str
     row: int
     values: dict[str, Any]
+    others: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return [*self.values, *self.others]
 
 
 @dataclass(frozen=True)
@@ -243,11 +253,22 @@ class Reject:
     reason: str
 
 
-def read_file(file: SourceFile) -> Iterator[SourceRow | Reject]:
+Wanted = Callable[[Collection[str]], Collection[str]]
+"""Returns, of the columns of a file, those that are read."""
+
+
+def read_all(found: Collection[str]) -> Collection[str]:
+    """Want every column."""
+    return found
+
+
+def read_file(file: SourceFile, wanted: Wanted = read_all) -> Iterator[SourceRow | Reject]:
     """Read the rows of one file.
 
     Args:
         file: What to read.
+        wanted: Which columns matter. Whatever stands in the others makes no row unusable: times that Python has no
+            room for, bytes that are no text.
 
     Yields:
         Every row in the order of the file, as a `SourceRow` or, where it cannot be read, a `Reject`.
@@ -256,14 +277,14 @@ def read_file(file: SourceFile) -> Iterator[SourceRow | Reject]:
         DataError: The file cannot be opened, or is broken as a whole.
     """
     try:
-        yield from _READERS[file.format](file)
+        yield from _READERS[file.format](file, wanted)
     except FileNotFoundError:
         raise DataError(f"{file.uri}: no such file") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file.uri}: cannot be read as {file.format} ({first_line(error)})") from None
 
 
-def _read_jsonl(file: SourceFile) -> Iterator[SourceRow | Reject]:
+def _read_jsonl(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject]:
     with io.BufferedReader(file.open()) as lines:  # type: ignore[type-var]  # pyarrow's file is a raw one to io
         if ending_of(file.path) == ".json" and lines.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             yield from _read_json_array(file, lines.read())
@@ -272,17 +293,35 @@ def _read_jsonl(file: SourceFile) -> Iterator[SourceRow | Reject]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield _parse_json_row(file.uri, number, line)
+                yield _parse_json_row(file.uri, number, line, wanted)
 
 
-def _parse_json_row(uri: str, number: int, line: bytes) -> SourceRow | Reject:
+def _parse_json_row(uri: str, number: int, line: bytes, wanted: Wanted) -> SourceRow | Reject:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value, broken = json.loads(line.decode("utf-8")), None
     except UnicodeDecodeError as error:
-        return Reject(uri, number, f"not UTF-8 (byte {error.start + 1} of the line)")
+        try:
+            value, broken = json.loads(line.decode("utf-8", errors="surrogateescape")), error
+        except (ValueError, RecursionError):
+            return Reject(uri, number, f"not UTF-8 (byte {error.start + 1} of the line)")
     except (ValueError, RecursionError) as error:
         return Reject(uri, number, f"not JSON ({error})")
-    return _object_row(uri, number, value)
+    row = _object_row(uri, number, value)
+    if broken is None or isinstance(row, Reject):
+        return row
+    chosen = {name: row.values[name] for name in wanted(row.values)}
+    if not _is_text(json.dumps(chosen, ensure_ascii=False)):
+        return Reject(uri, number, f"not UTF-8 (byte {broken.start + 1} of the line)")
+    return SourceRow(uri, number, chosen, tuple(name for name in row.values if name not in chosen and _is_text(name)))
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text has no bytes that were not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _object_row(uri: str, number: int, value: Any) -> SourceRow | Reject:
@@ -300,12 +339,14 @@ def _read_json_array(file: SourceFile, content: bytes) -> Iterator[SourceRow | R
         yield _object_row(file.uri, number, value)
 
 
-def _read_csv(file: SourceFile) -> Iterator[SourceRow | Reject]:
+def _read_csv(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject]:
+    csv.field_size_limit(MAX_FIELD_CHARS)
     # Undecodable bytes become lone surrogates, so that one broken row does not end the file.
     text = io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape", newline="")
     with text:
         records = csv.reader(text, delimiter="\t" if ending_of(file.path) == ".tsv" else ",", strict=True)
         header = _csv_header(file, records)
+        chosen = [place for place, name in enumerate(header) if name in wanted(header)]
         number = 0
         while True:
             first_line = records.line_num + 1
@@ -323,7 +364,7 @@ def _read_csv(file: SourceFile) -> Iterator[SourceRow | Reject]:
                 return
             if record:  # a blank line gives no fields
                 number += 1
-                yield _csv_row(file.uri, number, header, record)
+                yield _csv_row(file.uri, number, header, record, chosen)
 
 
 def _csv_header(file: SourceFile, records: Iterator[list[str]]) -> list[str]:
@@ -337,44 +378,51 @@ def _csv_header(file: SourceFile, records: Iterator[list[str]]) -> list[str]:
     return header
 
 
-def _csv_row(uri: str, number: int, header: list[str], record: list[str]) -> SourceRow | Reject:
+def _csv_row(uri: str, number: int, header: list[str], record: list[str], chosen: Sequence[int]) -> SourceRow | Reject:
     if len(record) != len(header):
         return Reject(uri, number, f"{len(record)} fields, but the header names {len(header)}")
-    try:
-        "".join(record).encode("utf-8")
-    except UnicodeEncodeError:
+    values = {header[place]: record[place] for place in chosen}
+    if not _is_text("".join(values.values())):
         return Reject(uri, number, "not UTF-8")
-    return SourceRow(uri, number, dict(zip(header, record, strict=True)))
+    return SourceRow(uri, number, values, tuple(name for name in header if name not in values))
 
 
-def _read_parquet(file: SourceFile) -> Iterator[SourceRow | Reject]:
+def _read_parquet(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject]:
     with file.filesystem.open_input_file(file.path) as handle, pq.ParquetFile(handle) as parquet:
+        names = parquet.schema_arrow.names
+        chosen = [name for name in names if name in wanted(names)]
+        others = tuple(name for name in names if name not in chosen)
         number = 0
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS):
-            for row in _batch_rows(file.uri, number, batch):
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
+            for row in _batch_rows(file.uri, number, batch, others):
                 number += 1
                 yield row
 
 
-def _batch_rows(uri: str, first: int, batch: pa.RecordBatch) -> Iterator[SourceRow | Reject]:
+def _batch_rows(uri: str, first: int, batch: pa.RecordBatch, others: tuple[str, ...]) -> Iterator[SourceRow | Reject]:
     try:
         values = batch.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not check its text; find out which rows it is
+    except _UNREADABLE:  # Parquet checks neither its text nor its times; find out which rows it is
         for offset in range(batch.num_rows):
-            yield _single_row(uri, first + offset + 1, batch.slice(offset, 1))
+            yield _single_row(uri, first + offset + 1, batch.slice(offset, 1), others)
         return
-    for offset, value in enumerate(values):
-        yield SourceRow(uri, first + offset + 1, value)
+    for offset, value in enumerate(values if batch.num_columns else [{}] * batch.num_rows):
+        yield SourceRow(uri, first + offset + 1, value, others)
 
 
-def _single_row(uri: str, number: int, batch: pa.RecordBatch) -> SourceRow | Reject:
-    try:
-        return SourceRow(uri, number, batch.to_pylist()[0])
-    except UnicodeDecodeError:
-        return Reject(uri, number, "not UTF-8")
+def _single_row(uri: str, number: int, batch: pa.RecordBatch, others: tuple[str, ...]) -> SourceRow | Reject:
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            return Reject(uri, number, f"{name} is not UTF-8")
+        except _UNREADABLE as error:
+            return Reject(uri, number, f"{name} cannot be read ({first_line(error)})")
+    return SourceRow(uri, number, values, others)
 
 
-_READERS: dict[FileFormat, Callable[[SourceFile], Iterator[SourceRow | Reject]]] = {
+_READERS: dict[FileFormat, Callable[[SourceFile, Wanted], Iterator[SourceRow | Reject]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,

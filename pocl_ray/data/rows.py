@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
-from pocl_ray.data.columns import Request
+from pocl_ray.data.columns import Request, wanted_columns
 from pocl_ray.data.documents import ConversationFitter, DocumentFitter
 from pocl_ray.data.prompts import CHUNK_ROWS, Example, ExampleReader, Fit, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
@@ -245,7 +245,7 @@ def prepare_rows(
     with named_errors(name), ExitStack() as stack:
         files = [destination, *([] if teacher is None else [teacher.destination])]
         writers = [stack.enter_context(arrow_writer(file, schema)) for file in files]
-        stream = read_source(source, default_split(name))
+        stream = read_source(source, default_split(name), wanted_columns(source.columns, config.task, numbers))
         while chunk := list(islice(stream, CHUNK_ROWS)):
             for writer, batch in zip(writers, preparation.prepare(chunk), strict=True):
                 if batch.num_rows:

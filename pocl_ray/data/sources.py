@@ -6,25 +6,43 @@ directories, data sets of the Hugging Face Hub, and the rows that the project sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pocl_ray.config.sources import SourceConfig
-from pocl_ray.data.readers import Location, Reject, SourceFile, SourceRow, ending_of, first_line, locate, read_file
+from pocl_ray.data.readers import (
+    Location,
+    Reject,
+    SourceFile,
+    SourceRow,
+    Wanted,
+    ending_of,
+    first_line,
+    locate,
+    read_all,
+    read_file,
+)
 from pocl_ray.errors import DataError
 from pocl_ray.run_directory.storage import file_digest, fingerprint, is_remote, localize
 
 _BATCH_ROWS = 1024
+# What decoders of features raise; an ImportError where the library for audio or images is not installed.
+_UNREADABLE = (OSError, ValueError, OverflowError, RuntimeError, TypeError, ImportError, pa.ArrowException)
 
 
-def read_source(source: SourceConfig, default_split: str = "train") -> Iterator[SourceRow | Reject]:
+def read_source(
+    source: SourceConfig, default_split: str = "train", wanted: Wanted = read_all
+) -> Iterator[SourceRow | Reject]:
     """Stream the rows of a source.
 
     Args:
         source: Where the rows are.
         default_split: Split of the shipped samples, where `source.split` is not given.
+        wanted: Which columns are read; the others are not decoded.
 
     Returns:
         Iterator over the first `max_rows` rows in the order of the source: a `SourceRow` each, or a `Reject` for one
@@ -34,7 +52,7 @@ def read_source(source: SourceConfig, default_split: str = "train") -> Iterator[
         DataError: The source is missing, of unknown format, without the split or empty (the last while iterating).
     """
     location = locate(source)
-    rows = _stream(source, location, default_split)
+    rows = _stream(source, location, default_split, wanted)
     return _refuse_empty(source, islice(rows, source.max_rows))
 
 
@@ -52,18 +70,17 @@ def source_fingerprint(source: SourceConfig, default_split: str = "train") -> st
     return fingerprint([location.format, settings, _content_state(source, location, default_split)])
 
 
-def _stream(source: SourceConfig, location: Location, default_split: str) -> Iterator[SourceRow | Reject]:
+def _stream(
+    source: SourceConfig, location: Location, default_split: str, wanted: Wanted
+) -> Iterator[SourceRow | Reject]:
     if location.format == "samples":
-        return _number(source.path, _sample_rows(source, location, default_split))
+        rows = _sample_rows(source, location, default_split)
+        return (SourceRow(source.path, number, values) for number, values in enumerate(rows, start=1))
     if location.format == "hub":
-        return _number(source.path, _dataset_rows(_load_from_hub(source)))
+        return _dataset_rows(source.path, _load_from_hub(source), wanted)
     if location.format == "dataset":
-        return _number(source.path, _dataset_rows(_load_saved(source)))
-    return chain.from_iterable(read_file(file) for file in location.files)
-
-
-def _number(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[SourceRow]:
-    return (SourceRow(name, number, values) for number, values in enumerate(rows, start=1))
+        return _dataset_rows(source.path, _load_saved(source), wanted)
+    return chain.from_iterable(read_file(file, wanted) for file in location.files)
 
 
 def _refuse_empty(source: SourceConfig, rows: Iterator[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
@@ -80,10 +97,34 @@ def _sample_rows(source: SourceConfig, location: Location, default_split: str) -
     return sample_rows(location.path, source.split or default_split)
 
 
-def _dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    for batch in dataset.with_format(None).iter(batch_size=_BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+def _dataset_rows(name: str, dataset: Any, wanted: Wanted) -> Iterator[SourceRow | Reject]:
+    """The rows of a data set; columns that are not wanted, such as audio and images, are not decoded."""
+    chosen = [column for column in dataset.column_names if column in wanted(dataset.column_names)]
+    others = tuple(column for column in dataset.column_names if column not in chosen)
+    plain, number = dataset.with_format(None).select_columns(chosen), 0
+    for start in range(0, len(dataset), _BATCH_ROWS):
+        ids = range(start, min(start + _BATCH_ROWS, len(dataset)))
+        for values in _values(plain, ids) if chosen else ({} for _ in ids):
+            number += 1
+            if isinstance(values, str):
+                yield Reject(name, number, values)
+            else:
+                yield SourceRow(name, number, values, others)
+
+
+def _values(dataset: Any, ids: range) -> Iterator[dict[str, Any] | str]:
+    """The values of some rows; of one that cannot be decoded, the reason."""
+    try:
+        batch = dataset[ids.start : ids.stop]
+    except _UNREADABLE as error:
+        if len(ids) == 1:
+            yield f"cannot be decoded ({first_line(error)})"
+            return
+        for row in ids:
+            yield from _values(dataset, range(row, row + 1))
+        return
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
 
 
 def _load_saved(source: SourceConfig) -> Any:
