@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# Beyond these, no library that a number is handed to has room for it, and loops over it do not end. A field whose
+# values make sense in a narrower range says so itself.
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**63 - 1
+MAX_FLOAT = 1e9  # of seconds, three decades
 
 
 class Section(BaseModel):
@@ -14,6 +21,27 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        for name in type(self).model_fields:
+            for number in _numbers(getattr(self, name)):
+                largest = MAX_FLOAT if isinstance(number, float) else MAX_SEED if "seed" in name else MAX_INT
+                if abs(number) > largest:
+                    raise ValueError(f"{name} is {number:.3g}, and no number here is larger than {largest:.3g}")
+        return self
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers of a field's value; sections within it look at theirs themselves."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _numbers(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
 
 
 def _numeric(value: Any) -> int | float:

@@ -26,9 +26,15 @@ class ScalingConfig(Section):
     )
     use_gpu: bool | None = Field(default=None, description="null: a GPU for each worker if the cluster has any")
     cpus_per_worker: float = Field(default=1.0, gt=0)
-    student_actors: int = Field(default=1, ge=1, description="actors that run the student while scoring, at most")
-    teacher_actors: int = Field(default=1, ge=1, description="actors that run the teacher while scoring, at most")
-    evaluation_actors: int = Field(default=2, ge=1, description="actors that generate answers in evaluation, at most")
+    student_actors: int = Field(
+        default=1, ge=1, le=100_000, description="actors that run the student while scoring, at most"
+    )
+    teacher_actors: int = Field(
+        default=1, ge=1, le=100_000, description="actors that run the teacher while scoring, at most"
+    )
+    evaluation_actors: int = Field(
+        default=2, ge=1, le=100_000, description="actors that generate answers in evaluation, at most"
+    )
     cpus_per_actor: float = Field(default=1.0, gt=0)
     gpus_per_actor: float | None = Field(
         default=None,

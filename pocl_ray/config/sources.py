@@ -89,12 +89,14 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(
         default=256,
         ge=1,
+        le=10_000_000,
         description="limit of the prompt; a longer prompt loses its beginning, a chat its oldest turns, a document to "
         "be summarised its end",
     )
     max_tokens: int = Field(
         default=512,
         ge=2,
+        le=10_000_000,
         description="limit of prompt and response together; a longer response is cut, plain text goes on in the next "
         "row",
     )

@@ -91,8 +91,10 @@ class CurriculumConfig(Section):
     pacing_args: dict[str, Number] = Field(
         default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
-    num_buckets: int = Field(default=4, ge=1)
-    interval_epochs: int = Field(default=8, ge=1, description="epochs of a stage; with advance plateau, the maximum")
+    num_buckets: int = Field(default=4, ge=1, le=10_000)
+    interval_epochs: int = Field(
+        default=8, ge=1, le=1_000_000, description="epochs of a stage; with advance plateau, the maximum"
+    )
     advance: Literal["interval", "plateau"] = Field(
         default="interval", description="a stage ends after interval_epochs, or when the dev figure stops improving"
     )

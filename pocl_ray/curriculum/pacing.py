@@ -57,6 +57,9 @@ def anti(ends: Sequence[int]) -> list[Slice]:
     return [(ends[-1] - end, ends[-1]) for end in ends]
 
 
+MAX_STAGES = 10_000
+
+
 def competence(ends: Sequence[int], root: float = 2.0, start: float = 0.1, num_stages: int = 8) -> list[Slice]:
     """Admit the share c(t) of the easiest rows (Platanios et al. 2019, arXiv 1903.09848), independent of buckets.
 
@@ -75,7 +78,12 @@ def competence(ends: Sequence[int], root: float = 2.0, start: float = 0.1, num_s
     for name, value, fits, needed in (
         ("root", root, root > 0, "above 0"),
         ("start", start, 0 < start <= 1, "above 0 and at most 1"),
-        ("num_stages", num_stages, num_stages >= 1 and num_stages == int(num_stages), "a whole number from 1"),
+        (
+            "num_stages",
+            num_stages,
+            1 <= num_stages <= MAX_STAGES and num_stages == int(num_stages),
+            f"a whole number from 1 to {MAX_STAGES}",
+        ),
     ):
         if not fits:
             raise ConfigError(f"curriculum.pacing_args.{name} must be {needed}, not {value!r}")

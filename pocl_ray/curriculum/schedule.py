@@ -60,6 +60,9 @@ def bucket_ends(num_rows: int, num_buckets: int) -> tuple[int, ...]:
     return (*(size * (k + 1) for k in range(num_buckets - 1)), num_rows)
 
 
+MAX_STEPS = 10**9  # at ten a second, three years
+
+
 def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     """Return the stages of the curriculum of a run, including the rankings between stages that the config asks for.
 
@@ -119,9 +122,19 @@ def plan_curriculum(
         sizes = [end - first for first, end in pacing.steps_of(ends)]
         num_steps = sum(size // batch_rows for size in sizes) * curriculum.interval_epochs
         stages = [_with_steps(stage, num_steps) for stage in stages]
+    _check_length(stages)
     if curriculum.num_steps is not None:
         stages[-1] = _fill(stages, curriculum.num_steps)
     return _with_ramps(_with_lr(stages, curriculum, lr_spans_run), curriculum)
+
+
+def _check_length(stages: Sequence[Stage]) -> None:
+    num_steps = sum(stage.num_steps for stage in stages)
+    if num_steps > MAX_STEPS:
+        raise ConfigError(
+            f"curriculum: its stages have {num_steps:,} optimizer steps together, and no run comes to the end of more "
+            f"than {MAX_STEPS:,}; lower curriculum.interval_epochs, or give curriculum.num_steps"
+        )
 
 
 def check_teachers(config: Config, num_stages: int) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 from pocl_ray.errors import ModelError
 from pocl_ray.models.places import nearest
 
+MAX_LAYERS, MAX_SIZE = 10_000, 100_000_000
 _FROM_TOKENIZER = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -86,6 +87,11 @@ def _check_keys(model_type: str, keys: Mapping[str, Any]) -> None:
     for name in keys:
         if name not in known:
             raise ModelError(f"architecture.{name}: {model_type!r} has no such key{nearest(name, known)}")
+        largest = MAX_LAYERS if name.endswith(("layers", "layer")) else MAX_SIZE
+        if isinstance(keys[name], int) and not isinstance(keys[name], bool) and keys[name] > largest:
+            raise ModelError(
+                f"architecture.{name}: {keys[name]} is more than any model has; set it to {largest} or less"
+            )
 
 
 def _last_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -275,6 +276,9 @@ def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreT
         ModelError: Weights are missing, an architecture does not work, or the student has more layers than the teacher.
     """
     large = _skeleton(teacher, tokenizer)
+    for key, model in (("teacher", teacher), ("student", student)):
+        if model.architecture is not None:
+            _check_memory(key, num_parameters(_skeleton(model, tokenizer)))
     if student.num_layers is not None:
         evenly_spaced(student.num_layers, large.config.get_text_config().num_hidden_layers)
         return None
@@ -285,6 +289,16 @@ def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreT
         f"the student has {num_student:,} parameters, more than its teacher's {num_teacher:,}; "
         "teacher.path and student.path may be the wrong way round"
     )
+
+
+def _check_memory(key: str, num_weights: int) -> None:
+    """Refuse a model that this machine could not make, before it tries to."""
+    needed, there = 4 * num_weights, psutil.virtual_memory().total
+    if needed > there:
+        raise ModelError(
+            f"{key}.architecture: its {num_weights:,} parameters take {needed / 2**30:,.0f} GiB in float32, and this "
+            f"machine, which makes it, has {there / 2**30:,.0f} GiB of memory; make it smaller"
+        )
 
 
 def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:

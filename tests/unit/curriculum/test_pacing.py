@@ -100,7 +100,7 @@ def test_every_rule_gives_stages_that_can_be_trained(name: str, advance: str) ->
     [
         ("competence", {"root": 0}, r"^curriculum\.pacing_args\.root must be above 0, not 0$"),
         ("competence", {"start": 1.5}, r"^curriculum\.pacing_args\.start must be above 0 and at most 1, not 1\.5$"),
-        ("competence", {"num_stages": 2.5}, "num_stages must be a whole number from 1, not 2.5"),
+        ("competence", {"num_stages": 2.5}, "num_stages must be a whole number from 1 to 10000, not 2.5"),
         ("competence", {"c0": 0.1}, "unexpected keyword argument 'c0'; pacing 'competence' takes: root, start, num"),
         ("baby_step", {"root": 2}, "unexpected keyword argument 'root'; pacing 'baby_step' takes: none"),
         ("babystep", {}, r"^curriculum\.pacing: unknown rule 'babystep'; did you mean baby_step\?$"),
