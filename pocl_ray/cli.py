@@ -168,10 +168,14 @@ def submit(
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
     """Run a step and all steps that it depends on, on the cluster that the environment names or on this machine."""
     config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
+    from pocl_ray.ray_cluster.startup import collect_again, put_off_collections
+
+    put_off_collections()
     from pocl_ray.pipeline import Pipeline
     from pocl_ray.ray_cluster.session import ray_session
     from pocl_ray.run_directory.disk import machine_fault
 
+    collect_again()
     with ExitStack() as stack:
         pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
         stack.callback(pipeline.close)

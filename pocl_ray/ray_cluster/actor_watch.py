@@ -32,6 +32,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, StalledError
 from pocl_ray.heartbeat import ProcessStatus, beat, process_status, rest
+from pocl_ray.ray_cluster.startup import collect_again
 from pocl_ray.run_directory.lease import started_after_boot_s
 
 NAMESPACE = "pocl_ray"
@@ -156,6 +157,10 @@ def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], No
 
     class WatchedActor(actor):  # type: ignore[misc, valid-type]
         _is_new, _task = True, ""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            collect_again()  # the module of the actor is imported by now
+            super().__init__(*arguments, **named)
 
         def __call__(self, batch: Any) -> Iterator[Any]:
             if self._is_new:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster.startup import put_off_collections
 
 # Settings of this process, also on a shared cluster. Ray's lines would mix with ours, and errors are raised anyway.
 QUIET = {
@@ -157,6 +158,7 @@ def _muted_stderr() -> Iterator[None]:
 
 def set_up_worker() -> None:
     """Prepare a worker process of Ray before it does any work."""
+    put_off_collections()
     know_the_cluster()
     end_with_the_node()
 

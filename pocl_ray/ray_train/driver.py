@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
@@ -27,6 +27,7 @@ from pocl_ray.console import Bar, console, progress_bar
 from pocl_ray.curriculum.hand_off import constant_figure, dev_loss
 from pocl_ray.errors import StalledError, UserError
 from pocl_ray.ray_cluster.capacity import is_one_machine, resources_per_worker, wait_for_workers, wants_gpu
+from pocl_ray.ray_cluster.startup import collect_again
 from pocl_ray.ray_cluster.versions import versions
 from pocl_ray.ray_train.checkpoints import mend_snapshot, prune_orphans
 from pocl_ray.ray_train.policies import (
@@ -37,10 +38,11 @@ from pocl_ray.ray_train.policies import (
     UpdateProgress,
     give_up,
 )
+from pocl_ray.ray_train.process_group import ProcessGroupConfig
 from pocl_ray.ray_train.progress import ProgressActor, TrainingStatus
 from pocl_ray.ray_train.watch import Silence, StallWatch
 
-if TYPE_CHECKING:  # the controller's process imports this module as well, and has no use for transformers
+if TYPE_CHECKING:  # the controller's process imports this module as well, and has no use for torch
     from pocl_ray.distill.task import TrainTask
 
 POLL_S = 0.3
@@ -116,13 +118,13 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *progre
     progress_actor = ProgressActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = _Trainer(
         _train_worker,
-        # By reference: Ray Train's controller would otherwise unpack the task, and import transformers for it.
+        # By reference: Ray Train's controller would otherwise unpack the task, and import torch for it.
         train_loop_config={
             "task": ray.put(task),
             "progress_actor": progress_actor,
             "versions": None if is_one_machine() else versions(),
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)),
+        backend_config=ProcessGroupConfig("nccl" if use_gpu else "gloo", int(scaling.collective_timeout_s)),
         scaling_config=RayScalingConfig(
             num_workers=scaling.num_workers,
             elastic_resize_monitor_interval_s=scaling.resize_interval_s,
@@ -154,8 +156,11 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *progre
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Run a worker; only there are torch and all that comes with it imported."""
+    import deepspeed  # noqa: F401 (the engine needs it, and here no garbage is collected meanwhile)
+
     from pocl_ray.ray_train.worker import train_worker
 
+    collect_again()
     train_worker(config)
 
 
@@ -165,8 +170,8 @@ def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
     return {"num_steps": training_status.step, "num_tokens": training_status.num_tokens}
 
 
-class _Trainer(TorchTrainer):
-    """A TorchTrainer with policies of our own, and its watchdog of placement groups where it is needed.
+class _Trainer(DataParallelTrainer):
+    """Ray Train's trainer with policies of our own, and its watchdog of placement groups where it is needed.
 
     It hands its workers no datasets (they read rows and caches by themselves), so the process that would split those is
     not started.
@@ -219,7 +224,9 @@ def _run_config(task: TrainTask, scaling: ScalingConfig, *callbacks: RayTrainCal
     )
 
 
-def _fit(trainer: TorchTrainer, progress_actor: Any, watch: Watch, silence: Silence, name: str) -> TrainingStatus:
+def _fit(
+    trainer: DataParallelTrainer, progress_actor: Any, watch: Watch, silence: Silence, name: str
+) -> TrainingStatus:
     """Run the trainer in a thread, have the progress actor's status watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
 

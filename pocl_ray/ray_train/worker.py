@@ -181,7 +181,7 @@ MIN_SHOW_INTERVAL_S = 0.25
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Run one worker of a training run; the loop of `TorchTrainer`.
+    """Run one worker of a training run; the loop of Ray Train's trainer.
 
     A user's mistake is told to the progress actor, not raised: Ray would try it again.
 

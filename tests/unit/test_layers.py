@@ -144,10 +144,11 @@ def test_pure_rooms_never_import_the_heavy_ones(place: str) -> None:
             waiting.append(name)
 
 
-def test_the_process_of_ray_trains_controller_loads_no_transformers() -> None:
+def test_the_process_of_ray_trains_controller_loads_no_torch() -> None:
     """It starts with every training run, and reads its callbacks, policies and worker function from this module."""
     code = (
-        "import sys, pocl_ray.ray_train.driver; print(*({'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
+        "import sys, pocl_ray.ray_train.driver; "
+        "print(*({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
