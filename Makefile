@@ -10,7 +10,7 @@ ARGS   ?=
 
 BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py
 FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_hangs.py test_node_lost_on_s3.py \
-    test_rollout_kills.py)
+    test_rollout_kills.py test_autoscaling.py test_tune_on_two_nodes.py test_tune.py)
 # The tools that build the package, pinned in constraints.txt like all the rest.
 BUILD_TOOLS := pip setuptools wheel
 
@@ -65,7 +65,7 @@ smollm2: $(STAMP)  ## distil SmolLM2-135M into 6 of its layers
 	    data.train.path=$(ROWS)/s_ni_short_train.jsonl data.dev.path=$(ROWS)/s_ni_dev.jsonl) $(ARGS)
 
 test: $(STAMP)  ## run the tests; ARGS='-m "not ray"' passes on to pytest
-	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25 $(ARGS)
 
 test-faults: $(STAMP)  ## kill workers, actors, nodes and the driver in every step, and print what came of it
 	@POCL_FAULTS=all $(BIN)/python -m pytest $(FAULTS) $(ARGS)

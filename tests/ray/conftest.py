@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from matrix import LINE, table
-from tiny import ROOT, FullRun, cli, write_config
+from tiny import FULL_SCALING, ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.rows import prepare_rows
@@ -118,10 +119,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
+def ready_made(tiny_run: TinyRun) -> dict[str, Any]:
+    """Changes of the tiny config: a teacher that need not be trained first, and no fine-tuning of the student."""
+    return {"teacher": {"path": tiny_run.teacher.path}, "tokenizer": {}, "student__sft": None}
+
+
+@pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> FullRun:
     """The whole flow once, from the command line; tests that change something copy it."""
     folder = tmp_path_factory.mktemp("full")
-    config = write_config(folder)
+    config = write_config(folder, **FULL_SCALING)
     done = cli("run", str(config))
     assert done.returncode == 0, done.stderr
     return FullRun(folder, config, folder / "runs" / "tiny")

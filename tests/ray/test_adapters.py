@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny import cli, metrics, write_config
+from tiny import config_tree, metrics
+
+from pocl_ray.config import Config
+from pocl_ray.pipeline import Pipeline
 
 pytest.importorskip("peft", reason="peft, of the extra `lora`, is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with a student cut from its teacher, whose adapters are all that is written."""
+def run(cluster: None, ready_made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run with a student cut from its teacher, which teaches live; its adapters are all that is written."""
     folder = tmp_path_factory.mktemp("lora")
-    config = write_config(
-        folder,
-        student__architecture=None,
-        student__num_layers=1,
-        student__lora={"rank": 2, "target_modules": ["q_proj", "up_proj"], "merge": False},
-        curriculum={"num_buckets": 2, "interval_epochs": 1},
-        distill__token_weight="teacher_entropy",
-        control=None,
-        scaling__num_workers=1,
-    )
-    done = cli("run", str(config))
-    assert done.returncode == 0, done.stderr
+    changes = {
+        **ready_made,
+        "student": {
+            "num_layers": 1,
+            "sft": {"max_steps": 2},
+            "lora": {"rank": 2, "target_modules": ["q_proj", "up_proj"], "merge": False},
+        },
+        "curriculum": {"num_buckets": 2, "interval_epochs": 1},
+        "distill": {"token_weight": "teacher_entropy", "teacher_cache": "none"},
+        "control": None,
+    }
+    del changes["student__sft"]
+    pipeline = Pipeline(Config.model_validate(config_tree(folder, **changes)))
+    assert pipeline.report
+    pipeline.close()
     return folder / "runs" / "tiny"
 
 
@@ -47,13 +54,4 @@ def test_warm_up_ends_in_a_plain_model_that_distillation_starts_from(run: Path) 
     config = json.loads((run / "student" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"].endswith("models/student")
     assert any("train/kd_loss" in record for record in metrics(run / "metrics.jsonl"))
-
-
-def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path, student__architecture=None, student__num_layers=1, student__lora={"target_modules": ["c_attn"]}
-    )
-    done = cli("run", str(config))
-    assert done.returncode == 2 and done.stderr.count("\n") <= 2
-    assert "'c_attn' matches no linear layer of LlamaForCausalLM; it has q_proj" in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not (run / "teacher_cache").exists(), "the teacher read the rows in the training worker"

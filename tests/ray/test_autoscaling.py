@@ -11,7 +11,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
-from faults import DISTILLED, WEIGHTS, started
+from faults import DISTILLED, WEIGHTS, long_form, started
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from tiny import FullRun, sha256
@@ -19,7 +19,7 @@ from two_nodes import START_S, end, free_ports, ray_start
 
 from pocl_ray.config.loading import dump_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800), long_form]
 
 POOL = "pocl-ray/pool"
 

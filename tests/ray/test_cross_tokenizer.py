@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import LLAMA, FullRun, config_tree, manifest, metrics
+from tiny import LLAMA, config_tree, manifest, metrics
 
 from pocl_ray.config import Config
 from pocl_ray.data.row_store import RowStore
@@ -19,29 +19,28 @@ from pocl_ray.pipeline import Pipeline
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def changes(full_run: FullRun) -> dict[str, Any]:
+def changes(ready_made: dict[str, Any]) -> dict[str, Any]:
     return {
-        # The teacher of the session's run brings its 300 tokens; the student's are trained on the rows, 380 of them.
+        # The ready-made teacher brings its 300 tokens; the student's are trained on the rows, 380 of them.
         "teacher": {
-            "path": str(full_run.run / "models" / "teacher"),
+            **ready_made["teacher"],
             "cross_tokenizer": "uld",
             "generation": {"sampling_temperature": 1.0, "max_new_tokens": 6},
         },
         "tokenizer": {"train_vocab_size": 380},
         "student": {"architecture": {**LLAMA, "hidden_size": 16, "intermediate_size": 24, "tie_word_embeddings": True}},
         "data__responses": "teacher",
-        "data__max_reject_share": 0.9,  # a teacher of three steps
+        "data__max_reject_share": 0.9,  # a teacher that was never trained
         "difficulty__signals": ["rouge_l", "ce_loss", "teacher_ce_loss"],
         "curriculum": {"num_buckets": 2, "interval_epochs": 1, "kd_ratio": 0.6, "pacing": "one_pass"},
-        "scaling": {"num_workers": 1},
         "control": None,
     }
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, full_run: FullRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(cluster: None, ready_made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bridged")
-    pipeline = Pipeline(Config.model_validate(config_tree(folder, **changes(full_run))))
+    pipeline = Pipeline(Config.model_validate(config_tree(folder, **changes(ready_made))))
     assert pipeline.report
     pipeline.close()
     return folder / "runs" / "tiny"

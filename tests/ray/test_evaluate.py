@@ -79,7 +79,7 @@ def test_seeds_give_different_answers(evaluated: Any) -> None:
 
 def test_answers_do_not_depend_on_the_number_of_actors_or_on_the_other_seeds(evaluated: Any, tiny_run: Any) -> None:
     one_seed = EvaluationConfig(seeds=(20,), greedy=False, generation=EVALUATION.generation)
-    result, _, answers = evaluate(tiny_run, 3, evaluation=one_seed)
+    result, _, answers = evaluate(tiny_run, 2, evaluation=one_seed)
     before = evaluated[2].to_pylist()
     assert answers.to_pylist() == [row for row in before if row["seed"] == 20]
     assert "greedy" not in result["sets"]["dev"]["student"]

@@ -21,9 +21,8 @@ pytestmark = pytest.mark.ray
 
 CHANGES: dict[str, Any] = {
     "data__responses": "teacher",
-    "data__max_reject_share": 0.9,  # a teacher of three steps
+    "data__max_reject_share": 0.9,  # a teacher that was never trained
     "teacher__generation": {"sampling_temperature": 1.0, "max_new_tokens": 6, "batch_rows": 8},
-    "student__sft": None,
     "difficulty__rescore": "each_stage",
     "curriculum": {"pacing": "one_pass", "num_buckets": 2, "interval_epochs": 1, "kd_ratio": 0},
     "control": None,
@@ -51,9 +50,9 @@ def test_a_teacher_that_cannot_be_loaded_is_told_as_one_line(cluster: None, tiny
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_seqkd_trains_on_what_the_teacher_wrote_and_ranks_it_anew_and_makes_nothing_else_of_the_teacher(
-    cluster: None, tmp_path: Path
+    cluster: None, ready_made: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = Config.model_validate(config_tree(tmp_path, **CHANGES))
+    config = Config.model_validate(config_tree(tmp_path, **{**ready_made, **CHANGES}))
     assert Pipeline(config).distilled
     run = tmp_path / "runs" / "tiny"
     steps = manifest(run)

@@ -27,6 +27,7 @@ def config_in(folder: Path, storage: Path) -> Config:
         folder,
         storage_path=str(storage),
         control=None,
+        scaling__num_workers=2,
         distill={"loss": "skewed_reverse_kl", "teacher_cache": "none"},
         rollout=ROLLOUT,
         difficulty__signals=["ce_loss", "teacher_ce_loss"],

@@ -33,7 +33,8 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers
 NUM_ROWS = 96
 TUNE: dict[str, Any] = {
     "algorithm": "grid",
-    "space": {"curriculum.num_buckets": {"grid": [1, 2, 3]}, "curriculum.kd_temperature.end": {"grid": [1.5, 2.0]}},
+    "space": {"curriculum.num_buckets": {"grid": [1, 3]}, "curriculum.kd_temperature.end": {"grid": [1.5, 2.0]}},
+    "constraints": ["curriculum.num_buckets == 3 or curriculum.kd_temperature.end > 1.8"],
     "budget": {"steps": 30},
     "scheduler": {"type": "asha", "reduction_factor": 2, "grace_samples": 96},
     "confirm": {"top_k": 1, "seeds": [7]},
@@ -98,7 +99,7 @@ class PretendPipeline:
 
 def run_search(folder: Path, monkeypatch: pytest.MonkeyPatch, **tune: Any) -> tuple[Outcome, Path]:
     monkeypatch.setattr(search, "CurriculumTrial", PretendTrial)
-    config = Config.model_validate({**config_tree(folder, scaling__num_workers=1), "tune": {**TUNE, **tune}})
+    config = Config.model_validate({**config_tree(folder), "tune": {**TUNE, **tune}})
     pipeline = PretendPipeline(config, RunDirectory.open(config.storage_path, config.name))
     return search.Search(cast(Pipeline, pipeline)).run(), folder / "runs/tiny"
 
@@ -109,11 +110,11 @@ def test_a_search_survives_failures_names_a_winner_and_does_nothing_twice(
     outcome, run = run_search(tmp_path, monkeypatch)
     statuses = {r.candidate.label: r.status for r in outcome.records}
     assert statuses["control"] == statuses["control-seed-7"] == "finished"
-    assert (statuses["trial-004"], statuses["trial-005"]) == ("diverged", "failed")
-    assert {r.candidate.label: r.reason for r in outcome.records}["trial-005"] == "RuntimeError: a worker died"
+    assert (statuses["trial-001"], statuses["trial-002"]) == ("diverged", "failed")
+    assert {r.candidate.label: r.reason for r in outcome.records}["trial-002"] == "RuntimeError: a worker died"
     assert outcome.winner is not None and outcome.winner.record.status == "finished"
     assert len(outcome.winner.values) == 2
-    assert len(pq.read_table(run / "tune/results.parquet")) == len(outcome.records) == 9
+    assert len(pq.read_table(run / "tune/results.parquet")) == len(outcome.records) == 6
     assert (run / "tune/best/made.txt").exists() and (run / "tune/report.html").exists()
     assert list(run.glob("tune/search-*/*/events.out.tfevents.*"))
     made = {path: path.read_text() for path in run.glob("tune/trials/*/student/made.txt")}
@@ -127,10 +128,17 @@ def test_optuna_and_the_scheduler_work_on_what_trials_report(
 ) -> None:
     space = {"curriculum.num_buckets": {"choice": [1, 2]}, "curriculum.kd_temperature.end": {"uniform": [1.0, 3.0]}}
     outcome, run = run_search(
-        tmp_path, monkeypatch, algorithm="optuna", space=space, num_trials=8, objectives=["rouge_l", "num_tokens"]
+        tmp_path,
+        monkeypatch,
+        algorithm="optuna",
+        space=space,
+        constraints=[],
+        num_trials=4,
+        objectives=["rouge_l", "num_tokens"],
+        control=False,
     )
     trials = [r for r in outcome.records if r.candidate.kind == "trial"]
-    assert len(trials) == 8
+    assert len(trials) == 4
     assert {r.status for r in trials} <= {"finished", "stopped"}
     assert all(r.last["num_samples"] == 30 * 16 for r in trials if r.status == "finished")
     best = max((r for r in trials if r.status == "finished"), key=lambda r: r.last["rouge_l"])

@@ -77,6 +77,7 @@ def test_two_teachers_are_cached_and_teach_by_stage(full_run: FullRun, cluster: 
         teacher__stages=[0],
         other_teachers=[{"path": second, "stages": [1], "weight": 2.0}],
         control=None,
+        scaling__num_workers=1,
     )
     before = manifest(run)
     pipeline = Pipeline(config, resume_with_changes=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,12 +30,12 @@ def nodes() -> Iterator[TwoNodes]:
 
 
 @pytest.fixture(scope="module")
-def working_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def working_dir(ready_made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout: the package, and a config; results go elsewhere."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(PACKAGE, folder / "pocl_ray", ignore=shutil.ignore_patterns("__pycache__"))
     shared = tmp_path_factory.mktemp("shared")
-    tree = config_tree(shared, control=None, curriculum__interval_epochs=1, student__sft=None, scaling=SCALING)
+    tree = config_tree(shared, **ready_made, control=None, curriculum__interval_epochs=1, scaling=SCALING)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     return folder
 

@@ -1,4 +1,4 @@
-"""The other tasks from the command line, at tiny size: plain text without a prompt, and summaries of documents."""
+"""The other tasks at tiny size: plain text without a prompt, and summaries of documents."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import WORDS, cli, manifest, metrics, write_config
+from tiny import WORDS, config_tree, manifest, metrics
+
+from pocl_ray.config import Config
+from pocl_ray.pipeline import Pipeline
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SHORT: dict[str, Any] = {
     "curriculum__interval_epochs": 1,
     "train__checkpoint_every_steps": None,
-    "scaling": {"num_workers": 1},
-    "student__sft": None,
     "control": None,
 }
 
 
-def write_task(folder: Path, rows: dict[str, list[dict[str, str]]], **changes: Any) -> Path:
-    """Rows of each set, and the tiny config with them."""
+def run_task(folder: Path, rows: dict[str, list[dict[str, str]]], **changes: Any) -> Path:
+    """Run the tiny config with these rows of each set to its end; return the run directory."""
     for name, of_set in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_set))
-    return write_config(folder, **SHORT, **changes)
+    pipeline = Pipeline(Config.model_validate(config_tree(folder, **SHORT, **changes)))
+    assert pipeline.report
+    pipeline.close()
+    return folder / "runs" / "tiny"
 
 
 def words(rng: np.random.Generator, least: int, most: int) -> str:
     return " ".join(rng.choice(WORDS, size=int(rng.integers(least, most))))
 
 
-def test_plain_text_is_distilled_and_measured_by_perplexity(tmp_path: Path) -> None:
+def test_plain_text_is_distilled_and_measured_by_perplexity(
+    cluster: None, ready_made: dict[str, Any], tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     rows = {
         name: [{"text": words(rng, 2, 24)} for _ in range(count)]
         for name, count in (("train", 60), ("dev", 6), ("test", 6))
     }
-    config = write_task(
+    run = run_task(
         tmp_path,
         rows,
+        **ready_made,
         data__task="text",
         data__prompt_template=None,
         data__max_prompt_tokens=None,
         data__max_tokens=32,
-        teacher__sft={"max_steps": 20},
         difficulty={"signals": ["ce_loss", "teacher_student_kl"], "shard_rows": 32},
     )
-    done = cli("run", str(config))
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "tiny"
     figures = json.loads((run / "evaluation.json").read_text())["sets"]["held_out"]
     assert set(figures) == {"student", "student_before", "teacher"}
     for found in figures.values():
@@ -67,21 +70,13 @@ def test_plain_text_is_distilled_and_measured_by_perplexity(tmp_path: Path) -> N
     assert {step["status"] for step in manifest(run).values()} == {"done"}
 
 
-def test_summaries_are_distilled(tmp_path: Path) -> None:
+def test_summaries_are_distilled(cluster: None, ready_made: dict[str, Any], tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     rows = {}
     for name, count in (("train", 60), ("dev", 6), ("test", 6)):
         articles = [words(rng, 2, 30) for _ in range(count)]
         rows[name] = [{"article": text, "highlights": text.split()[0]} for text in articles]
-    config = write_task(tmp_path, rows, data__task="summarization", data__prompt_template="Short: {document} =>")
-    done = cli("run", str(config))
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["sets"]["held_out"]
+    changes = {"data__task": "summarization", "data__prompt_template": "Short: {document} =>"}
+    run = run_task(tmp_path, rows, **ready_made, **changes)
+    figures = json.loads((run / "evaluation.json").read_text())["sets"]["held_out"]
     assert set(figures) == {"student", "student_before", "teacher"} and "rouge_l" in figures["student"]
-
-
-def test_a_missing_summary_column_is_refused_with_the_columns_found(tmp_path: Path) -> None:
-    rows = {name: [{"article": "a", "title": "b"}] * 20 for name in ("train", "dev", "test")}
-    done = cli("run", str(write_task(tmp_path, rows, data__task="summarization")))
-    assert done.returncode == 2
-    assert "the document and its summary; found: article, title" in done.stderr

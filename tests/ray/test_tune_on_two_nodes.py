@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from faults import long_form
 from tiny import ROOT, command, write_config
 from two_nodes import two_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800), long_form]
 
 # A trial's two workers fill a node, and may not be spread.
 SCALING = {"num_workers": 2, "placement": "STRICT_PACK", "start_timeout_s": 300}
@@ -33,8 +34,8 @@ def lifetime(row: dict[str, Any]) -> tuple[float, float]:
     return started, started + row["seconds"]
 
 
-def test_trials_train_side_by_side_on_two_nodes(tmp_path: Path) -> None:
-    config = write_config(tmp_path, tune=SEARCH, scaling=SCALING, student__sft=None, control=None)
+def test_trials_train_side_by_side_on_two_nodes(ready_made: dict[str, Any], tmp_path: Path) -> None:
+    config = write_config(tmp_path, **ready_made, tune=SEARCH, scaling=SCALING, control=None)
     with two_nodes() as nodes:
         env = {**nodes.env, "RAY_ADDRESS": nodes.gcs_address, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command("tune", str(config)), cwd=ROOT, env=env, capture_output=True, text=True)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import NUM_ROWS, cli, config_tree, tree_digest, write_config
+from tiny import NUM_ROWS, config_tree, refused, tree_digest, write_config
 
-from pocl_ray import cli as command_line
 from pocl_ray.config import Config
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.models.building import build_model
@@ -51,24 +48,6 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "ray_session", started)
 
 
-def refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str, verb: str = "run") -> str:
-    """Run the command in this process, and return the one line of its error."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pocl-ray", verb, str(path), *arguments])
-        with pytest.raises(SystemExit) as exited:
-            command_line.main()
-    shown = capsys.readouterr().err
-    return one_line(exited.value.code, shown)
-
-
-def one_line(code: Any, shown: str) -> str:
-    assert code == 2, shown
-    assert "Traceback" not in shown
-    lines = [line for line in shown.splitlines() if line.strip()]
-    assert [line for line in lines if "error:" in line] == [lines[-1]], shown
-    return lines[-1]
-
-
 # What is wrong, and the words that the line must hold: the place and the remedy.
 CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "misspelt key": ({"train__learning_rat": 1e-3}, ("train.learning_rat", "did you mean train.learning_rate")),
@@ -95,7 +74,7 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a cache with rollouts": ({"rollout": {"mode": "on"}}, ("rollout.mode on", "set distill.teacher_cache to none")),
     "summaries without their column": (
         {"data__task": "summarization"},
-        ("data.train:", "found: input, instruction, output", "columns: {document"),
+        ("data.train:", "the document and its summary; found: input, instruction, output", "columns: {document"),
     ),
     "a further teacher that is not there": (
         {"other_teachers": [{"path": "nowhere-at-all"}]},
@@ -108,6 +87,14 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "architecture of a misspelt key": (
         {"student__architecture": {**LLAMA, "hidden_szie": 16}},
         ("architecture.hidden_szie", "did you mean 'hidden_size'"),
+    ),
+    "adapters that match nothing in a cut student": (
+        {
+            "student__architecture": None,
+            "student__num_layers": 1,
+            "student__lora": {"target_modules": ["c_attn"]},
+        },
+        ("'c_attn' matches no linear layer of LlamaForCausalLM; it has q_proj",),
     ),
     "more layers than the teacher has": (
         {"student__architecture": None, "student__num_layers": 3},
@@ -168,6 +155,22 @@ def test_a_missing_file_is_named(tmp_path: Path, no_ray: None, capsys: pytest.Ca
     path = write_config(tmp_path, data__train={"path": str(tmp_path / "trian.jsonl")})
     before = tree_digest(tmp_path)
     assert str(tmp_path / "trian.jsonl") in refused(path, capsys)
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_missing_bucket_is_named(
+    s3_bucket: str, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, storage_path="s3://no-such-bucket-here/runs")
+    assert "error: s3://no-such-bucket-here: there is no such bucket" in refused(path, capsys)
+
+
+def test_a_search_of_a_misspelt_key_is_refused(
+    tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, tune={"algorithm": "grid", "space": {"curriculum.num_bucket": {"grid": [1]}}})
+    before = tree_digest(tmp_path)
+    assert "curriculum.num_buckets" in refused(path, capsys, verb="tune")
     assert tree_digest(tmp_path) == before
 
 
@@ -268,33 +271,3 @@ def test_the_corrected_config_may_use_the_name(
 ) -> None:
     refused(write_config(tmp_path), capsys, "train.global_batch_rows=64")
     assert Pipeline(Config.model_validate(config_tree(tmp_path))).stages
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("scaling.use_gpu=true", ("scaling.use_gpu", "no GPU", "set it to false")),
-        ("scaling.cpus_per_worker=3", ("room for 1 of 2 workers", "lower scaling.num_workers")),
-        ("scaling.cpus_per_actor=3", ("2 actors of 3 CPU each must run at once", "lower scaling.cpus_per_actor")),
-    ],
-)
-def test_what_the_cluster_lacks_is_said_before_anything_is_trained(
-    override: str, words: tuple[str, ...], cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_config(tmp_path)
-    before = tree_digest(tmp_path)
-    line = refused(path, capsys, override)
-    assert all(word in line for word in words), line
-    assert tree_digest(tmp_path) == before
-
-
-@pytest.mark.ray
-def test_more_workers_than_this_machine_has_room_for_fail_within_a_minute(tmp_path: Path) -> None:
-    path = write_config(tmp_path, train__global_batch_rows=4096, curriculum__num_buckets=1)
-    (tmp_path / "train.jsonl").write_text((tmp_path / "train.jsonl").read_text() * 64)
-    before, started = tree_digest(tmp_path), time.monotonic()
-    done = cli("run", str(path), "scaling.num_workers=1024")
-    assert time.monotonic() - started < 60
-    assert "room for" in one_line(done.returncode, done.stderr)
-    assert tree_digest(tmp_path) == before

@@ -1,4 +1,4 @@
-"""A tiny run of everything: rows, a config, and the command line in a process of its own."""
+"""A tiny run of everything: rows, a config, and the command line, here or in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
+from pocl_ray import cli as command_line
 from pocl_ray.config import Config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
 NUM_ROWS = 96
+# Of the full run and its copies; all others have one of each, so that fewer processes are started.
+FULL_SCALING = {"scaling__num_workers": 2, "scaling__evaluation_actors": 2}
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
 GENERATION = {"sampling_temperature": 0.0, "max_new_tokens": 6}
@@ -48,7 +52,7 @@ CONFIG: dict[str, Any] = {
         "checkpoint_every_steps": 3,
     },
     "control": {},
-    "scaling": {"num_workers": 2},
+    "scaling": {"num_workers": 1, "evaluation_actors": 1},
     "evaluation": {"seeds": [10], "generation": {"max_new_tokens": 6}, "dev_generation": GENERATION, "max_dev_rows": 8},
 }
 
@@ -83,7 +87,7 @@ def config_tree(folder: Path, **changes: Any) -> dict[str, Any]:
         if value is None:
             node.pop(leaf, None)
         else:
-            node[leaf] = value
+            node[leaf] = copy.deepcopy(value)  # a later change may be one within it
     return tree
 
 
@@ -112,6 +116,29 @@ def cli(*arguments: str, timeout_s: float = 1500) -> subprocess.CompletedProcess
     )
 
 
+def cli_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
+    """Run `pocl-ray` in this process, without the seconds of a new one; return its exit code and what it said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pocl-ray", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            command_line.main()
+    return exited.value.code, capsys.readouterr().err
+
+
+def refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str, verb: str = "run") -> str:
+    """Run a command in this process, and return the one line of its error."""
+    return one_line(*cli_here(capsys, verb, str(path), *arguments))
+
+
+def one_line(code: Any, shown: str) -> str:
+    """Check that a command ended as a user's mistake does, and return the line that says what it was."""
+    assert code == 2, shown
+    assert "Traceback" not in shown
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert [line for line in lines if "error:" in line] == [lines[-1]], shown
+    return lines[-1]
+
+
 def tree_digest(folder: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file; directories stand with an empty digest."""
     return {
@@ -138,7 +165,7 @@ def manifest(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FullRun:
-    """A finished run: where its rows lie, its config file, and its directory."""
+    """A finished run of two workers: where its rows lie, its config file, and its directory."""
 
     folder: Path
     config: Path
@@ -151,4 +178,5 @@ class FullRun:
         for pattern in without:
             for path in run.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return Config.model_validate(config_tree(self.folder, storage_path=str(storage), **changes)), run
+        changes = {**FULL_SCALING, "storage_path": str(storage), **changes}
+        return Config.model_validate(config_tree(self.folder, **changes)), run
