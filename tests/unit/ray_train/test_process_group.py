@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ import ray.train.torch
 import ray.util
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from pocl_ray.ray_train import process_group
-from pocl_ray.ray_train.process_group import ProcessGroupConfig, free_address
+from pocl_ray.ray_train.process_group import ProcessGroupConfig, free_address, join, leave
 
 CONTEXT = SimpleNamespace(get_local_rank=lambda: 1, get_local_world_size=lambda: 2, get_node_rank=lambda: 3)
 
@@ -61,6 +63,24 @@ def test_a_group_stands_until_it_is_left(here: None) -> None:
         backend.on_shutdown(OneWorker(), config)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(rank: int, port: int, folder: str) -> None:
+    ray.train.get_context = lambda: CONTEXT
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    join("127.0.0.1", port, rank, 2, "gloo", 60)
+    total = torch.tensor(rank + 1.0)
+    dist.all_reduce(total)
+    leave()
+    (Path(folder) / str(rank)).write_text(f"{total.item()} {dist.is_initialized()}")
+
+
+def test_two_workers_meet_and_leave(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_meet, (port, str(tmp_path)), 2, start_method="forkserver")
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["3.0 False"] * 2
 
 
 def test_a_free_address_can_be_listened_on(here: None) -> None:
