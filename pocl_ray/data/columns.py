@@ -1,7 +1,7 @@
-"""What the columns of a source mean: from a row as the file has it to a request and its reference answers.
+"""The meaning of a source's columns: from a row of the file to a request and its reference answers.
 
-Without a mapping (`columns` of the source) these layouts are known, tried in this order; `system` and `topic` are
-optional everywhere:
+Without a mapping (`columns` of the source), these layouts are tried in this order. `system` and `topic` are always
+optional:
 
     messages                             chat turns, {"role", "content"} or ShareGPT's {"from", "value"}
     conversations                        the same
@@ -10,7 +10,7 @@ optional everywhere:
     prompt, response                     also `completion` or `output` for the response
     question, answer
 
-An explicit mapping wins: its columns must exist, and only layouts that have its roles are tried for the rest.
+An explicit mapping has priority: its columns must exist, and only layouts with its roles are tried for the other roles.
 
 `data.task` chooses other layouts. For summaries: document and summary, article and highlights (CNN/DailyMail), dialogue
 and summary (SAMSum), text and summary. For plain text: text.
@@ -86,15 +86,15 @@ class UnusableRowError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What a row asks for, before a template makes one text of it.
+    """The request of a row, before a template turns it into one text.
 
     Attributes:
-        instruction: The task, or the last turn of the user.
-        input: What the task is about; may be empty.
-        system: The system message; may be empty.
-        history: Chat turns before the last one of the user, as {"role", "content"}.
-        references: Accepted answers; the first is trained on, all are used in evaluation.
-        topic: Family of the task, where the source names it.
+        instruction: Task, or the last turn of the user.
+            input: Text that the task is about; it may be empty.
+            system: System message; it may be empty.
+            history: Chat turns before the last turn of the user, as {"role", "content"}.
+            references: Accepted answers; training uses the first, evaluation uses all.
+            topic: Family of the task, if the source names it.
     """
 
     instruction: str
@@ -106,18 +106,18 @@ class Request:
 
 
 def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "instruction") -> dict[ColumnRole, str]:
-    """Decide which column has which role.
+    """Return the column of each role.
 
     Args:
         found: Columns of the source, or of its first rows.
-        mapping: Roles that the user gave.
-        task: What rows are for.
+            mapping: Roles that the user gave.
+            task: Kind of rows.
 
     Returns:
-        Role to column; those of optional roles may be missing (a later row may have them).
+        Mapping of roles to columns. Columns of optional roles may be missing, since a later row may have them.
 
     Raises:
-        DataError: A mapped column is missing, roles do not go together, or no known layout fits.
+        DataError: A mapped column is missing, roles cannot be combined, or no known layout fits.
     """
     for role, column in mapping.items():
         if column not in found:
@@ -158,14 +158,14 @@ def wanted_columns(mapping: Columns, task: Task, numbers: Sequence[str] = ()) ->
 
 
 def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
-    """Read one row.
+    """Return the request of one row.
 
     Args:
-        values: Column to value.
-        columns: What `resolve_columns` gave.
+        values: Mapping of columns to values.
+            columns: Columns of the roles, as `resolve_columns` returns them.
 
     Raises:
-        UnusableRowError: A field is missing, empty, of the wrong type or no Unicode text, or the chat turns make no
+        UnusableRowError: A field is missing, empty, of the wrong type or not Unicode text, or the chat turns make no
             sense.
     """
     system = _optional_text(values, columns.get("system"))
@@ -183,19 +183,19 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
 
 
 def read_text(values: Mapping[str, Any], columns: Columns) -> tuple[str, str | None]:
-    """Read one row of plain text: the text and its topic.
+    """Return the text and the topic of one row of plain text.
 
     Raises:
-        UnusableRowError: The text is missing, empty, of the wrong type or no Unicode text.
+        UnusableRowError: The text is missing, empty, of the wrong type or not Unicode text.
     """
     return _text(_field(values, columns["text"]), columns["text"]), _topic(values, columns.get("topic"))
 
 
 def check_numbers(found: Collection[str], columns: Sequence[str]) -> None:
-    """Check that the columns that are carried along are there.
+    """Check that the columns that serve as signals exist.
 
     Raises:
-        DataError: One is not.
+        DataError: A column is missing.
     """
     for name in columns:
         if name not in found:
@@ -205,10 +205,10 @@ def check_numbers(found: Collection[str], columns: Sequence[str]) -> None:
 
 
 def read_numbers(values: Mapping[str, Any], columns: Sequence[str]) -> tuple[float, ...]:
-    """Read numeric columns of one row.
+    """Return the values of numeric columns in one row.
 
     Raises:
-        UnusableRowError: One is missing, or no finite number.
+        UnusableRowError: A value is missing or is not a finite number.
     """
     return tuple(_number(_field(values, column), column) for column in columns)
 
@@ -267,7 +267,7 @@ def _references(value: Any, column: str) -> tuple[str, ...]:
 
 
 def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str | None) -> Request:
-    """Take the last turn of the assistant as the response, and the turns before it as the prompt."""
+    """The request of a chat: the last turn of the assistant is the response, the turns before it are the prompt."""
     turns = _field(values, column)
     if not isinstance(turns, (list, tuple)):
         raise UnusableRowError(f"{column} is {type(turns).__name__}, not a list of turns")

@@ -1,4 +1,4 @@
-"""All rows of a run: tokenizer, training, dev and test sets, and what was left out."""
+"""Preparation of all rows of a run: training, dev and test sets, and the rejects."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from pocl_ray.run_directory.storage import RunDirectory
 
 SUMMARY, REJECTS = "rows/summary.json", "rejects.jsonl"
 FOR_TEACHER = "for_teacher"
-"""Folder within that of the rows, and key of the summary, of the same rows in the tokens of a teacher with its own."""
+"""The folder in the rows' folder, and key of the summary, of the rows in the teacher's own tokens."""
 
 PAIRING = "pairing"
-"""Key of the summary of how their tokens meet."""
+"""The key of the summary of paired tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Rows:
     """The sets of a run.
 
     Attributes:
-        train: Rows that are scored and trained on.
-        dev: Rows of the dev figures.
-        tests: Evaluation sets by name; the dev set where none is given.
-        leaks: Prompts of each other set that stand in train as well.
-        for_teacher: Set -> the same rows, by id, in the tokens of a teacher with a tokenizer of its own; empty where
-            there is one tokenizer.
+        train: Rows for scoring and training.
+            dev: Rows for the dev figures.
+            tests: Evaluation sets by name; the dev set if none is given.
+            leaks: Number of prompts of each other set that are also in train.
+            for_teacher: Mapping of each set to the same rows, by id, in the teacher's own tokens; empty if both models
+                share a tokenizer.
     """
 
     train: RowsSummary
@@ -55,14 +55,14 @@ class Rows:
     for_teacher: dict[str, RowsSummary] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RowsSummary]:
-        """All sets, each once."""
+        """Yield all sets, each once."""
         yield self.train
         yield self.dev
         yield from (made for made in self.tests.values() if made.name != "dev")
 
     @property
     def as_teacher_reads(self) -> Rows:
-        """The sets in the teacher's tokens, which are mostly the student's as well."""
+        """Return the sets in the teacher's tokens, which are usually also the student's."""
         own = self.for_teacher
         if not own:
             return self
@@ -70,7 +70,7 @@ class Rows:
 
 
 def data_fingerprint(config: DataConfig) -> list[object]:
-    """Return what the rows depend on: the sources' content, and how rows are read and cut."""
+    """Return everything that the rows depend on: the sources' content, and the settings for reading and cutting."""
     sources = {name: source_fingerprint(source, default_split(name)) for name, source in _sources(config)}
     others = {"train", "dev", "tests", "max_reject_share", "responses"}
     return [sources, config.model_dump(mode="json", exclude=others)]
@@ -80,7 +80,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     """Yield prompts and responses of the training rows, to train a tokenizer on.
 
     Raises:
-        ConfigError: The chat template is asked for, which a tokenizer to be trained cannot have.
+        ConfigError: The config asks for a chat template, which a tokenizer that is still to be trained does not have.
     """
     template = PromptTemplate("plain" if config.task == "text" else config.prompt_template, None)
     with named_errors("train"):
@@ -101,14 +101,15 @@ def prepare_all(
 
     Args:
         config: Sources, template and lengths.
-        tokenizer: The run's.
-        seed: Draws the rows that are held out.
-        run_dir: Where they go.
-        numbers: Numeric columns of the training rows that are carried along, as difficulty signals.
-        teacher_tokenizer: The teacher's, where it has one of its own: all sets are then written in its tokens too.
+            tokenizer: Tokenizer of the run.
+            seed: Seed of the draw of held-out rows.
+            run_dir: Run directory that receives the rows.
+            numbers: Numeric columns of the training rows that serve as difficulty signals.
+            teacher_tokenizer: Tokenizer of the teacher, if it has its own. All sets are then written in its tokens as
+                well.
 
     Raises:
-        DataError: A source is missing or unusable, or too many of its rows are.
+        DataError: A source is missing or unusable, or too many of its rows are unusable.
     """
     rejects: list[Reject] = []
     made: dict[str, RowsSummary] = {}
@@ -151,7 +152,7 @@ def _hold_out(folder: Path, config: DataConfig, seed: int, num_rejected: int) ->
 
 
 def _for_teacher(folder: Path, made: dict[str, RowsSummary], config: DataConfig, seed: int) -> dict[str, RowsSummary]:
-    """Summarise the rows in the teacher's tokens, after the very rows of train are held out here too."""
+    """The summaries of the rows in the teacher's tokens, after the same rows of train are held out here too."""
     if config.dev is None:
         _hold_out(folder, config, seed, made["train"].num_rejected)
     found = {name: summarize_rows(name, folder / f"{name}.arrow", one.num_rejected) for name, one in made.items()}
@@ -170,7 +171,7 @@ def read_summary(run_dir: RunDirectory) -> Rows:
 
 
 def count_rows(config: DataConfig) -> int:
-    """Return the readable training rows of the source, without a tokenizer; a few may turn out unusable later."""
+    """Return the number of readable training rows, without a tokenizer; a few may turn out unusable later."""
     wanted = wanted_columns(config.train.columns, config.task)
     total = sum(1 for row in read_source(config.train, default_split("train"), wanted) if not isinstance(row, Reject))
     return total - config.holdout_rows

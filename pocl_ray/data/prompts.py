@@ -1,8 +1,8 @@
-"""Prompt templates: from a request to the text that a model continues.
+"""Prompt templates: they turn a request into the text that a model continues.
 
 `alpaca` is the text of the papers (MiniLLM, DistiLLM, POCL), `chat` the tokenizer's own chat template, `plain` the
-request alone; any other text is a template of the user's with `{instruction}` and `{input}`, or with `{document}` for
-summaries. Braces in the data mean nothing, since a template is cut once and filled by joining. `{{` and `}}` stand for
+request alone. Any other text is a template of the user with `{instruction}` and `{input}`, or with `{document}` for
+summaries. Braces in the data have no meaning, since a template is cut once and filled by joining. `{{` and `}}` are
 braces of the template itself.
 """
 
@@ -33,7 +33,7 @@ from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.sources import read_source
 from pocl_ray.errors import ConfigError, DataError
 
-_PARAGRAPH = "\n\n"  # between a system message, an instruction and an input that a template has no place for
+_PARAGRAPH = "\n\n"  # between parts (system message, instruction, input) for which a template has no place
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -51,19 +51,19 @@ _PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[A-Za-z_][A-Za-z_0-9]*\})")
 
 
 Fit = Callable[[Request], Request]
-"""Shortens what a request is about, so that its prompt is not too long."""
+"""A function that shortens a request, so that its prompt is not too long."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the rest of the system knows it.
+    """A row after its columns are read and its prompt is made.
 
     Attributes:
         prompt: Text that the model continues, from the template; empty for plain text.
-        references: Accepted answers; the first is trained on, all are used in evaluation.
-        topic: Family of the task, where the source names it.
-        source_row: Number of the row in its source, from 1.
-        numbers: Of the row's own columns that are difficulty signals.
+            references: Accepted answers; training uses the first, evaluation uses all.
+            topic: Family of the task, if the source names it.
+            source_row: Number of the row in its source, from 1.
+            numbers: Values of the row's columns that are difficulty signals.
     """
 
     prompt: str
@@ -74,12 +74,12 @@ class Example:
 
 
 class PromptTemplate:
-    """Makes one text of a request.
+    """Turns a request into one text.
 
     Args:
         template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`; for summaries
-            `{document}` is the input's other name, and the instruction may be left out.
-        tokenizer: A Hugging Face tokenizer; its chat template is used by `chat`.
+            `{document}` is another name of the input, and the instruction may be left out. tokenizer: Hugging Face
+            tokenizer, whose chat template `chat` uses.
 
     Raises:
         ConfigError: A placeholder or the name is unknown, or the tokenizer has no chat template.
@@ -98,8 +98,7 @@ class PromptTemplate:
     def render(self, request: Request) -> str:
         """Return the prompt's text.
 
-        Where the template has no place for them, a system message goes in front of the instruction and an input
-        behind it.
+        If the template has no place for them, a system message is put before the instruction and an input after it.
 
         Raises:
             UnusableRowError: The request is a conversation of several turns, but the template is not `chat`; or the
@@ -111,12 +110,12 @@ class PromptTemplate:
             raise UnusableRowError("a conversation of several turns needs data.prompt_template: chat")
         parts = self._with_input if request.input else self._bare
         has_place = "{input}" in parts or "{document}" in parts
-        says_what = "{instruction}" in parts  # a template for documents may say so in its own words
+        says_what = "{instruction}" in parts  # a template for documents may contain its own instruction
         system = request.system if says_what else ""
         texts = (system, request.instruction, "" if has_place else request.input)
         fields = dict.fromkeys(("{input}", "{document}"), request.input)
         fields["{instruction}"] = _PARAGRAPH.join(filter(None, texts))
-        # Odd places are placeholders, even ones the template's own text, which may look like a placeholder.
+        # Odd places are placeholders. Even places are the template's own text, which may look like a placeholder.
         filled = "".join(fields.get(part, part[0]) if place % 2 else part for place, part in enumerate(parts))
         return filled if says_what else _PARAGRAPH.join(filter(None, (request.system, filled)))
 
@@ -137,14 +136,14 @@ def read_example(
     numbers: Sequence[str] = (),
     fit: Fit | None = None,
 ) -> Example:
-    """Read one row and put it into the template, unless it is plain text.
+    """Return the example of one row; its prompt comes from the template, unless the row is plain text.
 
     Args:
-        row: As the source has it.
-        columns: What its columns mean.
-        template: Makes the prompt.
-        numbers: Columns that are carried along.
-        fit: Shortens requests that are too long.
+        row: Row of the source.
+            columns: Columns of the roles.
+            template: Template of the prompt.
+            numbers: Columns that serve as difficulty signals.
+            fit: Function that shortens requests that are too long.
 
     Raises:
         UnusableRowError: The row cannot be used; the message says why.
@@ -161,7 +160,7 @@ def read_example(
 
 
 def _cut(template: str) -> list[str]:
-    """Cut a template into its own text (even places) and placeholders or doubled braces (odd places)."""
+    """The parts of a template: its own text (even places), and placeholders or doubled braces (odd places)."""
     parts = _PLACEHOLDER.split(template)
     names = [part for part in parts[1::2] if part not in ("{{", "}}")]
     unknown = sorted(set(names) - set(_PLACES))
@@ -177,7 +176,7 @@ def _cut(template: str) -> list[str]:
     return parts
 
 
-# The rows of a source as examples, before any tokenizer: columns are told from the first rows, bad rows set aside.
+# The rows of a source as examples, before any tokenizer. The first rows decide the columns; bad rows become rejects.
 
 CHUNK_ROWS = 2048
 
@@ -185,16 +184,16 @@ CHUNK_ROWS = 2048
 def read_examples(
     source: SourceConfig, template: PromptTemplate, default_split: str, task: Task = "instruction"
 ) -> Iterator[Example | Reject]:
-    """Stream the rows of a source as examples.
+    """Yield the rows of a source as examples.
 
     Args:
-        source: Where the rows are, and what their columns mean.
-        template: Makes the prompts.
-        default_split: Split of the shipped samples, where the source names none.
-        task: What rows are for.
+        source: Place of the rows, and the meaning of their columns.
+            template: Template of the prompts.
+            default_split: Split of the shipped samples, if the source names none.
+            task: Kind of rows.
 
     Yields:
-        An `Example` for each usable row and a `Reject` for each other one, in order.
+        An `Example` for each usable row and a `Reject` for each other row, in order.
 
     Raises:
         DataError: The source is missing or empty, or lacks a column.
@@ -206,14 +205,14 @@ def read_examples(
 
 
 class ExampleReader:
-    """Turns chunks of a source into examples; the first chunk that has columns decides what they mean.
+    """Turns chunks of a source into examples; the first chunk with columns decides their roles.
 
     Args:
-        mapping: Role to column, as far as the user gave it.
-        template: Makes the prompts.
-        numbers: Numeric columns that are carried along.
-        task: What rows are for; decides which columns are looked for.
-        fit: Shortens what a request is about, where its prompt would be too long; None: it is left as it is.
+        mapping: Mapping of roles to columns, as far as the user gave it.
+            template: Template of the prompts.
+            numbers: Numeric columns that serve as difficulty signals.
+            task: Kind of rows, which decides the columns to look for.
+            fit: Function that shortens a request whose prompt would be too long; None: no request is shortened.
     """
 
     def __init__(
@@ -235,11 +234,11 @@ class ExampleReader:
         """Return an example or a reject for each row of the chunk.
 
         Raises:
-            DataError: The columns needed are not there.
+            DataError: Needed columns are missing.
         """
         if self._columns is None:
             found = {column for item in chunk if isinstance(item, SourceRow) for column in item.columns}
-            if not found:  # nothing but unreadable rows so far
+            if not found:  # only unreadable rows so far
                 return [_reject(item, "has no columns") for item in chunk]
             try:
                 self._columns = resolve_columns(found, self._mapping, self._task)

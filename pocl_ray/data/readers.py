@@ -1,7 +1,7 @@
-"""Reading files of rows, one row at a time: JSONL, JSON arrays, CSV, Parquet.
+"""Readers of files with rows, one row at a time: JSONL, JSON arrays, CSV, Parquet.
 
-A row that cannot be read becomes a `Reject` with its number, and reading goes on. Only what makes the whole file
-doubtful (not Parquet at all, a quote that is never closed) is an error.
+A row that cannot be read becomes a `Reject` with its number, and reading goes on. Only a fault of the whole file is an
+error, such as a file that is not Parquet, or a quote that is never closed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pocl_ray.config.sources import SourceConfig
 from pocl_ray.errors import DataError
 from pocl_ray.run_directory.storage import is_remote, resolve
 
-# Where a source's rows lie and in which format: files, folders, globs, Hub ids, shipped samples.
+# The place and the format of a source's rows: files, folders, globs, Hub ids, shipped samples.
 
 Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]
@@ -55,10 +55,10 @@ class SourceFile:
     """One file of rows.
 
     Attributes:
-        uri: Local path or URL, as messages name it.
-        format: How it is read.
-        filesystem: Where it lies.
-        path: Its path on `filesystem`.
+        uri: Local path or URL, for messages.
+            format: Format of the file.
+            filesystem: Filesystem of the file.
+            path: Path on that filesystem.
     """
 
     uri: str
@@ -67,13 +67,13 @@ class SourceFile:
     path: str
 
     def open(self) -> pa.NativeFile:
-        """Open the file for reading from the front, decompressed as its ending says."""
+        """Return the opened file, decompressed according to its ending."""
         return self.filesystem.open_input_stream(self.path)
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where the rows of a source lie; `files` is empty unless `format` is that of a file."""
+    """The place of a source's rows; `files` is empty unless `format` is a file format."""
 
     format: Format
     path: str
@@ -81,7 +81,7 @@ class Location:
 
 
 def ending_of(path: str) -> str:
-    """Return the ending that tells the format, in lower case: `.jsonl` for `rows.jsonl.gz`."""
+    """Return the ending that gives the format, in lower case: `.jsonl` for `rows.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -89,18 +89,18 @@ def ending_of(path: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def locate(source: SourceConfig) -> Location:
-    """Find out what `source.path` is, without reading rows.
+    """Return the place of a source's rows, without reading rows.
 
-    A path that exists is taken as a file or folder, before it is taken as a glob or a Hub id. A folder is a saved
-    `datasets` directory, or the part files of one format (as Spark and Ray write them).
+    An existing path is a file or folder, and only otherwise a glob or a Hub id. A folder is a saved `datasets`
+    directory, or holds part files of one format (as Spark and Ray write them).
 
     Raises:
-        DataError: Nothing is there (near names of the same folder are given), or the format cannot be told.
+        DataError: Nothing is there (the message gives similar names of the folder), or the format is unclear.
         StorageError: The object store cannot be reached.
     """
     try:
@@ -173,7 +173,7 @@ def _locate_glob(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:
-    """Translate a glob: `*` and `?` stay within a folder, `**/` spans any number of folders."""
+    """The pattern of a glob: `*` and `?` match within a folder, `**/` matches any number of folders."""
     parts, end = [], 0
     for sign in _GLOB_SIGN.finditer(glob):
         parts.append(re.escape(glob[end : sign.start()]))
@@ -188,7 +188,7 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
 
 
 def _source_file(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str, info: pafs.FileInfo) -> SourceFile:
-    # A URL names its files by URL; a local path by path.
+    # Files of a URL are named by URL, files of a local path by path.
     prefix = source.path.partition("://")[0] + "://" if is_remote(source.path) else ""
     return SourceFile(prefix + info.path, _file_format(source, info.path), filesystem, info.path)
 
@@ -199,7 +199,7 @@ def _files_below(filesystem: pafs.FileSystem, folder: str, recursive: bool) -> l
 
 
 def _may_be_hub_id(path: str, filesystem: pafs.FileSystem, fs_path: str) -> bool:
-    """`owner/name`, unless `owner` is a folder here or `name` ends like a file: then it is a misspelt path."""
+    """Return whether a path may be `owner/name` on the Hub, and not a folder or a file name."""
     if is_remote(path) or not _HUB_ID.fullmatch(path) or ending_of(path) in _FORMAT_OF_ENDING:
         return False
     parent = fs_path.rpartition("/")[0]
@@ -207,7 +207,7 @@ def _may_be_hub_id(path: str, filesystem: pafs.FileSystem, fs_path: str) -> bool
 
 
 def _near_names(filesystem: pafs.FileSystem, fs_path: str) -> str:
-    """Say which names of the same folder come nearest, or that the folder is missing."""
+    """The end of a message: the most similar names in the folder, or that the folder is missing."""
     folder, _, name = fs_path.rpartition("/")
     if filesystem.get_file_info(folder).type != pafs.FileType.Directory:
         return f" (there is no folder {folder} either)"
@@ -224,11 +224,12 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as the source has it.
+    """A row of a source.
 
     Attributes:
-        source: File, folder or id that it comes from.
-        row: Its number there, from 1: the line of a JSONL file, else the position of the row (a CSV's header is none).
+        source: File, folder or id that the row comes from.
+        row: Number of the row there, from 1: the line of a JSONL file, or else the position of the row (a CSV's header
+            does not count).
         values: Column name to value, of the columns that are wanted.
         others: The columns that are not.
     """
@@ -246,7 +247,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that cannot be used, as rejects.jsonl holds it; `source` and `row` as in `SourceRow`."""
+    """A row that cannot be used, in the form of rejects.jsonl; `source` and `row` are as in `SourceRow`."""
 
     source: str
     row: int
@@ -263,15 +264,15 @@ def read_all(found: Collection[str]) -> Collection[str]:
 
 
 def read_file(file: SourceFile, wanted: Wanted = read_all) -> Iterator[SourceRow | Reject]:
-    """Read the rows of one file.
+    """Yield the rows of one file.
 
     Args:
-        file: What to read.
+        file: File to read.
         wanted: Which columns matter. Whatever stands in the others makes no row unusable: times that Python has no
             room for, bytes that are no text.
 
     Yields:
-        Every row in the order of the file, as a `SourceRow` or, where it cannot be read, a `Reject`.
+        Each row in the order of the file: a `SourceRow`, or a `Reject` if the row cannot be read.
 
     Raises:
         DataError: The file cannot be opened, or is broken as a whole.
@@ -341,7 +342,7 @@ def _read_json_array(file: SourceFile, content: bytes) -> Iterator[SourceRow | R
 
 def _read_csv(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject]:
     csv.field_size_limit(MAX_FIELD_CHARS)
-    # Undecodable bytes become lone surrogates, so that one broken row does not end the file.
+    # Undecodable bytes become lone surrogates, so that one broken row does not stop the whole file.
     text = io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape", newline="")
     with text:
         records = csv.reader(text, delimiter="\t" if ending_of(file.path) == ".tsv" else ",", strict=True)
@@ -353,7 +354,7 @@ def _read_csv(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject]:
             try:
                 record = next(records, None)
             except csv.Error as error:
-                if records.line_num > first_line:  # rows were swallowed: no telling how many
+                if records.line_num > first_line:  # an unknown number of rows was swallowed
                     raise DataError(
                         f"{file.uri}: a quote opened in line {first_line} is not closed ({error})"
                     ) from None

@@ -1,4 +1,4 @@
-"""Where rows come from: one stream of rows and rejects, whatever the source.
+"""The sources of rows: one stream of rows and rejects, whatever the source is.
 
 Files (JSONL, JSON arrays, CSV, Parquet; single, in a folder, or by glob; local or on an object store), saved `datasets`
 directories, data sets of the Hugging Face Hub, and the rows that the project ships (`samples://instructions`).
@@ -37,16 +37,16 @@ _UNREADABLE = (OSError, ValueError, OverflowError, RuntimeError, TypeError, Impo
 def read_source(
     source: SourceConfig, default_split: str = "train", wanted: Wanted = read_all
 ) -> Iterator[SourceRow | Reject]:
-    """Stream the rows of a source.
+    """Return the stream of a source's rows.
 
     Args:
-        source: Where the rows are.
-        default_split: Split of the shipped samples, where `source.split` is not given.
+        source: Source of the rows.
+            default_split: Split of the shipped samples, if `source.split` is not given.
         wanted: Which columns are read; the others are not decoded.
 
     Returns:
-        Iterator over the first `max_rows` rows in the order of the source: a `SourceRow` each, or a `Reject` for one
-        that cannot be read.
+        Iterator over the first `max_rows` rows in the order of the source: a `SourceRow` for each, or a `Reject` if it
+        cannot be read.
 
     Raises:
         DataError: The source is missing, of unknown format, without the split or empty (the last while iterating).
@@ -57,13 +57,13 @@ def read_source(
 
 
 def source_fingerprint(source: SourceConfig, default_split: str = "train") -> str:
-    """Return a digest of all that the rows of a source depend on, without parsing them.
+    """Return a digest of everything that the rows of a source depend on, without parsing them.
 
-    Local files count by content, so a moved file keeps its digest; remote ones by URL, size and time of change; a Hub
-    data set by id and revision, so an unpinned one that changes on the Hub is not noticed.
+    Local files count by content, so a moved file keeps its digest. Remote files count by URL, size and modification
+    time. A Hub data set counts by id and revision, so changes of an unpinned data set are not noticed.
 
     Raises:
-        DataError: The source is missing, or its format cannot be told.
+        DataError: The source is missing, or its format is unclear.
     """
     location = locate(source)
     settings = source.model_dump(mode="json", exclude={"path", "format"})
@@ -92,7 +92,7 @@ def _refuse_empty(source: SourceConfig, rows: Iterator[SourceRow | Reject]) -> I
 
 
 def _sample_rows(source: SourceConfig, location: Location, default_split: str) -> list[dict[str, Any]]:
-    from pocl_ray.data.samples import sample_rows  # built on import, so only when asked for
+    from pocl_ray.data.samples import sample_rows  # rows are built on import, so import only if needed
 
     return sample_rows(location.path, source.split or default_split)
 
@@ -128,7 +128,7 @@ def _values(dataset: Any, ids: range) -> Iterator[dict[str, Any] | str]:
 
 
 def _load_saved(source: SourceConfig) -> Any:
-    import datasets  # more than a second, and most sources are files
+    import datasets  # the import takes more than a second, and most sources are files
 
     try:
         loaded = datasets.load_from_disk(localize(source.path))
