@@ -67,7 +67,7 @@ def former_side(student: PreTrainedModel, settings: GenerationSettings, seeds: S
 
 
 def config_of(student: PreTrainedModel, settings: GenerationSettings, sampled: bool) -> GenerationConfig:
-    """What `generate` is told."""
+    """The settings of `generate`."""
     stops: Any = student.generation_config.eos_token_id
     return GenerationConfig(
         do_sample=sampled,

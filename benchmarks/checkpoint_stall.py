@@ -1,4 +1,4 @@
-"""How long a checkpoint stops training: written at once, and beside the steps that follow, alternately.
+"""The time for which a checkpoint stops training: written at once, and written during the next steps, alternately.
 
     python benchmarks/checkpoint_stall.py [--layers 8] [--rounds 3] [--steps 4]
 
@@ -66,7 +66,7 @@ def made_engine(num_layers: int) -> tuple[Engine, list[MicroBatch]]:
 
 
 def save(state: TrainingState, scratch: Path, storage: Path, writer: CheckpointWriter) -> None:
-    """What the loop and its reporter do with a checkpoint, less Ray."""
+    """The work of the loop and its reporter on a checkpoint, without Ray."""
     directory = Path(tempfile.mkdtemp(dir=scratch))
     write_state(state, KINDS, directory / STATE, writer)
     written = PendingCheckpoint(directory, writer.submit(partial(complete, Progress(), directory, scratch / BEST)))

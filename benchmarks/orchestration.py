@@ -1,4 +1,4 @@
-"""What Ray, DeepSpeed and the loop around a step cost: the same training with them and without, by turns.
+"""The cost of Ray, DeepSpeed and the loop around a step: the same training with them and without, by turns.
 
     python benchmarks/orchestration.py [--rounds 3] [--steps 12] [--zero-stage 1]
 

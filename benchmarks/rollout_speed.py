@@ -114,7 +114,7 @@ def trl_side(student: PreTrainedModel, new_tokens: int, micro_batch: int, cached
 
 
 def bare_tokenizer() -> PreTrainedTokenizerFast:
-    """What GKDTrainer wants to see; prompts come as tokens."""
+    """A tokenizer for GKDTrainer, which needs one although prompts come as tokens."""
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, "<pad>")))

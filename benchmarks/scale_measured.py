@@ -1,4 +1,4 @@
-"""What `scale_model.py` measures here: seconds of steps of several sizes, and rows a second of scoring on Ray."""
+"""The measurements for `scale_model.py`: seconds of steps of several sizes, and rows per second of scoring on Ray."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Scored:
-    """What scoring a set took: rows a second once processes had started, all seconds, and the driver's memory."""
+    """The cost of scoring a set: rows per second after the start of processes, all seconds, and the driver's memory."""
 
     rate: float
     seconds: float

@@ -30,7 +30,7 @@ class Model:
         hidden: Width.
         layers: Blocks.
         vocabulary: Rows of the embedding.
-        kv_bytes: Of keys and values, a token, in bfloat16.
+        kv_bytes: Bytes of a token's keys and values in bfloat16.
     """
 
     body: float
@@ -51,7 +51,7 @@ STUDENT_05B = Model(0.358e9, 896, 24, 151936, 2 * 24 * 2 * 64 * 2)
 
 @dataclass(frozen=True)
 class Work:
-    """What is distilled.
+    """The work of a distillation.
 
     Attributes:
         rows: Training rows, with so many prompt and response tokens each.
@@ -72,10 +72,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a cluster's GPUs, links and disks do; the defaults are assumptions for H100 nodes of eight.
+    """The speeds of a cluster's GPUs, links and disks; the defaults are assumptions for nodes with eight H100.
 
     Attributes:
-        flops: Of a GPU in bfloat16, at its peak.
+        flops: Peak operations per second of a GPU in bfloat16.
         mfu: Share of it in training, where the micro-batch fills the GPU; `mfu_forward` in a forward pass.
         half_tokens: Tokens a GPU and step at which that share is halved.
         hbm: Memory bytes a second; `memory` is its size.
@@ -105,7 +105,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step, by what takes them; reading runs beside computing."""
+    """Seconds of one optimizer step, by their cause; reading runs at the same time as computing."""
 
     compute: float
     reduce: float
@@ -175,7 +175,8 @@ class Prediction:
 def scoring_seconds(work: Work, student: Model, teacher: Model, machine: Machine, num_gpus: int) -> float:
     """Both models over all rows: teacher and student forward, the student's answers, and the cache to storage.
 
-    Writing runs beside computing. An answer's token reads the student's weights once a batch of 256 rows.
+    Writing runs at the same time as computing. A token of the answers reads the student's weights once for a batch of
+    256 rows.
     """
     tokens, rows = work.rows * (work.prompt + work.response), work.rows
     heads = 2 * (teacher.head + student.head) * work.response * rows
@@ -221,7 +222,7 @@ def stops_at(totals: Sequence[tuple[int, float]], gain: float = 1.25) -> int:
 
     Args:
         totals: (GPUs, seconds), each with twice the GPUs of the one before.
-        gain: Of a doubling that is still worth it.
+        gain: Minimum gain of a doubling that is worth it.
     """
     for (count, seconds), (_, doubled) in pairwise(totals):
         if seconds / doubled < gain:

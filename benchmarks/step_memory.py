@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def resident_bytes() -> int:
-    """What the process holds now."""
+    """The memory that the process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

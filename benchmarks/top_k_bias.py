@@ -1,4 +1,4 @@
-"""What training on the top k costs in exactness: the loss and its gradient over k + 1 events against all logits.
+"""The error of training on the top k: the loss and its gradient over k + 1 events against all logits.
 
 For teachers of several shapes over a large vocabulary, with a student that is the teacher and noise on its logits; and,
 where directories of two models are given, for these on the project's README:

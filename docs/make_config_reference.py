@@ -189,7 +189,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _set_fields(section: Section) -> dict[str, Any]:
-    """What a default section says beyond the defaults of its own table."""
+    """The keys of a default section that differ from the defaults of its own table."""
     return {name: getattr(section, name) for name in type(section).model_fields if name in section.model_fields_set}
 
 

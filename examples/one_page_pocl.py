@@ -32,7 +32,7 @@ WARM_UP_STEPS, PEAK_LR = 100, 6e-3
 
 
 class Stage(NamedTuple):
-    """Which rows are trained on, and how: `kd_ratio` 0 is supervised fine-tuning."""
+    """The rows of a stage, and the settings of their training: `kd_ratio` 0 is supervised fine-tuning."""
 
     index: int
     rows: np.ndarray  # row numbers

@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayApart:
 
 
 def shared_dir() -> Path:
-    """Return the folder of shared rows and parity numbers beside the checkout, or skip the test."""
+    """Return the folder of shared rows and parity numbers next to the checkout, or skip the test."""
     beside = Path(__file__).resolve().parents[2] / "shared"
     folder = Path(os.environ.get("POCL_SHARED", beside))
     if not folder.is_dir():

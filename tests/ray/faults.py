@@ -1,4 +1,4 @@
-"""What the tests of faults share: waiting for a moment, finding the processes of Ray's actors, and a driver to kill."""
+"""Helpers of the tests of faults: waiting for a moment, finding the processes of Ray's actors, and a driver to kill."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def started(*arguments: str, log: Path | None = None, **env: str) -> Iterator[su
     """Start `pocl-ray`; nothing of it is left behind. Ray's agents look for their raylet every few seconds only.
 
     Args:
-        arguments: Of the command.
-        log: Where its output goes; nowhere by default.
+        arguments: Arguments of the command.
+            log: File of its output; None for no file.
         env: More of its environment, such as `RAY_ADDRESS`.
     """
     with open(log or os.devnull, "wb") as output:

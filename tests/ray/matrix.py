@@ -23,7 +23,7 @@ class Step:
     """A step of the flow in which something is killed.
 
     Attributes:
-        command: Of `pocl-ray`, which does this step and finds the earlier ones done.
+        command: Command of `pocl-ray`, which does this step and finds the earlier ones done.
         without: Outputs that a copy of a finished run lacks, so that the step is to be done.
         is_amid: Whether the step is under way, and its work worth losing.
         same: Whether two run directories hold the same result of the step.
@@ -121,9 +121,9 @@ class Outcome:
     """A line of the table.
 
     Attributes:
-        step: What was under way.
-        fault: What was lost.
-        outcome: What came of it.
+        step: Step that was running.
+        fault: Process or node that was lost.
+        outcome: Result of the run.
         next_step_s: Seconds from the loss to the end of the next optimizer step; None outside training.
         done_s: Seconds from the loss to the end of the command.
     """

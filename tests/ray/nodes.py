@@ -36,7 +36,8 @@ class Nodes:
         """Start the head alone.
 
         Args:
-            caches: Where each node has a cache of its own for files of a remote storage; by default they share one.
+            caches: Directory in which each node has its own cache for files of a remote storage; by default they share
+                one.
         """
         self.cluster = Cluster(
             initialize_head=True,
@@ -48,7 +49,7 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        """What `RAY_ADDRESS` is to be."""
+        """The value for `RAY_ADDRESS`."""
         return str(self.cluster.address)
 
     @property

@@ -1,4 +1,4 @@
-"""What fails at every try ends after a finite number of them, with one line that names the cause."""
+"""Work that fails at every try ends after a finite number of tries, with one line that names the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hangs for ever: it is found, named, killed and begun anew, and the result is the undisturbed one's."""
+"""Processes that hang for ever are found, killed and started again, and the result does not change."""
 
 from __future__ import annotations
 

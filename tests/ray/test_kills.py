@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture
 def aside() -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
-    """Runs something beside the test."""
+    """Runs a function in a thread during the test."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit
 

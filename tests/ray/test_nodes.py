@@ -34,7 +34,7 @@ def two() -> Iterator[Nodes]:
 def distilling(
     full_run: FullRun, folder: Path, cluster: Nodes, env: dict[str, str] | None = None, **changes: Any
 ) -> Iterator[tuple[Popen[bytes], Path, Path]]:
-    """Distil the student of the full run anew; give the driver, the run directory, and its output."""
+    """Distil the student of the full run again; yield the driver, the run directory, and its output."""
     config, run = full_run.copy(folder, DISTILLED, **changes)
     path, log = folder / "tiny.yaml", folder / "log"
     path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties

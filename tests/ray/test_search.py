@@ -81,7 +81,7 @@ class PretendTrial(trial.CurriculumTrial):
 
 @dataclass
 class PretendPipeline:
-    """What a search needs of a pipeline whose shared steps are done."""
+    """The part of a pipeline that a search needs, with the shared steps done."""
 
     config: Config
     run_dir: RunDirectory

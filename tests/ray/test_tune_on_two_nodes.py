@@ -29,7 +29,7 @@ SEARCH: dict[str, Any] = {
 
 
 def lifetime(row: dict[str, Any]) -> tuple[float, float]:
-    """From its start to its end, in seconds since 1970."""
+    """The start and the end of a trial, in seconds since 1970."""
     started = datetime.fromisoformat(row["started_at"]).timestamp()
     return started, started + row["seconds"]
 

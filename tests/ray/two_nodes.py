@@ -26,8 +26,8 @@ class TwoNodes:
     """A cluster of two nodes with two logical CPUs each, which asks for a token.
 
     Attributes:
-        address: Of its dashboard.
-        gcs_address: Of the cluster itself, for `RAY_ADDRESS`.
+        address: Address of the dashboard.
+            gcs_address: Address of the cluster itself, for `RAY_ADDRESS`.
         env: The environment of those who know the token.
     """
 

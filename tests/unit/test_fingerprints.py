@@ -1,4 +1,4 @@
-"""When the teacher is read in training: for a loss, for a watched figure, by a control or in a search; else never."""
+"""The cases in which training reads the teacher: for a loss, for a watched figure, by a control or in a search."""
 
 from __future__ import annotations
 

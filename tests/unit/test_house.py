@@ -17,8 +17,8 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 SAFE_LOADERS = {"SafeLoader", "CSafeLoader"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib"}
-# Absolute only: such a folder in a bucket or beside the checkout is somebody's own. Split, so that this file does not
-# match itself.
+# Absolute only: such a folder in a bucket or next to the checkout belongs to somebody. Split, so that this file does
+# not match itself.
 DEVELOPER_PATH = re.compile(r"(?<![\w.}/:-])/(?:" + "|".join(("work", "tmp/wt", "root")) + r")(?:/|\b(?![\w.-]))")
 
 

@@ -76,7 +76,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def loaded_with(module: str) -> set[str]:
-    """What importing the module runs at once: its imports outside functions, and its parent packages."""
+    """The modules that an import runs at once: the module's imports outside functions, and its parent packages."""
     parents = module.split(".")
     loaded = {".".join(parents[:end]) for end in range(1, len(parents))}
     waiting: list[ast.AST] = [syntax_tree(MODULES[module])]
@@ -94,7 +94,7 @@ def room_of(module: str) -> str | None:
 
 
 def room_imports() -> dict[str, dict[str, str]]:
-    """Of each room, the rooms it imports, each with one module that does so."""
+    """The rooms that each room imports, each with one module that does so."""
     edges: dict[str, dict[str, str]] = {}
     for module in MODULES:
         room = room_of(module)

@@ -1,4 +1,4 @@
-"""What is refused before anything is done, though each key by itself is right."""
+"""Configs that are refused before anything is done, although each key by itself is right."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_plug_in_cannot_compare_models_of_two_vocabularies(monkeypatch: pytest
 
 
 class Vocabulary:
-    """As much of a tokenizer as is compared."""
+    """The part of a tokenizer that is compared."""
 
     def __init__(self, *words: str) -> None:
         self.words = {word: number for number, word in enumerate(words)}

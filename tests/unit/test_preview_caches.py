@@ -1,4 +1,4 @@
-"""What `plan` says of the teacher caches before anything is prepared."""
+"""The output of `plan` about the teacher caches before anything is prepared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task does not go with is refused when the config is read."""
+"""Settings that do not fit the task are refused when the config is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stages are scored for again: those that take a part of the rows by rank, after the first."""
+"""The stages before which rows are scored again: those that take a part of the rows by rank, after the first."""
 
 from __future__ import annotations
 

@@ -74,5 +74,5 @@ def test_the_table_shares_the_memory_of_what_was_gathered() -> None:
         results.add(part(ids.tolist()))
     before = pa.total_allocated_bytes()
     table = results.table()
-    assert pa.total_allocated_bytes() - before < num_rows, "only bits are packed anew"
+    assert pa.total_allocated_bytes() - before < num_rows, "only bits are packed again"
     assert table["ce_loss"].to_numpy()[-1] == (num_rows - 1) / 2

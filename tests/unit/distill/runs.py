@@ -143,7 +143,7 @@ def write_rows(run_dir: RunDirectory, name: str, texts: list[str], tokenizer: An
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: its metric stream, its final weights and its checkpoints, oldest first."""
+    """The output of a run: its metric stream, its final weights and its checkpoints, the oldest first."""
 
     metrics: list[dict[str, Any]]
     weights: dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and the learning rate: pure functions of the config."""
+"""The configuration of DeepSpeed, and the learning rate: pure functions of the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a divergence, and that Liger's gives what ours gives.
+"""The choice of the kernel for a divergence; Liger's kernel and ours give the same values.
 
 As a script, it holds Liger's kernels against ours on the CPU; Triton then interprets them.
 """

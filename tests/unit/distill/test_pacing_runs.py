@@ -22,7 +22,7 @@ from pocl_ray.records import Ramp
 RAMP = Ramp((1.0, 3.0), "linear", 12)
 # 2 steps an epoch in stage 0 and 4 in stage 1; at most 6 epochs, of which the runs below need two or three.
 RULES: dict[str, dict[str, Any]] = {"competence": {"start": 0.3, "num_stages": 3}}  # parameters of rules
-# A ratio that rises by stage beside a temperature that falls by step, whatever the rule.
+# A ratio that rises by stage together with a temperature that falls by step, whatever the rule.
 SCHEDULES: dict[str, Any] = {
     "kd_ratio": {"start": 0.5, "end": 1.0},
     "kd_temperature": {"shape": "cosine", "start": 2.0, "end": 1.0, "by": "step"},

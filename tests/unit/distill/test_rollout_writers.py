@@ -1,4 +1,4 @@
-"""What writes rollouts: the contract with vLLM, held against a stand-in of it, and refusals where it is missing."""
+"""The backends of rollouts: the use of vLLM, tested against a stand-in, and refusals if it is missing."""
 
 from __future__ import annotations
 

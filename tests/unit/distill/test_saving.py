@@ -1,4 +1,4 @@
-"""Files are written beside training, in order, with a bounded memory, and a failure is not lost."""
+"""Files are written during training, in order, with a bounded memory, and a failure is not lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What killed workers left in the directory for temporary files is deleted, and nothing of anybody who lives."""
+"""Temporary files of killed workers are deleted, and no files of living processes."""
 
 from __future__ import annotations
 

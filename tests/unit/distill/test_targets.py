@@ -1,4 +1,4 @@
-"""What teachers say, as the chunked loss takes it: top k against full logits, and several teachers against a sum."""
+"""The teachers' targets in the chunked loss: top k against full logits, and several teachers against a sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which teachers teach in which stage and with what weight, and what the feed puts into its batches."""
+"""The teachers of each stage with their weights, and the outputs that the feed puts into its batches."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def token_rows() -> list[dict[str, list[int]]]:
-    """Rows of tokens of different lengths, with the row's number beside them."""
+    """Rows of tokens of different lengths, with the row's number next to them."""
     rng = np.random.default_rng(3)
     rows = []
     for number in range(NUM_ROWS):
@@ -98,7 +98,7 @@ class StopAt(TrainerCallback):
 
 
 class Recording:
-    """In front of a trainer class: keeps the rows and the settings of every forward pass in training."""
+    """A mixin for trainer classes that records the rows and the settings of every forward pass in training."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: list[tuple[int, list[int]]] = []

@@ -1,4 +1,4 @@
-"""What a pool of actors asks Ray for, and how many actors it has."""
+"""The resources that a pool of actors requests from Ray, and its number of actors."""
 
 from __future__ import annotations
 

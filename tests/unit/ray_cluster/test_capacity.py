@@ -1,4 +1,4 @@
-"""Which nodes count, what fits them, and waiting for a cluster that grows; no cluster."""
+"""The nodes that count, the room on them, and waiting for a cluster that grows; without a cluster."""
 
 from __future__ import annotations
 

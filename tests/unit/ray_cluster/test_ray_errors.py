@@ -1,4 +1,4 @@
-"""What Ray says of a process that died becomes one line without ids."""
+"""Ray's text about a process that died becomes one line without ids."""
 
 from __future__ import annotations
 

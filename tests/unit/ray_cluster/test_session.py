@@ -1,4 +1,4 @@
-"""What a wrong RAY_ADDRESS is told, and the end of a process that lost its node; nothing is connected."""
+"""The messages for a wrong RAY_ADDRESS, and the end of a process that lost its node; without a connection."""
 
 from __future__ import annotations
 

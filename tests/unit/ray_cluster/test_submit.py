@@ -1,4 +1,4 @@
-"""What is told to a cluster, and what a user hears who cannot be served; no cluster."""
+"""The request to a cluster, and the messages for a user whose job cannot be submitted; without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many workers an elastic run has, and when it changes them; decisions alone, no cluster."""
+"""The number of workers of an elastic run, and the time of its changes; decisions alone, without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Ray's metrics tell of a run, and that the Grafana dashboard shows exactly that; what a worker's log names."""
+"""Ray's metrics of a run, the Grafana dashboard that shows exactly these, and the prefix of a worker's log."""
 
 from __future__ import annotations
 

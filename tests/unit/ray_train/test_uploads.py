@@ -1,4 +1,4 @@
-"""What the worker does with a checkpoint beside training: to storage with it, and a word on what goes wrong."""
+"""The worker uploads a checkpoint during training, and reports a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report says of rankings made between stages, counted by hand."""
+"""The report on rankings between stages, counted by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_page_shows_the_rankings_of_the_stages_that_asked_for_one(tmp_path: 
     plan["stages"][1]["rescore"] = True
     files.write_json("plan.json", plan)
     build_report(files)
-    assert "Ranked anew" not in files.read_bytes("report.html").decode(), "no table of it is there yet"
+    assert "Ranked again" not in files.read_bytes("report.html").decode(), "no table of it is there yet"
     rank = np.arange(1, 513)
     for index in (1, 2):
         sink = io.BytesIO()
@@ -55,7 +55,7 @@ def test_the_page_shows_the_rankings_of_the_stages_that_asked_for_one(tmp_path: 
         files.write_bytes(f"scores/stages/stage-{index}.parquet", sink.getvalue())
     build_report(files)
     html, markdown = (files.read_bytes(f"report.{end}").decode() for end in ("html", "md"))
-    assert html.count("Ranked anew between stages") == 1
+    assert html.count("Ranked again between stages") == 1
     (line,) = [line for line in markdown.splitlines() if line.startswith("| 1 | 512 |")]
     assert "100" in line and line.endswith("1.00 |"), "the ranking turned round puts every row elsewhere"
     assert "| 2 | 512 |" not in markdown, "stage 2 did not ask for one"

@@ -1,4 +1,4 @@
-"""What a run directory belongs to: another config is refused, naming what differs."""
+"""The owner of a run directory: another config is refused, and the message names the differences."""
 
 from __future__ import annotations
 

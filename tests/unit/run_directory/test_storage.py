@@ -22,7 +22,7 @@ BUCKET = "s3://bucket"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pafs.FileSystem]:
-    """What `s3://bucket` is: an object store in memory."""
+    """The object store in memory behind `s3://bucket`."""
     memory = fsspec.filesystem("memory")
     filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(memory))
 
@@ -92,7 +92,7 @@ def test_what_is_written_is_read_again(run_dir: RunDirectory) -> None:
 def test_writing_again_replaces(run_dir: RunDirectory) -> None:
     run_dir.write_text("a", "a longer text")
     run_dir.write_text("a", "short")
-    assert files_of(run_dir) == {"a": "short"}, "and leaves nothing beside it"
+    assert files_of(run_dir) == {"a": "short"}, "and leaves nothing next to it"
 
 
 def test_a_missing_file_and_one_that_is_no_json_are_named(run_dir: RunDirectory) -> None:
@@ -243,7 +243,7 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 @pytest.fixture
 def copies(store: pafs.FileSystem, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What was copied from the store."""
+    """The files that were copied from the store."""
     made: list[str] = []
     copy: Callable[..., None] = pafs.copy_files
 

@@ -1,4 +1,4 @@
-"""What is kept of the teacher's distribution, against all of it in float64; and the cache that holds it."""
+"""The kept part of the teacher's distribution, against all of it in float64; and the cache that holds it."""
 
 from __future__ import annotations
 
