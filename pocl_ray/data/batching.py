@@ -61,7 +61,7 @@ class MicroBatch:
             attention_mask_BT: Mask with 1 for tokens and 0 for padding.
             response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
             targets_N: Ids of these next tokens.
-        taught: Outputs of the teachers at the same positions; empty without a teacher.
+        teacher_outputs: Outputs of the teachers at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
         teacher_rows: Input of a live teacher with another tokenizer; None: the student's input.
     """

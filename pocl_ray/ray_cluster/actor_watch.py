@@ -36,7 +36,7 @@ from pocl_ray.ray_cluster.startup import collect_again
 from pocl_ray.run_directory.lease import started_after_boot_s
 
 NAMESPACE = "pocl_ray"
-PULSE, TRIES, VERDICT = "pulse/", "tries/", "verdict"
+HEARTBEAT, TRIES, VERDICT = "heartbeat/", "tries/", "verdict"
 REMEDY = "if it was only slow, raise scaling.stall_timeout_s"
 KILL_S = 60.0
 Watched = Callable[[type], type]
@@ -110,12 +110,12 @@ class StallFinder:
 
 def heartbeat_text(process: Process, seen: ProcessStatus, count: int) -> str:
     """Return the heartbeat of a process, which is different each time."""
-    return json.dumps({"process": asdict(process), "vital": asdict(seen), "count": count})
+    return json.dumps({"process": asdict(process), "status": asdict(seen), "count": count})
 
 
 def _parsed(text: str) -> tuple[Process, ProcessStatus]:
     content = json.loads(text)
-    return Process(**content["process"]), ProcessStatus(**content["vital"])
+    return Process(**content["process"]), ProcessStatus(**content["status"])
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], No
             if self._is_new:
                 self._is_new = False
                 _raise_verdict(prefix)
-                threading.Thread(target=_write, args=(prefix, period_s), name="pulse", daemon=True).start()
+                threading.Thread(target=_write, args=(prefix, period_s), name="heartbeat", daemon=True).start()
             task = ray.get_runtime_context().get_task_id() or ""
             if task != self._task:
                 begin(task)
@@ -215,7 +215,7 @@ def _write(prefix: str, period_s: float) -> None:
     while True:
         with suppress(Exception):  # the store may be unreachable for a while, and the thread must survive that
             text = heartbeat_text(process, process_status(), count)
-            internal_kv._internal_kv_put(f"{prefix}{PULSE}{process.node}-{process.pid}", text, namespace=NAMESPACE)
+            internal_kv._internal_kv_put(f"{prefix}{HEARTBEAT}{process.node}-{process.pid}", text, namespace=NAMESPACE)
         count += 1
         time.sleep(period_s)
 
@@ -240,14 +240,14 @@ def _keep(prefix: str, scaling: ScalingConfig, what: str, period_s: float, over:
 
 
 def _read(prefix: str) -> dict[str, str]:
-    keys = [key.decode() for key in internal_kv._internal_kv_list(prefix + PULSE, namespace=NAMESPACE)]
+    keys = [key.decode() for key in internal_kv._internal_kv_list(prefix + HEARTBEAT, namespace=NAMESPACE)]
     values = {key: internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys}
     return {key: value.decode() for key, value in values.items() if value is not None}
 
 
 def _kill(prefix: str, process: Process) -> bool:
     """Kill a process on its node, remove its heartbeat, and return whether it was still alive."""
-    internal_kv._internal_kv_del(f"{prefix}{PULSE}{process.node}-{process.pid}", namespace=NAMESPACE)
+    internal_kv._internal_kv_del(f"{prefix}{HEARTBEAT}{process.node}-{process.pid}", namespace=NAMESPACE)
     there = NodeAffinitySchedulingStrategy(process.node, soft=False)
     try:
         killer = ray.remote(num_cpus=0)(kill_here).options(scheduling_strategy=there)

@@ -74,7 +74,7 @@ def _ask_optuna(tune: TuneConfig, num_drawn: int, history: Sequence[TrialOutcome
     ]
     study = optuna.create_study(sampler=sampler, directions=directions)
     distributions = {key: _distribution(domain) for key, domain in tune.space.items()}
-    study.add_trials([_optuna_trial(tune, told, distributions) for told in history])
+    study.add_trials([_optuna_trial(tune, trial, distributions) for trial in history])
     asked = study.ask(distributions).params
     return {key: _decode(domain, asked[key]) for key, domain in tune.space.items()}
 
@@ -120,24 +120,23 @@ def _float_range(domain: DomainConfig) -> tuple[float, float]:
     return found
 
 
-def _optuna_trial(tune: TuneConfig, told: TrialOutcome, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
+def _optuna_trial(tune: TuneConfig, trial: TrialOutcome, distributions: dict[str, Any]) -> optuna.trial.FrozenTrial:
     """The trial in Optuna's form. For a stopped trial it holds the value and the number of samples at the stop."""
     import optuna
 
-    params = {key: _encode(domain, told.settings[key]) for key, domain in tune.space.items()}
+    params = {key: _encode(domain, trial.settings[key]) for key, domain in tune.space.items()}
     states = optuna.trial.TrialState
     common: dict[str, Any] = {"params": params, "distributions": distributions}
-    if told.state == "running":
+    if trial.state == "running":
         return optuna.trial.create_trial(state=states.RUNNING, **common)
-    if told.values is None or told.state == "failed":
+    if trial.values is None or trial.state == "failed":
         return optuna.trial.create_trial(state=states.FAIL, **common)
-    if told.state == "finished":
-        return optuna.trial.create_trial(state=states.COMPLETE, values=list(told.values), **common)
-    if (
-        len(told.values) > 1
-    ):  # with several objectives nothing is pruned, and the figure of a stopped trial would mislead
+    if trial.state == "finished":
+        return optuna.trial.create_trial(state=states.COMPLETE, values=list(trial.values), **common)
+    # With several objectives nothing is pruned, and the figure of a stopped trial would mislead.
+    if len(trial.values) > 1:
         return optuna.trial.create_trial(state=states.FAIL, **common)
-    return optuna.trial.create_trial(state=states.PRUNED, intermediate_values={told.step: told.values[0]}, **common)
+    return optuna.trial.create_trial(state=states.PRUNED, intermediate_values={trial.step: trial.values[0]}, **common)
 
 
 NUM_TRIED = 200  # at least one of so many draws must be valid for a search to start, or to go on
@@ -155,7 +154,7 @@ class Drawing:
         self.tune, self.seed, self.plan = config.tune, config.seed, plan
         self.num_drawn = 0
         self.control_drawn = not config.tune.control
-        self.told: list[TrialOutcome] = []
+        self.outcomes: list[TrialOutcome] = []
         self.skipped: list[dict[str, Any]] = []
 
     @property
@@ -168,16 +167,16 @@ class Drawing:
     def candidates(self) -> list[Candidate]:
         """Return all candidates so far, the control first."""
         control = [Candidate("control", -1, {})] if self.tune.control and self.control_drawn else []
-        return [*control, *(Candidate("trial", number, told.settings) for number, told in enumerate(self.told))]
+        return [*control, *(Candidate("trial", number, trial.settings) for number, trial in enumerate(self.outcomes))]
 
     def next(self) -> PlannedTrial | None:
         """Return the next candidate, the control first; None when there are no more."""
         if not self.control_drawn:
             self.control_drawn = True
             return self.plan(Candidate("control", -1, {}))
-        seen = [told.settings for told in self.told]
+        seen = [trial.settings for trial in self.outcomes]
         for attempt in range(NUM_TRIED):
-            if len(self.told) >= self.limit:
+            if len(self.outcomes) >= self.limit:
                 return None
             settings = self._draw(attempt)
             if settings is None:
@@ -185,11 +184,11 @@ class Drawing:
             reason = "was tried before" if settings in seen else None
             if reason is None:
                 try:
-                    planned = self.plan(Candidate("trial", len(self.told), settings))
+                    planned = self.plan(Candidate("trial", len(self.outcomes), settings))
                 except UserError as error:
                     reason = str(error)
                 else:
-                    self.told.append(TrialOutcome(settings, "running"))
+                    self.outcomes.append(TrialOutcome(settings, "running"))
                     return planned
             self.skipped.append({"settings": settings, "reason": reason})
         return None
@@ -198,24 +197,24 @@ class Drawing:
         self.num_drawn += 1
         if attempt >= NUM_ASKED and self.tune.algorithm != "grid":
             return draw_all(self.tune, self.num_drawn - 1, self.seed)
-        return propose(self.tune, self.num_drawn - 1, self.told, self.seed)
+        return propose(self.tune, self.num_drawn - 1, self.outcomes, self.seed)
 
     def tell(self, number: int, result: Mapping[str, Any] | None) -> None:
         """Record the end of a trial: its last report, or None if it failed."""
         if number < 0:
             return
-        settings = self.told[number].settings
+        settings = self.outcomes[number].settings
         if result is None or any(o.metric not in result for o in self.tune.objectives):
-            self.told[number] = TrialOutcome(settings, "failed")
+            self.outcomes[number] = TrialOutcome(settings, "failed")
             return
         values = tuple(decisive(result, o) for o in self.tune.objectives)
         state = "finished" if result.get("is_finished") else "stopped"
-        self.told[number] = TrialOutcome(settings, state, values, int(result["num_samples"]))  # type: ignore[arg-type]
+        self.outcomes[number] = TrialOutcome(settings, state, values, int(result["num_samples"]))  # type: ignore[arg-type]
 
     def dump(self) -> str:
         """Return the state as JSON."""
-        told = [[t.settings, t.state, t.values, t.step] for t in self.told]
-        content = {"drawn": self.num_drawn, "control": self.control_drawn, "told": told, "skipped": self.skipped}
+        outcomes = [[t.settings, t.state, t.values, t.step] for t in self.outcomes]
+        content = {"drawn": self.num_drawn, "control": self.control_drawn, "told": outcomes, "skipped": self.skipped}
         return json.dumps(content)
 
     def load(self, text: str) -> None:
@@ -223,7 +222,7 @@ class Drawing:
         content = json.loads(text)
         self.num_drawn, self.control_drawn = content["drawn"], content["control"]
         self.skipped = content["skipped"]
-        self.told = [
+        self.outcomes = [
             TrialOutcome(s, state, None if v is None else tuple(v), step) for s, state, v, step in content["told"]
         ]
 

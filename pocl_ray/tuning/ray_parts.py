@@ -22,7 +22,7 @@ ABORT_S = 15.0
 NO_END = 10**15  # training samples: no limit, since every trial ends by itself
 
 
-class OfThisProcess:
+class PickledByName:
     """A part that is pickled as a name: Tune pickles its parts, and a restored search uses the new process's parts."""
 
     current: ClassVar[dict[str, Any]] = {}
@@ -37,10 +37,10 @@ class OfThisProcess:
 
 
 def _of_this_process(name: str) -> Any:
-    return OfThisProcess.current.get(name)
+    return PickledByName.current.get(name)
 
 
-class DrawingSearcher(OfThisProcess, Searcher):
+class DrawingSearcher(PickledByName, Searcher):
     """A searcher that takes candidates from a Drawing and gives it their results."""
 
     def __init__(self, drawing: Drawing, objective: ObjectiveConfig) -> None:

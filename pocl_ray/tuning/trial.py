@@ -151,7 +151,7 @@ class TrialRun:
         item = self.queue.get()
         if self.is_replay:
             assert isinstance(item, dict)
-            return self._told(item, is_done=self.queue.empty())
+            return self._for_tune(item, is_done=self.queue.empty())
         record = self.record
         record.seconds = round(self.seconds_before + time.monotonic() - self.started, 2)
         if isinstance(item, BaseException):
@@ -164,9 +164,9 @@ class TrialRun:
         if item["is_finished"]:
             record.status = "finished"
         record.write(self.shared.run_dir)
-        return self._told(item, is_done=item["is_finished"])
+        return self._for_tune(item, is_done=item["is_finished"])
 
-    def _told(self, report: dict[str, Any], is_done: bool) -> dict[str, Any]:
+    def _for_tune(self, report: dict[str, Any], is_done: bool) -> dict[str, Any]:
         tune_config = self.shared.config.tune
         assert tune_config is not None, "a trial belongs to a search"
         return {**report, DECISIVE: decisive(report, tune_config.objectives[0]), "done": is_done}

@@ -20,7 +20,7 @@ from pocl_ray.console import console
 from pocl_ray.ray_train.driver import CHECKPOINTS
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
-from pocl_ray.tuning.ray_parts import OfThisProcess
+from pocl_ray.tuning.ray_parts import PickledByName
 from pocl_ray.tuning.results import TrialRecord, read_record
 from pocl_ray.tuning.space import Settings
 
@@ -28,7 +28,7 @@ PLAIN_INTERVAL_S = 30.0
 COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red", "diverged": "red", "running": "cyan"}
 
 
-class SearchWatch(OfThisProcess, tune.Callback):
+class SearchWatch(PickledByName, tune.Callback):
     """A callback of Tune that records and shows every trial of the search."""
 
     def __init__(self, run_dir: RunDirectory, planner: Planner, origins: TrialOrigins, resources: Any) -> None:

@@ -118,7 +118,7 @@ def test_a_trial_that_failed_is_told_as_such() -> None:
     drawing.next()
     drawing.tell(0, None)
     drawing.tell(-1, None)
-    assert drawing.told[0].state == "failed"
+    assert drawing.outcomes[0].state == "failed"
 
 
 def test_a_space_of_which_nothing_fits_is_refused_with_the_reason() -> None:
