@@ -133,7 +133,8 @@ def check_settings(
     for other in config.other_teachers:
         check_other_teacher(other, tokenizer)
     warn_of_one_tokenizer(tokenizer, teacher_tokenizer)
-    warning = check_models(config.teacher, config.student, tokenizer)
+    max_tokens = config.data.max_tokens
+    warning = check_models(config.teacher, config.student, tokenizer, max_tokens, teacher_tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")
 

@@ -31,6 +31,7 @@ from pocl_ray.answers.batch import Batch, Draw, Tokens, batches_of
 from pocl_ray.answers.families import means_of
 from pocl_ray.answers.sampling import answer_draws, chooser
 from pocl_ray.config import GenerationConfig
+from pocl_ray.models.saving import stop_ids_of
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,6 @@ def num_unstopped(answers: Sequence[Sequence[int]], settings: GenerationSettings
     """Return how many answers of `generate` ended at their limit and not by an end-of-sequence token."""
     limits = settings.limits(len(answers))
     return sum(len(answer) >= limit for answer, limit in zip(answers, limits, strict=True))
-
-
-def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokenizer's end of sequence and those that the model was published with: chat models have several."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
-    found = sorted(int(token) for token in ids if token is not None)
-    assert found, "neither tokenizer nor model has an end-of-sequence token"
-    return found
 
 
 def decode(

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from pocl_ray.answers.decode import stop_ids_of
 from pocl_ray.answers.families import means_of
 from pocl_ray.data.batching import random_order
 from pocl_ray.data.row_store import RowStore
@@ -33,6 +32,7 @@ from pocl_ray.models.heads import check_split, head_of
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters
 from pocl_ray.models.places import on_this_node
+from pocl_ray.models.saving import stop_ids_of, try_saving
 from pocl_ray.records import RANK, Order
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
@@ -49,6 +49,8 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
+    if rank == 0:
+        try_saving(student, tokenizer, task.student.path)  # what fails now would fail after the last step
     num_logits = head_of(student).vocab_size
     if task.lora is not None:
         add_adapters(student, task.lora, task.seed)

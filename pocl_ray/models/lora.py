@@ -117,6 +117,7 @@ def save_student(
     directory: Path,
     lora: LoraConfig | None,
     base: str,
+    loaded_as: str = "auto",
 ) -> None:
     """Write a trained student: a plain model, and next to it the trained adapters in their own folder.
 
@@ -127,6 +128,7 @@ def save_student(
             directory: Target directory; it is replaced if it exists.
             lora: Config of the adapters; without `merge` no plain model is written.
             base: Place of the model that the adapters belong to.
+        loaded_as: Dtype that the model is evaluated in, which transformers alone then loads it in as well.
 
     Raises:
         StorageError: The place cannot be written.
@@ -137,7 +139,7 @@ def save_student(
             merge_adapters(student)
         if lora is None or lora.merge:
             nn.Module.to(student, dtype)
-            write_model_files(student, tokenizer, staging)
+            write_model_files(student, tokenizer, staging, loaded_as)
         else:
             tokenizer.save_pretrained(staging)
 

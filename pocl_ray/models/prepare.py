@@ -130,6 +130,13 @@ def _cut_state(state: dict[str, Tensor], prefix: str, kept: tuple[int, ...]) -> 
 
 VOCABULARY_MULTIPLE = 8
 
+# Encoders that transformers lists as causal language models: without `is_decoder` each token sees those behind it.
+_BOTH_WAYS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
+    *("xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
 
 def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
     """Return the reference of a model; `path` replaces the config's path for a model that this run has made.
@@ -266,23 +273,40 @@ def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: Teac
     target_layers(model, student.lora.target_modules)
 
 
-def check_models(teacher: TeacherConfig, student: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Check from the configs alone that both models can be loaded or built.
+def check_models(
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int = 1,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str | None:
+    """Check from the configs alone that both models can be loaded or built, and that the rows fit them.
+
+    Args:
+        teacher: Section of the teacher.
+        student: Section of the student.
+        tokenizer: Tokenizer of the run.
+        max_tokens: `data.max_tokens`: prompt and answer together.
+        teacher_tokenizer: Tokenizer of the teacher, if it keeps its own.
 
     Returns:
         A warning if the student has more parameters than its teacher, else None.
 
     Raises:
-        ModelError: Weights are missing, an architecture does not work, or the student has more layers than the teacher.
+        ModelError: Weights are missing, an architecture does not work, the student has more layers than the teacher,
+            or a model lacks embeddings for the tokenizer's ids or positions for the rows.
     """
     large = _skeleton(teacher, tokenizer)
     for key, model in (("teacher", teacher), ("student", student)):
         if model.architecture is not None:
             _check_memory(key, num_parameters(_skeleton(model, tokenizer)))
+    check_fits("teacher", large, teacher_tokenizer or tokenizer, max_tokens)
     if student.num_layers is not None:
         evenly_spaced(student.num_layers, large.config.get_text_config().num_hidden_layers)
         return None
-    num_teacher, num_student = num_parameters(large), num_parameters(_skeleton(student, tokenizer))
+    small = _skeleton(student, tokenizer)
+    check_fits("student", small, tokenizer, max_tokens)
+    num_teacher, num_student = num_parameters(large), num_parameters(small)
     if num_student <= num_teacher:
         return None
     return (
@@ -298,6 +322,41 @@ def _check_memory(key: str, num_weights: int) -> None:
         raise ModelError(
             f"{key}.architecture: its {num_weights:,} parameters take {needed / 2**30:,.0f} GiB in float32, and this "
             f"machine, which makes it, has {there / 2**30:,.0f} GiB of memory; make it smaller"
+        )
+
+
+def check_fits(key: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """Check that a model has an embedding for each token id and a position for each token, and reads left to right.
+
+    Args:
+        key: Section of the model, for the message.
+        model: Model without memory for its weights.
+        tokenizer: Tokenizer of the rows that it reads.
+        max_tokens: `data.max_tokens`.
+
+    Raises:
+        ModelError: It has not.
+    """
+    family = model.config.model_type
+    if family in _BOTH_WAYS and not getattr(model.config, "is_decoder", False):
+        raise ModelError(f"{key}: {family} reads in both directions and cannot answer; choose a decoder model")
+    embedding: Any = model.get_input_embeddings()
+    num_ids, num_rows = max(tokenizer.get_vocab().values()) + 1, embedding.weight.shape[0]
+    if num_ids > num_rows:
+        raise ModelError(
+            f"{key}: the tokenizer has ids up to {num_ids - 1}, and the model embeddings for {num_rows} of them; "
+            "resize its embeddings, or choose the tokenizer that it came with"
+        )
+    # Only tables end: rotary and relative positions go on beyond what a model was trained on.
+    has_table = any(
+        isinstance(module, nn.Embedding) and any(word in name.rsplit(".", 1)[-1] for word in ("position", "wpe"))
+        for name, module in model.named_modules()
+    )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if has_table and positions is not None and max_tokens > positions:
+        raise ModelError(
+            f"{key}: data.max_tokens is {max_tokens}, and the model has {positions} positions; set it to {positions} "
+            "or less"
         )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from pocl_ray.errors import StorageError
+from pocl_ray.errors import ModelError, StorageError
 
 
 @contextmanager
@@ -67,12 +70,69 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     return Path(directory)
 
 
-def write_model_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the files of `save_model` into an existing directory, which the caller moves into place."""
-    _fill_generation_config(model, tokenizer)
+def write_model_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    loaded_as: str = "auto",
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the files of `save_model` into an existing directory, which the caller moves into place.
+
+    Args:
+        model: Model to write.
+        tokenizer: Its tokenizer, with `eos` and `pad`.
+        directory: Target directory.
+        loaded_as: Dtype that transformers loads the model in by itself; `auto` is the dtype of the weights.
+        state: Tensors to write in place of the model's own.
+    """
+    _set_generation_config(model, tokenizer)
     with quiet_transformers():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
+    if loaded_as != "auto":
+        path = directory / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"dtype": loaded_as}, indent=2) + "\n", encoding="utf-8")
+
+
+def try_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Write a model without the bulk of its weights to a scratch directory: what saving needs, before it is trained.
+
+    Args:
+        model: Model as it is before training.
+        tokenizer: Its tokenizer.
+        place: Names the model in the message.
+
+    Raises:
+        ModelError: It cannot be saved.
+    """
+    # One number of each tensor is enough. A view keeps the address, by which safetensors tells shared tensors.
+    state = {name: tensor.flatten()[:1] if tensor.numel() > 1 else tensor for name, tensor in _state_of(model).items()}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_model_files(model, tokenizer, Path(scratch), state=state)
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{place}: after training it could not be saved: {reason}") from error
+
+
+def _state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the end of sequence of the tokenizer and those of the model's generation config; chat models have several.
+
+    Args:
+        model: Model that answers.
+        tokenizer: Its tokenizer.
+    """
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
+    found = sorted(int(token) for token in ids if token is not None)
+    assert found, "neither tokenizer nor model has an end-of-sequence token"
+    return found
 
 
 @contextmanager
@@ -100,11 +160,17 @@ def _share_files(directory: Path) -> None:
             path.chmod(mode)
 
 
-def _fill_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set eos, pad and bos if they are missing; a list of eos ids from the model does not change."""
-    settings = model.generation_config
-    if settings is None:
+def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what evaluation saw: answers end at any of the stop tokens of tokenizer and model, and nothing else is set.
+
+    What a model was published with may change greedy answers (`repetition_penalty`), and transformers refuses to save
+    some of it (a temperature without `do_sample`).
+    """
+    if model.generation_config is None:
         raise ValueError(f"{type(model).__name__} cannot generate: not a causal language model")
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        if getattr(settings, name, None) is None:
-            setattr(settings, name, getattr(tokenizer, name))
+    stop_ids = stop_ids_of(model, tokenizer)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+        pad_token_id=stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )

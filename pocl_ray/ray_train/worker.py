@@ -359,6 +359,8 @@ def _write_result(task: TrainTask, loop: TrainingLoop) -> None:
     tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        save_student(student, tokenizer, DTYPES[task.train.precision], folder, task.lora, task.student.path)
+        save_student(
+            student, tokenizer, DTYPES[task.train.precision], folder, task.lora, task.student.path, task.student.dtype
+        )
         task.run_dir.publish(folder, task.output)
     _write_metrics(task, loop.progress)
