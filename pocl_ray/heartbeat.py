@@ -26,11 +26,11 @@ class ProcessStatus:
 
     Attributes:
         age_s: Seconds since the last progress; 0 while the process has nothing to do.
-            doing: Description of the work.
-            place: Current line of code, and its function.
-            waits: Whether the process waits for another one, in a collective or in a call of Ray.
-            host: Name of the machine.
-            pid: Id of the process.
+        doing: Description of the work.
+        place: Current line of code, and its function.
+        waits: Whether the process waits for another one, in a collective or in a call of Ray.
+        host: Name of the machine.
+        pid: Id of the process.
     """
 
     age_s: float

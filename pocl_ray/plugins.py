@@ -18,7 +18,7 @@ def load(kind: str, entry_point: EntryPoint) -> Any:
 
     Args:
         kind: Kind of the plug-in, for the message: `loss`, `pacing`, `signal`.
-            entry_point: Entry point from `installed`.
+        entry_point: Entry point from `installed`.
 
     Raises:
         UserError: The import fails.

@@ -118,13 +118,13 @@ def check_settings(
 
     Args:
         config: Config of the run.
-            num_rows: Number of training rows.
-            tokenizer: Tokenizer of the run, which gives the vocabulary of new models.
-            teacher_tokenizer: Tokenizer of the teacher, if it keeps its own.
+        num_rows: Number of training rows.
+        tokenizer: Tokenizer of the run, which gives the vocabulary of new models.
+        teacher_tokenizer: Tokenizer of the teacher, if it keeps its own.
 
     Raises:
         ConfigError: There are fewer rows than a global batch holds.
-            ModelError: A model has no weights or cannot be built, or a further teacher has another tokenizer.
+        ModelError: A model has no weights or cannot be built, or a further teacher has another tokenizer.
     """
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         if model.sft is not None:

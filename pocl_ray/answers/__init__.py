@@ -1,1 +1,1 @@
-"""A model answers prompts, and how good the answers are."""
+"""Answers of models to prompts: decoding, sampling, and scores of the answers."""

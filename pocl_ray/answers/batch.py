@@ -1,4 +1,4 @@
-"""The rows of one batch while they are being written, with their key-value cache: the loop over tokens itself.
+"""The loop over tokens: the rows of one batch while they are generated, with their key-value cache.
 
 Legend: P prompts, D draws of each, B = P x D rows, T tokens, V vocabulary, H hidden.
 """
@@ -23,9 +23,9 @@ from pocl_ray.heartbeat import beat
 from pocl_ray.models.heads import split_model
 
 _CACHE_SPARE_TOKENS = 64
-_GPU_TOKENS_BETWEEN_LOOKS = 8  # looking whether rows have ended makes the device wait for the host
+_GPU_TOKENS_BETWEEN_LOOKS = 8  # a look at which rows have ended makes the device wait for the host
 _TOKENS_BETWEEN_BEATS = 32
-# Leaving copies the cache once: worth it when a good part of the batch goes.
+# Rows that leave cost one copy of the cache, which is worth it when a good part of the batch leaves.
 _LEAVING_SHARE = 0.125
 _PADDING_SHARE = 0.2  # of the tokens of a group of prompts, at most
 # Rows of the LM head that a CPU multiplies at once: they and what they make stay in its cache, and a product for few
@@ -39,11 +39,12 @@ Draw = Sequence[np.ndarray] | None
 
 @dataclass(frozen=True)
 class Means:
-    """What the loop may use for a model without changing what it computes; `families.means_of` finds out.
+    """The shortcuts that are exact for a model; `families.means_of` finds them.
 
     Attributes:
-        pads: Prompts of several lengths may share a batch.
-        caches: The model's cache holds all that the next token needs; without it every token reads the whole row.
+        pads: Whether prompts of several lengths may share a batch.
+        caches: Whether the model's cache holds everything that the next token needs; without it every token reads the
+            whole row.
     """
 
     pads: bool = True
@@ -51,7 +52,7 @@ class Means:
 
 
 class Batch:
-    """The rows of one batch that are still being written."""
+    """The rows of one batch that are still being generated."""
 
     def __init__(
         self,
@@ -65,12 +66,12 @@ class Batch:
         """Lay out the rows: those of the first draw, in the order of the prompts, then those of the next one.
 
         Args:
-            model: In eval mode.
+            model: Model in eval mode.
             prompts: Token ids of each prompt, the shortest first.
-            limits: The most tokens of each prompt's responses.
-            draws: Greedy ones before the others.
+            limits: Maximum tokens of each prompt's responses.
+            draws: Draws of each prompt, greedy ones first.
             stop_ids: Tokens that end a response.
-            means: What is exact for the model.
+            means: Shortcuts that are exact for the model.
         """
         self.model, self.parts, self.device, self.means = model, split_model(model), model.device, means
         taken = inspect.signature(self.parts.body.forward).parameters
@@ -98,11 +99,11 @@ class Batch:
         self.cache: DynamicCache | None = None
 
     def run(self, choose: Choose, no_repeat_ngram_size: int = 0) -> list[list[np.ndarray]]:
-        """Write all responses.
+        """Return all responses.
 
         Args:
-            choose: Chooses the tokens of rows that are not greedy.
-            no_repeat_ngram_size: See `GenerationSettings`.
+            choose: Function that chooses the tokens of rows that are not greedy.
+            no_repeat_ngram_size: Length of n-grams that are not repeated, as in `GenerationSettings`.
 
         Returns:
             For each draw the responses in the order of the prompts.

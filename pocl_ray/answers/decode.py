@@ -36,14 +36,14 @@ from pocl_ray.models.saving import stop_ids_of
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated, with lengths resolved.
+    """The settings of generation, with resolved lengths.
 
     Attributes:
-        sampling_temperature: Divides the logits before sampling; 0 is greedy.
-        top_p: Samples from the smallest set of tokens with this much probability; 1 keeps all.
-        no_repeat_ngram_size: No n-gram of this length comes twice, the prompt's included; 0 allows all.
+        sampling_temperature: Divisor of the logits before sampling; 0 is greedy.
+        top_p: Probability of the smallest set of tokens to sample from; 1 keeps all.
+        no_repeat_ngram_size: Length of n-grams that are not repeated, including those of the prompt; 0 allows all.
         max_new_tokens: Limit of each answer, at least 1; one number for all prompts, or one for each.
-        batch_rows: Rows generated at once.
+        batch_rows: Number of rows generated at once.
     """
 
     sampling_temperature: float = 1.0
@@ -54,11 +54,11 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, config: GenerationConfig, max_tokens: int, prompts: Sequence[Tokens]) -> GenerationSettings:
-        """Resolve a section of the config for some prompts.
+        """Return the settings of a config section for some prompts.
 
         Args:
-            config: The section.
-            max_tokens: `data.max_tokens`: prompt and answer together.
+            config: Section of the config.
+            max_tokens: Maximum tokens of prompt and answer together (`data.max_tokens`).
             prompts: Token ids of each prompt.
         """
         cap = max_tokens if config.max_new_tokens is None else config.max_new_tokens
@@ -66,7 +66,7 @@ class GenerationSettings:
         return cls(**{**config.model_dump(), "max_new_tokens": limits})
 
     def limits(self, num_prompts: int) -> list[int]:
-        """Return how many tokens each answer may have."""
+        """Return the maximum number of tokens of each answer."""
         if isinstance(self.max_new_tokens, int):
             return [self.max_new_tokens] * num_prompts
         if len(self.max_new_tokens) != num_prompts:
@@ -82,18 +82,19 @@ def generate(
     seeds: Sequence[int | None],
     keys: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Generate answers to each prompt, one for each seed.
+    """Return answers to each prompt, one for each seed.
 
-    The model's own generation config (temperature, repetition penalty and the like) has no say, apart from the tokens
+    The model's own generation config (temperature, repetition penalty and so on) is not used, except for the tokens
     that end an answer. No global random state is read or changed.
 
     Args:
-        model: On the device that is to be used; it is run without dropout.
-        tokenizer: Gives the end-of-sequence token.
-        prompts: Token ids, one array of shape (tokens,) a prompt, none of them empty.
-        settings: See there.
+        model: Model, on the device to use; it runs without dropout.
+        tokenizer: Tokenizer with the end-of-sequence token.
+        prompts: Token ids, one array of shape (tokens,) for each prompt; none is empty.
+        settings: Settings of generation.
         seeds: Seed of each answer to a prompt; None for a greedy answer, whatever the temperature.
-        keys: One a prompt, such as the row's id: an answer is drawn by (seed, key) alone. Default: the prompt's place.
+        keys: Key of each prompt, such as the row's id: an answer is drawn by (seed, key) alone. Default: the prompt's
+            place.
 
     Returns:
         For each seed the token ids of the answers in the order of `prompts`, without the end-of-sequence token. An
@@ -127,15 +128,15 @@ def decode(
     stop_ids: Sequence[int],
     settings: GenerationSettings,
 ) -> list[list[np.ndarray]]:
-    """Write responses to each prompt, one for each draw.
+    """Return responses to each prompt, one for each draw.
 
     Args:
-        model: In eval mode, on the device that is to be used.
-        prompts: Token ids, one array of shape (tokens,) a prompt, none of them empty.
-        limits: The most tokens of each response, the one that ends it included; at least 1.
-        draws: The numbers that decide what is sampled; draws of a prompt share its prefill.
+        model: Model in eval mode, on the device to use.
+        prompts: Token ids, one array of shape (tokens,) for each prompt; none is empty.
+        limits: Maximum tokens of each response, including the token that ends it; at least 1.
+        draws: Numbers that decide the sampling; draws of a prompt share its prefill.
         stop_ids: Tokens that end a response.
-        settings: How a token is chosen, and the rows of a batch; its limits are not read.
+        settings: Choice of tokens, and rows of a batch; its limits are not read.
 
     Returns:
         For each draw the token ids of the responses in the order of `prompts`, int32. One that has ended keeps the

@@ -1,4 +1,4 @@
-"""How a model's family is decoded exactly: a check on a few tokens, made once for each model that is to answer.
+"""The exact way to decode a model's family, found by a check on a few tokens, once for each model.
 
 Families keep what they know of a row in different places: keys and values, states of a recurrence, both. Not every
 cache in transformers bears padding on the left, or rows that leave. So the loop itself is held against the definition:
@@ -34,13 +34,13 @@ _known: WeakKeyDictionary[PreTrainedModel, Means] = WeakKeyDictionary()
 
 
 def means_of(model: PreTrainedModel) -> Means:
-    """Return the means with which a model's answers are exact.
+    """Return the fastest means with which a model's answers are exact.
 
     Args:
-        model: In eval mode.
+        model: Model in eval mode.
 
     Raises:
-        ModelError: There are none: the family cannot answer.
+        ModelError: There are none, so the family cannot answer.
     """
     if model not in _known:
         _known[model] = _find(model)
@@ -93,7 +93,7 @@ def _read_alone(model: PreTrainedModel, row: _Row) -> Tensor:
 
 
 def _errors(model: PreTrainedModel, rows: list[_Row], expected: list[Tensor], means: Means) -> np.ndarray:
-    """How far the loop's logits are from the expected ones, each as a share of their spread."""
+    """The distances of the loop's logits from the expected ones, each as a share of their spread."""
     found: dict[int, list[Tensor]] = {place: [] for place in range(len(rows))}
     for places in batches_of([row.num_prompt for row in rows], len(rows), means.pads):
         _run_given(model, [rows[place] for place in places], means, [found[place] for place in places])

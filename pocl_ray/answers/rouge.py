@@ -34,7 +34,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
     Args:
         prediction: The answer; an empty one scores 0.
-        references: At least one acceptable answer.
+        references: Acceptable answers, at least one.
     """
     _check_references(references)
     return 100.0 * _scorer().score_multi(references, prediction)["rougeL"].fmeasure
@@ -45,7 +45,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
     Args:
         prediction: The answer.
-        references: At least one acceptable answer.
+        references: Acceptable answers, at least one.
     """
     _check_references(references)
     normal = _normalize(prediction)
@@ -174,19 +174,19 @@ def score_answers(
     max_tokens: int,
     seed: int,
 ) -> list[tuple[float, bool]]:
-    """Answer the prompts of a task and hold the answers against the references.
+    """Return the ROUGE-L of a model's answers to the prompts of a task.
 
     Args:
-        model: The student, on the device that is to be used.
-        tokenizer: The run's.
-        rows: All rows.
-        ids: Those of the task; a row's answer is drawn by (seed, id) alone.
-        generation: How answers are generated.
-        max_tokens: `data.max_tokens`: prompt and answer together.
-        seed: Of the sampling.
+        model: Student, on the device to use.
+        tokenizer: Tokenizer of the run.
+        rows: Store of all rows.
+        ids: Row ids of the task; a row's answer is drawn by (seed, id) alone.
+        generation: Settings of generation.
+        max_tokens: Maximum tokens of prompt and answer together (`data.max_tokens`).
+        seed: Seed of the sampling.
 
     Returns:
-        Of each row the best ROUGE-L over its references, 0 to 100, and whether the answer came to an end.
+        For each row the best ROUGE-L over its references, 0 to 100, and whether the answer is complete.
     """
     prompts, _ = rows.tokens(ids)
     settings = GenerationSettings.of(generation, max_tokens, prompts)

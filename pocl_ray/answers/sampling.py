@@ -20,7 +20,7 @@ _MANTISSA_BITS = 53
 _BLOCK = 256  # tokens: a draw finds its block first, then its place in it
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""From logits (B, V), which may be overwritten, and one number a row to one token a row, shape (B,)."""
+"""A function from logits (B, V), which may be overwritten, and one number for each row, to one token for each row."""
 
 
 def answer_draws(seed: int, key: int, num_tokens: int) -> np.ndarray:
@@ -28,8 +28,8 @@ def answer_draws(seed: int, key: int, num_tokens: int) -> np.ndarray:
 
     Args:
         seed: Seed of all draws.
-        key: Names the row, such as its id.
-        num_tokens: The most tokens that the answer may have.
+        key: Key of the row, such as its id.
+        num_tokens: Maximum number of tokens of the answer.
     """
     return np.array([uniform(seed, key, number) for number in range(num_tokens)], np.float32)
 
@@ -44,8 +44,8 @@ def chooser(temperature: float, top_p: float) -> Choose:
     """Return the function that chooses tokens.
 
     Args:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Draws from the fewest tokens that hold this much probability together; 1 keeps all.
+        temperature: Divisor of the logits; 0 takes the likeliest token.
+        top_p: Probability of the smallest set of tokens to draw from; 1 keeps all.
     """
     if temperature == 0:
         return lambda logits_BV, _: logits_BV.argmax(-1)

@@ -90,11 +90,11 @@ class Request:
 
     Attributes:
         instruction: Task, or the last turn of the user.
-            input: Text that the task is about; it may be empty.
-            system: System message; it may be empty.
-            history: Chat turns before the last turn of the user, as {"role", "content"}.
-            references: Accepted answers; training uses the first, evaluation uses all.
-            topic: Family of the task, if the source names it.
+        input: Text that the task is about; it may be empty.
+        system: System message; it may be empty.
+        history: Chat turns before the last turn of the user, as {"role", "content"}.
+        references: Accepted answers; training uses the first, evaluation uses all.
+        topic: Family of the task, if the source names it.
     """
 
     instruction: str
@@ -110,8 +110,8 @@ def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "inst
 
     Args:
         found: Columns of the source, or of its first rows.
-            mapping: Roles that the user gave.
-            task: Kind of rows.
+        mapping: Roles that the user gave.
+        task: Kind of rows.
 
     Returns:
         Mapping of roles to columns. Columns of optional roles may be missing, since a later row may have them.
@@ -138,12 +138,12 @@ def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "inst
 
 
 def wanted_columns(mapping: Columns, task: Task, numbers: Sequence[str] = ()) -> Callable[[Collection[str]], set[str]]:
-    """Return what tells from the columns of a source those that are read; the others are never decoded.
+    """Return a function from the columns of a source to the columns to read; other columns are never decoded.
 
     Args:
         mapping: Roles that the user gave.
-        task: What rows are for.
-        numbers: Columns that are carried along.
+        task: Kind of rows.
+        numbers: Columns that serve as difficulty signals.
     """
 
     def wanted(found: Collection[str]) -> set[str]:
@@ -162,7 +162,7 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
 
     Args:
         values: Mapping of columns to values.
-            columns: Columns of the roles, as `resolve_columns` returns them.
+        columns: Columns of the roles, as `resolve_columns` returns them.
 
     Raises:
         UnusableRowError: A field is missing, empty, of the wrong type or not Unicode text, or the chat turns make no

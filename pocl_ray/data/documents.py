@@ -20,8 +20,8 @@ class DocumentFitter:
 
     Args:
         tokenizer: Hugging Face tokenizer that gives the position of each token in the text.
-            template: Template of the prompts.
-            max_prompt_tokens: Maximum tokens of a prompt, including the tokens that the tokenizer adds in front.
+        template: Template of the prompts.
+        max_prompt_tokens: Maximum tokens of a prompt, including the tokens that the tokenizer adds in front.
 
     Raises:
         ModelError: The tokenizer gives no positions.
@@ -83,8 +83,8 @@ class ConversationFitter:
 
     Args:
         tokenizer: Hugging Face tokenizer.
-            template: Template of chat prompts.
-            max_prompt_tokens: Maximum tokens of a prompt.
+        template: Template of chat prompts.
+        max_prompt_tokens: Maximum tokens of a prompt.
     """
 
     def __init__(self, tokenizer: Any, template: PromptTemplate, max_prompt_tokens: int) -> None:

@@ -41,11 +41,11 @@ class Rows:
 
     Attributes:
         train: Rows for scoring and training.
-            dev: Rows for the dev figures.
-            tests: Evaluation sets by name; the dev set if none is given.
-            leaks: Number of prompts of each other set that are also in train.
-            for_teacher: Mapping of each set to the same rows, by id, in the teacher's own tokens; empty if both models
-                share a tokenizer.
+        dev: Rows for the dev figures.
+        tests: Evaluation sets by name; the dev set if none is given.
+        leaks: Number of prompts of each other set that are also in train.
+        for_teacher: Mapping of each set to the same rows, by id, in the teacher's own tokens; empty if both models
+            share a tokenizer.
     """
 
     train: RowsSummary
@@ -101,12 +101,11 @@ def prepare_all(
 
     Args:
         config: Sources, template and lengths.
-            tokenizer: Tokenizer of the run.
-            seed: Seed of the draw of held-out rows.
-            run_dir: Run directory that receives the rows.
-            numbers: Numeric columns of the training rows that serve as difficulty signals.
-            teacher_tokenizer: Tokenizer of the teacher, if it has its own. All sets are then written in its tokens as
-                well.
+        tokenizer: Tokenizer of the run.
+        seed: Seed of the draw of held-out rows.
+        run_dir: Run directory that receives the rows.
+        numbers: Numeric columns of the training rows that serve as difficulty signals.
+        teacher_tokenizer: Tokenizer of the teacher, if it has its own. All sets are then written in its tokens as well.
 
     Raises:
         DataError: A source is missing or unusable, or too many of its rows are unusable.

@@ -60,10 +60,10 @@ class Example:
 
     Attributes:
         prompt: Text that the model continues, from the template; empty for plain text.
-            references: Accepted answers; training uses the first, evaluation uses all.
-            topic: Family of the task, if the source names it.
-            source_row: Number of the row in its source, from 1.
-            numbers: Values of the row's columns that are difficulty signals.
+        references: Accepted answers; training uses the first, evaluation uses all.
+        topic: Family of the task, if the source names it.
+        source_row: Number of the row in its source, from 1.
+        numbers: Values of the row's columns that are difficulty signals.
     """
 
     prompt: str
@@ -78,8 +78,8 @@ class PromptTemplate:
 
     Args:
         template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`; for summaries
-            `{document}` is another name of the input, and the instruction may be left out. tokenizer: Hugging Face
-            tokenizer, whose chat template `chat` uses.
+            `{document}` is another name of the input, and the instruction may be left out.
+        tokenizer: Hugging Face tokenizer, whose chat template `chat` uses.
 
     Raises:
         ConfigError: A placeholder or the name is unknown, or the tokenizer has no chat template.
@@ -140,10 +140,10 @@ def read_example(
 
     Args:
         row: Row of the source.
-            columns: Columns of the roles.
-            template: Template of the prompt.
-            numbers: Columns that serve as difficulty signals.
-            fit: Function that shortens requests that are too long.
+        columns: Columns of the roles.
+        template: Template of the prompt.
+        numbers: Columns that serve as difficulty signals.
+        fit: Function that shortens requests that are too long.
 
     Raises:
         UnusableRowError: The row cannot be used; the message says why.
@@ -188,9 +188,9 @@ def read_examples(
 
     Args:
         source: Place of the rows, and the meaning of their columns.
-            template: Template of the prompts.
-            default_split: Split of the shipped samples, if the source names none.
-            task: Kind of rows.
+        template: Template of the prompts.
+        default_split: Split of the shipped samples, if the source names none.
+        task: Kind of rows.
 
     Yields:
         An `Example` for each usable row and a `Reject` for each other row, in order.
@@ -209,10 +209,10 @@ class ExampleReader:
 
     Args:
         mapping: Mapping of roles to columns, as far as the user gave it.
-            template: Template of the prompts.
-            numbers: Numeric columns that serve as difficulty signals.
-            task: Kind of rows, which decides the columns to look for.
-            fit: Function that shortens a request whose prompt would be too long; None: no request is shortened.
+        template: Template of the prompts.
+        numbers: Numeric columns that serve as difficulty signals.
+        task: Kind of rows, which decides the columns to look for.
+        fit: Function that shortens a request whose prompt would be too long; None: no request is shortened.
     """
 
     def __init__(

@@ -56,9 +56,9 @@ class SourceFile:
 
     Attributes:
         uri: Local path or URL, for messages.
-            format: Format of the file.
-            filesystem: Filesystem of the file.
-            path: Path on that filesystem.
+        format: Format of the file.
+        filesystem: Filesystem of the file.
+        path: Path on that filesystem.
     """
 
     uri: str

@@ -200,7 +200,7 @@ class Pairs:
 
     Attributes:
         student_N: Mask of the student's tokens that have a counterpart.
-            teacher_M: Mask of the teacher's tokens that have a counterpart; equally many.
+        teacher_M: Mask of the teacher's tokens that have a counterpart; equally many.
     """
 
     student_N: BoolArray
@@ -218,9 +218,9 @@ def pairing_figures(student: RowStore, teacher: RowStore, max_prompt_tokens: int
 
     Args:
         student: Rows in the student's tokens.
-            teacher: Rows in the teacher's tokens.
-            max_prompt_tokens: Value of `data.max_prompt_tokens`.
-            max_tokens: Value of `data.max_tokens`.
+        teacher: Rows in the teacher's tokens.
+        max_prompt_tokens: Value of `data.max_prompt_tokens`.
+        max_tokens: Value of `data.max_tokens`.
 
     Returns:
         `num_unpaired_tokens`, the number of the student's `num_response_tokens` without a counterpart; and

@@ -41,7 +41,7 @@ def read_source(
 
     Args:
         source: Source of the rows.
-            default_split: Split of the shipped samples, if `source.split` is not given.
+        default_split: Split of the shipped samples, if `source.split` is not given.
         wanted: Which columns are read; the others are not decoded.
 
     Returns:

@@ -29,12 +29,13 @@ class RowTokenizer:
     """Tokenises prompts and responses, and cuts them to length.
 
     Args:
-        tokenizer: Hugging Face tokenizer. max_prompt_tokens: Maximum tokens of a prompt. A longer prompt loses its
-            beginning (the response marker is at the end), but keeps the tokens that the tokenizer adds in front.
-            max_tokens: Maximum tokens of prompt and response together. A longer response loses its end, including its
-            end-of-sequence token. adds_special_tokens: Whether the tokenizer adds tokens such as BOS in front of the
-            prompt. It is False for chat templates, which contain them. A BOS that the prompt already has is not added
-            again.
+        tokenizer: Hugging Face tokenizer.
+        max_prompt_tokens: Maximum tokens of a prompt. A longer prompt loses its beginning (the response marker is at
+            the end), but keeps the tokens that the tokenizer adds in front.
+        max_tokens: Maximum tokens of prompt and response together. A longer response loses its end, including its
+            end-of-sequence token.
+        adds_special_tokens: Whether the tokenizer adds tokens such as BOS in front of the prompt. It is False for chat
+            templates, which contain them. A BOS that the prompt already has is not added again.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token, so a response could not end.
@@ -62,7 +63,7 @@ class RowTokenizer:
 
         Args:
             prompts: Texts of the prompts.
-                responses: Texts of the responses, equally many.
+            responses: Texts of the responses, equally many.
 
         Returns:
             Ids of the prompts, and ids of the responses with the end-of-sequence token (unless it was cut off). A
@@ -140,7 +141,8 @@ class TextTokenizer:
 
     Args:
         tokenizer: Hugging Face tokenizer. A token that it adds in front of a text, such as BOS, is the first token of
-            the text. max_tokens: Maximum tokens of a row.
+            the text.
+        max_tokens: Maximum tokens of a row.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token.
@@ -210,8 +212,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
     Args:
         texts: Texts from which the merges are learnt, such as prompts and answers.
-            vocab_size: Maximum size of the vocabulary, including the 256 bytes and the special token.
-            path: Directory to write; it is created if it is missing.
+        vocab_size: Maximum size of the vocabulary, including the 256 bytes and the special token.
+        path: Directory to write; it is created if it is missing.
 
     Raises:
         ConfigError: `vocab_size` has no room for every byte and the special token.

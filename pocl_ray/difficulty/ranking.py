@@ -29,8 +29,8 @@ class Signal:
 
     Attributes:
         name: Column in scores.parquet.
-            easy: Whether a high or a low value means an easy row.
-            meaning: Short description of the measurement.
+        easy: Whether a high or a low value means an easy row.
+        meaning: Short description of the measurement.
     """
 
     name: str
@@ -80,11 +80,14 @@ def rank_rows(
 
     Args:
         signals: Mapping of signal names to values in row order, shape (num_rows,). The order of the mapping is the
-            order of fusion, which matters for ties alone. rrf_k: Constant k of `1 / (k + rank)`. tie_break: Order of
-            rows with equal values: their order in the file (the authors' code), or an order drawn by `seed`. seed: Seed
-            of that order. weights: Mapping of signal names to the weight w in `w / (k + rank)`; a signal left out has
-            weight 1. easy: Mapping of signal names to `high` or `low`, the values of an easy row, for signals that are
-            not in `SIGNALS`.
+            order of fusion, which matters for ties alone.
+        rrf_k: Constant k of `1 / (k + rank)`.
+        tie_break: Order of rows with equal values: their order in the file (the authors' code), or an order drawn by
+            `seed`.
+        seed: Seed of that order.
+        weights: Mapping of signal names to the weight w in `w / (k + rank)`; a signal left out has weight 1.
+        easy: Mapping of signal names to `high` or `low`, the values of an easy row, for signals that are not in
+            `SIGNALS`.
 
     Returns:
         `rrf_score` and `rank`, each of shape (num_rows,) in row order. Rank 1 is the easiest row.

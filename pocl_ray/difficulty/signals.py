@@ -42,7 +42,7 @@ def student_signals(
         hidden_NH: The student's final hidden states at the positions that predict `targets_N`.
         head: The student's LM head.
         targets_N: Token ids of the responses, row after row, with the end-of-sequence tokens.
-            lengths_R: Number of response tokens of each row, at least 1; the sum is N.
+        lengths_R: Number of response tokens of each row, at least 1; the sum is N.
 
     Returns:
         Mapping of signal names to means, each of shape (R,), in nats (`student_confidence`: a probability).
@@ -71,10 +71,10 @@ def teacher_signals(
         hidden_NH: The teacher's final hidden states at the positions that predict `targets_N`.
         head: The teacher's LM head.
         targets_N: Token ids, as in `student_signals`.
-            lengths_R: Number of response tokens, as in `student_signals`.
-            student: Student's hidden states at the same positions, in its own width, and its LM head.
-            extra: Signals of plug-ins, which need the student.
-            watch: Function that is called with the teacher's logits of each chunk, float32, in the order of the tokens.
+        lengths_R: Number of response tokens, as in `student_signals`.
+        student: Student's hidden states at the same positions, in its own width, and its LM head.
+        extra: Signals of plug-ins, which need the student.
+        watch: Function that is called with the teacher's logits of each chunk, float32, in the order of the tokens.
 
     Returns:
         Mapping of signal names to means, each of shape (R,), in nats.
@@ -111,9 +111,9 @@ def comparison_signals(
 
     Args:
         teacher: Teacher's hidden states at the positions that predict `targets_N`, and its LM head.
-            student: Student's hidden states at these positions, and its LM head.
-            targets_N: Token ids, as in `student_signals`.
-            lengths_R: Number of response tokens, as in `student_signals`.
+        student: Student's hidden states at these positions, and its LM head.
+        targets_N: Token ids, as in `student_signals`.
+        lengths_R: Number of response tokens, as in `student_signals`.
         extra: Signals of plug-ins.
     """
     compared: dict[str, list[torch.Tensor]] = defaultdict(list)

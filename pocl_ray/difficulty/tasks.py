@@ -29,9 +29,9 @@ def plan_tasks(
 
     Args:
         prompt_lengths: Number of tokens of each prompt, shape (num_rows,).
-            response_lengths: Number of tokens of each response, shape (num_rows,).
-            shard_rows: Maximum rows of a task; fewer if there would be only a few tasks.
-            batch_tokens: Maximum padded tokens of a micro-batch; a single row may be longer.
+        response_lengths: Number of tokens of each response, shape (num_rows,).
+        shard_rows: Maximum rows of a task; fewer if there would be only a few tasks.
+        batch_tokens: Maximum padded tokens of a micro-batch; a single row may be longer.
 
     Returns:
         Tasks with the longest rows first, so that the last tasks to finish are short.

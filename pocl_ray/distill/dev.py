@@ -34,15 +34,15 @@ class DevEvaluator:
         """Choose the dev rows that answers are generated for.
 
         Args:
-            engine: Holds the student.
-            feed: The dev rows, with the teacher's part where there is a teacher.
-            tokenizer: Decodes answers.
-            settings: Of the dev losses: one temperature for all stages, so that they can be compared.
-            generation: Of the answers.
-            max_rows: Rows that answers are generated for; None for all.
-            max_tokens: Prompt and answer together.
-            seed: Of sampled answers.
-            student: The student, to generate with.
+            engine: Engine with the student.
+            feed: Dev rows, with the teacher's outputs if there is a teacher.
+            tokenizer: Tokenizer that decodes answers.
+            settings: Settings of the dev losses, with one temperature for all stages, so that they can be compared.
+            generation: Settings of the answers.
+            max_rows: Number of rows that answers are generated for; None for all.
+            max_tokens: Maximum tokens of prompt and answer together.
+            seed: Seed of sampled answers.
+            student: Student that generates.
         """
         self.engine, self.feed, self.tokenizer = engine, feed, tokenizer
         self.settings, self.generation = settings, generation
@@ -51,7 +51,7 @@ class DevEvaluator:
         self.student = student
 
     def evaluate(self) -> dict[str, float]:
-        """Return dev figures: losses a token, and ROUGE-L and exact match from 0 to 100 where there are prompts."""
+        """Return dev figures: losses per token, and if there are prompts ROUGE-L and exact match from 0 to 100."""
         figures = self._losses()
         if self.feed.rows.has_prompts:
             figures.update(self._answers(self.feed.rows))

@@ -1,4 +1,4 @@
-"""Which code computes a divergence: ours in torch, or Liger's fused kernel on CUDA.
+"""The kernels of divergences: our code in torch, or Liger's fused kernel on CUDA.
 
 Liger's generalized JSD (the extra `liger`) makes value and gradient of a chunk's divergence in one pass over the
 log-probabilities; in torch each step of the formula is an array of its own. It covers the losses that are a generalized
@@ -31,12 +31,12 @@ _LOG_FLOOR = -80.0
 def resolve_divergence(
     distill: DistillConfig, device: torch.device | None = None, key: str = "distill.loss"
 ) -> ResolvedLoss | LigerLoss:
-    """Return the divergence of the config, on the kernel it asks for.
+    """Return the divergence of the config, with the kernel that it asks for.
 
     Args:
         distill: Loss, its parameters and the kernel.
-        device: Where it is computed; None where that is not known yet, which checks what can be checked.
-        key: Of the loss in the config, for messages.
+        device: Device of the computation; None if it is not known yet, with which fewer checks are possible.
+        key: Key of the loss in the config, for messages.
 
     Raises:
         ConfigError: The loss is unknown or its parameters are wrong, or `liger` cannot compute it here.
@@ -61,7 +61,7 @@ def _resolved(distill: DistillConfig, key: str) -> ResolvedLoss:
 def divergences(
     distill: DistillConfig, rollout: RolloutConfig, device: torch.device | None = None
 ) -> tuple[ResolvedLoss | LigerLoss, ResolvedLoss | LigerLoss]:
-    """Return the divergence on the rows' responses and that on rollouts; see `resolve_divergence`."""
+    """Return the divergence on the rows' responses, and the divergence on rollouts; see `resolve_divergence`."""
     on_data = resolve_divergence(distill, device)
     if rollout.loss is None:
         return on_data, on_data
@@ -70,7 +70,7 @@ def divergences(
 
 
 def jsd_beta(loss: ResolvedLoss) -> float | None:
-    """Return the beta for which a loss is a generalized JSD; None where it is none for any."""
+    """Return the beta for which a loss is a generalized JSD; None if there is no such beta."""
     if loss.name not in LOSSES:
         return None
     of_loss: Mapping[str, Any] = {

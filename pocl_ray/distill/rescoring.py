@@ -1,4 +1,4 @@
-"""Scoring again between stages: the ranks, which hold the student as it is now, share the rows and rank them anew.
+"""Scoring between stages: the training workers, which hold the current student, share the rows and rank them again.
 
 Each worker takes whole tasks of the plan that the first scoring used, reads them in eval mode and writes its figures
 into an array of zeros; one sum over the workers gives everybody all figures, exactly. The ranking is then computed by
@@ -54,16 +54,16 @@ class Rescorer:
         student: Callable[[], PreTrainedModel],
         teacher_head: HeadWeights | None,
     ) -> None:
-        """Look up what is to be measured.
+        """Find the signals that are measured again.
 
         Args:
-            task: The training run; its `scores` hold what is measured once.
-            rescoring: Signals, fusion, and how answers are generated.
-            engine: Says which worker this is.
-            feed: The training rows, and the teachers; the first is the one that signals compare the student with.
-            tokenizer: Decodes answers.
-            student: Gives the student as it is now, whole and in eval mode; collective.
-            teacher_head: The first teacher's LM head.
+            task: Task of the training run; its `scores` hold the signals that are measured once.
+            rescoring: Signals, fusion, and settings of generation.
+            engine: Engine, which knows the rank of this worker.
+            feed: Feed of the training rows and the teachers; signals compare the student with the first teacher.
+            tokenizer: Tokenizer that decodes answers.
+            student: Source of the current student, complete and in eval mode; collective.
+            teacher_head: LM head of the first teacher.
         """
         self.task, self.rescoring, self.engine, self.feed = task, rescoring, engine, feed
         self.tokenizer, self.student, self.teacher_head = tokenizer, student, teacher_head
@@ -82,17 +82,17 @@ class Rescorer:
         return plan_tasks(rows.prompt_lengths, rows.response_lengths, difficulty.shard_rows, difficulty.batch_tokens)
 
     def order(self, stage: Stage, previous: IntArray) -> IntArray:
-        """Rank all rows anew, and keep a table of it (rank 0); collective.
+        """Return a new ranking of all rows, and write a table of it (rank 0); collective.
 
         Args:
-            stage: The stage that is about to begin.
+            stage: Stage that is about to begin.
             previous: Row ids in the order of the ranking before.
 
         Returns:
             Row ids, the easiest first.
 
         Raises:
-            DataError: A signal is not a number for some row.
+            DataError: A signal is NaN for some row.
         """
         difficulty, seed = self.rescoring.difficulty, self.rescoring.seed
         figures = self._measure()
@@ -138,7 +138,7 @@ class Rescorer:
                         if name in found:
                             found[name][ids] = values_R
         stacked = torch.from_numpy(np.stack([found[name] for name in self.measured])).to(self.engine.device)
-        dist.all_reduce(stacked)  # zeros but for one worker: the sum is that worker's figure, to the bit
+        dist.all_reduce(stacked)  # all but one worker have 0, so the sum is exactly that worker's figure
         return dict(zip(self.measured, stacked.cpu().numpy(), strict=True))
 
     def _answers(self, model: PreTrainedModel, ids: IntArray) -> list[tuple[float, bool]]:
@@ -175,9 +175,9 @@ def shared_order(directory: Path | None, num_rows: int, device: torch.device) ->
     """Return on every worker the order in a checkpoint, which rank 0 reads; collective.
 
     Args:
-        directory: The checkpoint, on rank 0.
-        num_rows: Training rows.
-        device: Where collective operations work.
+        directory: Directory of the checkpoint, on rank 0.
+        num_rows: Number of training rows.
+        device: Device of collective operations.
     """
     order = torch.zeros(num_rows, dtype=torch.int64)
     if directory is not None:

@@ -1,4 +1,4 @@
-"""On which steps the student writes the responses, and the replay buffer. Pure: neither torch nor Ray.
+"""The steps in which the student writes the responses, and the replay buffer. Pure: neither torch nor Ray.
 
 The adaptive schedule is DistiLLM's (arXiv 2402.03898, section 3.2). A threshold phi starts at 0 and rises when the dev
 cross-entropy does, a sign that training on the rows alone no longer prepares the student for its own words. With u
@@ -30,10 +30,10 @@ class AdaptiveSchedule:
     """DistiLLM's rule, between two evaluations.
 
     Attributes:
-        phi: The threshold.
+        phi: Threshold.
         reference_ce: Dev cross-entropy at which phi last rose, or the first one; None before that.
-        threshold_rise: By which phi rises.
-        loss_rise: How far above the reference the dev cross-entropy must be.
+        threshold_rise: Amount by which phi rises.
+        loss_rise: Minimum of the dev cross-entropy above the reference.
     """
 
     phi: float = 0.0
@@ -54,10 +54,10 @@ class AdaptiveSchedule:
         """Return where the responses of a step come from.
 
         Args:
-            u: The step's draw, in [0, 1).
-            step: Optimizer steps done before it, over all stages: t.
-            num_steps: Optimizer steps of all stages: T.
-            buffer_is_full: Whether the buffer holds as many rollouts as it can.
+            u: Draw of the step, in [0, 1).
+            step: Number t of optimizer steps done before it, over all stages.
+            num_steps: Number T of optimizer steps of all stages.
+            buffer_is_full: Whether the buffer is full.
         """
         if u >= self.phi:
             return "data"
@@ -66,7 +66,7 @@ class AdaptiveSchedule:
 
 
 class ReplayBuffer:
-    """The newest rollouts, each a row id and the token ids of a response."""
+    """The newest rollouts; each is a row id and the token ids of a response."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -77,11 +77,11 @@ class ReplayBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether another rollout pushes the oldest one out."""
+        """Return whether another rollout would replace the oldest one."""
         return len(self._kept) == self.capacity
 
     def push(self, ids: Iterable[int], responses: Iterable[np.ndarray]) -> None:
-        """Keep rollouts; the oldest make room."""
+        """Add rollouts, in place of the oldest ones if the buffer is full."""
         self._kept.extend((int(row), response) for row, response in zip(ids, responses, strict=True))
 
     def sample(self, num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -99,29 +99,29 @@ class ReplayBuffer:
         }
 
     def fill(self, arrays: dict[str, np.ndarray]) -> None:
-        """Hold what `to_arrays` returned, and nothing else."""
+        """Replace the content by arrays of `to_arrays`."""
         ends = np.cumsum(arrays["lengths"])
         self._kept.clear()
         self.push(arrays["ids"].tolist(), np.split(arrays["tokens"], ends[:-1]) if len(ends) else [])
 
 
 def draw_of(seed: int, step: int) -> float:
-    """The draw u of a step: a function of (seed, step), so that all workers have the same without asking."""
+    """Return the draw u of a step: a function of (seed, step), so that all workers have the same one."""
     return float(_generator(_DRAW, seed, step).random())
 
 
 def replay_generator(seed: int, step: int) -> np.random.Generator:
-    """What the rows of a step are drawn from the buffer with."""
+    """Return the generator that draws the rows of a step from the buffer."""
     return _generator(_REPLAY, seed, step)
 
 
 def token_draws(seed: int, step: int, row: int, num_tokens: int) -> np.ndarray:
-    """The draws of a row's tokens at a step, in [0, 1), float32: the same on whatever worker the row falls."""
+    """Return the draws of a row's tokens at a step, in [0, 1), float32; they are the same on every worker."""
     return _generator(_TOKENS, seed, step, row).random(num_tokens, dtype=np.float32)
 
 
 def writing_seed(seed: int, step: int, row: int) -> int:
-    """A seed of a row's response at a step, for what draws its tokens by itself."""
+    """Return the seed of a row's response at a step, for a backend that draws tokens by itself."""
     return int(_generator(_TOKENS, seed, step, row).integers(2**31))
 
 
@@ -136,7 +136,7 @@ def source_of(
 
 
 def limits_of(prompt_lengths: Sequence[int], max_tokens: int, max_new_tokens: int | None) -> list[int]:
-    """Return how many tokens each response may have, the one that ends it included."""
+    """Return the maximum number of tokens of each response, including the token that ends it."""
     most = max_tokens if max_new_tokens is None else max_new_tokens
     return [max(1, min(most, max_tokens - length)) for length in prompt_lengths]
 

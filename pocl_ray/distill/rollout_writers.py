@@ -1,7 +1,7 @@
-"""What writes rollouts: transformers on any device, or vLLM on GPUs.
+"""The backends that write rollouts: transformers on any device, or vLLM on GPUs.
 
-vLLM is the extra `vllm`: of its releases, which pin torch to the patch, those that fit ours. It holds a second copy of
-the student, which gets the weights of now before each rollout, and gives its memory back in between.
+vLLM is the extra `vllm`, limited to releases whose pinned torch is ours. It holds a second copy of the student. The
+copy gets the current weights before each rollout, and its memory is released in between.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pocl_ray.errors import ConfigError
 
 
 class RolloutWriter(Protocol):
-    """Writes responses with the student as it stands.
+    """A backend that writes responses with the current student.
 
     Attributes:
         stop_ids: Tokens that end a response.
@@ -33,13 +33,13 @@ class RolloutWriter(Protocol):
     def write(
         self, ids: Sequence[int], prompts: Sequence[Tokens], limits: Sequence[int], step: int
     ) -> list[np.ndarray]:
-        """Return the response to each prompt, the token that ended it included; collective under ZeRO-3.
+        """Return the response to each prompt, including the token that ends it; collective under ZeRO-3.
 
         Args:
-            ids: Row ids, which with seed and step decide what is sampled.
+            ids: Row ids, which decide the sampling together with seed and step.
             prompts: Token ids of each row's prompt.
-            limits: The most tokens of each response.
-            step: Optimizer steps done so far.
+            limits: Maximum tokens of each response.
+            step: Number of optimizer steps done so far.
         """
 
 
@@ -75,12 +75,12 @@ class VllmWriter:
         """Start the engine.
 
         Args:
-            config: How responses are sampled.
-            student: Gives the weights.
+            config: Settings of the sampling.
+            student: Source of the weights.
             stop_ids: Tokens that end a response.
-            seed: Of all draws.
-            directory: A local directory with the student's config; its weights are replaced before each rollout.
-            max_tokens: Prompt and response together.
+            seed: Seed of all random draws.
+            directory: Local directory with the student's config; its weights are replaced before each rollout.
+            max_tokens: Maximum tokens of prompt and response together.
 
         Raises:
             ConfigError: vLLM is not installed, or the worker has no GPU.
@@ -100,7 +100,7 @@ class VllmWriter:
             max_model_len=max_tokens,
             gpu_memory_utilization=config.vllm_gpu_share,
             enable_sleep_mode=True,
-            # The process group of the training workers stands already; each worker is an engine of its own in it.
+            # The process group of the training workers exists already; each worker is a separate engine in it.
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=1,
         )
@@ -115,7 +115,7 @@ class VllmWriter:
         inner = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
         with torch.no_grad():
             inner.load_weights([(name, parameter.detach()) for name, parameter in model.named_parameters()])
-        self.engine.reset_prefix_cache()  # it holds keys and values of the weights before
+        self.engine.reset_prefix_cache()  # it holds keys and values of the old weights
         settings = [
             self.params(
                 temperature=self.config.sampling_temperature,
@@ -137,7 +137,7 @@ def check_backend(config: RolloutConfig) -> None:
     """Refuse a backend that is not installed.
 
     Raises:
-        ConfigError: It is vLLM, and vLLM is missing.
+        ConfigError: The backend is vLLM, and vLLM is missing.
     """
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Rollouts: responses of the student to the prompts of a global batch, in place of the rows' own or beside them.
+"""Rollouts: responses of the student to the prompts of a global batch, in place of the rows' own or next to them.
 
 Each worker writes for its share of the rows, and all get all responses, since which worker trains on a row depends on
 the lengths. What is written depends on seed, step and row, not on the worker or on what was drawn before. So nothing
@@ -53,14 +53,14 @@ class Rollouts:
         """Set them up.
 
         Args:
-            config: On which steps, and how responses are sampled.
-            engine: Holds the student.
-            writer: Writes with that student.
-            rows: The training rows.
-            pad_id: Fills up short rows.
-            max_tokens: Prompt and response together.
-            seed: Of all draws.
-            num_steps: Optimizer steps of the whole run.
+            config: Steps with rollouts, and settings of the sampling.
+            engine: Engine with the student.
+            writer: Backend that writes with that student.
+            rows: Training rows.
+            pad_id: Token id of the padding.
+            max_tokens: Maximum tokens of prompt and response together.
+            seed: Seed of all random draws.
+            num_steps: Number of optimizer steps of the whole run.
         """
         self.config, self.engine, self.writer, self.rows = config, engine, writer, rows
         self.max_tokens, self.seed, self.num_steps = max_tokens, seed, num_steps
@@ -70,7 +70,7 @@ class Rollouts:
         self.buffer = ReplayBuffer(config.buffer_rows)
 
     def respond(self, batch: GlobalBatch, step: int) -> GlobalBatch:
-        """Return what the optimizer step `step` is trained on, counted over all stages; collective."""
+        """Return the batch of the optimizer step `step`, counted over all stages; collective."""
         if not self.config.is_on:
             return batch
         u = draw_of(self.seed, step)
@@ -92,12 +92,12 @@ class Rollouts:
         return _together(batch, written) if self.config.beside_data else written
 
     def observe(self, figures: dict[str, float]) -> None:
-        """Tell of an evaluation, which may raise the threshold; equal on all workers, as dev figures are."""
+        """Take the figures of an evaluation, which may raise the threshold; they are equal on all workers."""
         if self.config.mode == "adaptive":
             self.schedule = self.schedule.observed(figures["eval/dev/ce_loss"])
 
     def figures(self, batch: GlobalBatch) -> dict[str, Any]:
-        """Return what a metric record says of a batch's source; nothing where there are no rollouts."""
+        """Return the entries of a metric record about a batch's source; empty without rollouts."""
         if not self.config.is_on:
             return {}
         known: dict[str, Any] = {"rollout/source": batch.source}
@@ -119,7 +119,7 @@ class Rollouts:
             save_file(self.buffer.to_arrays(), directory / BUFFER)
 
     def restore(self, state: dict[str, Any], directory: Path | None) -> None:
-        """Go on from a checkpoint; collective, rank 0 reads `directory` and the others have its word for it."""
+        """Restore the state of a checkpoint; collective, rank 0 reads `directory` and sends its content."""
         if self.config.mode != "adaptive":
             return
         self.schedule = replace(self.schedule, phi=state["phi"], reference_ce=state["reference_ce"])

@@ -58,11 +58,11 @@ class TrainingState:
 
     @property
     def num_adam_steps(self) -> int:
-        """Optimizer steps since the moments were last fresh."""
+        """The number of optimizer steps since the moments were reset."""
         return int(self.adam.state[self._partitions()[0]]["step"].item())
 
     def reset_moments(self) -> None:
-        """Make the moments fresh, in place: DeepSpeed's fragments are views of them."""
+        """Reset the moments in place, since DeepSpeed's fragments are views of them."""
         self._fill_steps(0)
         for partition in self._partitions():
             self.adam.state[partition][EXP_AVG].zero_()
@@ -78,12 +78,12 @@ class TrainingState:
     def load(
         self, read: Callable[[str, str], torch.Tensor], kinds: tuple[str, ...], num_adam_steps: int | None
     ) -> None:
-        """Set the state from what rank 0 reads.
+        """Set the state from the tensors that rank 0 reads.
 
         Args:
-            read: Returns the fp32 tensor of (kind, parameter name); called on rank 0 alone.
-            kinds: What to set.
-            num_adam_steps: Steps that the moments have seen; None leaves the count as it is.
+            read: Function that returns the fp32 tensor of (kind, parameter name); it is called on rank 0 alone.
+            kinds: Kinds of tensors to set.
+            num_adam_steps: Number of steps that the moments have seen; None does not change the count.
         """
         if self.stage == 3:
             self.wrapper.checkpoint_event_prologue()
@@ -104,14 +104,14 @@ class TrainingState:
             self.wrapper.checkpoint_event_epilogue()
 
     def loss_scaler(self) -> dict[str, Any]:
-        """Return the numbers of the fp16 loss scaler; empty where there is none."""
+        """Return the numbers of the fp16 loss scaler; empty if there is none."""
         scaler = getattr(self.wrapper, "loss_scaler", None)
         if self.engine.train.precision != "fp16" or scaler is None:
             return {}
         return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
 
     def set_loss_scaler(self, numbers: dict[str, Any]) -> None:
-        """Put back what `loss_scaler` returned."""
+        """Restore the numbers that `loss_scaler` returned."""
         for key, value in numbers.items():
             setattr(self.wrapper.loss_scaler, key, value)
 

@@ -1,4 +1,4 @@
-"""What teachers say of a chunk of tokens, in the form in which the loss takes it.
+"""The teachers' targets for a chunk of tokens, in the form that the loss takes.
 
 One teacher's hidden states become logits through its LM head, and nothing else happens. Three cases differ:
 
@@ -54,7 +54,7 @@ class TopKTargets:
 
 @dataclass(frozen=True)
 class PairedTargets:
-    """A teacher with another tokenizer: its logits at the counterparts of some of a chunk's C tokens, and of which."""
+    """The targets of a teacher with another tokenizer: logits at the counterparts of some of a chunk's C tokens."""
 
     logits_PW: Tensor
     index_P: Tensor
@@ -75,7 +75,7 @@ class PairedTargets:
 
 @dataclass(frozen=True)
 class WeightedTargets:
-    """Several teachers: what each says, and the weight of its divergence."""
+    """The targets of several teachers, each with the weight of its divergence."""
 
     parts: Sequence[tuple[float, Tensor | TeacherTargets]]
 
@@ -105,11 +105,11 @@ def entropy_of(teacher: Tensor | TeacherTargets) -> Tensor:
 
 
 def teacher_logits(teacher_outputs: Sequence[TeacherOutput], heads: Sequence[HeadWeights | None]) -> TeacherLogits:
-    """Return the function from a slice of the tokens to what the teachers say there.
+    """Return the function from a slice of the tokens to the teachers' targets.
 
     Args:
-        taught: What a batch holds of each teacher.
-        heads: Their LM heads, in the order of the run's teachers; None where the top k are cached.
+        teacher_outputs: Outputs of each teacher in a batch.
+        heads: LM heads in the order of the run's teachers; None if the top k are cached.
     """
 
     def part(one: TeacherOutput, rows: slice) -> Tensor | TeacherTargets:
@@ -134,9 +134,9 @@ def student_events(logits_CV: Tensor, top_k: TopK, temperature: float) -> Tensor
     """Return the student's log-probabilities of the teacher's events, shape (C, E), float32 at least.
 
     Args:
-        logits_CV: The student's logits; V is at least that of the teacher's distribution, what is beyond is padding.
-        top_k: The events of each token.
-        temperature: Softens the student's distribution before its tail is merged.
+        logits_CV: Student's logits; V is at least the teacher's, and the rest is padding.
+        top_k: Events of each token.
+        temperature: Temperature that softens the student's distribution before its tail is merged.
     """
     if logits_CV.shape[-1] < top_k.vocab_size:
         raise ValueError(f"the student has {logits_CV.shape[-1]} logits, the cached teacher {top_k.vocab_size}")
@@ -169,13 +169,13 @@ def student_events(logits_CV: Tensor, top_k: TopK, temperature: float) -> Tensor
 
 @dataclass(frozen=True)
 class TokenWeight:
-    """How tokens are weighted; picklable.
+    """The weighting of tokens; picklable.
 
     Attributes:
         score: `teacher_entropy`, H(p), favours tokens that the teacher leaves open (arXiv 2605.01732 turns to these as
             training goes on); `teacher_certainty`, exp(-H(p)), one over its perplexity, those that it is sure of.
         strength: Share of the weight that follows the score; the rest is the same for all tokens.
-        mean_score: Over the optimizer step; None until it is known.
+        mean_score: Mean score over the optimizer step; None until it is known.
     """
 
     score: TokenScore
@@ -184,7 +184,7 @@ class TokenWeight:
 
     @staticmethod
     def of(distill: DistillConfig) -> TokenWeight | None:
-        """Return what the config asks for; None where all tokens count alike."""
+        """Return the weighting of a config; None if all tokens have the same weight."""
         if distill.token_weight == "none":
             return None
         return TokenWeight(distill.token_weight, distill.token_weight_strength)
@@ -198,7 +198,7 @@ class TokenWeight:
         """Return the score of each token, shape (N,), float32, without gradient.
 
         Args:
-            teacher: Its logits (N, V), or what takes their place: its top k, or several teachers.
+            teacher: Logits (N, V) of the teacher, or the targets in their place: top k, or several teachers.
         """
         entropy_N = entropy_of(teacher)
         return entropy_N if self.score == "teacher_entropy" else (-entropy_N).exp()

@@ -39,9 +39,9 @@ class Point:
 
     Attributes:
         stage: Index of the stage.
-            stage_step: Step within the stage, from 0.
-            kd_temperature: Temperature that softens both distributions of the distillation loss.
-            kd_ratio: Weight of the distillation loss; the rest is cross-entropy.
+        stage_step: Step within the stage, from 0.
+        kd_temperature: Temperature that softens both distributions of the distillation loss.
+        kd_ratio: Weight of the distillation loss; the rest is cross-entropy.
     """
 
     stage: int
@@ -61,7 +61,7 @@ class Curriculum:
     Attributes:
         stages: Stages of the plan.
         ranked: Row ids, the easiest first, shape (rows,).
-            dataset_rows: Place of each row id in the training data set, shape (rows,).
+        dataset_rows: Place of each row id in the training data set, shape (rows,).
         global_batch_rows: Rows of an optimizer step, over all processes and accumulated batches.
         seed: Seed of the order of rows within each epoch.
     """

@@ -168,8 +168,8 @@ class DistillationMixin(CurriculumMixin):
 
     Args:
         loss: Divergence of `pocl_ray.distill.losses`, or of a plug-in.
-            loss_args: Parameters of the loss.
-            scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do.
+        loss_args: Parameters of the loss.
+        scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do.
 
     Raises:
         UserError: The loss is unknown; or as in `CurriculumMixin`.

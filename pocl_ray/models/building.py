@@ -33,10 +33,10 @@ def build_model(
 
     Args:
         architecture: `model_type` and any keys of that type's config, such as `hidden_size`.
-            vocab_size: Number of rows of the embedding; the tokenizer's size or more.
-            eos_id: Token id that ends a response.
-            bos_id: Token id that begins a text, if the tokenizer has one.
-            seed: Seed of the initial weights; the global random state does not change.
+        vocab_size: Number of rows of the embedding; the tokenizer's size or more.
+        eos_id: Token id that ends a response.
+        bos_id: Token id that begins a text, if the tokenizer has one.
+        seed: Seed of the initial weights; the global random state does not change.
 
     Returns:
         The model, in training mode on the CPU.
@@ -69,8 +69,8 @@ def model_from_config(config: PreTrainedConfig, seed: int, **options: Any) -> Pr
 
     Args:
         config: Config of the model.
-            seed: Seed of the weights.
-            options: Further arguments, such as `dtype` (float32 by default) and `attn_implementation`.
+        seed: Seed of the weights.
+        options: Further arguments, such as `dtype` (float32 by default) and `attn_implementation`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

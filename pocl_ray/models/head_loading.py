@@ -30,8 +30,8 @@ def load_head(ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dt
 
     Args:
         ref: Model.
-            device: Device of the head.
-            dtype: Dtype that overrides `ref.dtype`; without either, the dtype that the model would be loaded in.
+        device: Device of the head.
+        dtype: Dtype that overrides `ref.dtype`; without either, the dtype that the model would be loaded in.
 
     Raises:
         ModelError: As in `load_model`.

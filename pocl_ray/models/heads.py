@@ -37,8 +37,8 @@ class LogitTransform:
 
     Attributes:
         multiplier: Multiplier of the logits, Cohere's `logit_scale`.
-            divisor: Divisor of the logits, Granite's `logits_scaling`.
-            softcap: Limit of the logits, Gemma's `final_logit_softcapping`.
+        divisor: Divisor of the logits, Granite's `logits_scaling`.
+        softcap: Limit of the logits, Gemma's `final_logit_softcapping`.
     """
 
     multiplier: float | None = None
@@ -72,8 +72,8 @@ class ModelParts:
 
     Attributes:
         body: Module that computes the final hidden states.
-            head: Linear layer of the vocabulary.
-            transform: Transform after the linear layer.
+        head: Linear layer of the vocabulary.
+        transform: Transform after the linear layer.
     """
 
     body: nn.Module
@@ -96,8 +96,8 @@ class HeadWeights:
 
     Attributes:
         weight_VH: Weight with one row for each token id, possibly padded.
-            bias_V: Bias; None in nearly all families.
-            transform: Transform after the linear layer.
+        bias_V: Bias; None in nearly all families.
+        transform: Transform after the linear layer.
     """
 
     weight_VH: Tensor
@@ -183,9 +183,9 @@ def response_hidden(model: PreTrainedModel, input_ids_BT: Tensor, attention_mask
 
     Args:
         model: Causal language model.
-            input_ids_BT: Token ids, padded on the right.
-            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
-            index_N: Flat positions `b * T + t`.
+        input_ids_BT: Token ids, padded on the right.
+        attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+        index_N: Flat positions `b * T + t`.
 
     Returns:
         Hidden states (N, H). `head_of(model).logits` turns them into the model's logits at these positions.
@@ -214,7 +214,7 @@ def check_split(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     try:
-        embedding: Any = model.get_input_embeddings()  # and not the config, in which it may be nested
+        embedding: Any = model.get_input_embeddings()  # not the config, in which the size may be nested
         ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % embedding.weight.shape[0]
         mask_BT = torch.ones_like(ids_BT)
         expected_NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0].float()
@@ -239,11 +239,11 @@ def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
 
 @dataclass(frozen=True)
 class HeadSample:
-    """A few tokens of a model: final hidden states and the logits that the whole model gave, of one forward pass.
+    """A few tokens of one forward pass: final hidden states, and the logits of the whole model.
 
     Attributes:
-        hidden_NH: the final hidden states.
-        logits_NV: the model's own logits there.
+        hidden_NH: Final hidden states.
+        logits_NV: Logits of the model at these tokens.
     """
 
     hidden_NH: Tensor
@@ -276,14 +276,14 @@ class HeadSample:
         return HeadSample(tensors["hidden"], tensors["logits"])
 
     def check(self, head: HeadWeights, place: str) -> None:
-        """Check that a head makes the same logits of the hidden states.
+        """Check that a head turns the hidden states into the same logits.
 
         Args:
-            head: the head, such as one that was read from a model's files.
-            place: names it in the message.
+            head: Head, such as one that was read from a model's files.
+            place: Name of the head in the message.
 
         Raises:
-            ModelError: it gives other logits.
+            ModelError: The head gives other logits.
         """
         remedy = "set distill.teacher_cache to none, so that the teacher itself is asked"
         found_NV = head.logits(self.hidden_NH.to(head.weight_VH.device)).float().cpu()

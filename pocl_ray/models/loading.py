@@ -84,9 +84,9 @@ def load_model(
 
     Args:
         ref: Model to load.
-            device: Device of the model.
-            dtype: Dtype that overrides `ref.dtype`.
-            eval_mode: Whether dropout is off (teachers, scoring, generation); False for a model that will be trained.
+        device: Device of the model.
+        dtype: Dtype that overrides `ref.dtype`.
+        eval_mode: Whether dropout is off (teachers, scoring, generation); False for a model that will be trained.
 
     Returns:
         The model. Its embedding has a gradient for the eos token, even if that is also the pad token.
@@ -94,7 +94,8 @@ def load_model(
     Raises:
         ModelError: The model is missing; its weights are unsafe, missing, damaged or of another shape than in
             config.json; its architecture is unknown; its attention implementation is not available; or its adapter does
-            not fit. ResourceError: The machine has no GPU but one is requested, or 8 bit is not possible.
+            not fit.
+        ResourceError: The machine has no GPU but one is requested, or 8 bit is not possible.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -132,8 +133,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
     Args:
         path: Local directory or Hub id.
-            revision: Branch, tag or commit of a Hub id.
-            trust_remote_code: Whether Python code that comes with the tokenizer may run.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Whether Python code that comes with the tokenizer may run.
 
     Raises:
         ModelError: There is no tokenizer, or it has no eos token.

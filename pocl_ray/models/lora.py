@@ -84,8 +84,8 @@ def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
 
     Args:
         student: Complete student (not partitioned by ZeRO-3).
-            lora: Rank, scale, dropout and targets.
-            seed: Seed of the adapters' weights; the global random state does not change.
+        lora: Rank, scale, dropout and targets.
+        seed: Seed of the adapters' weights; the global random state does not change.
 
     Raises:
         ConfigError: peft is missing, or a target matches nothing.
@@ -123,11 +123,11 @@ def save_student(
 
     Args:
         student: Student in float32, with adapters if `lora` is given; it is changed.
-            tokenizer: Tokenizer of the student.
-            dtype: Dtype of the written model. Adapters are merged in float32 and written in float32.
-            directory: Target directory; it is replaced if it exists.
-            lora: Config of the adapters; without `merge` no plain model is written.
-            base: Place of the model that the adapters belong to.
+        tokenizer: Tokenizer of the student.
+        dtype: Dtype of the written model. Adapters are merged in float32 and written in float32.
+        directory: Target directory; it is replaced if it exists.
+        lora: Config of the adapters; without `merge` no plain model is written.
+        base: Place of the model that the adapters belong to.
         loaded_as: Dtype that the model is evaluated in, which transformers alone then loads it in as well.
 
     Raises:
@@ -149,8 +149,8 @@ def save_adapters(student: PreTrainedModel, base: str, directory: Path) -> None:
 
     Args:
         student: Student with adapters.
-            base: Place of the model that the adapters belong to.
-            directory: Target directory; it is created if it is missing.
+        base: Place of the model that the adapters belong to.
+        directory: Target directory; it is created if it is missing.
     """
     peft = import_peft("student.lora")
     directory.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def merged_with_adapter(model: PreTrainedModel, ref: ModelRef) -> PreTrainedMode
 
     Args:
         model: Model that the adapter belongs to; it is changed.
-            ref: Reference with the adapter's directory or Hub id.
+        ref: Reference with the adapter's directory or Hub id.
 
     Returns:
         The plain model in its former dtype, with no frozen weights.

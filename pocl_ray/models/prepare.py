@@ -60,7 +60,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
     Args:
         model: Teacher with complete weights (not partitioned by ZeRO-3).
-            num_layers: Number of layers to keep, from 1 to all.
+        num_layers: Number of layers to keep, from 1 to all.
 
     Returns:
         The student in training mode, in the teacher's dtype and on the teacher's device.
@@ -212,8 +212,8 @@ def check_student_tokenizer(
 
     Args:
         config: Config of the student.
-            tokenizer: Tokenizer of the run.
-            is_bridged: Whether the teacher has another tokenizer.
+        tokenizer: Tokenizer of the run.
+        is_bridged: Whether the teacher has another tokenizer.
 
     Raises:
         ModelError: The vocabularies differ.

@@ -39,10 +39,9 @@ class ActorPool:
 
     Attributes:
         size: Maximum number of actors.
-            num_cpus: Logical CPUs of each actor.
-            num_gpus: GPUs of each actor; 0 runs on the CPU.
-            scaling: Config with the requested GPU type, custom resources and labels, and the number of allowed
-                failures.
+        num_cpus: Logical CPUs of each actor.
+        num_gpus: GPUs of each actor; 0 runs on the CPU.
+        scaling: Config with the requested GPU type, custom resources and labels, and the number of allowed failures.
     """
 
     size: int
@@ -82,8 +81,8 @@ def plan_pools(scaling: ScalingConfig, wanted: Sequence[int], num_tasks: int) ->
 
     Args:
         scaling: Number of actors and their resources.
-            wanted: Maximum number of actors of each pool.
-            num_tasks: Number of tasks of the job; more actors than tasks would be idle.
+        wanted: Maximum number of actors of each pool.
+        num_tasks: Number of tasks of the job; more actors than tasks would be idle.
 
     Returns:
         One pool for each entry of `wanted`, with at least one actor.
@@ -127,16 +126,16 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
 
     Args:
         dataset: Lazy data set of the job.
-            name: Name of the job.
-            num_rows: Number of rows that the job returns.
-            unit: Name of a row.
+        name: Name of the job.
+        num_rows: Number of rows that the job returns.
+        unit: Name of a row.
 
     Yields:
         Tables in the order of their arrival.
 
     Raises:
         UserError: An actor raised a UserError.
-            GaveUpError: A task lost its actor more often than is allowed.
+        GaveUpError: A task lost its actor more often than is allowed.
     """
     done = 0
     with progress_bar(name, num_rows, unit) as bar:

@@ -48,8 +48,8 @@ class Process:
 
     Attributes:
         node: Ray's id of its node.
-            pid: Id of the process on the node.
-            started_s: Start of the process in seconds since the boot, because a pid may be used again.
+        pid: Id of the process on the node.
+        started_s: Start of the process in seconds since the boot, because a pid may be used again.
     """
 
     node: str
@@ -74,7 +74,7 @@ class StallFinder:
 
     Attributes:
         actor_timeout_s: Maximum time without progress.
-            clock: Function that returns the time in seconds.
+        clock: Function that returns the time in seconds.
     """
 
     actor_timeout_s: float
@@ -124,7 +124,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
 
     Args:
         scaling: Config with the maximum time without progress, and the number of kills before the job is given up.
-            what: Description of the job, for the user.
+        what: Description of the job, for the user.
 
     Yields:
         A function from an actor's class to a watched class.
@@ -150,9 +150,9 @@ def watched(actor: type, prefix: str, period_s: float, begin: Callable[[str], No
 
     Args:
         actor: Class for `map_batches` whose `__call__` yields.
-            prefix: Prefix of the keys that are written.
-            period_s: Seconds between two heartbeats.
-            begin: Function that is called with the id of each task.
+        prefix: Prefix of the keys that are written.
+        period_s: Seconds between two heartbeats.
+        begin: Function that is called with the id of each task.
     """
 
     class WatchedActor(actor):  # type: ignore[misc, valid-type]

@@ -90,8 +90,8 @@ def room_for(needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]], 
 
     Args:
         needed: Resources of one worker or actor.
-            nodes: Resources of each node.
-            placement: Ray's placement strategy.
+        nodes: Resources of each node.
+        placement: Ray's placement strategy.
     """
     fits = [int(min(node.get(k, 0) / v + 1e-6 for k, v in needed.items() if v > 0)) for node in nodes]
     if placement == "STRICT_PACK":
@@ -111,9 +111,9 @@ def wait_for_room(
 
     Args:
         room: Function that returns the number that fits now.
-            least: Minimum number to go on.
-            wanted: Resources of each worker or actor that is wanted.
-            scaling: Config with the labels of the nodes and the time to wait.
+        least: Minimum number to go on.
+        wanted: Resources of each worker or actor that is wanted.
+        scaling: Config with the labels of the nodes and the time to wait.
     """
     now = room()
     if now >= least or is_one_machine():
@@ -192,10 +192,10 @@ def trials_at_once(
 
     Args:
         nodes: Resources of each node.
-            per_worker: Resources of a worker.
-            num_workers: Number of workers of a trial.
-            placement: Placement strategy. STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of
-                them do.
+        per_worker: Resources of a worker.
+        num_workers: Number of workers of a trial.
+        placement: Placement strategy. STRICT_PACK: the workers of a trial share a node; STRICT_SPREAD: no two of them
+            do.
     """
     needed = {name: amount for name, amount in per_worker.items() if amount > 0}
     slots = [min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items()) for node in nodes]
@@ -214,7 +214,7 @@ def wait_for_trials(scaling: ScalingConfig, most: int | None) -> int:
 
     Args:
         scaling: Resources of a trial.
-            most: Maximum that the user allows; None for all that fit.
+        most: Maximum that the user allows; None for all that fit.
 
     Raises:
         ResourceError: No trial fits after `scaling.start_timeout_s`, or at once if the cluster cannot grow.

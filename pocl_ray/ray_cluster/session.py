@@ -120,7 +120,7 @@ def connect(address: str | None, **options: Any) -> None:
 
     Args:
         address: Address of the cluster; None starts one.
-            options: Further arguments of `ray.init`, such as `num_cpus`.
+        options: Further arguments of `ray.init`, such as `num_cpus`.
     """
     for key, value in ({} if address else HERE).items():
         os.environ.setdefault(key, value)

@@ -54,11 +54,11 @@ class Submission:
 
     Attributes:
         config: YAML file in the working directory.
-            overrides: Overrides `key=value`, or YAML files of keys.
-            address: Address of the cluster's dashboard, such as `http://head:8265`.
-            working_dir: Directory that is sent with the job.
-            env: Environment variables of the job and of all its workers.
-            runtime_env: YAML file of Ray's runtime environment; the other attributes override it.
+        overrides: Overrides `key=value`, or YAML files of keys.
+        address: Address of the cluster's dashboard, such as `http://head:8265`.
+        working_dir: Directory that is sent with the job.
+        env: Environment variables of the job and of all its workers.
+        runtime_env: YAML file of Ray's runtime environment; the other attributes override it.
     """
 
     config: Path
@@ -74,7 +74,7 @@ def submit(submission: Submission, wait: bool = True) -> int:
 
     Args:
         submission: Run to submit.
-            wait: Whether to wait until the job ends.
+        wait: Whether to wait until the job ends.
 
     Returns:
         The exit code of the job; 0 without waiting.

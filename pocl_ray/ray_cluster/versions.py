@@ -59,8 +59,8 @@ def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) 
 
     Args:
         driver: Versions of the process that runs the command.
-            other: Versions at the other place.
-            place: Name of the other place, such as `node 10.0.0.4`.
+        other: Versions at the other place.
+        place: Name of the other place, such as `node 10.0.0.4`.
 
     Raises:
         ResourceError: The versions differ; the message names each such package with both versions.
@@ -89,8 +89,8 @@ def skew_s(asked_at: float, theirs: float, answered_at: float) -> float:
 
     Args:
         asked_at: Local time before the request.
-            theirs: Time of the other clock.
-            answered_at: Local time after the answer.
+        theirs: Time of the other clock.
+        answered_at: Local time after the answer.
     """
     return max(0.0, theirs - answered_at) + min(0.0, theirs - asked_at)
 
@@ -100,7 +100,7 @@ def skew_warning(place: str, ahead_s: float) -> str | None:
 
     Args:
         place: Name of the place, such as `node 10.0.0.4`.
-            ahead_s: Seconds by which the clock is ahead of the driver's.
+        ahead_s: Seconds by which the clock is ahead of the driver's.
     """
     if abs(ahead_s) <= MAX_SKEW_S:
         return None

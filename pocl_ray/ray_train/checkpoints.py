@@ -1,7 +1,7 @@
-"""Checkpoints in storage: the way there, and what an interrupted way has left behind. No Ray.
+"""Checkpoints in storage: the copy there, and clean-up after an interrupted copy. No Ray.
 
-`progress.json` goes last, so a checkpoint that was not copied to its end is seen to be none. Ray Train's snapshot
-names those that it has taken over.
+`progress.json` is copied last, so an incomplete copy is recognised. Ray Train's snapshot names the checkpoints that it
+has registered.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.storage import RunDirectory, reason
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's, in the folder of the checkpoints."""
+"""The name of Ray Train's snapshot in the folder of the checkpoints."""
 KEPT = "checkpoint_manager_snapshot.kept.json"
-"""Our copy of it: Ray Train writes over its own in place, and a kill in that moment would leave half of it."""
+"""The name of our copy of it: Ray Train overwrites its own in place, and a kill could leave half of it."""
 PREFIX = "checkpoint_"
 CHUNK_BYTES = 64 << 20
 
@@ -28,9 +28,9 @@ def copy_checkpoint(directory: Path, filesystem: pafs.FileSystem, target: str) -
     """Copy a local checkpoint to storage, file by file.
 
     Args:
-        directory: The checkpoint.
-        filesystem: Of the storage.
-        target: Path on it.
+        directory: Directory of the checkpoint.
+        filesystem: Filesystem of the storage.
+        target: Path on that filesystem.
 
     Raises:
         OSError: It cannot be written.
@@ -63,7 +63,7 @@ def keep_snapshot(run_dir: RunDirectory, folder: str) -> None:
 
 
 def mend_snapshot(run_dir: RunDirectory, folder: str) -> bool:
-    """Put our copy in the place of a snapshot that a kill left half written; whether that was needed.
+    """Replace a snapshot that a kill left half written by our copy, and return whether that was needed.
 
     Raises:
         StorageError: The storage does not answer.
@@ -79,13 +79,13 @@ def mend_snapshot(run_dir: RunDirectory, folder: str) -> bool:
 
 
 def prune_orphans(run_dir: RunDirectory, folder: str) -> list[str]:
-    """Delete checkpoints that were on their way when a worker died, so that Ray Train never took them over.
+    """Delete checkpoints whose worker died during the copy, so that Ray Train never registered them.
 
     Only while no training runs there. What is newer than the newest checkpoint that was taken over stays.
 
     Args:
-        run_dir: The run directory.
-        folder: Of a task's checkpoints, relative to it.
+        run_dir: Run directory.
+        folder: Folder of a task's checkpoints, relative to the run directory.
 
     Returns:
         The names of the directories that were deleted.

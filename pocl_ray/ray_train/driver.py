@@ -68,14 +68,14 @@ Watch = Callable[[TrainingStatus], None]
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
-    """Train on the Ray cluster that is connected, going on from the last checkpoint of the same task.
+    """Train on the connected Ray cluster, from the last checkpoint of the same task if there is one.
 
     Args:
-        task: What to train.
-        scaling: Workers and what they need.
+        task: Training task.
+        scaling: Number of workers and their resources.
 
     Returns:
-        How the run ended: steps and tokens.
+        The final status of the run, with steps and tokens.
 
     Raises:
         UserError: A worker found the user's input wrong.
@@ -101,16 +101,16 @@ def _ray_train_environment() -> Iterator[None]:
 
 @_ray_train_environment()
 def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *progress_actors: Any) -> TrainingStatus:
-    """Do what `run_training` does, and give `watch` the training status a few times a second.
+    """Train as `run_training` does, and call `watch` with the training status a few times per second.
 
-    What `watch` raises ends the run: its workers are freed, and the exception goes on.
+    An exception of `watch` ends the run: its workers are freed, and the exception is raised again.
 
     Args:
-        task: What to train.
-        scaling: Workers and what they need.
-        watch: Called with the training status.
-        *progress_actors: Actors whose method `holds` is told the run's placement group, as ProgressActor's is; they
-            free it if this process dies.
+        task: Training task.
+        scaling: Number of workers and their resources.
+        watch: Function that is called with the training status.
+        *progress_actors: Actors with a method `holds`, such as ProgressActor, that receive the run's placement group,
+            and free it if this process dies.
     """
     use_gpu = wants_gpu(scaling)
     wait_for_workers(scaling, use_gpu)
@@ -177,11 +177,11 @@ class _Trainer(DataParallelTrainer):
     not started.
 
     Attributes:
-        has_watchdog: Something else frees the placement groups where it is off: the end of this process, where the
-            cluster ends with it, or a progress actor. The watchdog asks the State API, which a cluster without a
-            dashboard lacks; `fit` would wait for it at the end.
+        has_watchdog: Whether Ray Train's watchdog frees the placement groups. If it is off, the end of this process
+            does (if the cluster ends with it), or a progress actor. The watchdog needs the State API, which a cluster
+            without a dashboard lacks; `fit` would wait for it at the end.
         global_batch_rows: Rows of an optimizer step, which the workers share evenly.
-        patience_s: How long an elastic run waits for its fewest workers.
+        patience_s: Seconds that an elastic run waits for its minimum number of workers.
     """
 
     has_watchdog = True
@@ -203,7 +203,7 @@ class _Trainer(DataParallelTrainer):
 
 
 def checkpoint_folder(task: TrainTask) -> str:
-    """Return where the checkpoints of a task lie, relative to the run directory."""
+    """Return the folder of a task's checkpoints, relative to the run directory."""
     return f"{CHECKPOINTS}/{task.name}-{task.fingerprint[:12]}"
 
 

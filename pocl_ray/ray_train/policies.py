@@ -1,4 +1,4 @@
-"""Failures of a training run: which are tried again, and what the user is told of each and of the last one.
+"""Failures of a training run: whether it is tried again, and the message for the user.
 
 A worker's failure is charged to `scaling.max_failures`. A start that fails because workers or nodes die meanwhile is
 charged to a budget of its own, which is whole again once workers have stood: a long run may lose many nodes, one after
@@ -37,7 +37,7 @@ from pocl_ray.ray_cluster.ray_errors import explain_death, one_line
 from pocl_ray.ray_train.checkpoints import keep_snapshot
 from pocl_ray.run_directory.storage import RunDirectory
 
-# What a worker meets in a collective whose other end is gone: a consequence, never the cause.
+# Errors of a worker in a collective whose other end is gone: a consequence and never the cause.
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
@@ -61,7 +61,7 @@ class RetryPolicy(DefaultFailurePolicy):
 
 
 class ReportFailures(ControllerCallback):
-    """Tells the driver's progress actor of each failure; runs in the controller."""
+    """Reports each failure to the driver's progress actor; it runs in the controller."""
 
     def __init__(self, progress_actor: Any) -> None:
         """Take the ProgressActor."""
@@ -70,7 +70,7 @@ class ReportFailures(ControllerCallback):
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Tell it what ended the workers, and whether the run goes on."""
+        """Report the cause of a failure, and whether the run goes on."""
         if isinstance(current_state, (RestartingState, ReschedulingState)):
             self.progress_actor.fail.remote(cause_of(current_state.training_failed_error), goes_on=True)
         elif isinstance(current_state, ShuttingDownState) and isinstance(current_state.next_state, ErroredState):
@@ -90,12 +90,12 @@ def cause_of(error: BaseException) -> str:
 
 
 def give_up(name: str, error: BaseException, failures: Sequence[str]) -> GaveUpError:
-    """Return what the user is told at the end.
+    """Return the error for the user at the end.
 
     Args:
-        name: Of the training run.
-        error: What Ray Train raised last.
-        failures: The causes of all failures, as far as the board was told.
+        name: Name of the training run.
+        error: Last error of Ray Train.
+        failures: Causes of all failures, as far as the progress actor knows them.
     """
     count = max(1, len(failures))
     tries = "1 try" if count == 1 else f"{count} tries"
@@ -145,9 +145,9 @@ class ElasticPolicy(ElasticScalingPolicy):
         """Set the policy up.
 
         Args:
-            scaling_config: Fewest and most workers, and what each needs.
+            scaling_config: Minimum and maximum number of workers, and their resources.
             global_batch_rows: Rows of an optimizer step.
-            patience_s: How long to wait for the fewest workers.
+            patience_s: Seconds to wait for the minimum number of workers.
         """
         super().__init__(scaling_config)
         self._global_batch_rows = global_batch_rows
@@ -206,7 +206,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         return largest_share(min(room, config.max_workers), config.min_workers, self._global_batch_rows)
 
 
-# What Ray Train's controller does for us beside its own work: it keeps snapshots, and tells boards what it holds.
+# Our callbacks in Ray Train's controller: they keep snapshots, and report resources to the progress actors.
 
 
 class BackUpSnapshots(ReportCallback):
@@ -223,18 +223,18 @@ class BackUpSnapshots(ReportCallback):
 
 
 class UpdateProgress(ControllerCallback, WorkerGroupCallback):
-    """Tells boards of a run's controller and placement group; runs in the controller."""
+    """Reports a run's controller and placement group to progress actors; it runs in the controller."""
 
     def __init__(self, name: str, *progress_actors: Any) -> None:
         """Take the name of the run, and actors with the method `holds`."""
         self.name, self.progress_actors = name, progress_actors
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Tell them of the controller."""
+        """Report the controller."""
         self._tell(None)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Tell them of the placement group."""
+        """Report the placement group."""
         self._tell(worker_group.get_worker_group_state().placement_group_handle.placement_group)
 
     def _tell(self, group: PlacementGroup | None) -> None:

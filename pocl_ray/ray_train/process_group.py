@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
 SHUTDOWN_S = 30.0
-"""So long the workers of a group that ends may take to leave it; as in Ray's own."""
+"""The time limit for workers to leave a group that ends, as in Ray's own."""
 
 
 @dataclass
@@ -35,17 +35,17 @@ class ProcessGroupConfig(BackendConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What the controller sets the group up with."""
+        """The class with which the controller sets up the group."""
         return ProcessGroupBackend
 
     @property
     def train_func_context(self) -> type:
-        """What a worker enters before it trains."""
+        """The context that a worker enters before it trains."""
         return OwnDevice
 
     @property
     def framework(self) -> Any:
-        """What the dashboard's Train page says of the run."""
+        """The framework that the dashboard's Train page shows."""
         from ray.train.v2._internal.util import TrainingFramework
 
         return TrainingFramework.TORCH
@@ -56,12 +56,12 @@ class ProcessGroupConfig(BackendConfig):
 
 
 class ProcessGroupBackend(Backend):
-    """Has the workers form a process group and leave it; all of torch is in the functions that they run."""
+    """Makes the workers form a process group and leave it; only the functions that they run use torch."""
 
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Have every worker join the group, which rank 0 holds the address of."""
+        """Make every worker join the group at rank 0's address."""
         assert isinstance(backend_config, ProcessGroupConfig)
         address, port = worker_group.execute_single(0, free_address)
         world_size, settings = len(worker_group), (backend_config.backend, backend_config.timeout_s)
@@ -72,7 +72,7 @@ class ProcessGroupBackend(Backend):
         ray.get(joins)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Have every worker leave the group, and go on without those that do not in time."""
+        """Make every worker leave the group, without waiting longer than the time limit."""
         with suppress(GetTimeoutError):
             ray.get(worker_group.execute_async(leave), timeout=SHUTDOWN_S)
 
@@ -103,9 +103,9 @@ def join(address: str, port: int, rank: int, world_size: int, backend: str, time
     """Join the process group, with the variables of the environment that torchrun sets as well.
 
     Args:
-        address: Where rank 0 listens.
-        port: And on which port.
-        rank: Of this worker among all.
+        address: Address at which rank 0 listens.
+        port: Port on which rank 0 listens.
+        rank: Rank of this worker.
         world_size: Number of workers.
         backend: nccl or gloo.
         timeout_s: Seconds after which a collective fails.

@@ -1,7 +1,7 @@
-"""The board: a small actor through which the training workers tell the driver how far they are.
+"""The progress actor: a small actor through which the training workers report their status to the driver.
 
-Ray Train's controller tells it who it is and what it holds, so that a run can be ended from outside. Its process starts
-with every run, so it imports next to nothing.
+Ray Train's controller reports itself and its resources, so that a run can be ended from outside. The actor's process
+starts with every run, so it imports almost nothing.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pocl_ray.errors import UserError
 
 @dataclass
 class TrainingStatus:
-    """What the board shows.
+    """The status of a training run.
 
     Attributes:
-        num_steps: Optimizer steps of the whole run; None before the workers stand.
-        first_step: Step at which this start went on.
-        step: Steps done.
-        num_tokens: Response tokens trained on.
-        train: The last training record.
-        evaluations: The dev figures so far, those of an earlier start included.
-        refusal: The user's mistake that ended the run.
-        num_starts: How often the workers began; more than once after a failure.
-        failures: Why the workers failed, each time.
-        warnings: What the user should know of, each once.
+        num_steps: Number of optimizer steps of the whole run; None before the workers have started.
+        first_step: Step from which this start continued.
+        step: Number of steps done.
+        num_tokens: Number of response tokens trained on.
+        train: Last training record.
+        evaluations: Dev figures so far, including those of an earlier start.
+        refusal: Mistake of the user that ended the run.
+        num_starts: Number of starts of the workers; more than 1 after a failure.
+        failures: Reason of each failure of the workers.
+        warnings: Warnings for the user, each once.
         is_finished: Whether the result is written.
         node: Ray's id of the node of the first worker.
-        num_looks: How often Ray Train's controller has looked at its workers.
+        num_looks: Number of times that Ray Train's controller has polled its workers.
     """
 
     num_steps: int | None = None
@@ -60,7 +60,7 @@ class ProgressActor:
         self.group: PlacementGroup | None = None
 
     def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "") -> None:
-        """Workers stand, the first on `node`, and start at `first_step`, before which there were these evaluations."""
+        """Record that workers have started, the first on `node`, at `first_step` and after these evaluations."""
         self.training_status.node = node
         self.training_status.num_steps, self.training_status.first_step, self.training_status.step = (
             num_steps,
@@ -71,7 +71,7 @@ class ProgressActor:
         self.training_status.evaluations = list(evaluations)
 
     def show(self, step: int, num_tokens: int, record: dict[str, Any]) -> None:
-        """A record was logged."""
+        """Show a logged record."""
         self.training_status.step, self.training_status.num_tokens = step, num_tokens
         if "train/loss" in record:
             self.training_status.train = record
@@ -79,7 +79,7 @@ class ProgressActor:
             self.training_status.evaluations.append(record)
 
     def finish(self, step: int, num_tokens: int) -> None:
-        """The result is written."""
+        """Record that the result is written."""
         self.training_status.step, self.training_status.num_tokens, self.training_status.is_finished = (
             step,
             num_tokens,
@@ -87,22 +87,22 @@ class ProgressActor:
         )
 
     def refuse(self, error: UserError) -> None:
-        """A worker met a user's mistake."""
+        """Record a mistake of the user that a worker has found."""
         self.training_status.refusal = error
 
     def warn(self, text: str) -> None:
-        """The user should know of something that the run goes on in spite of."""
+        """Record a warning for the user; the run goes on."""
         if text not in self.training_status.warnings:
             self.training_status.warnings.append(text)
 
     def fail(self, cause: str, goes_on: bool) -> None:
-        """The workers failed, and are started again if the run goes on."""
+        """Record a failure of the workers, which are started again if the run goes on."""
         self.training_status.failures.append(cause)
         if goes_on:
             self.warn(f"failure {len(self.training_status.failures)}: {cause}; going on from the last checkpoint")
 
     def controller_lives(self) -> None:
-        """The controller looks at its workers."""
+        """Record that the controller has polled its workers."""
         self.training_status.num_looks += 1
 
     def read(self) -> TrainingStatus:
@@ -110,9 +110,9 @@ class ProgressActor:
         return self.training_status
 
     def holds(self, name: str, controller: Any, group: PlacementGroup | None) -> None:
-        """The controller of the run stands, and its workers in a placement group where one is given."""
+        """Record the controller of the run, and the placement group of its workers if one is given."""
         self.controller, self.group = controller, group
 
     def held(self) -> tuple[Any, PlacementGroup | None]:
-        """Return the controller and the placement group of the workers, where they stand."""
+        """Return the controller and the placement group of the workers; None for what does not exist."""
         return self.controller, self.group

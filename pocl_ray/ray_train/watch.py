@@ -1,12 +1,12 @@
-"""The watch over training workers: what stands still is found, named, and begun anew from the last checkpoint.
+"""The watch over training workers: workers that hang are found, named, and started again from the last checkpoint.
 
-It runs in Ray Train's controller and raises what the failure policy counts against `scaling.max_failures`; tearing
-down the workers and starting new ones is then Ray Train's work. Three things end a hang, each where the others cannot:
+It runs in Ray Train's controller. It raises an error that the failure policy counts against `scaling.max_failures`. Ray
+Train then ends the workers and starts new ones. Three things end a hang, each where the others cannot:
 
 - a collective fails after `scaling.collective_timeout_s` in the workers that wait in it (gloo raises, NCCL's watchdog
   ends the process);
 - a process that does not answer Ray Train for five minutes is dead to it (stopped, or stuck without Python's lock);
-- no worker gets on for `scaling.stall_timeout_s`: whatever else it may be, with one worker or many.
+- no worker makes progress for `scaling.stall_timeout_s`, for any other reason, with one worker or many.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pocl_ray.errors import StalledError
 from pocl_ray.heartbeat import ProcessStatus, process_status
 
 LOOKS_A_TIMEOUT = 20
-"""How often workers are asked while `stall_timeout_s` passes, at most once a second."""
+"""The number of questions to workers within `stall_timeout_s`, at most one per second."""
 ANSWER_S = 3.0
 _TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Socket Timeout")
-"""What gloo, NCCL and torch's store say of a collective that did not end."""
+"""The errors of gloo, NCCL and torch's store about a collective that did not end."""
 
 
 @dataclass
 class _Seen:
-    """What is known of one worker: its last answer, when it came, and the question that is under way."""
+    """The state of one worker: its last answer, the time of the answer, and the open question."""
 
     at: float
     last: ProcessStatus | None = None
@@ -43,15 +43,15 @@ class _Seen:
 
 
 class StallWatch(WorkerGroupCallback):
-    """Ends a worker group in which nothing moves."""
+    """A callback that ends a worker group without progress."""
 
     def __init__(self, progress_actor: Any, stall_timeout_s: float, collective_timeout_s: float) -> None:
-        """Set it up on the driver.
+        """Set up the watch on the driver.
 
         Args:
-            progress_actor: The ProgressActor, which is told that the controller lives.
-            stall_timeout_s: No worker may take longer to get on.
-            collective_timeout_s: For the message about a collective that failed.
+            progress_actor: ProgressActor that receives signs of life of the controller.
+            stall_timeout_s: Maximum time without progress of any worker.
+            collective_timeout_s: Time limit of a collective, for the message.
         """
         self.progress_actor = progress_actor
         self.stall_timeout_s, self.collective_timeout_s = stall_timeout_s, collective_timeout_s
@@ -66,14 +66,14 @@ class StallWatch(WorkerGroupCallback):
         self._seen = [_Seen(self._clock()) for _ in self._workers]
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """Leave workers alone that are about to go."""
+        """Stop watching workers that are being shut down."""
         self._workers, self._seen = [], []
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
-        """Look at the workers now and then.
+        """Check the workers from time to time.
 
         Raises:
-            WorkerGroupError: Nothing moves, or a collective failed because a worker did not come.
+            WorkerGroupError: There is no progress, or a collective failed because a worker did not join it.
         """
         late = [rank for rank, error in worker_group_status.errors.items() if _timed_out(error)]
         if late:
@@ -92,13 +92,13 @@ class StallWatch(WorkerGroupCallback):
             raise self._failure(what, list(range(len(self._seen))), "scaling.stall_timeout_s")
 
     def _look(self, patience_s: float) -> None:
-        """Take the answers that are there, and ask again."""
+        """Read the answers that have arrived, and ask again."""
         for worker, seen in zip(self._workers, self._seen, strict=True):
             seen.asked = seen.asked or worker.execute_async(process_status)
         ray.wait([seen.asked for seen in self._seen], num_returns=len(self._seen), timeout=patience_s)
         for seen in self._seen:
             if ray.wait([seen.asked], timeout=0)[0]:
-                with suppress(RayError):  # it died, which Ray Train sees for itself
+                with suppress(RayError):  # the worker died, which Ray Train notices itself
                     seen.last, seen.at = ray.get(seen.asked), self._clock()
                 seen.asked = None
 
@@ -106,25 +106,27 @@ class StallWatch(WorkerGroupCallback):
         return self._clock() - seen.at + (0.0 if seen.last is None else seen.last.age_s)
 
     def _failure(self, what: str, ranks: list[int], key: str) -> WorkerGroupError:
-        """Return what Ray Train's failure policy takes for lost workers."""
+        """The error that Ray Train's failure policy treats like lost workers."""
         silent_s = 2 * max(1.0, self.stall_timeout_s / LOOKS_A_TIMEOUT)
         silent = {rank for rank in ranks if self._clock() - self._seen[rank].at > min(silent_s, self.stall_timeout_s)}
-        vitals = {rank: self._seen[rank].last for rank in ranks}
-        text = f"{what}: {blame(vitals, silent)}; if that is only slow, raise {key}"
+        statuses = {rank: self._seen[rank].last for rank in ranks}
+        text = f"{what}: {blame(statuses, silent)}; if that is only slow, raise {key}"
         return WorkerGroupError(text, dict.fromkeys(ranks, StalledError(text)))
 
 
-def blame(vitals: Mapping[int, ProcessStatus | None], silent: set[int]) -> str:
-    """Say which workers hang and where: those that do not answer, else those that do not wait for the others.
+def blame(statuses: Mapping[int, ProcessStatus | None], silent: set[int]) -> str:
+    """Return which workers hang, and where: those that do not answer, or else those that do not wait for others.
 
     Args:
-        vitals: The last answer of each rank; None before the first one.
-        silent: Ranks that do not answer any more.
+        statuses: Last answer of each rank; None before the first one.
+        silent: Ranks that no longer answer.
     """
-    busy = {rank for rank, process_status in vitals.items() if process_status is not None and not process_status.waits}
+    busy = {
+        rank for rank, process_status in statuses.items() if process_status is not None and not process_status.waits
+    }
     parts = []
-    for rank in sorted(silent or busy or set(vitals)):
-        process_status = vitals[rank]
+    for rank in sorted(silent or busy or set(statuses)):
+        process_status = statuses[rank]
         if process_status is None:
             parts.append(f"rank {rank} never answered")
         elif rank in silent:
@@ -135,24 +137,24 @@ def blame(vitals: Mapping[int, ProcessStatus | None], silent: set[int]) -> str:
 
 
 class Silence:
-    """The driver's watch over Ray Train's controller, which waits without end for a worker that hangs at its start."""
+    """The driver's watch over Ray Train's controller, which waits for ever for a worker that hangs at its start."""
 
     def __init__(self, name: str, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin to watch.
 
         Args:
-            name: Of the task.
-            limit_s: How long nothing may be heard of the controller, starts of workers included.
-            clock: Seconds.
+            name: Name of the task.
+            limit_s: Maximum time without a sign of life of the controller, including starts of workers.
+            clock: Function that returns the time in seconds.
         """
         self._name, self._limit_s, self._clock = name, limit_s, clock
         self._heard, self._at = -1, clock()
 
     def hear(self, num_looks: int) -> None:
-        """Take how often the controller has looked at its workers.
+        """Take the number of times that the controller has polled its workers.
 
         Raises:
-            StalledError: That has not changed for too long.
+            StalledError: The number has not changed for too long.
         """
         if num_looks != self._heard:
             self._heard, self._at = num_looks, self._clock()

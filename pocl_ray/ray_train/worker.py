@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: set up the loop, go on from the last checkpoint, train, write the result."""
+"""The work of each Ray Train worker: set up the loop, resume from the last checkpoint, train, write the result."""
 
 from __future__ import annotations
 
@@ -38,30 +38,29 @@ from pocl_ray.ray_cluster.versions import check_same, versions
 from pocl_ray.ray_train.checkpoints import copy_checkpoint
 from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
 
-# Notices that a node is about to be taken away: all workers learn of one at the same step, and save a checkpoint.
-#
-# Ray Train's watcher tells each worker process by itself (spot instances, `ray drain-node`). Its own function for
-# asking, `ray.train.get_preemption_info`, waits for all workers through an actor, which is too slow for every step;
-# so what a worker was told is read where it lies, and the workers agree in one reduction of a number.
+# Preemption notices: if a node will be taken away, all workers learn of it at the same step, and save a checkpoint.
+# Ray Train's watcher informs each worker process separately (spot instances, `ray drain-node`). Its public function,
+# `ray.train.get_preemption_info`, waits for all workers through an actor, which is too slow for every step. So each
+# worker reads its own notice, and the workers agree by one reduction of a number.
 
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 SAVE_EVERY_S = 30.0
-"""Training goes on until the node is gone, which may take minutes: so long is the work that is lost, at most."""
+"""The seconds between checkpoints after a notice. Training goes on until the node is gone, which may take minutes."""
 
 
 def watcher_is_on() -> bool:
-    """Whether Ray Train watches for notices in this run."""
+    """Return whether Ray Train watches for notices in this run."""
     return os.environ.get(WATCHER, "1") != "0"
 
 
 def announced_preemption() -> PreemptionInfo | None:
-    """Return what this worker was told."""
+    """Return the notice of this worker, or None."""
     info: PreemptionInfo | None = get_train_context().preemption_context.preemption_info
     return info
 
 
 class PreemptionNotices:
-    """Says when a checkpoint is to be saved because a node is about to go."""
+    """Decides when to save a checkpoint because a node will be taken away."""
 
     def __init__(
         self,
@@ -69,18 +68,18 @@ class PreemptionNotices:
         on_notice: Callable[[Progress], object],
         told: Callable[[], PreemptionInfo | None] = announced_preemption,
     ) -> None:
-        """Set it up.
+        """Set up the decision for one worker.
 
         Args:
-            device: Where the process group computes.
-            on_notice: Called on every worker, with the progress, when a checkpoint is about to be saved.
-            told: Returns what this worker was told.
+            device: Device of the process group.
+            on_notice: Function that is called on every worker, with the progress, before a checkpoint is saved.
+            told: Function that returns the notice of this worker.
         """
         self._device, self._on_notice, self._told = device, on_notice, told
         self._saved_at = float("-inf")
 
     def ask_for_checkpoint(self, progress: Progress) -> bool:
-        """Whether to save now: at the first notice, and every SAVE_EVERY_S after it; collective."""
+        """Return whether to save now: at the first notice, and every SAVE_EVERY_S after it; collective."""
         is_due = self._told() is not None and time.monotonic() - self._saved_at > SAVE_EVERY_S
         flag = torch.tensor(float(is_due), device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -112,8 +111,8 @@ def figures(record: dict[str, Any], global_batch_rows: int) -> dict[str, float]:
     """Return the values of the gauges that a record of the metric stream sets.
 
     Args:
-        record: A training step's, or an evaluation's.
-        global_batch_rows: Rows of a step.
+        record: Record of a training step or of an evaluation.
+        global_batch_rows: Rows of an optimizer step.
     """
     values: dict[str, Any] = {"pocl_step": record["step"], "pocl_stage": record["curriculum/stage"]}
     if "train/loss" in record:
@@ -132,17 +131,17 @@ def figures(record: dict[str, Any], global_batch_rows: int) -> dict[str, float]:
 
 
 class Gauges:
-    """The gauges of one task of one run."""
+    """The gauges of one task in one run."""
 
     def __init__(self, run: str, task: str, global_batch_rows: int) -> None:
-        """Register them with Ray's metrics agent of this node."""
+        """Register the gauges with Ray's metrics agent of this node."""
         self._global_batch_rows = global_batch_rows
         self._gauges = {name: Gauge(name, description=text, tag_keys=TAGS) for name, text in GAUGES.items()}
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run, "task": task})
 
     def show(self, record: dict[str, Any]) -> None:
-        """Set what a record tells."""
+        """Set the gauges to the values of a record."""
         for name, value in figures(record, self._global_batch_rows).items():
             self._gauges[name].set(value)
 
@@ -156,11 +155,11 @@ class WorkerLog(logging.LoggerAdapter):  # type: ignore[type-arg]
     """Puts run, task, stage and rank before each message.
 
     Attributes:
-        stage: The current one; set as it changes.
+        stage: Current stage, which is set when it changes.
     """
 
     def __init__(self, run: str, task: str, rank: int) -> None:
-        """Begin the log of a worker; it goes to stderr, which Ray keeps for each worker."""
+        """Begin the log of a worker on stderr, which Ray stores for each worker."""
         logger = logging.getLogger(f"pocl_ray.worker.{task}")
         if not logger.handlers:
             handler = logging.StreamHandler()
@@ -173,7 +172,7 @@ class WorkerLog(logging.LoggerAdapter):  # type: ignore[type-arg]
         self.stage = 0
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the message as it is written."""
+        """Return the message with its prefix."""
         return f"run={self.run} task={self.task} stage={self.stage} rank={self.rank} {msg}", kwargs
 
 
@@ -183,11 +182,11 @@ MIN_SHOW_INTERVAL_S = 0.25
 def train_worker(config: dict[str, Any]) -> None:
     """Run one worker of a training run; the loop of Ray Train's trainer.
 
-    A user's mistake is told to the progress actor, not raised: Ray would try it again.
+    A user's mistake is reported to the progress actor and not raised, because Ray would try again.
 
     Args:
-        config: `task`, the reference of a TrainTask; `progress_actor`, the handle of the ProgressActor; and `versions`,
-            those of the driver; None on one machine.
+        config: Mapping with `task`, the reference of a TrainTask; `progress_actor`, the handle of the ProgressActor;
+            and `versions`, the driver's versions, or None on one machine.
     """
     progress_actor = config["progress_actor"]
     try:
@@ -235,28 +234,28 @@ def _hooks(reporter: _Reporter) -> LoopHooks:
 
 
 def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
-    """Return the checkpoints of this run that are kept, the newest first, where `resume` looks at them."""
+    """The kept checkpoints of this run, the newest first, on the rank that reads them."""
     if rank != 0 or ray.train.get_checkpoint() is None:
         return []
     return [reported.checkpoint for reported in reversed(ray.train.get_all_reported_checkpoints())]
 
 
 def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
-    """Check that the checkpoints to come fit: float32 weights and both moments, and the same of the best evaluation."""
+    """Check that later checkpoints fit the disk: float32 weights and both moments, for this and for the best state."""
     parameters = [p for p in loop.engine.module.student.parameters() if p.requires_grad]  # all, or adapters
-    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each here
+    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # under ZeRO-3 each worker has a part
     each = num_weights * 4 * (2 * len(KINDS) if task.hand_off == "best" else len(KINDS))
-    missing = max(0, task.train.num_checkpoints - num_kept) + 1  # the oldest goes when the newest is whole
+    missing = max(0, task.train.num_checkpoints - num_kept) + 1  # the oldest is deleted when the newest is complete
     remedy = "make room, lower train.num_checkpoints, or choose another storage_path"
     check_free(task.run_dir, missing * each, f"{missing} checkpoints", remedy)
     check_free_at(Path(tempfile.gettempdir()), each, "checkpoints on their way", "make room, or set TMPDIR")
 
 
 class _Reporter:
-    """Takes checkpoints to Ray Train, and progress to the driver's progress actor.
+    """Reports checkpoints to Ray Train, and progress to the driver's progress actor.
 
     Attributes:
-        is_last_chance: Training waits until the next checkpoint is in storage.
+        is_last_chance: Whether training waits until the next checkpoint is in storage.
     """
 
     def __init__(self, task: TrainTask, progress_actor: Any, rank: int) -> None:
@@ -269,19 +268,19 @@ class _Reporter:
         self.gauges = Gauges(run, task.name, task.train.global_batch_rows) if rank == 0 else None
 
     def begin(self, progress: Progress, num_workers: int) -> None:
-        """Note in the log where this start begins."""
+        """Write the step of this start to the log."""
         self.log.stage = progress.stage
         self.log.info("step %d of %d, %d workers", progress.step, self.task.num_steps, num_workers)
 
     def node_leaves(self, progress: Progress) -> None:
-        """Tell log and user that a checkpoint is saved for a node that is about to go."""
+        """Tell the log and the user that a checkpoint is saved because a node will be taken away."""
         self.is_last_chance = True
         self.log.warning("a node is about to be taken away: saving a checkpoint at step %d", progress.step)
         if self.rank == 0:
             self.progress_actor.warn.remote("a node is about to be taken away; a checkpoint is saved first")
 
     def checkpoint(self, progress: Progress, written: PendingCheckpoint | None) -> None:
-        """Report a checkpoint, which goes to storage while training goes on; all workers meet here."""
+        """Report a checkpoint, which is uploaded while training goes on; all workers meet here."""
         metrics = {"step": progress.step, "stage": progress.stage, "num_samples": progress.num_samples}
         checkpoint = None if written is None else ray.train.Checkpoint.from_directory(str(written.directory))
         ray.train.report(
@@ -291,30 +290,30 @@ class _Reporter:
             delete_local_checkpoint_after_upload=True,
             checkpoint_upload_fn=None if written is None else partial(self._upload, progress, written),
         )
-        # Ray Train's thread takes one after the other: when this is done, so is the checkpoint before it.
+        # Ray Train's thread handles one after the other: when this one is done, so is the checkpoint before it.
         self._arrived = get_train_context().checkpoint_upload_threadpool.submit(lambda: None)
         if self.is_last_chance or self.task.train.checkpoint_buffer_gib == 0:
             self.wait()
         self.is_last_chance = False
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is in storage, or could not be written there."""
+        """Wait until the last checkpoint is in storage, or its upload has failed."""
         if self._arrived is not None:
             self._arrived.result()
 
     def meet(self) -> None:
-        """Wait for all workers, for as long as it takes."""
+        """Wait for all workers without a time limit."""
         if dist.get_world_size() > 1:
             ray.train.collective.barrier()
 
     def _upload(
         self, progress: Progress, written: PendingCheckpoint, checkpoint: ray.train.Checkpoint, name: str
     ) -> ray.train.Checkpoint:
-        """Take a checkpoint to storage; in Ray Train's thread, which tells the controller what is raised here."""
+        """Upload a checkpoint, in Ray Train's thread, which reports an error to the controller."""
         storage = get_train_context().get_storage()
         target = storage.build_checkpoint_path_from_name(name)
         try:
-            storage._check_validation_file()  # a local path that is not shared is told from one that is
+            storage._check_validation_file()  # detects a local path that is not shared between nodes
             copy_checkpoint(written.wait(), storage.storage_filesystem, target)
             _write_metrics(self.task, progress)
         except Exception as error:
@@ -326,7 +325,7 @@ class _Reporter:
         return ray.train.Checkpoint(target, storage.storage_filesystem)
 
     def step(self, progress: Progress, record: dict[str, Any]) -> None:
-        """Show a record on the driver's progress actor, a few times a second at most."""
+        """Send a record to the driver's progress actor, at most a few times per second."""
         now = time.monotonic()
         is_evaluation = "train/loss" not in record
         self.log.stage = progress.stage

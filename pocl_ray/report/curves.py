@@ -19,8 +19,8 @@ class Curve:
 
     Attributes:
         steps: Steps in rising order, shape (points,).
-            values: Finite values, shape (points,).
-            num_not_finite: Number of logged values that are NaN or infinite; the points leave them out.
+        values: Finite values, shape (points,).
+        num_not_finite: Number of logged values that are NaN or infinite; the points leave them out.
     """
 
     steps: np.ndarray
@@ -82,7 +82,7 @@ def best_of_stages(curve: Curve, stage_ends: Sequence[int], losses: Curve | None
     Args:
         curve: Curve whose values are compared.
         stage_ends: Last step of each stage.
-        losses: What decides between equal values, at the same steps.
+        losses: Losses at the same steps, which decide between equal values.
     """
     loss_at = {} if losses is None else dict(zip(losses.steps.tolist(), losses.values.tolist(), strict=True))
     loss = np.array([loss_at.get(step, np.inf) for step in curve.steps.tolist()])

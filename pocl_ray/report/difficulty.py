@@ -35,8 +35,8 @@ class Box:
 
     Attributes:
         quantiles: Quantiles at 5, 25, 50, 75 and 95 percent.
-            mean: Mean over the rows with a finite value.
-            num_rows: Number of rows with a finite value.
+        mean: Mean over the rows with a finite value.
+        num_rows: Number of rows with a finite value.
     """
 
     quantiles: tuple[float, float, float, float, float]
@@ -50,9 +50,9 @@ class SignalSpread:
 
     Attributes:
         name: Column of scores.parquet.
-            fused: Whether the ranking uses the signal.
-            boxes: One box for each bucket, the easiest first.
-            num_not_finite: Number of rows without a finite value, which the boxes leave out.
+        fused: Whether the ranking uses the signal.
+        boxes: One box for each bucket, the easiest first.
+        num_not_finite: Number of rows without a finite value, which the boxes leave out.
     """
 
     name: str
@@ -67,8 +67,8 @@ class TopicTable:
 
     Attributes:
         names: Topics, ordered by mean difficulty, the easiest first.
-            num_rows: Number of rows of each topic.
-            shares: Shares of the buckets, shape (topics, buckets); each row sums to 1.
+        num_rows: Number of rows of each topic.
+        shares: Shares of the buckets, shape (topics, buckets); each row sums to 1.
     """
 
     names: tuple[str, ...]
@@ -99,8 +99,9 @@ def buckets_of(rank: np.ndarray, bucket_ends: Sequence[int]) -> np.ndarray:
     """Return the bucket of each row.
 
     Args:
-        rank: Rank of each row; rank 1 is the easiest. bucket_ends: Number of rows up to the end of each bucket. Rows
-            after the last end, which the division into equal buckets leaves over, belong to the hardest bucket.
+        rank: Rank of each row; rank 1 is the easiest.
+        bucket_ends: Number of rows up to the end of each bucket. Rows after the last end, which the division into equal
+            buckets leaves over, belong to the hardest bucket.
     """
     return np.minimum(np.searchsorted(np.asarray(bucket_ends), rank - 1, side="right"), len(bucket_ends) - 1)
 
@@ -243,11 +244,11 @@ class Reranked:
 
     Attributes:
         stage: Stage that uses the ranking.
-            num_rows: Number of all rows.
-            num_moved: Number of rows that changed their bucket.
-            num_replaced: Number of rows of the stage that the ranking before would not have put there.
-            num_stage_rows: Number of rows of the stage.
-            spearman: Rank correlation of the two rankings.
+        num_rows: Number of all rows.
+        num_moved: Number of rows that changed their bucket.
+        num_replaced: Number of rows of the stage that the ranking before would not have put there.
+        num_stage_rows: Number of rows of the stage.
+        spearman: Rank correlation of the two rankings.
     """
 
     stage: int

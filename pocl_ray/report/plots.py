@@ -33,9 +33,9 @@ def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, s
 
     Args:
         svg: Complete SVG document with text stored as text.
-            prefix: Prefix of every id, because all drawings of a page share one namespace of ids.
-            label: Text that a screen reader says for the drawing.
-            css_colours: Mapping of colours as `#rrggbb` to the names of the CSS variables that replace them.
+        prefix: Prefix of every id, because all drawings of a page share one namespace of ids.
+        label: Text that a screen reader says for the drawing.
+        css_colours: Mapping of colours as `#rrggbb` to the names of the CSS variables that replace them.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -87,9 +87,9 @@ class Plot:
 
     Attributes:
         name: File name without its ending.
-            title: Title in one line.
-            svg: SVG element in the page's colours.
-            png: PNG file on a white background.
+        title: Title in one line.
+        svg: SVG element in the page's colours.
+        png: PNG file on a white background.
     """
 
     name: str
@@ -236,11 +236,11 @@ def curves_over_steps(
 
     Args:
         curves: Mapping of models to their curves.
-            names: Mapping of models to their names in the report.
-            label: Label of the y axis, with the unit.
-            stage_ends: Steps at which the student's stages end; empty if there is no plan.
-            raw: Whether the curve is noisy. If so, it is drawn faintly with its moving mean on top; if not, each point
-                is marked.
+        names: Mapping of models to their names in the report.
+        label: Label of the y axis, with the unit.
+        stage_ends: Steps at which the student's stages end; empty if there is no plan.
+        raw: Whether the curve is noisy. If so, it is drawn faintly with its moving mean on top; if not, each point is
+            marked.
     """
     figure = new_figure(2.9)
     ax = figure.add_subplot()

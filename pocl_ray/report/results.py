@@ -71,14 +71,14 @@ class Comparison:
 
     Attributes:
         metric: Name of the metric in the report.
-            decoding: Kind of answers, sampled or greedy.
-            student: Figure of the student, 0 to 100.
+        decoding: Kind of answers, sampled or greedy.
+        student: Figure of the student, 0 to 100.
         control: Figure of the control, 0 to 100.
         difference: Student less control.
         std: Standard deviation of the difference over seeds; NaN for greedy answers and single seeds.
         num_seeds: Number of seeds that both have; 0 for greedy answers.
-            num_won: Number of seeds with which the student is ahead.
-            verdict: Result of the comparison; `level` if the difference is within one standard deviation.
+        num_won: Number of seeds with which the student is ahead.
+        verdict: Result of the comparison; `level` if the difference is within one standard deviation.
     """
 
     metric: str
@@ -172,10 +172,10 @@ class Perplexity:
 
     Attributes:
         set_name: Name of the set.
-            model: Model of `records`.
-            perplexity: Exponential of the loss.
-            ce_loss: Mean negative log-likelihood of a token, in nats.
-            gap_closed: Position of the loss between the undistilled student (0) and the teacher (1), or NaN.
+        model: Model of `records`.
+        perplexity: Exponential of the loss.
+        ce_loss: Mean negative log-likelihood of a token, in nats.
+        gap_closed: Position of the loss between the undistilled student (0) and the teacher (1), or NaN.
     """
 
     set_name: str

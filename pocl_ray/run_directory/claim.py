@@ -65,7 +65,7 @@ class Claim:
 
     Attributes:
         run_dir: Run directory.
-            lease: Lease that excludes other runs until it is released, at the latest when the claim is deleted.
+        lease: Lease that excludes other runs until it is released, at the latest when the claim is deleted.
     """
 
     def __init__(self, config: Config, resume_with_changes: bool) -> None:

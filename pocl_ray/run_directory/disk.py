@@ -23,9 +23,9 @@ def check_free(run_dir: RunDirectory, num_bytes: int, what: str, remedy: str) ->
 
     Args:
         run_dir: Run directory.
-            num_bytes: Number of bytes that will be written.
-            what: Name of the data, for the message.
-            remedy: Advice that makes the data smaller, for the message.
+        num_bytes: Number of bytes that will be written.
+        what: Name of the data, for the message.
+        remedy: Advice that makes the data smaller, for the message.
 
     Raises:
         ResourceError: There is too little space.
@@ -82,7 +82,7 @@ def machine_fault(error: BaseException, what: str) -> UserError | None:
 
     Args:
         error: Any error.
-            what: Description of the interrupted work.
+        what: Description of the interrupted work.
     """
     if disk_full(error):
         return full_disk_error(error, what)

@@ -47,13 +47,13 @@ class Holder:
 
     Attributes:
         id: Id of this lease; a later run has another one.
-            host: Name of the machine.
-            machine: Id that distinguishes machines, reboots and process namespaces.
-            pid: Id of the process.
-            process_started_s: Start of the process, in seconds since the boot.
-            taken_at: Time at which the lease was taken, for human readers.
-            renewed_at: Seconds since 1970 by the holder's clock, for human readers; no decision uses it.
-            num_renewals: Number of renewals.
+        host: Name of the machine.
+        machine: Id that distinguishes machines, reboots and process namespaces.
+        pid: Id of the process.
+        process_started_s: Start of the process, in seconds since the boot.
+        taken_at: Time at which the lease was taken, for human readers.
+        renewed_at: Seconds since 1970 by the holder's clock, for human readers; no decision uses it.
+        num_renewals: Number of renewals.
     """
 
     id: str
@@ -142,7 +142,7 @@ def take(run_dir: RunDirectory, say: Callable[[str], None]) -> Lease:
 
     Args:
         run_dir: Run directory.
-            say: Function that is called with the reason of a delay.
+        say: Function that is called with the reason of a delay.
 
     Raises:
         StorageError: Another run holds it.

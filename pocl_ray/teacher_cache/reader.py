@@ -56,7 +56,7 @@ class TeacherCache:
 
     Attributes:
         meta: Content of meta.json.
-            directory: Directory of the cache.
+        directory: Directory of the cache.
     """
 
     kind: ClassVar[Literal["hidden", "topk"]]
@@ -81,9 +81,9 @@ class TeacherCache:
 
         Args:
             directory: Local directory.
-                expect_teacher: Fingerprint of the teacher.
-                expect_rows: Fingerprint of the rows.
-                expect_num_rows: Expected number of rows, if known.
+            expect_teacher: Fingerprint of the teacher.
+            expect_rows: Fingerprint of the rows.
+            expect_num_rows: Expected number of rows, if known.
 
         Raises:
             StorageError: The cache is not finished; it is of another kind, teacher, set of rows or version of the
@@ -269,18 +269,18 @@ class HiddenCache(TeacherCache):
         return hidden_NK
 
     def check_head(self, head: HeadWeights, place: str) -> None:
-        """Hold the head that training will use against the logits of the model that filled the cache.
+        """Compare the head that training uses with the logits of the model that filled the cache.
 
-        The files of a model may say one thing and its computation another: a config that ties the embeddings, and a
-        head of its own in the checkpoint. Shards of earlier versions hold no sample; there is nothing to hold against.
+        The files of a model and its computation may differ: the config ties the embeddings, but the checkpoint has a
+        separate head. Shards of earlier versions hold no sample to compare with.
 
         Args:
-            head: the teacher's LM head.
-            place: names the teacher in the message.
+            head: LM head of the teacher.
+            place: Name of the teacher in the message.
 
         Raises:
-            ModelError: it gives other logits.
-            StorageError: a shard cannot be read.
+            ModelError: The head gives other logits.
+            StorageError: A shard cannot be read.
         """
         for shard in self.meta.shards[:_MAX_SAMPLES]:
             path = self.directory / shard.name
@@ -327,7 +327,7 @@ class TopKCache(TeacherCache):
 
         Args:
             top_k: Number of tokens in the config; a smaller vocabulary is kept completely.
-                student_vocab_size: Number of the student's logits, padding included.
+            student_vocab_size: Number of the student's logits, padding included.
 
         Raises:
             StorageError: The cache does not fit.

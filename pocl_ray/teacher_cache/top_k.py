@@ -44,9 +44,9 @@ class TopK:
 
     Attributes:
         ids_NK: Ids of the likeliest tokens, int32, the likeliest first.
-            logp_NK: Log-probabilities of these tokens at temperature 1, in the dtype of the cache.
-            curve_NP: Curve of the tail, float32; it has no meaning if there is no tail.
-            vocab_size: Number V of tokens of the distribution; the tail has V - K tokens.
+        logp_NK: Log-probabilities of these tokens at temperature 1, in the dtype of the cache.
+        curve_NP: Curve of the tail, float32; it has no meaning if there is no tail.
+        vocab_size: Number V of tokens of the distribution; the tail has V - K tokens.
     """
 
     ids_NK: Tensor
@@ -140,9 +140,9 @@ def top_k_of(logits_NV: Tensor, top_k: int, dtype: torch.dtype = torch.float32) 
 
     Args:
         logits_NV: Teacher's logits; a logit of -inf is a mask.
-            top_k: Number K of tokens to keep; a smaller vocabulary is kept completely.
-            dtype: Dtype of the log-probabilities: float32 or float16 (exact to 0.03 nats at -60, and much finer near 0,
-                where it matters).
+        top_k: Number K of tokens to keep; a smaller vocabulary is kept completely.
+        dtype: Dtype of the log-probabilities: float32 or float16 (exact to 0.03 nats at -60, and much finer near 0,
+            where it matters).
     """
     logp_NV = logits_NV.float().log_softmax(dim=-1).nan_to_num_(nan=math.nan, neginf=LOG_ZERO)
     num_kept = min(top_k, logp_NV.shape[-1])

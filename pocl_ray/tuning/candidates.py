@@ -29,9 +29,10 @@ class Candidate:
 
     Attributes:
         kind: Kind of run: `trial`, the plain `control`, or `confirm`, a repetition of one of these on another seed.
-            number: Number of the trial, from 0. A confirmation has the number of the trial that it repeats, the control
-            has -1. settings: Dotted keys and their values. seed: Seed of the order of rows and of dropout; None: the
-            run's seed.
+        number: Number of the trial, from 0. A confirmation has the number of the trial that it repeats, the control has
+            -1.
+        settings: Dotted keys and their values.
+        seed: Seed of the order of rows and of dropout; None: the run's seed.
     """
 
     kind: Kind
@@ -73,9 +74,9 @@ class PlannedTrial:
 
     Attributes:
         candidate: Candidate that is trained.
-            config: Complete config, with which `pocl-ray run` would do the same.
-            stages: Stages of the training; the control has one.
-            num_rows: Number of training rows.
+        config: Complete config, with which `pocl-ray run` would do the same.
+        stages: Stages of the training; the control has one.
+        num_rows: Number of training rows.
     """
 
     candidate: Candidate

@@ -33,9 +33,9 @@ class TrialOutcome:
 
     Attributes:
         settings: Values of the trial's keys.
-            state: State at its end, or `running`.
-            values: One value for each objective; None if the trial failed or still runs.
-            step: Number of training samples at its end.
+        state: State at its end, or `running`.
+        values: One value for each objective; None if the trial failed or still runs.
+        step: Number of training samples at its end.
     """
 
     settings: Settings

@@ -35,10 +35,10 @@ def write_page(run_dir: RunDirectory, config: Config, outcome: Outcome, planner:
 
     Args:
         run_dir: Run directory.
-            config: Base config.
-            outcome: Result of the search.
-            planner: Planner, which gives the stages of a trial.
-            num_skipped: Number of samples that were drawn again.
+        config: Base config.
+        outcome: Result of the search.
+        planner: Planner, which gives the stages of a trial.
+        num_skipped: Number of samples that were drawn again.
     """
     assert config.tune is not None
     objective = config.tune.objectives[0]

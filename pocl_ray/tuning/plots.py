@@ -23,11 +23,11 @@ class Point:
 
     Attributes:
         label: Name of the trial.
-            value: Objective of its student, or of a stopped trial at the stop.
-            is_finished: Whether the trial reached its end.
-            is_winner: Whether the trial won.
-            settings: Values of the trial by axis.
-            curve: Training samples and objective at each dev evaluation.
+        value: Objective of its student, or of a stopped trial at the stop.
+        is_finished: Whether the trial reached its end.
+        is_winner: Whether the trial won.
+        settings: Values of the trial by axis.
+        curve: Training samples and objective at each dev evaluation.
     """
 
     label: str

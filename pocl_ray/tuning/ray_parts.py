@@ -123,7 +123,7 @@ def make_scheduler(tune: TuneConfig, num_samples: int) -> TrialScheduler:
 
     Args:
         tune: Config of the search.
-            num_samples: Number of training samples of a trial; a quarter of it is the default grace period.
+        num_samples: Number of training samples of a trial; a quarter of it is the default grace period.
     """
     settings, objective = tune.scheduler, tune.objectives[0]
     grace = settings.grace_samples or max(1, num_samples // 4)

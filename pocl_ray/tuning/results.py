@@ -33,17 +33,17 @@ class TrialRecord:
 
     Attributes:
         name: Name of its directory in `tune/trials`.
-            candidate: Candidate that the trial trains.
-            fingerprint: Fingerprint of its student.
-            num_steps: Number of optimizer steps in its plan.
-            num_samples: Number of training rows in its plan.
-            status: State of the trial. `stopped`: by the scheduler; `diverged`: its loss was not finite.
-            reason: Reason of a failure.
-            reports: Reports to Tune, one for each dev evaluation; the last one is of the final student.
-            seconds: Time from start to end, summed over all starts.
-            start_s: Time from the last start to the first optimizer step.
-            started_at: Time of the start, in UTC.
-            node: Ray's id of the node of its first worker.
+        candidate: Candidate that the trial trains.
+        fingerprint: Fingerprint of its student.
+        num_steps: Number of optimizer steps in its plan.
+        num_samples: Number of training rows in its plan.
+        status: State of the trial. `stopped`: by the scheduler; `diverged`: its loss was not finite.
+        reason: Reason of a failure.
+        reports: Reports to Tune, one for each dev evaluation; the last one is of the final student.
+        seconds: Time from start to end, summed over all starts.
+        start_s: Time from the last start to the first optimizer step.
+        started_at: Time of the start, in UTC.
+        node: Ray's id of the node of its first worker.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Contender:
 
     Attributes:
         record: Record on the run's own seed.
-            values: First objective by seed; the run's own seed comes first.
+        values: First objective by seed; the run's own seed comes first.
         losses: The dev loss by seed, which decides between equal means.
     """
 
@@ -131,9 +131,9 @@ class Outcome:
 
     Attributes:
         records: Records of the control, the trials and the repetitions.
-            winner: Best trial; None if no trial reached its end.
-            control: Control; None if there was none, or if it failed.
-            contenders: Best trials, the best first.
+        winner: Best trial; None if no trial reached its end.
+        control: Control; None if there was none, or if it failed.
+        contenders: Best trials, the best first.
     """
 
     records: tuple[TrialRecord, ...]

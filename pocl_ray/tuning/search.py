@@ -60,7 +60,7 @@ def check_search(config: Config, num_rows: int | None = None) -> Planner:
 
     Args:
         config: Base config.
-            num_rows: Number of training rows; None counts the rows of the source.
+        num_rows: Number of training rows; None counts the rows of the source.
 
     Raises:
         ConfigError: There is no `tune` section, a key or a value is wrong, or no candidate of the space can be trained.

@@ -75,7 +75,7 @@ def started(*arguments: str, log: Path | None = None, **env: str) -> Iterator[su
 
     Args:
         arguments: Arguments of the command.
-            log: File of its output; None for no file.
+        log: File of its output; None for no file.
         env: More of its environment, such as `RAY_ADDRESS`.
     """
     with open(log or os.devnull, "wb") as output:

@@ -27,7 +27,7 @@ class TwoNodes:
 
     Attributes:
         address: Address of the dashboard.
-            gcs_address: Address of the cluster itself, for `RAY_ADDRESS`.
+        gcs_address: Address of the cluster itself, for `RAY_ADDRESS`.
         env: The environment of those who know the token.
     """
 

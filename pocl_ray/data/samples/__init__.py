@@ -28,7 +28,7 @@ def sample_rows(name: str, split: str) -> list[dict]:
 
     Args:
         name: Name of the data set; there is one, `instructions`.
-            split: Name of the split: `train`, `dev` or `test`.
+        split: Name of the split: `train`, `dev` or `test`.
 
     Returns:
         Rows with `instruction`, `input`, `output` (a string, or a list of accepted answers, of which training uses the
@@ -52,8 +52,8 @@ def fresh_rows(name: str, seed: str, rows_per_family: int) -> list[dict]:
 
     Args:
         name: Name of the data set; there is one, `instructions`.
-            seed: Seed of the draws; another seed gives other rows.
-            rows_per_family: Maximum number of rows of each family; a family with few distinct questions gives fewer.
+        seed: Seed of the draws; another seed gives other rows.
+        rows_per_family: Maximum number of rows of each family; a family with few distinct questions gives fewer.
 
     Returns:
         Rows like those of `sample_rows`, each question once.
