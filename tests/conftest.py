@@ -17,16 +17,25 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # Processes of a test are forked from one that has imported what takes longest.
 set_forkserver_preload(["deepspeed", "pocl_ray.distill.setup"])
 
 
 class RayApart(LoadScopeScheduling):
-    """Keeps the tests of a file together; those that start clusters come one at a time, and fill the cores enough."""
+    """Keeps the tests of a file together, and those that start clusters in two lanes, which fill two cores.
+
+    The files that copy the session's full run are one lane, so that it is made once; all others of `tests/ray` are the
+    other. Whichever process ends its lane first goes on with the unit tests.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "tests/ray" if file.startswith("tests/ray/") else file
+        if not file.startswith("tests/ray/"):
+            return file
+        copies_the_full_run = "full_run" in (ROOT / file).read_text(encoding="utf-8")
+        return "tests/ray, full run" if copies_the_full_run else "tests/ray"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayApart:
