@@ -111,6 +111,20 @@ def tune(config: ConfigPath, overrides: Overrides = None, resume_with_changes: W
 
 
 @app.command()
+def experiment(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+    """Compare arms in pairs over seeds, with intervals: rows are scored once, and each training starts from that."""
+    loaded = load_config(config, overrides or [])
+    from pocl_ray.experiments.experiment import experiment_until_end
+    from pocl_ray.experiments.page import headline
+
+    run_dir, outcome = experiment_until_end(loaded, resume_with_changes)
+    console.print(
+        f"{headline(outcome)}\ntables   {run_dir.uri_of('experiment/comparisons.csv')}"
+        f"\nreport   {run_dir.uri_of('experiment/report.html')}"
+    )
+
+
+@app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report again from the files of the run directory."""
     from pocl_ray.report.build import build_report

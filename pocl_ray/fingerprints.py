@@ -86,6 +86,7 @@ def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
 
 
 def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether any training of a config reads the teacher: the curriculum, its control, or a search."""
+    """Return whether anything that a config trains reads the teacher: curriculum, control, search or experiment."""
     has_control = config.control is not None and config.control.kd_ratio > 0
-    return has_control or config.tune is not None or reads_teacher(config, stages)
+    has_others = config.tune is not None or config.experiment is not None
+    return has_control or has_others or reads_teacher(config, stages)

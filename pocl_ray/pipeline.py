@@ -121,8 +121,9 @@ class Pipeline:
         distils = any_training_reads_teacher(config, self.stages)
         chosen = choose_signals(config.difficulty)
         folder = CACHE if distils and config.distill.teacher_cache != "none" else None
-        # A search may choose any signal, so all are measured.
-        is_read = folder is not None or chosen.reads_teacher or config.tune is not None
+        # A search, or an arm of an experiment, may choose any signal, so all are measured.
+        is_compared = config.tune is not None or config.experiment is not None
+        is_read = folder is not None or chosen.reads_teacher or is_compared
         teacher = inputs.teacher if distils or is_read else None
         student = inputs.student
 

@@ -2,9 +2,10 @@
 
 Every default is written on its field and nowhere else. `sources.py` describes rows, models and difficulty,
 `training.py` the curriculum, the training and the rollouts, `scaling.py` workers and actors, `tuning.py` the search,
-and `root.py` the whole config. `loading.py` reads it from a file.
+`experiments.py` paired comparisons, and `root.py` the whole config. `loading.py` reads it from a file.
 """
 
+from pocl_ray.config.experiments import ExperimentConfig, ScreenConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.scaling import ScalingConfig
@@ -51,6 +52,7 @@ __all__ = [
     "DistillConfig",
     "DomainConfig",
     "EvaluationConfig",
+    "ExperimentConfig",
     "GenerationConfig",
     "LoraConfig",
     "ModelConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "ScalingConfig",
     "ScheduleConfig",
     "SchedulerConfig",
+    "ScreenConfig",
     "SftConfig",
     "SourceConfig",
     "StudentConfig",

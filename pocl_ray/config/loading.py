@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -43,6 +43,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Return the config with other values under some keys, dotted or nested; as with a layer, schedules and free
+    mappings are replaced as a whole.
+
+    Raises:
+        ConfigError: A key is unknown, a value is out of range, or the values do not fit together.
+    """
+    above: dict[str, Any] = {}
+    for key, value in overrides.items():
+        *parents, leaf = str(key).split(".")
+        node = above
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {parent} has a value already, {node!r}, and no keys")
+        both = isinstance(value, dict) and isinstance(node.get(leaf), dict)
+        node[leaf] = {**node[leaf], **value} if both else value
+    try:
+        return Config.model_validate(_merged(config.model_dump(mode="json"), above, Config))
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
 
 
 def is_layer(override: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from pocl_ray.config.base import Section, Seeds
+from pocl_ray.config.experiments import ExperimentConfig
 from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.sources import (
     DataConfig,
@@ -168,6 +169,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
+    experiment: ExperimentConfig | None = Field(default=None, description="the comparison of `pocl-ray experiment`")
 
     @model_validator(mode="before")
     @classmethod

@@ -61,7 +61,7 @@ def measure_perplexity(
         pa.table({"model": [model], "set": [name], "ids": [ids.tolist()]})
         for model in models
         for name, rows in sets.items()
-        for ids in _batches(RowStore.open(run_dir.local(rows.path)))
+        for ids in reading_batches(RowStore.open(run_dir.local(rows.path)))
     ]
     (pool,) = plan_pools(scaling, [scaling.evaluation_actors], len(items))
     paths = {name: rows.path for name, rows in sets.items()}
@@ -157,8 +157,8 @@ def summed_nll(hidden_NH: torch.Tensor, head: Callable[[torch.Tensor], torch.Ten
     return float(torch.cat(losses).double().cpu().sum())
 
 
-def _batches(rows: RowStore) -> list[np.ndarray]:
-    """Row ids, the longest rows first, cut by length alone into batches with a limit of padded tokens."""
+def reading_batches(rows: RowStore) -> list[np.ndarray]:
+    """Return row ids, the longest rows first, cut by length alone into batches with a limit of padded tokens."""
     lengths = rows.prompt_lengths + rows.response_lengths
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0

@@ -122,6 +122,11 @@ def render_search(context: Mapping[str, Any]) -> str:
     return _environment().get_template("search.html.j2").render(context)
 
 
+def render_experiment(context: Mapping[str, Any]) -> str:
+    """Return the page of an experiment, experiment/report.html; everything that comes from the run is escaped."""
+    return _environment().get_template("experiment.html.j2").render(context)
+
+
 def render_model_card(context: Mapping[str, Any]) -> str:
     """Return the README.md of the student."""
     return _environment().get_template("model_card.md.j2").render(context)

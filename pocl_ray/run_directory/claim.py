@@ -34,6 +34,7 @@ NEUTRAL = (
     "scaling",
     "report",
     "tune",
+    "experiment",
     "distill.chunk_mib",
     "teacher.sharded",
     "distill.kernel",

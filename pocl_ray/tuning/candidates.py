@@ -133,7 +133,7 @@ class Planner:
             settings["train.seed"] = candidate.seed
         try:
             config = apply_settings(self.config, settings)
-            config = apply_settings(config, {**self._budget(config.train), **self._pins(config.train)})
+            config = apply_settings(config, {**self._budget(config.train), **sft_pins(self.config, config.train)})
         except ValidationError as error:
             raise ConfigError(describe(error)) from None
         resolve_loss(config.distill.loss, config.distill.loss_args, config.distill.scale_by_t_squared)
@@ -168,18 +168,24 @@ class Planner:
             )
         return {BUDGET_KEY: budget.samples // train.global_batch_rows}
 
-    def _pins(self, train: TrainConfig) -> Settings:
-        """The settings that keep supervised fine-tuning unchanged if the trial changes keys that it shares."""
-        pins: Settings = {}
-        for role in ("teacher", "student"):
-            sft = getattr(self.config, role).sft
-            if sft is None:
-                continue
-            base = self.config.sft_train(sft)
-            for key in TrainOverrides.model_fields:
-                if getattr(train, key) != getattr(self.config.train, key):
-                    pins[f"{role}.sft.train.{key}"] = getattr(base, key)
-        return pins
+
+def sft_pins(base: Config, train: TrainConfig) -> Settings:
+    """Return the settings that keep supervised fine-tuning as it is in the base config.
+
+    Args:
+        base: The base config.
+        train: The section of a config that differs, whose keys supervised fine-tuning would take over.
+    """
+    pins: Settings = {}
+    for role in ("teacher", "student"):
+        sft = getattr(base, role).sft
+        if sft is None:
+            continue
+        merged = base.sft_train(sft)
+        for key in TrainOverrides.model_fields:
+            if getattr(train, key) != getattr(base.train, key):
+                pins[f"{role}.sft.train.{key}"] = getattr(merged, key)
+    return pins
 
 
 def search_fingerprint(config: Config, origins: TrialOrigins) -> str:

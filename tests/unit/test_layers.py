@@ -27,7 +27,7 @@ LAYERS = (
     },
     {"curriculum", "data", "models", "answers", "teacher_cache"},
     {"difficulty", "distill", "evaluation", "ray_train", "responses"},
-    {"fingerprints", "inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
+    {"experiments", "fingerprints", "inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
@@ -39,6 +39,7 @@ NEVER_IMPORTS = {
     "difficulty/ranking.py": {"torch", "ray"},
     "distill": {"ray"},
     "distill/rollout_schedule.py": {"torch", "ray"},
+    "experiments/statistics.py": {"torch", "ray"},
     "ray_train/progress.py": {"torch", "transformers", "deepspeed"},
 }
 

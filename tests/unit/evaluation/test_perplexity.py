@@ -59,7 +59,8 @@ def task(tmp_path: Path) -> ReadingTask:
 def test_a_model_reads_every_token_but_the_first_of_each_text(task: ReadingTask) -> None:
     rows = RowStore.open(task.run_dir.local("rows/test.arrow"))
     items = [
-        pa.table({"model": ["student"], "set": ["test"], "ids": [ids.tolist()]}) for ids in perplexity._batches(rows)
+        pa.table({"model": ["student"], "set": ["test"], "ids": [ids.tolist()]})
+        for ids in perplexity.reading_batches(rows)
     ]
     read = pa.concat_tables([part for item in items for part in ReadingActor(task)(item)])
     figures = perplexity._figures(read, "student", "test")
@@ -80,6 +81,6 @@ def test_batches_hold_each_row_once_within_their_room(task: ReadingTask, monkeyp
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 30)
     rows = RowStore.open(task.run_dir.local("rows/test.arrow"))
     lengths = rows.prompt_lengths + rows.response_lengths
-    batches = perplexity._batches(rows)
+    batches = perplexity.reading_batches(rows)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(rows)))
     assert all(len(ids) * lengths[ids].max() <= 30 for ids in batches)

@@ -1,0 +1,241 @@
+"""`pocl-ray experiment`: what arms share is made once, then every arm is trained on every seed, then they are compared.
+
+rows -> teacher, student -> scores + teacher cache    once a scoring, the steps of `pipeline`
+screen     all arms on a few seeds, judged on the dev rows; the best go on
+confirm    the arms that are left on seeds of their own, judged on the test rows, and the baseline for their FLOPs
+tables, page
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from pocl_ray.config import Config, ScreenConfig
+from pocl_ray.console import console
+from pocl_ray.data.prepare import count_rows
+from pocl_ray.errors import ConfigError, UserError
+from pocl_ray.experiments.arms import Arm, by_scoring, notes, plan_arms, with_steps
+from pocl_ray.experiments.board import board, comparison_table, show
+from pocl_ray.experiments.flops import equal_steps
+from pocl_ray.experiments.page import write_page
+from pocl_ray.experiments.pool import Pool
+from pocl_ray.experiments.results import (
+    FIGURES,
+    Budget,
+    Outcome,
+    Phase,
+    TrainingRecord,
+    compare,
+    read_record,
+    write_tables,
+)
+from pocl_ray.experiments.scored import ScoredRun
+from pocl_ray.pipeline import Pipeline
+from pocl_ray.ray_cluster.capacity import wait_for_trials
+from pocl_ray.ray_cluster.session import ray_session
+from pocl_ray.records import RowsSummary
+from pocl_ray.run_directory.storage import RunDirectory
+
+SAME_SHARE = 0.01
+"""Numbers of steps that differ by less are taken for the same: one more training would tell nothing."""
+
+
+class Experiment:
+    """One experiment over its run directory; a Ray cluster is connected."""
+
+    def __init__(self, config: Config, arms: dict[str, Arm], scored: Mapping[str, ScoredRun], pool: Pool) -> None:
+        """Take what the trainings start from.
+
+        Args:
+            config: The experiment's config.
+            arms: By name, in the order of the config.
+            scored: Arm -> what it starts from.
+            pool: Trains.
+        """
+        assert config.experiment is not None
+        self.config, self.experiment, self.pool = config, config.experiment, pool
+        self.arms, self.scored = arms, dict(scored)
+        self.baseline = arms[self.experiment.baseline]
+        self.run_dir = RunDirectory.open(config.storage_path, config.name)
+        self.records: list[TrainingRecord] = []
+
+    def run(self) -> Outcome:
+        """Screen where the config says so, judge what is left, and compare."""
+        screened, judged = self._screen()
+        extra, pairs = self._baselines_of_equal_flops(judged) if self.experiment.equal_flops else ([], [])
+        self._train("confirm", [*judged, *extra], self.experiment.seeds)
+        steps: list[tuple[str, str, Budget]] = [
+            (name, self.baseline.name, "steps") for name in judged if name != self.baseline.name
+        ]
+        comparisons = compare(self.records, [*steps, *pairs], "confirm")
+        if screened:
+            of_screen: list[tuple[str, str, Budget]] = [
+                (name, self.baseline.name, "steps") for name in screened if name != self.baseline.name
+            ]
+            comparisons += compare(self.records, of_screen, "screen")
+        said = tuple(notes(self.config, {name: self.arms[name] for name in self.experiment.arms}))
+        outcome = Outcome(
+            self.arms, self.baseline.name, tuple(screened), tuple(judged), tuple(self.records), tuple(comparisons), said
+        )
+        write_tables(self.run_dir, self.records, comparisons)
+        return outcome
+
+    def _screen(self) -> tuple[list[str], list[str]]:
+        """Return the arms that were screened, and those that go on."""
+        screen, names = self.experiment.screen, list(self.arms)
+        if screen is None:
+            return [], names
+        self._train("screen", names, screen.seeds)
+        judged = [self.baseline.name, *self._best(screen)]
+        left = [name for name in names if name in judged]
+        console.print(
+            f"[bold]screened[/]  {len(names) - 1} arms beside {self.baseline.name} on dev rows, seeds "
+            f"{', '.join(map(str, screen.seeds))}; judged on test rows: {', '.join(left)}"
+        )
+        return names, left
+
+    def _best(self, screen: ScreenConfig) -> list[str]:
+        """Return the arms with the best mean dev figure; what failed on a seed comes last."""
+        sign = 1.0 if FIGURES[screen.metric] else -1.0
+
+        def rank(name: str) -> tuple[int, float]:
+            own = [r for r in self.records if r.arm == name and r.phase == "screen" and not r.failure]
+            values = [figures[screen.metric] for record in own for figures in record.figures.values()]
+            return -len(own), -sign * statistics.fmean(values) if values else 0.0
+
+        others = sorted((name for name in self.arms if name != self.baseline.name), key=rank)
+        return others[: screen.keep]
+
+    def _baselines_of_equal_flops(self, judged: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Budget]]]:
+        """Plan the baseline for the FLOPs of each arm; return the names of the new arms, and what they are beside."""
+        own_run, base = self.scored[self.baseline.name], self.baseline
+        of_base = own_run.planned_flops(base)
+        extra: dict[int, str] = {base.num_steps: base.name}
+        pairs: list[tuple[str, str, Budget]] = []
+        for name in judged:
+            if name == base.name:
+                continue
+            steps = equal_steps(self.scored[name].planned_flops(self.arms[name]), of_base, base.num_steps)
+            near = next((taken for taken in extra if abs(taken - steps) <= SAME_SHARE * steps), None)
+            if near is None:
+                try:
+                    arm = with_steps(self.config, base, steps, own_run.num_rows)
+                except ConfigError as error:
+                    console.print(f"[yellow]note:[/] {name}: {base.name} cannot be trained for its FLOPs: {error}")
+                    continue
+                self.arms[arm.name], self.scored[arm.name] = arm, own_run
+                extra[steps], near = arm.name, steps
+            pairs.append((name, extra[near], "flops"))
+        return [name for name in extra.values() if name != base.name], pairs
+
+    def _train(self, phase: Phase, names: Sequence[str], seeds: Sequence[int]) -> None:
+        """Train arms on seeds, all arms on the first seed first; what a record stands of is done."""
+        done: list[TrainingRecord] = []
+        jobs, of_job = [], {}
+        for seed in seeds:
+            for name in names:
+                arm, scored = self.arms[name], self.scored[name]
+                job = scored.job(self.config, arm, seed, self._sets(scored, phase))
+                record = read_record(self.run_dir, phase, job.name)
+                if record is not None:
+                    done.append(record)
+                    continue
+                jobs.append(job)
+                of_job[job.name] = (arm, seed)
+        with board(phase, dict.fromkeys(names, len(seeds)), done) as shown:
+
+            def on_done(name: str, result: dict[str, object]) -> None:
+                record = self._record(phase, name, *of_job[name], result)
+                record.write(self.run_dir)
+                done.append(record)
+                shown.add(record)
+                if record.failure:
+                    console.print(f"[yellow]warning:[/] {name}: {record.failure}")
+
+            if jobs:
+                self.pool.run(jobs, on_done, shown.look)
+        place = {(name, seed): at for at, (seed, name) in enumerate((s, n) for s in seeds for n in names)}
+        self.records += sorted(done, key=lambda record: place[record.arm, record.seed])
+
+    def _sets(self, scored: ScoredRun, phase: Phase) -> dict[str, RowsSummary]:
+        return {"dev": scored.rows.dev} if phase == "screen" else dict(scored.rows.tests)
+
+    def _record(self, phase: Phase, name: str, arm: Arm, seed: int, result: Mapping[str, object]) -> TrainingRecord:
+        if "failure" in result:
+            return TrainingRecord(name, phase, arm.name, seed, failure=str(result["failure"]))
+        flops = self.scored[arm.name].measured_flops(arm, result)
+        fields = ("num_steps", "num_tokens", "seconds", "figures", "curve", "losses")
+        return TrainingRecord(
+            name,
+            phase,
+            arm.name,
+            seed,
+            flops={"scoring": flops.scoring, "refreshing": flops.refreshing, "training": flops.training},
+            **{key: result[key] for key in fields},  # type: ignore[arg-type]
+        )
+
+
+def experiment_until_end(config: Config, resume_with_changes: bool) -> tuple[RunDirectory, Outcome]:
+    """Run the experiment of a config, on the cluster that the environment names or on this machine.
+
+    Returns:
+        The run directory, and what was found.
+
+    Raises:
+        UserError: The experiment cannot work.
+        GaveUpError: A training failed more often than `scaling.max_failures` allows.
+    """
+    arms = plan_arms(config, count_rows(config.data))  # before anything is started
+    assert config.experiment is not None
+    for note in notes(config, arms):
+        console.print(f"[yellow]note:[/] {note}")
+    with ExitStack() as stack:
+        pipelines = _open(config, arms, resume_with_changes, stack)
+        try:
+            stack.enter_context(ray_session())
+            for name in ("ray.train", "ray.data"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            scored = {directory: ScoredRun(pipeline) for directory, pipeline in pipelines.items()}
+            of_arm = {name: scored[where] for where, names in by_scoring(config, arms).items() for name in names}
+            num_rows = next(iter(of_arm.values())).num_rows
+            arms = plan_arms(config, num_rows)  # some rows may not have been usable
+            single = config.scaling.model_copy(update={"num_workers": 1})
+            pool = Pool(single, wait_for_trials(single, config.experiment.max_concurrent))
+            stack.callback(pool.close)
+            outcome = Experiment(config, arms, of_arm, pool).run()
+        except UserError:
+            for pipeline in pipelines.values():
+                pipeline.withdraw()
+            raise
+        run_dir = RunDirectory.open(config.storage_path, config.name)
+        write_page(run_dir, config, outcome)
+        _print(outcome)
+    return run_dir, outcome
+
+
+def _open(config: Config, arms: Mapping[str, Arm], resume_with_changes: bool, stack: ExitStack) -> dict[str, Pipeline]:
+    """Open one pipeline a scoring; each of another kind in a run directory of its own."""
+    pipelines = {}
+    for directory, names in by_scoring(config, arms).items():
+        own = config if directory == config.name else _config_of(config, arms[names[0]], directory)
+        pipeline = Pipeline(own, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+        stack.callback(pipeline.close)
+        pipelines[directory] = pipeline
+    return pipelines
+
+
+def _config_of(config: Config, arm: Arm, directory: str) -> Config:
+    return arm.config.model_copy(update={"name": directory, "experiment": config.experiment})
+
+
+def _print(outcome: Outcome) -> None:
+    judged = [one for one in outcome.comparisons if one.phase == "confirm"]
+    for name in dict.fromkeys(one.set for one in judged):
+        for budget in ("steps", "flops"):
+            if any(one.budget == budget and one.set == name for one in judged):
+                show(comparison_table(judged, budget, name))
+    if outcome.screened:
+        console.print(f"{len(outcome.screened) - 1} arms were screened; the intervals above are not corrected for that")

@@ -1,0 +1,237 @@
+"""What an experiment found: one record a training, one row a comparison, as Parquet and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pocl_ray.experiments.arms import Arm
+from pocl_ray.experiments.statistics import PairedDifference, paired_difference
+from pocl_ray.run_directory.storage import RunDirectory
+
+FOLDER = "experiment"
+TRAININGS, COMPARISONS, CURVES = f"{FOLDER}/trainings", f"{FOLDER}/comparisons", f"{FOLDER}/curves"
+
+FIGURES = {
+    "rouge_l": True,
+    "sampled_rouge_l": True,
+    "exact_match": True,
+    "sampled_exact_match": True,
+    "kl": False,
+    "ce_loss": False,
+}
+"""Figure -> whether more of it is better. ROUGE-L and exact match from 0 to 100, greedy where not called sampled; `kl`
+is KL(teacher || student) at temperature 1, and it and `ce_loss` are means over response tokens, in nats."""
+
+Phase = Literal["screen", "confirm"]
+Budget = Literal["steps", "flops"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """One training, as `experiment/<phase>/<name>.json` holds it.
+
+    Attributes:
+        name: Of the file: arm, seed and fingerprint.
+        phase: `screen`: judged on dev rows; `confirm`: on the test rows.
+        arm: Name of the arm.
+        seed: Training seed.
+        num_steps: Optimizer steps taken.
+        num_tokens: Response tokens trained on.
+        seconds: Training and judging.
+        flops: Scoring, refreshing and training.
+        figures: Set -> figure -> value.
+        curve: Dev figures at each evaluation.
+        losses: Training loss, thinned.
+        failure: Why there are no figures; empty where there are.
+    """
+
+    name: str
+    phase: Phase
+    arm: str
+    seed: int
+    num_steps: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    flops: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def total_flops(self) -> float:
+        """All FLOPs of it."""
+        return sum(self.flops.values())
+
+    def write(self, run_dir: RunDirectory) -> None:
+        """Write it; from then on the training is done."""
+        run_dir.write_json(_place(self.phase, self.name), asdict(self))
+
+
+def read_record(run_dir: RunDirectory, phase: Phase, name: str) -> TrainingRecord | None:
+    """Read a record; None where the training is not done."""
+    place = _place(phase, name)
+    return TrainingRecord(**run_dir.read_json(place)) if run_dir.exists(place) else None
+
+
+def _place(phase: Phase, name: str) -> str:
+    return f"{FOLDER}/{phase}/{name}.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of one arm beside the baseline.
+
+    Attributes:
+        phase: Whose rows and seeds it is of.
+        set: Name of the set.
+        budget: `steps`: the baseline as it is; `flops`: the baseline for the FLOPs of the arm.
+        arm: Name of the arm.
+        baseline: Name of the arm that it is compared with.
+        figure: One of `FIGURES`.
+        arm_mean: Over the seeds that both have.
+        baseline_mean: The same.
+        difference: Paired by seed.
+    """
+
+    phase: Phase
+    set: str
+    budget: Budget
+    arm: str
+    baseline: str
+    figure: str
+    arm_mean: float
+    baseline_mean: float
+    difference: PairedDifference
+
+    @property
+    def verdict(self) -> str:
+        """`ahead`, `behind` or `level`."""
+        return self.difference.verdict(FIGURES[self.figure])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of an experiment.
+
+    Attributes:
+        arms: All arms of the config, in its order, and the baselines of equal FLOPs behind them.
+        baseline: The arm that the others are compared with.
+        screened: Arms that were screened, the baseline among them; empty without screening.
+        judged: Arms that were judged on the test rows.
+        records: All trainings.
+        comparisons: Of all phases.
+        notes: What a reader must know.
+    """
+
+    arms: Mapping[str, Arm]
+    baseline: str
+    screened: tuple[str, ...]
+    judged: tuple[str, ...]
+    records: tuple[TrainingRecord, ...]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+
+def compare(
+    records: Sequence[TrainingRecord], pairs: Sequence[tuple[str, str, Budget]], phase: Phase
+) -> list[Comparison]:
+    """Compare arms on every set and figure, over the seeds that both of a pair have figures of.
+
+    Args:
+        records: Of all phases.
+        pairs: Arm, baseline and budget of each comparison.
+        phase: Whose records are compared.
+    """
+    of_arm: dict[str, dict[int, TrainingRecord]] = {}
+    for record in records:
+        if record.phase == phase and not record.failure:
+            of_arm.setdefault(record.arm, {})[record.seed] = record
+    found = []
+    for arm, baseline, budget in pairs:
+        ours, theirs = of_arm.get(arm, {}), of_arm.get(baseline, {})
+        seeds = [seed for seed in ours if seed in theirs]
+        if len(seeds) < 2:
+            continue
+        for name, figures in ours[seeds[0]].figures.items():
+            for figure in (each for each in FIGURES if each in figures):
+                values = [[of[seed].figures[name][figure] for seed in seeds] for of in (ours, theirs)]
+                difference = paired_difference(values[0], values[1], FIGURES[figure])
+                means = (statistics.fmean(values[0]), statistics.fmean(values[1]))
+                found.append(Comparison(phase, name, budget, arm, baseline, figure, *means, difference))
+    return found
+
+
+def training_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
+    """Return one row a training and set."""
+    rows = []
+    for record in records:
+        common = {
+            "phase": record.phase,
+            "arm": record.arm,
+            "seed": record.seed,
+            "num_steps": record.num_steps,
+            "num_tokens": record.num_tokens,
+            "seconds": record.seconds,
+            **{f"{key}_flops": record.flops.get(key, 0.0) for key in ("scoring", "refreshing", "training")},
+            "failure": record.failure,
+        }
+        for name, figures in (record.figures or {"": {}}).items():
+            rows.append({**common, "set": name, **{figure: figures.get(figure) for figure in FIGURES}})
+    return rows
+
+
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return one row a comparison."""
+    return [
+        {
+            **{key: value for key, value in asdict(one).items() if key != "difference"},
+            **asdict(one.difference),
+            "verdict": one.verdict,
+        }
+        for one in comparisons
+    ]
+
+
+def curve_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
+    """Return one row a dev evaluation of a training."""
+    keys = ("rouge_l", "exact_match", "ce_loss", "kd_loss")
+    return [
+        {
+            "phase": record.phase,
+            "arm": record.arm,
+            "seed": record.seed,
+            "step": point["step"],
+            "num_tokens": point["num_tokens"],
+            **{key: point.get(key) for key in keys},
+        }
+        for record in records
+        for point in record.curve
+    ]
+
+
+def write_tables(run_dir: RunDirectory, records: Sequence[TrainingRecord], comparisons: Sequence[Comparison]) -> None:
+    """Write trainings, comparisons and learning curves, each as Parquet and as CSV."""
+    tables = {TRAININGS: training_rows(records), COMPARISONS: comparison_rows(comparisons), CURVES: curve_rows(records)}
+    for place, rows in tables.items():
+        if rows:
+            _write_table(run_dir, place, rows)
+
+
+def _write_table(run_dir: RunDirectory, place: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), sink)
+    run_dir.write_bytes(f"{place}.parquet", sink.getvalue().to_pybytes())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    run_dir.write_text(f"{place}.csv", text.getvalue())

@@ -1,0 +1,132 @@
+"""One training after the other in one process, which has imported torch, transformers and DeepSpeed once.
+
+A process starts in ten seconds or more, and a small training takes as long. So a process here outlives its trainings:
+each of them sets up a loop of its own (`distill.setup`) on a process group of one, and its student is judged before it
+is let go.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
+from pocl_ray.distill.loop import LoopHooks, TrainingLoop
+from pocl_ray.distill.setup import set_up_loop
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.experiments.judge import Judge, JudgeTask
+from pocl_ray.models.loading import load_tokenizer
+
+OnProgress = Callable[[int, int], object]
+"""Told the steps done and the tokens trained on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of one arm.
+
+    Attributes:
+        name: Of its record.
+        task: What is trained.
+        judged: On which sets its student is judged.
+    """
+
+    name: str
+    task: TrainTask
+    judged: JudgeTask
+
+
+class DivergedError(Exception):
+    """The loss or the gradient of a training is not finite any more."""
+
+
+class TrainingProcess:
+    """Runs jobs one after the other; the process group stays, engines and students do not."""
+
+    def __init__(self, num_threads: int, use_gpu: bool) -> None:
+        """Make the process group of one, without a port: nobody else joins it."""
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        torch.set_num_threads(num_threads)
+        self.device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if use_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self._judge: Judge | None = None
+
+    def run(self, job: Job, on_progress: OnProgress) -> dict[str, Any]:
+        """Train and judge.
+
+        Returns:
+            `figures` by set, `curve` (dev figures at each evaluation), `losses` (thinned), `num_steps`, `num_tokens`,
+            `seconds` and `train_seconds`.
+
+        Raises:
+            UserError: A model, a cache or the rows do not fit.
+            DivergedError: The loss is not finite any more.
+        """
+        started = time.monotonic()
+        loop = self._train(job, on_progress)
+        train_seconds = time.monotonic() - started
+        figures = self._judge_of(job.judged).judge(loop.dev.student.current())
+        metrics, progress = loop.progress.metrics, loop.progress
+        result = {
+            "figures": figures,
+            "curve": [_dev_figures(record) for record in metrics if "train/loss" not in record],
+            "losses": _thinned([record for record in metrics if "train/loss" in record]),
+            "num_steps": progress.step,
+            "num_tokens": progress.num_tokens,
+            "train_seconds": round(train_seconds, 2),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        loop.engine.deepspeed.destroy()
+        del loop
+        gc.collect()
+        return result
+
+    def _train(self, job: Job, on_progress: OnProgress) -> TrainingLoop:
+        # Gradients that overflow are part of how fp16 finds its loss scale.
+        watched = ("train/loss", *(() if job.task.train.precision == "fp16" else ("train/grad_norm",)))
+
+        def on_step(progress: Progress, record: dict[str, Any]) -> None:
+            for key in watched:
+                if not math.isfinite(record.get(key, 0.0)):
+                    raise DivergedError(f"{key} is {record[key]} at step {progress.step}")
+            on_progress(progress.step, progress.num_tokens)
+
+        loop = set_up_loop(job.task, self.device, LoopHooks(on_checkpoint=_discard, on_step=on_step))
+        loop.run()
+        return loop
+
+    def _judge_of(self, task: JudgeTask) -> Judge:
+        if self._judge is None or self._judge.task != task:
+            self._judge = None  # free the one before: two teachers may not fit
+            self._judge = Judge(task, load_tokenizer(str(task.run_dir.local(task.tokenizer))), self.device)
+        return self._judge
+
+
+def _discard(progress: Progress, written: PendingCheckpoint | None) -> None:
+    """Let a checkpoint go: a training this short is run again, not gone on with."""
+    if written is not None:
+        shutil.rmtree(written.wait(), ignore_errors=True)
+
+
+def _dev_figures(record: dict[str, Any]) -> dict[str, Any]:
+    figures = {key.removeprefix("eval/dev/"): value for key, value in record.items() if key.startswith("eval/dev/")}
+    return {"step": record["step"], "num_tokens": record["num_tokens"], **figures}
+
+
+def _thinned(records: list[dict[str, Any]], most: int = 100) -> list[dict[str, float]]:
+    """Return step and mean loss of `most` equal parts of a training."""
+    size = max(1, math.ceil(len(records) / most))
+    parts = [records[start : start + size] for start in range(0, len(records), size)]
+    return [
+        {"step": part[-1]["step"], "loss": sum(record["train/loss"] for record in part) / len(part)} for part in parts
+    ]

@@ -1,0 +1,49 @@
+"""Several trainings in one process: each comes out as if alone, and one that diverges leaves the next one whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+from runs import prepare
+
+from pocl_ray.config import EvaluationConfig
+from pocl_ray.distill.task import TrainTask
+from pocl_ray.experiments.judge import JudgeTask
+from pocl_ray.experiments.training import DivergedError, Job, TrainingProcess
+
+
+def job(task: TrainTask, name: str, **changes: Any) -> Job:
+    evaluation = EvaluationConfig.model_validate({"seeds": [3, 4], "generation": {"max_new_tokens": 6}})
+    teacher = task.teachers[0].ref
+    judged = JudgeTask(task.run_dir, {"test": task.dev_rows.path}, teacher, "tokenizer", evaluation, task.max_tokens)
+    return Job(name, replace(task, **changes), judged)
+
+
+def _worker(_: int, task: TrainTask, target: Path) -> None:
+    process, results, told = TrainingProcess(num_threads=1, use_gpu=False), [], []
+    diverging = task.train.model_copy(update={"learning_rate": 1e30})
+    for each in (job(task, "first"), job(task, "bad", train=diverging), job(task, "again"), job(task, "other", seed=6)):
+        try:
+            results.append(process.run(each, lambda step, tokens: told.append(step)))
+        except DivergedError as error:
+            results.append({"failure": str(error)})
+    target.write_text(json.dumps([results, told]), encoding="utf-8")
+
+
+def test_trainings_share_a_process_and_nothing_else(tmp_path: Path) -> None:
+    task, target = prepare(tmp_path), tmp_path / "results.json"
+    mp.start_processes(_worker, (task, target), 1, start_method="forkserver")
+    (first, bad, again, other), told = json.loads(target.read_text(encoding="utf-8"))
+    assert set(first["figures"]["test"]) == {
+        "rouge_l", "exact_match", "sampled_rouge_l", "sampled_exact_match", "kl", "ce_loss",
+    }  # fmt: skip
+    for key in ("figures", "curve", "losses", "num_steps", "num_tokens"):
+        assert first[key] == again[key]
+    assert first["num_steps"] == task.num_steps
+    assert other["figures"] != first["figures"]
+    assert bad["failure"].startswith("train/")
+    assert max(told) == task.num_steps
