@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from pocl_ray.answers.batch import Batch, Means, batches_of
 from pocl_ray.errors import ModelError
-from pocl_ray.models.heads import split_model
 
 _PROMPT_LENGTHS = (3, 7, 7, 10, 13)  # two of one length: without padding they share a batch, and one leaves it
 _LIMITS = (2, 3, 6, 6, 4)  # rows leave the batch at several tokens
@@ -87,9 +86,8 @@ class _Row:
 def _read_alone(model: PreTrainedModel, row: _Row) -> Tensor:
     """The logits that each token of the response follows from: one row, without padding or cache."""
     ids_BT = torch.from_numpy(row.tokens)[None].to(model.device)
-    index_N = torch.arange(row.num_prompt - 1, len(row.tokens) - 1, device=model.device)
-    parts = split_model(model)
-    return parts.logits(parts.response_hidden(ids_BT, torch.ones_like(ids_BT), index_N)).float().cpu()
+    output = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
+    return output.logits[0, row.num_prompt - 1 : -1].float().cpu()
 
 
 def _errors(model: PreTrainedModel, rows: list[_Row], expected: list[Tensor], means: Means) -> np.ndarray:

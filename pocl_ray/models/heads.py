@@ -50,9 +50,9 @@ class LogitTransform:
         """Return the transform of a model's config; a multimodal one keeps it in the config of its text model."""
         text = config.get_text_config()
         return LogitTransform(
-            multiplier=getattr(text, "logit_scale", None),
-            divisor=getattr(text, "logits_scaling", None),
-            softcap=getattr(text, "final_logit_softcapping", None),
+            multiplier=_first_of(text, "logit_scale", "lm_head_multiplier"),
+            divisor=_first_of(text, "logits_scaling"),
+            softcap=_first_of(text, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
         )
 
     def __call__(self, logits_NV: Tensor) -> Tensor:
@@ -64,6 +64,11 @@ class LogitTransform:
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
+
+
+def _first_of(config: PreTrainedConfig, *names: str) -> float | None:
+    """The first of some keys that a config has: families give the same thing different names."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,11 @@ def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
 
 @dataclass(frozen=True)
 class HeadSample:
+<<<<<<< HEAD
     """A few tokens of one forward pass: final hidden states, and the logits of the whole model.
+=======
+    """A few tokens of a model: final hidden states and the logits that the whole model gave, on the same input.
+>>>>>>> 3e1fa5f (Over 75 families answer exactly and read their head from disk, or are refused; the head's sample needs no hook)
 
     Attributes:
         hidden_NH: Final hidden states.
@@ -253,17 +262,10 @@ class HeadSample:
     @torch.no_grad()
     def of(model: PreTrainedModel, ids_BT: Tensor, index_N: Tensor) -> HeadSample:
         """Run a model on one row of tokens, and keep what it says at some positions of it."""
-        kept: list[Tensor] = []
-
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            kept.append(output.last_hidden_state[0])
-
-        hook = split_model(model).body.register_forward_hook(keep)
-        try:
-            logits_TV = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits[0]
-        finally:
-            hook.remove()
-        return HeadSample(kept[0][index_N].cpu(), logits_TV[index_N].cpu())
+        mask_BT = torch.ones_like(ids_BT)
+        logits_TV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
+        hidden_NH = split_model(model).response_hidden(ids_BT, mask_BT, index_N)
+        return HeadSample(hidden_NH.cpu(), logits_TV[index_N].cpu())
 
     def to_bytes(self) -> bytes:
         """Return the content of a safetensors file."""
