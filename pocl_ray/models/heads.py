@@ -244,11 +244,7 @@ def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
 
 @dataclass(frozen=True)
 class HeadSample:
-<<<<<<< HEAD
-    """A few tokens of one forward pass: final hidden states, and the logits of the whole model.
-=======
-    """A few tokens of a model: final hidden states and the logits that the whole model gave, on the same input.
->>>>>>> 3e1fa5f (Over 75 families answer exactly and read their head from disk, or are refused; the head's sample needs no hook)
+    """A few tokens of a model: final hidden states, and the logits of the whole model for the same input.
 
     Attributes:
         hidden_NH: Final hidden states.
