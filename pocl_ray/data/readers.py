@@ -268,8 +268,8 @@ def read_file(file: SourceFile, wanted: Wanted = read_all) -> Iterator[SourceRow
 
     Args:
         file: File to read.
-        wanted: Which columns matter. Whatever stands in the others makes no row unusable: times that Python has no
-            room for, bytes that are no text.
+        wanted: Function that returns the columns to read. Whatever stands in the others makes no row unusable: times
+            that Python has no room for, bytes that are no text.
 
     Yields:
         Each row in the order of the file: a `SourceRow`, or a `Reject` if the row cannot be read.

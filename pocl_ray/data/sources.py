@@ -42,7 +42,7 @@ def read_source(
     Args:
         source: Source of the rows.
         default_split: Split of the shipped samples, if `source.split` is not given.
-        wanted: Which columns are read; the others are not decoded.
+        wanted: Function that returns the columns to read; the others are not decoded.
 
     Returns:
         Iterator over the first `max_rows` rows in the order of the source: a `SourceRow` for each, or a `Reject` if it

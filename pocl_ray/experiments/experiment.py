@@ -1,4 +1,4 @@
-"""`pocl-ray experiment`: what arms share is made once, then every arm is trained on every seed, then they are compared.
+"""The command `pocl-ray experiment`: prepare what arms share, train every arm on every seed, compare the arms.
 
 rows -> teacher, student -> scores + teacher cache    once a scoring, the steps of `pipeline`
 screen     all arms on a few seeds, judged on the dev rows; the best go on
@@ -40,7 +40,7 @@ from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 
 SAME_SHARE = 0.01
-"""Numbers of steps that differ by less are taken for the same: one more training would tell nothing."""
+"""The difference below which numbers of steps count as equal, since one more training would tell nothing."""
 
 
 class Experiment:
@@ -51,9 +51,9 @@ class Experiment:
 
         Args:
             config: The experiment's config.
-            arms: By name, in the order of the config.
-            scored: Arm -> what it starts from.
-            pool: Trains.
+            arms: Arms by name, in the order of the config.
+            scored: Mapping of each arm to the data and models that it starts from.
+            pool: Pool of processes that train.
         """
         assert config.experiment is not None
         self.config, self.experiment, self.pool = config, config.experiment, pool

@@ -1,4 +1,4 @@
-"""FLOPs of an arm: training, and all that its curriculum asks for beside it.
+"""FLOPs of an arm: training, and everything else that its curriculum needs.
 
 A multiplication and an addition are two FLOPs. A forward pass over T tokens costs 2 W T for the W weights of the
 matrices between embedding and head, and 4 L H T S for attention over S tokens in L layers of width H; the head costs
@@ -33,7 +33,7 @@ FRONTIER, GAP = "frontier", "teacher_student_kl"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the FLOPs of a model depend on.
+    """The sizes of a model that its FLOPs depend on.
 
     Attributes:
         body_weights: Weights of the matrices between embedding and head.
@@ -99,7 +99,7 @@ class ArmFlops:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.scoring + self.refreshing + self.training
 
 

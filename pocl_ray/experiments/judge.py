@@ -29,7 +29,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 
 @dataclass(frozen=True)
 class JudgeTask:
-    """What students are judged on.
+    """The sets and settings with which students are judged.
 
     Attributes:
         run_dir: Holds the rows.

@@ -30,7 +30,7 @@ def forest(comparisons: Sequence[Comparison], figures: Sequence[str]) -> Figure:
     """Forest plot: one line an arm, one panel a figure; the dot is the mean difference, the bar its 95 % t interval.
 
     Args:
-        comparisons: Of one set and one budget.
+        comparisons: Comparisons on one set and at one budget.
         figures: Panels, from left to right.
     """
     arms = list(dict.fromkeys(one.arm for one in comparisons))
@@ -59,7 +59,7 @@ def learning_curves(records: Mapping[str, Sequence[TrainingRecord]], figure: str
     Args:
         records: Arm -> its trainings.
         figure: Key of the dev figures.
-        label: Of the y axis.
+        label: Label of the y axis.
     """
     drawing = new_figure(3.0)
     ax = drawing.add_subplot()

@@ -90,7 +90,7 @@ class Pool:
         """Run all jobs.
 
         Args:
-            jobs: In the order in which they are begun.
+            jobs: Jobs in the order of their start.
             on_done: Called with the name and the result of each as it ends.
             on_look: Called a few times a second with how far the running jobs are.
 

@@ -1,4 +1,4 @@
-"""What an experiment found: one record a training, one row a comparison, as Parquet and CSV."""
+"""The results of an experiment: one record for each training and one row for each comparison, as Parquet and CSV."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainingRecord:
     """One training, as `experiment/<phase>/<name>.json` holds it.
 
     Attributes:
-        name: Of the file: arm, seed and fingerprint.
+        name: Name of the file: arm, seed and fingerprint.
         phase: `screen`: judged on dev rows; `confirm`: on the test rows.
         arm: Name of the arm.
         seed: Training seed.
@@ -91,7 +91,7 @@ class Comparison:
     """One figure of one arm beside the baseline.
 
     Attributes:
-        phase: Whose rows and seeds it is of.
+        phase: Phase with the rows and seeds of the comparison.
         set: Name of the set.
         budget: `steps`: the baseline as it is; `flops`: the baseline for the FLOPs of the arm.
         arm: Name of the arm.
@@ -128,8 +128,8 @@ class Outcome:
         screened: Arms that were screened, the baseline among them; empty without screening.
         judged: Arms that were judged on the test rows.
         records: All trainings.
-        comparisons: Of all phases.
-        notes: What a reader must know.
+        comparisons: Comparisons of all phases.
+        notes: Notes for the reader.
     """
 
     arms: Mapping[str, Arm]
@@ -147,9 +147,9 @@ def compare(
     """Compare arms on every set and figure, over the seeds that both of a pair have figures of.
 
     Args:
-        records: Of all phases.
+        records: Records of all phases.
         pairs: Arm, baseline and budget of each comparison.
-        phase: Whose records are compared.
+        phase: Phase whose records are compared.
     """
     of_arm: dict[str, dict[int, TrainingRecord]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""What the arms of one scoring start from, made once by the steps of the pipeline, and the jobs that follow from it."""
+"""The shared start of the arms of one scoring, which the pipeline's steps make once, and the jobs that follow."""
 
 from __future__ import annotations
 

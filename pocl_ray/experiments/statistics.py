@@ -64,7 +64,7 @@ def paired_difference(arm: npt.ArrayLike, baseline: npt.ArrayLike, higher_is_bet
     Args:
         arm: A figure on each seed, shape (seeds,), at least 2 of them.
         baseline: The other arm's on the same seeds, in the same order.
-        higher_is_better: Which sign of the difference is a win.
+        higher_is_better: Whether a positive difference is a win.
 
     Raises:
         ValueError: The shapes differ, or there are fewer than 2 seeds, which give no interval.

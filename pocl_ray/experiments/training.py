@@ -35,9 +35,9 @@ class Job:
     """One training of one arm.
 
     Attributes:
-        name: Of its record.
-        task: What is trained.
-        judged: On which sets its student is judged.
+        name: Name of its record.
+        task: Training task.
+        judged: Sets on which its student is judged.
     """
 
     name: str
