@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
+from pocl_ray.config.training import FRONTIER
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.records import Stage
 from pocl_ray.run_directory.claim import neutral_free
@@ -36,6 +37,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
         config.seed if seed is None else seed,
         *_lora(config),
+        *([config.curriculum.frontier.model_dump(mode="json")] if config.curriculum.pacing == FRONTIER else []),
         *([config.rollout.model_dump(mode="json")] if config.rollout.is_on else []),
     ]
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_ray.config import Config
+from pocl_ray.config.training import FRONTIER
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
@@ -32,6 +33,7 @@ from pocl_ray.inputs import TOKENIZER, FingerprintedModel, Inputs
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import trained_reference
 from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
+from pocl_ray.preview import frontier_notes
 from pocl_ray.ray_train.driver import train_counted
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
@@ -109,6 +111,8 @@ class Pipeline:
 
         def work(_: str) -> StepResult:
             self.run_dir.write_json(PLAN, content)
+            for note in frontier_notes(config, stages):
+                console.print(f"[yellow]note:[/] {note}")
             return StepResult([PLAN], {})
 
         self.steps.run("plan", content, work)
@@ -123,7 +127,9 @@ class Pipeline:
         folder = CACHE if distils and config.distill.teacher_cache != "none" else None
         # A search, or an arm of an experiment, may choose any signal, so all are measured.
         is_compared = config.tune is not None or config.experiment is not None
-        is_read = folder is not None or chosen.reads_teacher or is_compared
+        draws = config.curriculum.pacing == FRONTIER
+        is_read = folder is not None or chosen.reads_teacher or draws or is_compared
+        answers = not draws or "rouge_l" in config.difficulty.signals or is_compared
         teacher = inputs.teacher if distils or is_read else None
         student = inputs.student
 
@@ -143,6 +149,7 @@ class Pipeline:
                 compare=config.teacher.cross_tokenizer is None,
                 plugins=chosen.plugins,
                 teacher_rows=inputs.rows.for_teacher,
+                answers=answers,
             )
             table, counts = score_rows(scoring, config.scaling)
             self._publish_table(table, SIGNALS)
@@ -155,6 +162,7 @@ class Pipeline:
         models += [other.fingerprint for other in inputs.other_teachers] if distils else []
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
         depends += [] if is_read else ["without the teacher"]
+        depends += [] if answers else ["without answers"]
         return self.steps.run("scores", depends, work, on_cluster=True)
 
     @cached_property

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
+from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
+from pocl_ray.distill.losses import LOSSES
 from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.records import RowsSummary, Stage
@@ -40,7 +42,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     num_steps = sum(stage.num_steps for stage in stages)
     at_most = "at most " if config.curriculum.advance == "plateau" else ""
     console.print(_stage_table(stages))
-    order = f"in an order drawn by seed {config.seed}" if stages[0].order == "random" else "by rank"
+    orders = {"random": f"in an order drawn by seed {config.seed}", "frontier": "drawn by their gaps"}
+    order = orders.get(stages[0].order, "by rank")
     console.print(
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
@@ -48,6 +51,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
         console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")
+    for line in frontier_notes(config, stages):
+        console.print(line)
     if config.data.task == "text" and not prepared:
         console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
@@ -61,6 +66,29 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         console.print(f"{name}: {_cache_size(config, teacher, _prepared(config, for_teacher=True))}")
     if config.rollout.is_on:
         console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
+
+
+def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
+    """Return what frontier pacing costs, and what its gaps are where they are not the loss; nothing for other rules."""
+    if stages[0].order != FRONTIER:
+        return []
+    frontier, num_rows = config.curriculum.frontier, stages[0].num_rows
+    notes = []
+    if frontier.refresh == "training":
+        notes.append("gaps are refreshed by training itself: no further pass over the rows")
+    else:
+        read = min(num_rows, frontier.rescore_rows or num_rows) * (len(stages) - 1)
+        # A step is a forward and a backward pass, the latter twice the work of the former.
+        trained = sum(stage.num_steps for stage in stages) * config.train.global_batch_rows
+        notes.append(
+            f"gaps are refreshed by {read:,} forward passes of rows before stages 1 to {len(stages) - 1}: about "
+            f"{read / (3 * trained):.0%} of the FLOPs of training, and about as much of its time"
+        )
+    if config.distill.loss not in LOSSES:
+        notes.append(f"loss {config.distill.loss} is a plug-in's: gaps stay KL(teacher || student)")
+    if config.distill.teacher_cache == "topk":
+        notes.append("the teacher's cache holds its top k alone: gaps in training are lower bounds of the KL")
+    return notes
 
 
 def _stage_table(stages: Sequence[Stage]) -> Table:

@@ -24,6 +24,9 @@ NUM_RESPONSE_TOKENS = "num_response_tokens"
 RRF_SCORE = "rrf_score"
 RANK = "rank"
 
+# The signal that frontier pacing draws rows by, until training has seen them.
+GAP = "teacher_student_kl"
+
 # A further column of scores/stages/stage-<k>.parquet: the rank of the row in the ranking before.
 PREVIOUS_RANK = "previous_rank"
 
@@ -69,7 +72,7 @@ class Ramp:
         return start + within * (end - start)
 
 
-Order = Literal["rank", "random"]
+Order = Literal["rank", "random", "frontier"]
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,24 @@ class Stage:
 
     Attributes:
         index: Index of the stage, from 0.
-            buckets: Buckets of its rows, complete or in part; 0 is the first in the order.
-            first_rank: Place of its first row in the order, from 0.
-            end_rank: Place after its last row; the stage trains on `[first_rank, end_rank)`.
-            num_epochs: Number of passes over these rows; the maximum if `min_epochs` is set.
-            steps_per_epoch: Optimizer steps of a pass; rows that do not fill a global batch are left out.
-            kd_temperature: Temperature that softens both distributions; if it moves, the value at the first step.
-            kd_ratio: Weight of the distillation loss, the rest is cross-entropy; if it moves, the value at the first
-                step.
-            restart_optimizer: Whether the stage starts with new moments.
+        buckets: Buckets of its rows, complete or in part; 0 is the first in the order.
+        first_rank: Place of its first row in the order, from 0.
+        end_rank: Place after its last row; the stage trains on `[first_rank, end_rank)`.
+        num_epochs: Number of passes over these rows; the maximum if `min_epochs` is set.
+        steps_per_epoch: Optimizer steps of a pass; rows that do not fill a global batch are left out.
+        kd_temperature: Temperature that softens both distributions; if it moves, the value at the first step.
+        kd_ratio: Weight of the distillation loss, the rest is cross-entropy; if it moves, the value at the first step.
+        restart_optimizer: Whether the stage starts with new moments.
         lr_first_step: Position in the LR schedule at which the stage starts.
         lr_num_steps: Length of the LR schedule that the stage belongs to.
-        max_steps: Number of steps after which the stage ends within an epoch; None: it ends after its epochs. order:
-            Order that the places refer to: the ranking, with the easiest row at 0, or an order drawn by the run's seed.
-            min_epochs: Minimum number of passes of a stage that ends on convergence; None: it ends after its epochs.
-            kd_temperature_ramp: Ramp of the temperature over the steps of the run; None: one value for the stage.
-            kd_ratio_ramp: Ramp of `kd_ratio` over the steps of the run; None: one value for the stage. rescore: Whether
-            the current student ranks the rows again before the stage.
+        max_steps: Number of steps after which the stage ends within an epoch; None: it ends after its epochs.
+        order: Order that the places refer to: the ranking, with the easiest row at 0, or an order drawn by the run's
+            seed. With `frontier` there are no places: the stage draws its samples from all rows by their gaps, some
+            of them more than once, and has one epoch of as many steps as it takes.
+        min_epochs: Minimum number of passes of a stage that ends on convergence; None: it ends after its epochs.
+        kd_temperature_ramp: Ramp of the temperature over the steps of the run; None: one value for the stage.
+        kd_ratio_ramp: Ramp of `kd_ratio` over the steps of the run; None: one value for the stage.
+        rescore: Whether the current student ranks the rows again before the stage.
     """
 
     index: int

@@ -19,8 +19,9 @@ from pocl_ray.config.sources import (
     TeacherConfig,
     TokenizerConfig,
 )
-from pocl_ray.config.training import CurriculumConfig, DistillConfig, RolloutConfig, SftConfig, TrainConfig
+from pocl_ray.config.training import FRONTIER, CurriculumConfig, DistillConfig, RolloutConfig, SftConfig, TrainConfig
 from pocl_ray.config.tuning import TuneConfig
+from pocl_ray.records import GAP
 
 # Checks for a teacher and a student with different tokenizers (`teacher.cross_tokenizer: uld`).
 #
@@ -186,6 +187,16 @@ class Config(Section):
     def _loss_over_two_tokenizers(cls, data: Any) -> Any:
         return with_bridging_loss(data) if isinstance(data, dict) else data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _signal_of_frontier(cls, data: Any) -> Any:
+        """Rank the rows by the gap where frontier pacing draws by it and no signal is named: nothing else is read."""
+        curriculum = data.get("curriculum") if isinstance(data, dict) else None
+        if not isinstance(curriculum, dict) or curriculum.get("pacing") != FRONTIER:
+            return data
+        difficulty = data.get("difficulty", {})
+        return {**data, "difficulty": {"signals": [GAP], **difficulty}} if isinstance(difficulty, dict) else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.distill.teacher_cache != "none" and any(one.sharded for one in (self.teacher, *self.other_teachers)):
@@ -211,7 +222,22 @@ class Config(Section):
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
         if self.rollout.is_on:
             self._check_rollouts()
+        if self.curriculum.pacing == FRONTIER:
+            self._check_frontier()
         return self
+
+    def _check_frontier(self) -> None:
+        if self.teacher.cross_tokenizer is not None:
+            raise ValueError(
+                "curriculum.pacing frontier draws rows by KL(teacher || student), which has no meaning over two "
+                "tokenizers (teacher.cross_tokenizer); set pacing to another"
+            )
+        sees_no_data = self.rollout.mode == "on" and not self.rollout.beside_data
+        if sees_no_data and self.curriculum.frontier.refresh == "training":
+            raise ValueError(
+                "curriculum.frontier.refresh training: with rollout.mode on no step reads a response of the data, so "
+                "no gap would ever be measured; set refresh to rescore, or rollout.beside_data to true"
+            )
 
     def _check_tokenizers(self) -> None:
         problem = model_problem(self.teacher, self.other_teachers, self.student, self.tokenizer)

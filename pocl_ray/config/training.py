@@ -10,6 +10,8 @@ from pocl_ray.config.base import Number, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TokenScore = Literal["teacher_entropy", "teacher_certainty"]
+FRONTIER = "frontier"
+"""The rule of pacing that draws rows by their gaps."""
 
 
 class ScheduleConfig(Section):
@@ -81,13 +83,48 @@ class PlateauConfig(Section):
     )
 
 
+class FrontierConfig(Section):
+    """Pacing `frontier`: rows are drawn by their gap, the mean KL(teacher || student) a token that is left."""
+
+    power: float = Field(default=0.5, ge=0, description="a row's chance grows with (gap + floor)^power")
+    floor: float = Field(default=0.02, gt=0, description="added to each gap, in nats: no row's chance falls to zero")
+    saturation: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats; takes the weight (gap + floor) / (gap + saturation) in place of the power, which is "
+        "bounded: for rows that the student can never learn, as with noise or a much larger teacher",
+    )
+    num_stages: int = Field(default=8, ge=1, description="equal parts of the run; before each, rows are drawn anew")
+    refresh: Literal["training", "rescore"] = Field(
+        default="training",
+        description="training: gaps are those that the steps themselves see, of rows not yet seen the first scoring's; "
+        "rescore: rows are measured before each stage after the first, which costs a forward pass of each",
+    )
+    rescore_rows: int | None = Field(
+        default=None, ge=1, description="with refresh rescore: rows that are measured, drawn by seed; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FrontierConfig:
+        if self.saturation is not None and self.saturation <= self.floor:
+            raise ValueError(
+                f"saturation ({self.saturation:g}) must be above floor ({self.floor:g}), or a larger gap weighs less"
+            )
+        if self.rescore_rows is not None and self.refresh == "training":
+            raise ValueError("rescore_rows are measured between stages; set refresh to rescore, or remove rescore_rows")
+        return self
+
+
 class CurriculumConfig(Section):
     """Buckets, pacing, and the values that change from stage to stage (POCL, section 3.3)."""
 
     pacing: str = Field(
         default="baby_step",
-        description="baby_step, one_pass, competence, anti, random, none (plain distillation), or a plug-in's",
+        description="baby_step, one_pass, competence, anti, random, frontier, none (plain distillation), or a "
+        "plug-in's; frontier has defaults of its own: optimizer continuous, hand_off last, kd_ratio 1, and "
+        "kd_temperature from 1 to 2 by step",
     )
+    frontier: FrontierConfig = FrontierConfig()
     pacing_args: dict[str, Number] = Field(
         default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
@@ -114,6 +151,30 @@ class CurriculumConfig(Section):
     hand_off: Literal["best", "last"] = Field(
         default="best", description="checkpoint that the next stage starts from: the best by dev ROUGE-L, or the last"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_frontier(cls, data: Any) -> Any:
+        """Give frontier pacing what it was found to win with; its stages are parts of one run."""
+        if not isinstance(data, dict) or data.get("pacing") != FRONTIER:
+            return data
+        ramp = {"start": 1.0, "end": 2.0, "by": "step"}
+        return {"optimizer": "continuous", "hand_off": "last", "kd_ratio": 1.0, "kd_temperature": ramp, **data}
+
+    @model_validator(mode="after")
+    def _frontier(self) -> CurriculumConfig:
+        if self.pacing != FRONTIER:
+            return self
+        if self.pacing_args:
+            raise ValueError("pacing_args: pacing frontier takes its parameters under curriculum.frontier; move them")
+        if self.advance == "plateau":
+            raise ValueError("advance plateau: the stages of pacing frontier are of equal length; set it to interval")
+        if self.kd_ratio.bounds()[1] == 0:
+            raise ValueError(
+                "pacing frontier draws rows by how far the student is from the teacher, and with kd_ratio 0 no teacher "
+                "is read; set kd_ratio above 0, or pacing to none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _interval(self) -> CurriculumConfig:

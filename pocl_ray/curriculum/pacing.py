@@ -32,9 +32,10 @@ class Pacing:
 
     Attributes:
         rule: Function from the buckets' ends and the parameters to one slice for each stage.
-        order: Order that the slices refer to: the ranking from easy to hard, or an order drawn by the seed.
-        steps_of: Another rule, for a rule of one stage: the stage takes as many optimizer steps as all stages of that
-            rule. None: the stage takes `interval_epochs`.
+        order: Order that the slices refer to: the ranking from easy to hard, or an order drawn by the seed. For
+            `frontier` the slices have no order: rows are drawn from them.
+        steps_of: Another rule, for a rule of one stage and for `frontier`: the stages take as many optimizer steps
+            together as all stages of that rule. None: each stage takes `interval_epochs`.
     """
 
     rule: Rule
@@ -102,12 +103,18 @@ def none(ends: Sequence[int]) -> list[Slice]:
     return [(0, ends[-1])]
 
 
+def frontier(ends: Sequence[int], num_stages: int = 8) -> list[Slice]:
+    """Draw each stage's rows from all rows, by their gaps when it begins (`curriculum.frontier`)."""
+    return [(0, ends[-1])] * num_stages
+
+
 PACINGS: dict[str, Pacing] = {
     "baby_step": Pacing(baby_step),
     "one_pass": Pacing(one_pass),
     "competence": Pacing(competence),
     "anti": Pacing(anti),
     "random": Pacing(baby_step, order="random"),
+    "frontier": Pacing(frontier, order="frontier", steps_of=baby_step),
     "none": Pacing(none, steps_of=baby_step),
 }
 
@@ -167,7 +174,7 @@ def admitted_rows(name: str, pacing: Pacing, args: Mapping[str, Any], ends: Sequ
         raise UserError(
             f"pacing plug-in '{name}' returns {found} for {ends[-1]} rows; it must be 0 <= first < end <= {ends[-1]}"
         )
-    if pacing.steps_of is not None and len(checked) > 1:
+    if pacing.steps_of is not None and len(checked) > 1 and pacing.order != "frontier":
         raise UserError(f"pacing plug-in '{name}' has steps_of and {len(checked)} stages; steps_of is for one stage")
     return checked
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
+from pocl_ray.config.training import FRONTIER
+from pocl_ray.curriculum.frontier import stage_steps
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Order, Ramp, Stage
@@ -97,7 +99,7 @@ def plan_curriculum(
     """
     ends = bucket_ends(num_rows, curriculum.num_buckets)
     pacing = find_pacing(curriculum.pacing)
-    slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
+    slices = admitted_rows(curriculum.pacing, pacing, _pacing_args(curriculum), ends)
     temperatures = scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
     ratios = scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
     stages = [
@@ -121,9 +123,12 @@ def plan_curriculum(
     if pacing.steps_of is not None:
         sizes = [end - first for first, end in pacing.steps_of(ends)]
         num_steps = sum(size // batch_rows for size in sizes) * curriculum.interval_epochs
-        stages = [_with_steps(stage, num_steps) for stage in stages]
+        if pacing.order == FRONTIER:
+            stages = _equal_stages(stages, curriculum.num_steps or num_steps)
+        else:
+            stages = [_with_steps(stage, num_steps) for stage in stages]
     _check_length(stages)
-    if curriculum.num_steps is not None:
+    if curriculum.num_steps is not None and pacing.order != FRONTIER:
         stages[-1] = _fill(stages, curriculum.num_steps)
     return _with_ramps(_with_lr(stages, curriculum, lr_spans_run), curriculum)
 
@@ -135,6 +140,22 @@ def _check_length(stages: Sequence[Stage]) -> None:
             f"curriculum: its stages have {num_steps:,} optimizer steps together, and no run comes to the end of more "
             f"than {MAX_STEPS:,}; lower curriculum.interval_epochs, or give curriculum.num_steps"
         )
+
+
+def _pacing_args(curriculum: CurriculumConfig) -> Mapping[str, Any]:
+    is_frontier = curriculum.pacing == FRONTIER
+    return {"num_stages": curriculum.frontier.num_stages} if is_frontier else curriculum.pacing_args
+
+
+def _equal_stages(stages: list[Stage], num_steps: int) -> list[Stage]:
+    """The stages of frontier pacing: each has one epoch, of the samples that it draws."""
+    if num_steps < len(stages):
+        raise ConfigError(
+            f"curriculum.frontier.num_stages: {len(stages)} stages cannot be made of {num_steps} optimizer steps; "
+            f"set it to {num_steps} or less"
+        )
+    lengths = stage_steps(num_steps, len(stages))
+    return [replace(s, num_epochs=1, steps_per_epoch=n) for s, n in zip(stages, lengths, strict=True)]
 
 
 def check_teachers(config: Config, num_stages: int) -> None:
@@ -168,7 +189,7 @@ def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> No
     """
     ends = tuple(1000 * (bucket + 1) for bucket in range(curriculum.num_buckets))
     pacing = find_pacing(curriculum.pacing)
-    slices = admitted_rows(curriculum.pacing, pacing, curriculum.pacing_args, ends)
+    slices = admitted_rows(curriculum.pacing, pacing, _pacing_args(curriculum), ends)
     if curriculum.pacing in PACINGS:  # a plug-in's number of stages may depend on the rows
         scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
         scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")

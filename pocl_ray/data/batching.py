@@ -64,6 +64,7 @@ class MicroBatch:
         teacher_outputs: Outputs of the teachers at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
         teacher_rows: Input of a live teacher with another tokenizer; None: the student's input.
+        row_ids_B: Rows that the responses belong to, on the CPU; None for responses that the student wrote.
     """
 
     input_ids_BT: torch.Tensor
@@ -73,6 +74,7 @@ class MicroBatch:
     teacher_outputs: tuple[TeacherOutput, ...] = ()
     is_rollout: bool = False
     teacher_rows: TeacherRows | None = None
+    row_ids_B: np.ndarray | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""

@@ -223,6 +223,7 @@ class ScoringTask:
             models share a tokenizer.
         batch_tokens: Padded tokens that a teacher with its own tokenizer reads at once, since micro-batches are cut by
             the student's lengths.
+        answers: Whether the student answers the prompts, for `rouge_l`; if not, it only reads the responses.
     """
 
     run_dir: RunDirectory
@@ -242,6 +243,7 @@ class ScoringTask:
     top_k: int | None = None
     teacher_rows: Mapping[str, str] = field(default_factory=dict)
     batch_tokens: int = 8192
+    answers: bool = True
 
     @property
     def device(self) -> str:
@@ -312,13 +314,13 @@ class StudentActor(_Reader):
         if name != self.task.student_set:
             yield from (student_unit(name, ids, None, None) for ids in batches)
             return
-        has_prompts = self.rows(name).has_prompts
-        answers = iter(self._answer(name, np.concatenate(batches)) if has_prompts else [])
+        is_answered = self.task.answers and self.rows(name).has_prompts
+        answers = iter(self._answer(name, np.concatenate(batches)) if is_answered else [])
         for ids in batches:
             read = self.read(self.model, self.rows(name), ids)
             signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
             by_row: dict[str, Any] = dict(signals)
-            if has_prompts:
+            if is_answered:
                 by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
             if self.task.teacher is not None:
                 yield student_unit(name, ids, by_row, read.hidden_NH if self.task.compare else None)

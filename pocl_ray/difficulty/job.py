@@ -150,6 +150,7 @@ class ScoringInputs:
         compare: Whether student and teacher are compared token by token; not over two tokenizers.
         plugins: Signals that plug-ins measure.
         teacher_rows: Set -> the same rows in the tokens of a teacher with a tokenizer of its own; empty otherwise.
+        answers: Whether the student answers the prompts, for `rouge_l`.
     """
 
     rows: RowsSummary
@@ -165,6 +166,7 @@ class ScoringInputs:
     compare: bool = True
     plugins: tuple[str, ...] = ()
     teacher_rows: Mapping[str, RowsSummary] = field(default_factory=dict)
+    answers: bool = True
 
     @property
     def sets(self) -> list[RowsSummary]:
@@ -192,6 +194,7 @@ class ScoringInputs:
             use_gpu=use_gpu,
             teacher_rows={name: made.path for name, made in self.teacher_rows.items()},
             batch_tokens=self.difficulty.batch_tokens,
+            answers=self.answers,
         )
 
 

@@ -38,6 +38,16 @@ class TeacherTargets(Protocol):
 
 TeacherLogits = Callable[[slice], "Tensor | TeacherTargets"]
 
+
+class GapMeter(Protocol):
+    """Measures how far the student is from the teacher at each token, beside the loss and out of the same logits."""
+
+    def measure(
+        self, rows: slice, kd_C: Tensor, student_logits_CV: Tensor, teacher: Tensor | TeacherTargets, loss: HeadLoss
+    ) -> None:
+        """Take the tokens of a chunk: their divergence in the loss, and the logits that it is of."""
+
+
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Probabilities of a large vocabulary underflow in float16. Its gradients are held times this factor until backward,
 # where the loss scale of the engine takes over; more would overflow the products over the tokens of a chunk.
@@ -60,6 +70,7 @@ class HeadLoss:
         transform: What the student's family does to its logits.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
         token_weight: From what `teacher_logits` returns to each token's weight in the divergence; None: all weigh 1.
+        gap_meter: Shown every chunk where the teacher is asked; None: nobody wants to know.
     """
 
     targets_N: Tensor
@@ -70,6 +81,7 @@ class HeadLoss:
     transform: LogitsFunction | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     token_weight: Callable[[Tensor | TeacherTargets], Tensor] | None = None
+    gap_meter: GapMeter | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_ratio <= 1.0:
@@ -96,6 +108,9 @@ class HeadLoss:
             kd_C = self.kd(logits_CV, teacher, self.kd_temperature)
         else:
             kd_C = teacher.divergence(self.kd, logits_CV, self.kd_temperature)
+        if self.gap_meter is not None:
+            with torch.no_grad():
+                self.gap_meter.measure(rows, kd_C.detach(), logits_CV.detach(), teacher, self)
         kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher)).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd

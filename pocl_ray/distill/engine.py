@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
+from pocl_ray.distill.gaps import RowGaps
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ConfigError
 from pocl_ray.heartbeat import beat
@@ -182,7 +183,12 @@ class Engine:
         return self.deepspeed.module
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], settings: StepSettings, lr: float, num_response_tokens: int
+        self,
+        micro_batches: Sequence[MicroBatch],
+        settings: StepSettings,
+        lr: float,
+        num_response_tokens: int,
+        gaps: RowGaps | None = None,
     ) -> StepLosses:
         """Run one optimizer step.
 
@@ -194,6 +200,7 @@ class Engine:
             settings: Temperature, ratio and divergence.
             lr: Learning rate of the step.
             num_response_tokens: Of the whole global batch.
+            gaps: Is told how far the student is from the teacher on each row, as it comes by.
         """
         assert len(micro_batches) == self.accumulation
         for group in self.deepspeed.optimizer.param_groups:
@@ -205,7 +212,8 @@ class Engine:
         grad_norm: float | None = None
         for batch in micro_batches:
             beat("training")
-            losses = self.deepspeed(batch.to(self.device), settings)
+            measured = settings if gaps is None else replace(settings, gap_meter=gaps.meter(batch, self.device))
+            losses = self.deepspeed(batch.to(self.device), measured)
             self.deepspeed.backward(losses[0] * scale)
             grad_norm = self._plain_grad_norm()
             self.deepspeed.step()

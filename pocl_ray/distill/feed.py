@@ -258,15 +258,20 @@ class Feed:
         """Return the rows of these ids as one micro-batch, with the part of these teachers."""
         return teachers.teach(self._micro_batch(ids, teachers))
 
-    def evaluation(self) -> Iterator[tuple[MicroBatch, bool]]:
-        """Yield this worker's micro-batches of the whole set, and whether each of them counts.
+    def evaluation(self, ids: np.ndarray | None = None, stage: int | None = None) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield this worker's micro-batches of the set, and whether each of them counts.
 
         Every worker gets equally many, since the forward pass may be collective: those that come out short repeat
-        their last one, which does not count. All teachers teach, whatever their stages, so that the losses of stages
-        can be compared.
+        their last one, which does not count.
+
+        Args:
+            ids: The rows; None for all.
+            stage: Whose teachers teach. None for all teachers whatever their stages, so that the losses of stages can
+                be compared.
         """
-        teachers = self.teachers.in_stage(None)
-        order = np.argsort(-self.lengths, kind="stable")
+        teachers = self.teachers.in_stage(stage)
+        ids = np.arange(len(self.lengths)) if ids is None else ids
+        order = ids[np.argsort(-self.lengths[ids], kind="stable")]
         num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
         for index in range(num_batches):
@@ -288,7 +293,10 @@ class Feed:
         batch = collate(*self.rows.tokens(ids), self.pad_id)
         lengths_R = self.rows.response_lengths[ids]
         return replace(
-            batch, teacher_outputs=teachers.stored(ids, lengths_R), teacher_rows=teachers.own_rows(ids, lengths_R)
+            batch,
+            teacher_outputs=teachers.stored(ids, lengths_R),
+            teacher_rows=teachers.own_rows(ids, lengths_R),
+            row_ids_B=ids,
         )
 
 

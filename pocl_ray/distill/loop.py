@@ -33,6 +33,7 @@ from pocl_ray.distill.checkpoint import (
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, StepLosses, learning_rate
 from pocl_ray.distill.feed import Feed, GlobalBatch
+from pocl_ray.distill.gaps import FrontierRows
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
@@ -78,6 +79,7 @@ class TrainingLoop:
         orders: Mapping[Order, np.ndarray],
         hooks: LoopHooks,
         rescorer: Rescorer | None = None,
+        frontier: FrontierRows | None = None,
     ) -> None:
         """Set the loop up.
 
@@ -90,9 +92,10 @@ class TrainingLoop:
             orders: Row ids in each order that a stage may be a slice of.
             hooks: What is done with records and checkpoints.
             rescorer: Ranks the rows anew before the stages that say so.
+            frontier: Draws the rows of stages in order `frontier`.
         """
         self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
-        self.rollouts, self.rescorer = rollouts, rescorer
+        self.rollouts, self.rescorer, self.frontier = rollouts, rescorer, frontier
         self.hooks = hooks
         self.state = TrainingState(engine)
         self.progress = Progress()
@@ -112,6 +115,8 @@ class TrainingLoop:
             shutil.copytree(source / BEST, self._scratch / BEST)
         if self.rescorer is not None:
             self.orders["rank"] = shared_order(source, len(self.orders["rank"]), self.engine.device)
+        if self.frontier is not None:
+            self.frontier.restore(source)
 
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result."""
@@ -143,7 +148,7 @@ class TrainingLoop:
         if progress.num_samples == 0 and stage.rescore:
             assert self.rescorer is not None, "the task says how rows are ranked anew"
             self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
-        rows = self.orders[stage.order][stage.first_rank : stage.end_rank]
+        rows = self._rows(stage)
         step = progress.num_samples // batch_rows
         started = time.monotonic()
         respond = self._respond if self.task.rollout.is_on else None
@@ -161,6 +166,15 @@ class TrainingLoop:
                     started = time.monotonic()
         self._hand_off()
 
+    def _rows(self, stage: Stage) -> np.ndarray:
+        """The row ids that a stage takes; those that frontier pacing drew when it began, in a checkpoint since."""
+        if stage.order != "frontier":
+            return self.orders[stage.order][stage.first_rank : stage.end_rank]
+        assert self.frontier is not None, "the task says how rows are drawn"
+        if self.progress.num_samples == 0:
+            self.frontier.begin(stage)
+        return self.frontier.drawn
+
     def _is_over(self, stage: Stage, steps_done: int) -> bool:
         """Whether the stage ends here; known from the progress alone, so that a resumed run decides the same."""
         if steps_done == stage.num_steps:
@@ -174,7 +188,10 @@ class TrainingLoop:
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)
         settings = self._settings(stage, step)
-        losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens)
+        gaps = None if self.frontier is None else self.frontier.step_gaps
+        losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens, gaps)
+        if gaps is not None:
+            gaps.end_step(progress.step)
         progress.num_samples += batch.num_rows
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
@@ -261,7 +278,11 @@ class TrainingLoop:
         progress, written = self.progress.snapshot(), None
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
         write_state(self.state, KINDS, (directory or self._scratch) / STATE, self._writer)
+        if self.frontier is not None:
+            self.frontier.gaps.settle()
         if directory is not None:
+            if self.frontier is not None:
+                self.frontier.write(directory)
             self.rollouts.write(directory)
             if self.rescorer is not None:
                 write_order(self.orders["rank"], directory)

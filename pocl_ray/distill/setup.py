@@ -20,8 +20,10 @@ from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_p
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, InferenceStudent
 from pocl_ray.distill.feed import Feed, load_teachers, teachers_of
+from pocl_ray.distill.gaps import FrontierRows, RowGaps
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
+from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.rollout_writers import RolloutWriter, TransformersWriter, VllmWriter
 from pocl_ray.distill.rollouts import Rollouts
@@ -33,7 +35,7 @@ from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters
 from pocl_ray.models.places import on_this_node
 from pocl_ray.models.saving import stop_ids_of, try_saving
-from pocl_ray.records import RANK, Order
+from pocl_ray.records import GAP, RANK, Order
 
 DEV_KD_TEMPERATURE = 1.0  # one for all stages, so that the dev losses of stages can be compared
 
@@ -82,7 +84,8 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
         head_of_first = teachers[0].head if teachers else None
         rescorer = Rescorer(task, task.rescoring, engine, feed, tokenizer, copy.current, head_of_first)
     orders = _orders(task, len(stores[0]))
-    return TrainingLoop(task, engine, feed, dev, rollouts, orders, hooks, rescorer)
+    frontier = _frontier(task, engine, feed)
+    return TrainingLoop(task, engine, feed, dev, rollouts, orders, hooks, rescorer, frontier)
 
 
 def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> RolloutWriter:
@@ -100,6 +103,24 @@ def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
         assert len(rank) == num_rows, "scores.parquet belongs to other rows"
         ranked = np.argsort(rank, kind="stable")
     return {"rank": ranked, "random": random_order(num_rows, task.seed)}
+
+
+def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | None:
+    """Return what draws rows by their gaps, which are at first those of the untuned student."""
+    if task.frontier is None:
+        return None
+    assert task.scores is not None, "the first scoring measures the gaps of the first stage"
+    first_R = pq.read_table(task.run_dir.local(task.scores), columns=[GAP])[GAP].to_numpy()
+    gaps = RowGaps(first_R, feed.rows.response_lengths, engine.device)
+    plain = resolve_loss("forward_kl")
+
+    def measure(gaps: RowGaps, ids: np.ndarray, stage: int) -> None:
+        for batch, counts in feed.evaluation(ids, stage):
+            meter = gaps.meter(batch, engine.device) if counts else None
+            engine.evaluate(batch, StepSettings(1.0, 1.0, plain, gap_meter=meter))
+            gaps.end_step(0)
+
+    return FrontierRows(task.frontier, gaps, task.train.global_batch_rows, task.seed, measure)
 
 
 # Going on from a checkpoint: the newest one that is whole, the same on every worker. No Ray.

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.chunked import (
     DEFAULT_CHUNK_BYTES,
+    GapMeter,
     HeadLoss,
     KdFunction,
     TeacherLogits,
@@ -42,6 +43,7 @@ class StepSettings:
     """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'.
 
     `on_rollouts` takes the place of divergence and weight for micro-batches whose responses the student wrote.
+    `gap_meter` is for one micro-batch: it is shown the logits of each chunk of it.
     """
 
     kd_temperature: float
@@ -49,6 +51,7 @@ class StepSettings:
     kd: KdFunction | None = None
     token_weight: TokenWeight | None = None
     on_rollouts: RolloutSettings | None = None
+    gap_meter: GapMeter | None = None
 
     def of(self, batch: MicroBatch) -> StepSettings:
         """Return what holds for a micro-batch."""
@@ -90,6 +93,7 @@ class LossHead(nn.Module):
             transform=self.transform,
             chunk_bytes=chunk_bytes,
             token_weight=settings.token_weight,
+            gap_meter=settings.gap_meter,
         )
         return chunked_head_loss(hidden_NH, self.weight, self.bias, loss)
 

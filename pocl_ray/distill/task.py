@@ -16,6 +16,7 @@ from pocl_ray.config import (
     RolloutConfig,
     TrainConfig,
 )
+from pocl_ray.config.training import FRONTIER, FrontierConfig
 from pocl_ray.curriculum.schedule import plan_sft
 from pocl_ray.data.prepare import Rows
 from pocl_ray.models.places import ModelRef
@@ -93,6 +94,7 @@ class TrainTask:
         metrics: Where the metric stream goes.
         lora: Adapters that are trained in place of the student's weights; None to train these.
         rescoring: How rows are ranked anew before the stages that say so; None where none does.
+        frontier: How rows are drawn by their gaps; None where no stage does that.
     """
 
     name: str
@@ -120,6 +122,7 @@ class TrainTask:
     metrics: str
     lora: LoraConfig | None = None
     rescoring: Rescoring | None = None
+    frontier: FrontierConfig | None = None
 
     @property
     def num_steps(self) -> int:
@@ -177,6 +180,7 @@ def curriculum_task(
         metrics=f"{folder}metrics.jsonl",
         lora=config.student.lora,
         rescoring=Rescoring(config.difficulty, config.seed, f"{folder}{RESCORED}") if rescores else None,
+        frontier=config.curriculum.frontier if any(stage.order == FRONTIER for stage in stages) else None,
     )
 
 

@@ -1,0 +1,197 @@
+"""The gaps of rows during training, and the rows that frontier pacing draws by them.
+
+The gap of a row is the mean KL(teacher || student) at temperature 1 over its response tokens. It falls out of the
+logits that a step has anyway: where the loss is that KL it is the loss, elsewhere one more reduction of each chunk. A
+row's gap is that of its last visit; of rows not yet visited it is the first scoring's. Each worker notes what it sees,
+and nothing is sent until gaps are needed: before a stage, and for a checkpoint. Then the latest visit of each row wins,
+on whichever worker it was, so that gaps do not depend on how rows are dealt or on how often checkpoints are written.
+
+Axes: B rows of a micro-batch, N its response tokens in one flat axis, C those of a chunk, V vocabulary, R all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from pocl_ray.config.training import FrontierConfig
+from pocl_ray.curriculum.frontier import draw_rows, row_weights
+from pocl_ray.data.batching import MicroBatch
+from pocl_ray.distill.chunked import HeadLoss, TeacherTargets
+from pocl_ray.distill.losses import ResolvedLoss, plain_kl
+from pocl_ray.records import Stage
+
+FRONTIER_FILE = "frontier.safetensors"
+"""In a checkpoint: the gaps of all rows, and the rows that the stage has drawn."""
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowGapMeter:
+    """Takes the gap of each token of one micro-batch; NaN where no teacher is asked."""
+
+    gap_N: Tensor
+
+    def measure(
+        self, rows: slice, kd_C: Tensor, student_logits_CV: Tensor, teacher: Tensor | TeacherTargets, loss: HeadLoss
+    ) -> None:
+        """Take the tokens of a chunk. Liger's kernel gives one sum of them and no value a token, hence our own."""
+        is_gap = isinstance(loss.kd, ResolvedLoss) and loss.kd.name == "forward_kl" and loss.kd_temperature == 1.0
+        if is_gap:
+            self.gap_N[rows] = kd_C
+        elif isinstance(teacher, Tensor):
+            self.gap_N[rows] = plain_kl(student_logits_CV, teacher)
+        else:
+            self.gap_N[rows] = teacher.divergence(plain_kl, student_logits_CV, 1.0)
+
+
+@dataclass
+class _Seen:
+    """What a worker has seen since gaps were last brought together: of each visit row, step, sum and tokens."""
+
+    ids: list[IntArray] = field(default_factory=list)
+    steps: list[IntArray] = field(default_factory=list)
+    sums: list[FloatArray] = field(default_factory=list)
+    num_tokens: list[IntArray] = field(default_factory=list)
+
+
+class RowGaps:
+    """The gap of every training row; every worker has one, and they agree after `settle`."""
+
+    def __init__(self, first_R: FloatArray, lengths_R: npt.NDArray[np.integer], device: torch.device) -> None:
+        """Begin with the gaps of the first scoring.
+
+        Args:
+            first_R: In nats a token.
+            lengths_R: Response tokens of each row.
+            device: Where collective operations work.
+        """
+        self.values_R = np.array(first_R, dtype=np.float64)
+        self.lengths_R, self.device = lengths_R, device
+        self._open: list[tuple[IntArray, Tensor]] = []
+        self._seen = _Seen()
+
+    def meter(self, batch: MicroBatch, device: torch.device) -> RowGapMeter | None:
+        """Return what measures a micro-batch that is about to run; None of one that the student wrote."""
+        if batch.row_ids_B is None:
+            return None
+        gap_N = torch.full((batch.num_response_tokens,), torch.nan, device=device)
+        self._open.append((batch.row_ids_B, gap_N))
+        return RowGapMeter(gap_N)
+
+    def end_step(self, step: int) -> None:
+        """Note what the meters of an optimizer step, counted over all stages, have taken.
+
+        Called once its losses are on the host, when the tokens' values can be fetched without waiting. They are added
+        up there, where the order of summation is fixed.
+        """
+        seen = self._seen
+        for ids, gap_N in self._open:
+            lengths = self.lengths_R[ids].astype(np.int64)
+            starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            sums = np.add.reduceat(gap_N.cpu().numpy().astype(np.float64), starts)
+            known = np.isfinite(sums)  # not where the step had kd_ratio 0, or the figures of a diverging student
+            seen.ids.append(ids[known])
+            seen.steps.append(np.full(int(known.sum()), step, dtype=np.int64))
+            seen.sums.append(sums[known])
+            seen.num_tokens.append(lengths[known])
+        self._open.clear()
+
+    def settle(self) -> None:
+        """Bring together what the workers have seen; collective."""
+        num_rows, seen = len(self.values_R), self._seen
+        ids = np.concatenate([np.zeros(0, np.int64), *seen.ids])
+        steps = np.concatenate([np.zeros(0, np.int64), *seen.steps])
+        sums, num_tokens = np.concatenate([np.zeros(0), *seen.sums]), np.concatenate([np.zeros(0), *seen.num_tokens])
+        self._seen = _Seen()
+        last_R = np.full(num_rows, -1, dtype=np.int64)
+        np.maximum.at(last_R, ids, steps)
+        last_R = self._reduced(last_R, dist.ReduceOp.MAX)
+        # A row may have come twice in its last step, on one worker or on two: its gap is then the mean of both.
+        is_last = steps == last_R[ids]
+        found = [np.bincount(ids[is_last], values[is_last], num_rows) for values in (sums, num_tokens)]
+        sums_R, tokens_R = (self._reduced(values, dist.ReduceOp.SUM) for values in found)
+        visited = last_R >= 0
+        self.values_R[visited] = sums_R[visited] / tokens_R[visited]
+
+    def _reduced(self, values: np.ndarray, op: dist.ReduceOp.RedOpType) -> np.ndarray:
+        if dist.get_world_size() == 1:
+            return values
+        tensor = torch.from_numpy(values).to(self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.cpu().numpy()
+
+
+Measure = Callable[[RowGaps, IntArray, int], None]
+
+
+class FrontierRows:
+    """Draws the rows of each stage by their gaps; every worker draws the same."""
+
+    def __init__(self, config: FrontierConfig, gaps: RowGaps, batch_rows: int, seed: int, measure: Measure) -> None:
+        """Set it up.
+
+        Args:
+            config: Weights, and where gaps come from.
+            gaps: Of the training rows.
+            batch_rows: Rows of an optimizer step, over all workers.
+            seed: Seed of the run.
+            measure: Has the student read the rows of some ids before a stage, and the gaps take note; collective.
+        """
+        self.config, self.gaps, self.measure = config, gaps, measure
+        self.batch_rows, self.seed = batch_rows, seed
+        self.drawn = np.zeros(0, dtype=np.int64)
+
+    @property
+    def step_gaps(self) -> RowGaps | None:
+        """Gaps that a step is to fill; None where all rows are measured before the next stage anyway."""
+        is_measured = self.config.refresh == "rescore" and self.config.rescore_rows is None
+        return None if is_measured else self.gaps
+
+    def begin(self, stage: Stage) -> None:
+        """Draw the rows of a stage that begins; collective."""
+        self.gaps.settle()
+        if self.config.refresh == "rescore" and stage.index > 0:
+            self.measure(self.gaps, self._rescored(stage), stage.index)
+            self.gaps.settle()
+        config = self.config
+        weights = row_weights(self.gaps.values_R, config.power, config.floor, config.saturation)
+        self.drawn = draw_rows(weights, stage.num_steps * self.batch_rows, self.seed, stage.index)
+
+    def _rescored(self, stage: Stage) -> IntArray:
+        num_rows, wanted = len(self.gaps.values_R), self.config.rescore_rows
+        if wanted is None or wanted >= num_rows:
+            return np.arange(num_rows)
+        sequence = np.random.SeedSequence([self.seed, stage.index], spawn_key=(3,))
+        return np.sort(np.random.Generator(np.random.PCG64(sequence)).permutation(num_rows)[:wanted])
+
+    def write(self, directory: Path) -> None:
+        """Write gaps and drawn rows into a checkpoint directory; rank 0, after `settle`."""
+        save_file({"gaps": self.gaps.values_R, "drawn": self.drawn}, directory / FRONTIER_FILE)
+
+    def restore(self, directory: Path | None) -> None:
+        """Go on from a checkpoint, which rank 0 reads; collective."""
+        arrays = {} if directory is None else load_file(directory / FRONTIER_FILE)
+        self.gaps.values_R = _shared(arrays.get("gaps"), torch.float64, self.gaps.device)
+        self.drawn = _shared(arrays.get("drawn"), torch.int64, self.gaps.device)
+
+
+def _shared(array: np.ndarray | None, dtype: torch.dtype, device: torch.device) -> np.ndarray:
+    """Return on every worker the array of rank 0; collective."""
+    size = torch.tensor([0 if array is None else array.size], device=device)
+    dist.broadcast(size, src=0)
+    values = torch.empty(int(size), dtype=dtype, device=device)
+    if array is not None:
+        values.copy_(torch.from_numpy(array))
+    dist.broadcast(values, src=0)
+    return values.cpu().numpy()
