@@ -208,6 +208,8 @@ class Config(Section):
             raise ValueError("teacher.stages leaves the other stages without a teacher; add other_teachers for them")
         if self.teacher.architecture is not None and self.tokenizer == TokenizerConfig():
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
+        if self.curriculum.pacing == FRONTIER:
+            self._check_frontier()
         self._check_tokenizers()
         if self.data.task == "text":
             self._check_text()
@@ -222,8 +224,6 @@ class Config(Section):
                 self._check_training(f"{role}.sft.train", self.sft_train(model.sft))
         if self.rollout.is_on:
             self._check_rollouts()
-        if self.curriculum.pacing == FRONTIER:
-            self._check_frontier()
         return self
 
     def _check_frontier(self) -> None:

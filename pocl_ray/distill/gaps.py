@@ -150,7 +150,7 @@ class FrontierRows:
         """
         self.config, self.gaps, self.measure = config, gaps, measure
         self.batch_rows, self.seed = batch_rows, seed
-        self.drawn = np.zeros(0, dtype=np.int64)
+        self.drawn: IntArray = np.zeros(0, dtype=np.int64)
 
     @property
     def step_gaps(self) -> RowGaps | None:

@@ -88,6 +88,8 @@ def test_none_is_plain_distillation_at_the_steps_of_baby_step() -> None:
 @pytest.mark.parametrize("advance", ["interval", "plateau"])
 @pytest.mark.parametrize("name", PACINGS)
 def test_every_rule_gives_stages_that_can_be_trained(name: str, advance: str) -> None:
+    if name == "frontier" and advance == "plateau":
+        pytest.skip("its stages are of equal length; a test of the config holds that this is refused")
     stages = stages_of(pacing=name, advance=advance)
     assert all(0 <= s.first_rank < s.end_rank <= 103 and s.num_steps > 0 for s in stages)
     assert [s.index for s in stages] == list(range(len(stages)))
@@ -104,7 +106,7 @@ def test_every_rule_gives_stages_that_can_be_trained(name: str, advance: str) ->
         ("competence", {"c0": 0.1}, "unexpected keyword argument 'c0'; pacing 'competence' takes: root, start, num"),
         ("baby_step", {"root": 2}, "unexpected keyword argument 'root'; pacing 'baby_step' takes: none"),
         ("babystep", {}, r"^curriculum\.pacing: unknown rule 'babystep'; did you mean baby_step\?$"),
-        ("zzz", {}, "known: baby_step, one_pass, competence, anti, random, none"),
+        ("zzz", {}, "known: baby_step, one_pass, competence, anti, random, frontier, none"),
     ],
 )
 def test_a_wrong_rule_or_parameter_is_named(pacing: str, args: dict[str, float], message: str) -> None:

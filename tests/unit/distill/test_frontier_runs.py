@@ -60,7 +60,7 @@ def first_scores(task: TrainTask) -> pa.Table:
         student_set="train",
         tokenizer="tokenizer",
         student=task.student,
-        teacher=task.teacher,
+        teacher=task.teachers[0].ref,
         generation=ScoringGenerationConfig(max_new_tokens=6),
         max_tokens=task.max_tokens,
         seed=5,
