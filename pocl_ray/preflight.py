@@ -131,7 +131,7 @@ def check_settings(
             batch_rows = config.sft_train(model.sft).global_batch_rows
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
     for other in config.other_teachers:
-        check_other_teacher(other, tokenizer)
+        check_other_teacher(other, tokenizer, config.data.max_tokens)
     warn_of_one_tokenizer(tokenizer, teacher_tokenizer)
     max_tokens = config.data.max_tokens
     warning = check_models(config.teacher, config.student, tokenizer, max_tokens, teacher_tokenizer)

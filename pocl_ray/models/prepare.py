@@ -240,16 +240,17 @@ def check_teacher_tokenizer(config: TeacherConfig, tokenizer: PreTrainedTokenize
         check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
 
 
-def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 1) -> None:
     """Refuse a further teacher that cannot be loaded, or that has another tokenizer than the run's.
 
     Raises:
-        ModelError: There are no weights, or the vocabularies differ.
+        ModelError: There are no weights, the vocabularies differ, or the rows do not fit it (`check_fits`).
     """
     assert config.path is not None
     ref = on_this_node(reference(config))
     check_place(ref)
     check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
+    check_fits(f"other teacher {ref.path}", _skeleton(config, tokenizer), tokenizer, max_tokens)
 
 
 def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:

@@ -15,7 +15,7 @@ from pocl_ray.config import StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
 from pocl_ray.models.loading import ModelRef, load_model, load_tokenizer
 from pocl_ray.models.lora import save_student
-from pocl_ray.models.prepare import check_models
+from pocl_ray.models.prepare import check_models, check_other_teacher
 from pocl_ray.models.saving import save_model, try_saving
 
 PROMPTS = ["w3 w4", "w5", "w6 w7 w8", "w9 w2 w2 w1"]
@@ -89,6 +89,10 @@ def test_ids_beyond_the_embedding_and_rows_beyond_the_positions_are_told_with_bo
         check_models(TeacherConfig(path=short), made, longer)
     with pytest.raises(ModelError, match=r"student: data.max_tokens is 17, and the model has 16 positions"):
         check_models(TeacherConfig(path=short), made, tokenizer, max_tokens=17)
+    gpt2 = str(save_model(new_model("gpt2"), tokenizer, tmp_path / "gpt2"))
+    check_other_teacher(TeacherConfig(path=gpt2), tokenizer, max_tokens=64)
+    with pytest.raises(ModelError, match="max_tokens is 65, and the model has 64 positions"):
+        check_other_teacher(TeacherConfig(path=gpt2), tokenizer, max_tokens=65)
     both_ways = StudentConfig(architecture={"model_type": "bert", "num_hidden_layers": 1})
     with pytest.raises(ModelError, match="student: bert reads in both directions"):
         check_models(TeacherConfig(path=short), both_ways, tokenizer)
