@@ -56,8 +56,8 @@ class Pipeline:
 
         Args:
             config: Config of the run.
-                resume_with_changes: Whether to go on in a directory whose config differs; affected steps run again.
-                connect: Function that connects to Ray; without it, Ray must be connected already.
+            resume_with_changes: Whether to go on in a directory whose config differs; affected steps run again.
+            connect: Function that connects to Ray; without it, Ray must be connected already.
 
         Raises:
             UserError: An input is missing or does not fit, or the directory belongs to another config.

@@ -26,8 +26,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     """Print the curriculum for the given number of training rows.
 
     Args:
-        config: Config of the run. num_rows: Number of training rows; None takes the rows that the run has prepared, or
-            else counts the source's.
+        config: Config of the run.
+        num_rows: Number of training rows; None takes the rows that the run has prepared, or else counts the source's.
 
     Raises:
         UserError: The loss, a signal or the curriculum is unknown or cannot work, or there are no rows to count.
@@ -69,7 +69,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
 
 
 def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
-    """Return what frontier pacing costs, and what its gaps are where they are not the loss; nothing for other rules."""
+    """Return notes on the cost of frontier pacing, and on gaps that are not the loss; empty for other rules."""
     if stages[0].order != FRONTIER:
         return []
     frontier, num_rows = config.curriculum.frontier, stages[0].num_rows
@@ -78,7 +78,7 @@ def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
         notes.append("gaps are refreshed by training itself: no further pass over the rows")
     else:
         read = min(num_rows, frontier.rescore_rows or num_rows) * (len(stages) - 1)
-        # A step is a forward and a backward pass, the latter twice the work of the former.
+        # A step is a forward and a backward pass; the backward pass takes twice the work.
         trained = sum(stage.num_steps for stage in stages) * config.train.global_batch_rows
         notes.append(
             f"gaps are refreshed by {read:,} forward passes of rows before stages 1 to {len(stages) - 1}: about "

@@ -24,7 +24,7 @@ NUM_RESPONSE_TOKENS = "num_response_tokens"
 RRF_SCORE = "rrf_score"
 RANK = "rank"
 
-# The signal that frontier pacing draws rows by, until training has seen them.
+# The signal by which frontier pacing draws rows until training has seen them.
 GAP = "teacher_student_kl"
 
 # A further column of scores/stages/stage-<k>.parquet: the rank of the row in the ranking before.
@@ -46,9 +46,9 @@ class Ramp:
 
     Attributes:
         points: Values of the ramp, evenly spaced from the first position to the last.
-            shape: Shape of the ramp between two points.
-            num_positions: Length of the ramp.
-            first_position: Position at which its owner starts; a stage counts its steps from there.
+        shape: Shape of the ramp between two points.
+        num_positions: Length of the ramp.
+        first_position: Position at which its owner starts; a stage counts its steps from there.
     """
 
     points: tuple[float, ...]
@@ -163,12 +163,12 @@ class RowsSummary:
 
     Attributes:
         name: Name of the set: `train`, `dev`, or the name of a test set.
-            path: Arrow file, relative to the run directory.
-            num_rows: Number of usable rows.
-            num_rejected: Number of rows in rejects.jsonl.
-            num_prompt_tokens: Number of prompt tokens of all rows.
-            num_response_tokens: Number of response tokens of all rows, including end-of-sequence tokens.
-            max_response_tokens: Tokens of the longest response.
+        path: Arrow file, relative to the run directory.
+        num_rows: Number of usable rows.
+        num_rejected: Number of rows in rejects.jsonl.
+        num_prompt_tokens: Number of prompt tokens of all rows.
+        num_response_tokens: Number of response tokens of all rows, including end-of-sequence tokens.
+        max_response_tokens: Tokens of the longest response.
         fingerprint: Digest of the file's content.
     """
 

@@ -190,7 +190,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _signal_of_frontier(cls, data: Any) -> Any:
-        """Rank the rows by the gap where frontier pacing draws by it and no signal is named: nothing else is read."""
+        """Rank rows by the gap if frontier pacing draws by it and no signal is named, since nothing else is read."""
         curriculum = data.get("curriculum") if isinstance(data, dict) else None
         if not isinstance(curriculum, dict) or curriculum.get("pacing") != FRONTIER:
             return data

@@ -11,7 +11,7 @@ from pocl_ray.config.base import Number, Section
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TokenScore = Literal["teacher_entropy", "teacher_certainty"]
 FRONTIER = "frontier"
-"""The rule of pacing that draws rows by their gaps."""
+"""The pacing rule that draws rows by their gaps."""
 
 
 class ScheduleConfig(Section):
@@ -84,24 +84,30 @@ class PlateauConfig(Section):
 
 
 class FrontierConfig(Section):
-    """Pacing `frontier`: rows are drawn by their gap, the mean KL(teacher || student) a token that is left."""
+    """Pacing `frontier`: rows are drawn by their gap, which is the mean KL(teacher || student) per token."""
 
-    power: float = Field(default=0.5, ge=0, description="a row's chance grows with (gap + floor)^power")
-    floor: float = Field(default=0.02, gt=0, description="added to each gap, in nats: no row's chance falls to zero")
+    power: float = Field(default=0.5, ge=0, description="exponent: a row's probability grows with (gap + floor)^power")
+    floor: float = Field(
+        default=0.02, gt=0, description="added to each gap, in nats, so that no row's probability falls to zero"
+    )
     saturation: float | None = Field(
         default=None,
         gt=0,
         description="nats; takes the weight (gap + floor) / (gap + saturation) in place of the power, which is "
         "bounded: for rows that the student can never learn, as with noise or a much larger teacher",
     )
-    num_stages: int = Field(default=8, ge=1, description="equal parts of the run; before each, rows are drawn anew")
+    num_stages: int = Field(
+        default=8, ge=1, description="number of equal parts of the run; before each, rows are drawn again"
+    )
     refresh: Literal["training", "rescore"] = Field(
         default="training",
-        description="training: gaps are those that the steps themselves see, of rows not yet seen the first scoring's; "
+        description="training: gaps come from the training steps, or from the first scoring for rows not yet seen; "
         "rescore: rows are measured before each stage after the first, which costs a forward pass of each",
     )
     rescore_rows: int | None = Field(
-        default=None, ge=1, description="with refresh rescore: rows that are measured, drawn by seed; null: all"
+        default=None,
+        ge=1,
+        description="with refresh rescore: number of rows that are measured, drawn by seed; null: all",
     )
 
     @model_validator(mode="after")
@@ -155,7 +161,7 @@ class CurriculumConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_frontier(cls, data: Any) -> Any:
-        """Give frontier pacing what it was found to win with; its stages are parts of one run."""
+        """Set the defaults that frontier pacing was found to win with; its stages are parts of one run."""
         if not isinstance(data, dict) or data.get("pacing") != FRONTIER:
             return data
         ramp = {"start": 1.0, "end": 2.0, "by": "step"}

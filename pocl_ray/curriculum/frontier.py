@@ -29,10 +29,10 @@ def row_weights(
     """Return the weight of each row, above 0.
 
     Args:
-        gaps: In nats a token, shape (rows,). Rounding can leave an agreed row a little below 0, which counts as 0.
-        power: Of the gap; 0 draws all rows alike. Not used with `saturation`.
-        floor: Added to each gap.
-        saturation: Takes the bounded weight; at a gap of so much it is about one half.
+        gaps: Gaps in nats per token, shape (rows,). Rounding can leave a gap a little below 0, which counts as 0.
+        power: Exponent of the gap; 0 draws all rows alike. It is not used with `saturation`.
+        floor: Number that is added to each gap.
+        saturation: Gap at which the bounded weight is about one half; None: the weight is not bounded.
 
     Raises:
         ValueError: A gap is not a finite number.
@@ -50,8 +50,8 @@ def draw_rows(weights: FloatArray, num_draws: int, seed: int, stage: int) -> Int
     """Draw the rows of a stage systematically, a function of its arguments.
 
     Args:
-        weights: Of each row, not normalised; shape (rows,).
-        num_draws: M, the samples of the stage.
+        weights: Weight of each row, not normalised, shape (rows,).
+        num_draws: Number M of samples of the stage.
         seed: Seed of the run.
         stage: Index of the stage.
 
@@ -59,13 +59,13 @@ def draw_rows(weights: FloatArray, num_draws: int, seed: int, stage: int) -> Int
         Row ids in rising order, each as often as it was drawn, shape (M,). The stage's order shuffles them, as it does
         with the rows of every stage (`data.batching.epoch_order`).
     """
-    # A branch of its own: the epochs' orders are drawn by [seed, stage, epoch].
+    # A separate branch of the seed: the epochs' orders are drawn by [seed, stage, epoch].
     sequence = np.random.SeedSequence([seed, stage], spawn_key=(2,))
     offset = np.random.Generator(np.random.PCG64(sequence)).random()
     ends = np.cumsum(weights)
     ends *= num_draws / ends[-1]
-    ends[-1] = num_draws  # to the bit, so that M rows are drawn
-    # Of the places k + u, ceil(e - u) lie before e; differences of that are how often each row is drawn.
+    ends[-1] = num_draws  # exactly, so that M rows are drawn
+    # Of the places k + u, ceil(e - u) are before e. Differences of these numbers are the draws of each row.
     ends -= offset
     before = np.ceil(ends, out=ends).astype(np.int64)
     del ends  # of ten million rows each array is 80 MB
@@ -75,6 +75,6 @@ def draw_rows(weights: FloatArray, num_draws: int, seed: int, stage: int) -> Int
 
 
 def stage_steps(num_steps: int, num_stages: int) -> list[int]:
-    """Cut a run into stages of equal length, or as nearly as steps are whole."""
+    """Return stages of equal length, as nearly as whole steps allow."""
     ends = [num_steps * stage // num_stages for stage in range(num_stages + 1)]
     return [end - start for start, end in pairwise(ends)]

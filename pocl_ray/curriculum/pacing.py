@@ -104,7 +104,7 @@ def none(ends: Sequence[int]) -> list[Slice]:
 
 
 def frontier(ends: Sequence[int], num_stages: int = 8) -> list[Slice]:
-    """Draw each stage's rows from all rows, by their gaps when it begins (`curriculum.frontier`)."""
+    """Draw the rows of each stage from all rows by their gaps, when the stage begins (`curriculum.frontier`)."""
     return [(0, ends[-1])] * num_stages
 
 

@@ -27,10 +27,10 @@ class TeacherOutput:
 
     Attributes:
         tokens: Final hidden states, shape (N, K), for the teacher's LM head; or its likeliest tokens.
-            teacher: Index of the teacher among the run's teachers.
-            weight: Weight of the teacher's divergence in the loss.
-            paired_N: Mask, on the CPU, of the batch's response tokens that have a counterpart in another tokenizer of
-                the teacher; `tokens` then holds only these counterparts, in their order. None: all have one.
+        teacher: Index of the teacher among the run's teachers.
+        weight: Weight of the teacher's divergence in the loss.
+        paired_N: Mask, on the CPU, of the batch's response tokens that have a counterpart in another tokenizer of the
+            teacher; `tokens` then holds only these counterparts, in their order. None: all have one.
     """
 
     tokens: torch.Tensor | TopK
@@ -45,7 +45,7 @@ class TeacherRows:
 
     Attributes:
         batch: Input of the teacher.
-            pairs: Pairs of the teacher's and the student's response tokens.
+        pairs: Pairs of the teacher's and the student's response tokens.
     """
 
     batch: MicroBatch
@@ -58,9 +58,9 @@ class MicroBatch:
 
     Attributes:
         input_ids_BT: Token ids of prompt and response, int64.
-            attention_mask_BT: Mask with 1 for tokens and 0 for padding.
-            response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
-            targets_N: Ids of these next tokens.
+        attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+        response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
+        targets_N: Ids of these next tokens.
         teacher_outputs: Outputs of the teachers at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
         teacher_rows: Input of a live teacher with another tokenizer; None: the student's input.
@@ -135,7 +135,7 @@ def rank_micro_batches(
     Args:
         ids: Row ids of the global batch, a multiple of `world_size`.
         lengths: Number of tokens of each row.
-            rank: Rank of this worker.
+        rank: Rank of this worker.
         world_size: Number of workers.
         micro_batch_rows: Maximum rows of a micro-batch.
 
@@ -157,7 +157,7 @@ def collate(
         prompts: Token ids of each prompt, at least one.
         responses: Token ids of each response, at least one.
         pad_id: Token id of the padding. It is masked, so it may be the end-of-sequence token.
-            multiple: Number of which T is made a multiple.
+        multiple: Number of which T is made a multiple.
     """
     num_prompt = np.fromiter(map(len, prompts), np.int64, len(prompts))[:, None]
     total = num_prompt + np.fromiter(map(len, responses), np.int64, len(responses))[:, None]

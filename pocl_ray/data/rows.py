@@ -1,7 +1,7 @@
-"""From a source to the Arrow file of prepared rows, in one streaming pass; what cannot be used is set aside.
+"""Preparation of one set: one streaming pass from a source to the Arrow file of rows; unusable rows become rejects.
 
-`rows/<set>.arrow` holds text and token ids of every usable row. Its bytes depend on the source, the data config and the
-tokenizer alone.
+`rows/<set>.arrow` holds text and token ids of every usable row. Its bytes depend only on the source, the data config
+and the tokenizer.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
 from pocl_ray.run_directory.storage import file_digest
 
-# The pass over a source: chunks of it become record batches of tokens, and what cannot be used is collected.
+# The pass over a source: chunks become record batches of tokens, and rejects are collected.
 #
-# Where the teacher has another tokenizer, each chunk is read once more in its way: with its chat template, where that
-# is asked for, and into its tokens. Both files then hold the same rows under the same ids.
+# If the teacher has another tokenizer, each chunk is also read for the teacher: with its chat template, if that is
+# chosen, and into its tokens. Both files then hold the same rows under the same ids.
 
 Outcome = list[PreparedRow] | Reject
-"""What becomes of a row of the source: one row, several of a long text, or a reason."""
+"""The outcome of a row of the source: one row, several rows of a long text, or a reject."""
 
 
 class Preparation:
-    """Reads a source in the tokens of one tokenizer or more; the first is the run's, the second the teacher's own.
+    """Reads a source in the tokens of one or two tokenizers: the run's, and the teacher's if it has its own.
 
     Args:
-        source: Says what its columns mean.
-        config: Task, template and lengths, which hold for each tokenizer.
+        source: Source with the meaning of its columns.
+        config: Task, template and lengths, which apply to each tokenizer.
         tokenizers: Hugging Face tokenizers.
-        numbers: Numeric columns that are carried along.
+        numbers: Numeric columns that serve as difficulty signals.
 
     Raises:
         ConfigError: The template does not work.
         ModelError: A tokenizer has no end-of-sequence token.
 
     Attributes:
-        num_rows: Rows that all tokenizers can use.
-        rejects: The others, in order.
+        num_rows: Number of rows that all tokenizers can use.
+        rejects: Other rows, in order.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Preparation:
 
 
 class _Reading:
-    """What the task makes of a row of the source, and of that one tokenizer."""
+    """The reader of rows for one tokenizer: from rows of the source to rows of tokens."""
 
     def __init__(self, reader: ExampleReader, tokenizer: RowTokenizer | TextTokenizer, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -108,7 +108,7 @@ class _Reading:
         self._tokenizer = tokenizer
 
     def rows(self, chunk: Sequence[SourceRow | Reject]) -> list[Outcome]:
-        """Return what becomes of each row of a chunk."""
+        """Return the outcome of each row of a chunk."""
         items = self._reader.read(chunk)
         tokenized = iter(self._tokenizer.rows([item for item in items if isinstance(item, Example)]))
         return [
@@ -143,16 +143,16 @@ def _readings(
 
 
 def row_tokenizer(config: DataConfig, tokenizer: Any) -> RowTokenizer:
-    """Return what turns prompts and responses of a config into tokens."""
+    """Return the object that turns a config's prompts and responses into tokens."""
     is_chat = config.prompt_template == "chat"
     return RowTokenizer(tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not is_chat)
 
 
 def row_template(config: DataConfig, tokenizer: Any, is_teachers: bool = False) -> PromptTemplate:
-    """Return the template that makes the prompts of one model.
+    """Return the template of one model's prompts.
 
     Raises:
-        ConfigError: It does not work; of the teacher's tokenizer the message says that it is this one's.
+        ConfigError: The template does not work; the message says if that is for the teacher's tokenizer.
     """
     try:
         return PromptTemplate(config.prompt_template, tokenizer)
@@ -163,7 +163,7 @@ def row_template(config: DataConfig, tokenizer: Any, is_teachers: bool = False) 
 
 
 def _fit(config: DataConfig, tokenizers: Sequence[Any], templates: Sequence[PromptTemplate]) -> Fit | None:
-    """What shortens documents and chats until every model has room for them: all of them read the same text."""
+    """The function that shortens documents and chats until they fit all models, which read the same text."""
     kind: type[DocumentFitter] | type[ConversationFitter]
     if config.task == "summarization":
         kind = DocumentFitter
@@ -199,14 +199,14 @@ _NUM_REASONS_SHOWN = 3
 
 @dataclass(frozen=True)
 class TeacherTokens:
-    """The teacher's own tokenizer, and where the rows in its tokens go."""
+    """The teacher's own tokenizer, and the place of the rows in its tokens."""
 
     tokenizer: Any
     destination: Path
 
 
 def default_split(name: str) -> str:
-    """Return the split of the shipped samples that a set of this name reads, where the config names none."""
+    """Return the split of the shipped samples for a set of this name, if the config names none."""
     return name if name in ("train", "dev") else "test"
 
 
@@ -219,20 +219,20 @@ def prepare_rows(
     numbers: Sequence[str] = (),
     teacher: TeacherTokens | None = None,
 ) -> tuple[RowsSummary, list[Reject]]:
-    """Read, template and tokenise the rows of one set.
+    """Prepare the rows of one set: read them, apply the template, and tokenise them.
 
     Args:
-        name: `train`, `dev`, or the name of a test set.
-        source: Where its rows are.
-        config: Template, lengths, and the share of unusable rows that is too many.
-        tokenizer: A Hugging Face tokenizer.
-        destination: Local Arrow file to write; it appears whole or not at all.
-        numbers: Numeric columns of the source that are carried along, as difficulty signals.
-        teacher: Where the teacher has another tokenizer: that, and the Arrow file of the same rows in its tokens. A
-            row that only one of the two can use is left out of both.
+        name: Name of the set: `train`, `dev`, or the name of a test set.
+        source: Source of the rows.
+        config: Template, lengths, and the maximum share of unusable rows.
+        tokenizer: Hugging Face tokenizer.
+        destination: Local Arrow file to write; it appears complete or not at all.
+        numbers: Numeric columns of the source that serve as difficulty signals.
+        teacher: Tokenizer of the teacher if it has its own, and the Arrow file of the same rows in its tokens. A row
+            that only one of the two can use is left out of both.
 
     Returns:
-        What became of the set, and the rows left out, in order.
+        The summary of the set, and the rejected rows in order.
 
     Raises:
         DataError: The source is missing, empty or lacks a column, too many rows cannot be used, or none can.
@@ -258,9 +258,9 @@ def summarize_rows(name: str, path: Path, num_rejected: int) -> RowsSummary:
     """Return the figures of a file of prepared rows.
 
     Args:
-        name: `train`, `dev`, or the name of a test set.
-        path: The Arrow file.
-        num_rejected: Rows of its source that were left out.
+        name: Name of the set: `train`, `dev`, or the name of a test set.
+        path: Arrow file of the rows.
+        num_rejected: Number of rows of the source that were left out.
     """
     store = RowStore.open(path)
     return RowsSummary(
@@ -278,18 +278,19 @@ def summarize_rows(name: str, path: Path, num_rejected: int) -> RowsSummary:
 def hold_out(
     rows: Path, num_rows: int, seed: int, train: Path, dev: Path, num_rejected: int = 0
 ) -> tuple[RowsSummary, RowsSummary]:
-    """Take rows out of the training set as a dev set; both keep the order of the file and count their ids anew.
+    """Move rows of the training set to a dev set; both keep the order of the file and are numbered again.
 
     Args:
         rows: Prepared rows of `data.train`.
-        num_rows: `data.holdout_rows`; of texts in several rows, whole ones are taken until there are so many.
-        seed: Draws them.
-        train: File to write the rows that stay; may be `rows` itself.
-        dev: File to write the rows taken.
-        num_rejected: Rows of the source that were left out, for the summary of train.
+        num_rows: Value of `data.holdout_rows`. If texts have several rows, complete texts are taken until there are as
+            many rows.
+        seed: Seed of the draw.
+        train: File for the rows that stay; it may be `rows` itself.
+        dev: File for the rows that are moved.
+        num_rejected: Number of rows of the source that were left out, for the summary of train.
 
     Returns:
-        What train and dev are now.
+        The summaries of train and dev.
 
     Raises:
         DataError: No row would be left to train on.
@@ -308,7 +309,7 @@ def hold_out(
 
 
 def _draw(store: RowStore, num_rows: int, seed: int) -> np.ndarray:
-    """Which rows are held out, shape (rows,); the rows of one text stay together."""
+    """The mask of held-out rows, shape (rows,); the rows of one text stay together."""
     source_rows = np.concatenate([batch.column(SOURCE_ROW).to_numpy() for batch in store.batches])
     text_of_row = np.cumsum(np.diff(source_rows, prepend=-1) != 0) - 1
     sizes = np.bincount(text_of_row)
@@ -328,22 +329,22 @@ def _draw(store: RowStore, num_rows: int, seed: int) -> np.ndarray:
 
 
 def write_rejects(rejects: Iterable[Reject], path: Path) -> None:
-    """Write rejects.jsonl: one `{"source", "row", "reason"}` a line."""
+    """Write rejects.jsonl with one `{"source", "row", "reason"}` in each line."""
     lines = (json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def check_rejects(path: str, num_rows: int, rejects: Sequence[Reject], max_share: float) -> None:
-    """Hold the rows left out to their limit.
+    """Check the number of rejected rows against the limit.
 
     Args:
-        path: Where the rows came from.
-        num_rows: Rows that are left.
-        rejects: Those that are not.
-        max_share: Of the rejects in all rows, at most.
+        path: Source of the rows.
+        num_rows: Number of usable rows.
+        rejects: Rejected rows.
+        max_share: Maximum share of rejects in all rows.
 
     Raises:
-        DataError: They are more, or no row is left.
+        DataError: There are more rejects, or no row is left.
     """
     total = num_rows + len(rejects)
     if num_rows and len(rejects) <= max_share * total:
@@ -375,7 +376,7 @@ def _new_ids(first: int, count: int) -> pa.Array:
 
 @contextmanager
 def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """Give a writer of a local Arrow file, which appears whole or not at all."""
+    """Yield a writer of a local Arrow file, which appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -388,7 +389,7 @@ def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFi
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Let an error of a source say which set of the config it belongs to."""
+    """Add the name of the config's set to an error of its source."""
     try:
         yield
     except DataError as error:

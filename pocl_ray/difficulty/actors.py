@@ -88,9 +88,9 @@ def student_unit(
 
     Args:
         name: Name of the set.
-            ids: Row ids of the unit.
-            by_row: Student's signals by name; None if the student did not read the unit.
-            hidden_NH: Student's hidden states, if signals compare the two models.
+        ids: Row ids of the unit.
+        by_row: Student's signals by name; None if the student did not read the unit.
+        hidden_NH: Student's hidden states, if signals compare the two models.
     """
     table = unit_table(name, [ids])
     for column, value_type in STUDENT_COLUMNS.items():
@@ -109,11 +109,11 @@ def row_table(
 
     Args:
         ids: Row ids of the unit.
-            lengths: Lengths in the student's tokens.
-            signals: Signals that the teacher measured.
-            units: Table of units, with the student's signals.
-            index: Place of the unit in that table.
-            names: Columns of the teacher's signals; a signal that was not measured is null.
+        lengths: Lengths in the student's tokens.
+        signals: Signals that the teacher measured.
+        units: Table of units, with the student's signals.
+        index: Place of the unit in that table.
+        names: Columns of the teacher's signals; a signal that was not measured is null.
     """
     columns = {ID: pa.array(ids)}
     for name, value_type in STUDENT_COLUMNS.items():
@@ -176,9 +176,9 @@ class TopKUnitWriter:
 
         Args:
             top_k: Number of tokens to keep.
-                student_vocab_size: Number of the student's logits, padding included.
-                teacher_dtype: Dtype that the teacher computes in.
-                dtype: Dtype of the log-probabilities; None: float32 for a teacher in float32, else float16.
+            student_vocab_size: Number of the student's logits, padding included.
+            teacher_dtype: Dtype that the teacher computes in.
+            dtype: Dtype of the log-probabilities; None: float32 for a teacher in float32, else float16.
         """
         self.top_k, self.student_vocab_size = top_k, student_vocab_size
         self.dtype = dtype or (torch.float32 if teacher_dtype == torch.float32 else torch.float16)

@@ -52,8 +52,8 @@ class Results:
 
     Attributes:
         rows: Summary of the set.
-            num_results: Number of results that have arrived.
-            shards: Shards of the teacher cache that hold the set.
+        num_results: Number of results that have arrived.
+        shards: Shards of the teacher cache that hold the set.
     """
 
     def __init__(self, rows: RowsSummary, keeps_signals: bool = True) -> None:
@@ -134,7 +134,7 @@ class CacheTask:
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What a scoring pass reads, and what it measures.
+    """The inputs of a scoring pass: models, rows and settings.
 
     Attributes:
         rows: The set to score.
@@ -144,7 +144,7 @@ class ScoringInputs:
         student: The untuned student.
         teacher: The frozen teacher; None where the student's signals are all that is measured.
         cache: The teacher cache to fill; None for none.
-        difficulty: How answers are generated, and how many rows and tokens are computed at once.
+        difficulty: Settings of generation, and numbers of rows and tokens that are computed at once.
         max_tokens: Prompt and answer together.
         seed: Seed of the answers.
         compare: Whether student and teacher are compared token by token; not over two tokenizers.

@@ -42,7 +42,7 @@ from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.lease import machine, started_after_boot_s
 from pocl_ray.run_directory.storage import file_digest, fingerprint
 
-# Writing checkpoints beside training: one thread that takes finished tensors to disk, in order. No Ray.
+# Writing of checkpoints during training: one thread writes finished tensors to disk, in order. No Ray.
 #
 # Gathering is collective and stops training; what comes after (files, digests, the way to storage) does not. Host
 # memory is bounded: whoever brings more than fits waits, so a state of any size passes through.
@@ -51,13 +51,13 @@ T = TypeVar("T")
 
 
 class CheckpointWriter:
-    """Runs jobs one after the other in a thread of its own. After a failed one no other runs, and every call raises."""
+    """A thread that runs jobs one after the other. After a failed job no other job runs, and every call raises."""
 
     def __init__(self, buffer_bytes: int) -> None:
         """Set it up; the thread starts with the first job.
 
         Args:
-            buffer_bytes: What jobs may hold in memory while they wait; 0 does each of them at once, in the caller.
+            buffer_bytes: Memory that waiting jobs may hold; with 0 the caller runs each job at once.
         """
         self.buffer_bytes = buffer_bytes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -66,14 +66,14 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
 
     def submit(self, job: Callable[[], T], num_bytes: int = 0) -> Future[T]:
-        """Have a job done; waits where it holds more than there is room for.
+        """Queue a job, after waiting until there is memory for it.
 
         Args:
-            job: What is to be done.
-            num_bytes: Memory that is free when it is done.
+            job: Function to run.
+            num_bytes: Memory that the job holds until it is done.
 
         Returns:
-            Its result to be.
+            A future of the job's result.
         """
         with self._change:
             self._change.wait_for(
@@ -91,14 +91,14 @@ class CheckpointWriter:
         """Wait until all jobs are done.
 
         Raises:
-            Exception: What one of them raised.
+            Exception: A job has raised it.
         """
         with self._change:
             self._change.wait_for(lambda: self._num_jobs == 0)
             self._raise_failure()
 
     def close(self) -> None:
-        """End the thread once all jobs are done, whatever came of them."""
+        """End the thread once all jobs are done or have failed."""
         self._pool.shutdown()
 
     def _run(self, job: Callable[[], T], num_bytes: int) -> T:
@@ -125,8 +125,8 @@ class PendingCheckpoint:
     """A checkpoint that is being written.
 
     Attributes:
-        directory: Where its files come to lie; whoever is given this takes it over.
-        whole: Done when all of them do.
+        directory: Directory of its files; the receiver of this object owns it.
+        whole: Future that is done when all files are written.
     """
 
     directory: Path
@@ -136,7 +136,7 @@ class PendingCheckpoint:
         """Return the directory once it is whole.
 
         Raises:
-            Exception: What the writing raised.
+            Exception: Writing has raised it.
         """
         self.whole.result()
         return self.directory
@@ -165,20 +165,21 @@ class DamagedCheckpointError(StorageError):
 
 @dataclass
 class Progress:
-    """Where a training run stands.
+    """The progress of a training run.
 
     Attributes:
         stage: Index of the current stage.
-        num_samples: Global samples consumed in this stage; the cursor into its order.
+        num_samples: Number of global samples consumed in this stage; the cursor into its order.
         step: Optimizer steps over all stages.
-        num_tokens: Response tokens trained on so far.
+        num_tokens: Number of response tokens trained on so far.
         best_figure: Best `hand_off_figure` of this stage; None before its first evaluation.
-        best_loss: The dev loss there, which decides between equal figures; None in a checkpoint of an older version.
+        best_loss: Dev loss at that evaluation, which decides between equal figures; None in a checkpoint of an older
+            version.
         num_adam_steps: Steps that the moments have seen.
-        best_adam_steps: The same at the best evaluation.
+        best_adam_steps: Steps of the moments at the best evaluation.
         loss_scaler: State of the fp16 loss scaler.
         rollout: State of the adaptive rollouts.
-        metrics: The metric stream, one record a logged step.
+        metrics: Metric stream, with one record for each logged step.
     """
 
     stage: int = 0
@@ -194,7 +195,7 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def note_best(self, figures: Mapping[str, Any]) -> bool:
-        """Note the dev figures of an evaluation if they are the best of this stage, and return whether they are."""
+        """Record the dev figures of an evaluation if they are the best of this stage, and return whether they are."""
         figure, loss = hand_off_figure(figures)
         if self.best_figure is not None:
             best_loss = -math.inf if self.best_loss is None else self.best_loss
@@ -209,15 +210,15 @@ class Progress:
 
 
 def write_state(state: TrainingState, kinds: tuple[str, ...], directory: Path, writer: CheckpointWriter) -> None:
-    """Gather the training state and have it written to `directory`; collective, rank 0 writes.
+    """Gather the training state and start to write it to `directory`; collective, rank 0 writes.
 
     Tensors are gathered one at a time, and written in files of about a gibibyte while training goes on.
 
     Args:
-        state: What is written.
-        kinds: Weights, or the moments too.
-        directory: Emptied first.
-        writer: Does the writing, in the order of the calls; `join` tells when it is done.
+        state: State to write.
+        kinds: Weights, or weights and moments.
+        directory: Target directory, which is emptied first.
+        writer: Writer that runs the jobs in the order of the calls; `join` waits for them.
     """
     writes = state.engine.rank == 0
     if writes:
@@ -242,12 +243,12 @@ def _empty(directory: Path) -> None:
 
 
 def complete(progress: Progress, directory: Path, best: Path) -> None:
-    """Make a checkpoint of a directory that holds the state: the best weights of the stage, if any, and progress.
+    """Complete a checkpoint whose directory holds the state: add the stage's best weights, if any, and the progress.
 
     Args:
-        progress: The cursor at the time when the state was gathered.
-        directory: The checkpoint.
-        best: What `write_state` wrote at the best evaluation.
+        progress: Cursor at the time when the state was gathered.
+        directory: Directory of the checkpoint.
+        best: Directory that `write_state` wrote at the best evaluation.
     """
     if best.exists():
         link_tree(best, directory / BEST)
@@ -255,7 +256,7 @@ def complete(progress: Progress, directory: Path, best: Path) -> None:
 
 
 def state_reader(directory: Path | None) -> Callable[[str, str], torch.Tensor]:
-    """Return a function that reads (kind, parameter name) from what `write_state` wrote; None: never called."""
+    """Return a function that reads (kind, parameter name) from a directory of `write_state`; None: never called."""
     files: dict[str, Any] = {}
     if directory is not None:
         for path in sorted(directory.glob("*.safetensors")):
@@ -310,7 +311,7 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != PROGRESS)
 
 
-# Local directories in which checkpoints are made, and those that killed workers left behind. No Ray.
+# Local directories in which checkpoints are written, and clean-up of those that killed workers left. No Ray.
 
 _NAME = re.compile(r"pocl-ray-(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-")
 

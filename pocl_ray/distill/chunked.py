@@ -27,7 +27,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 
 
 class TeacherTargets(Protocol):
-    """What teachers say of a chunk of tokens, where that is not the logits of one teacher."""
+    """The teachers' targets for a chunk of tokens, if they are not the logits of one teacher."""
 
     def divergence(self, kd: KdFunction, student_logits_CV: Tensor, temperature: float) -> Tensor:
         """Return the divergence of each token, shape (C,)."""
@@ -40,12 +40,12 @@ TeacherLogits = Callable[[slice], "Tensor | TeacherTargets"]
 
 
 class GapMeter(Protocol):
-    """Measures how far the student is from the teacher at each token, beside the loss and out of the same logits."""
+    """Measures the gap between student and teacher at each token, from the same logits as the loss."""
 
     def measure(
         self, rows: slice, kd_C: Tensor, student_logits_CV: Tensor, teacher: Tensor | TeacherTargets, loss: HeadLoss
     ) -> None:
-        """Take the tokens of a chunk: their divergence in the loss, and the logits that it is of."""
+        """Take the tokens of a chunk: their divergence in the loss, and the logits that it comes from."""
 
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
@@ -58,19 +58,20 @@ _SLICE_ROWS = 8192
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """Which loss is taken of the logits, and over what.
+    """The loss on the logits, and the values that it needs.
 
     Attributes:
         targets_N: Ids of the tokens to predict.
         kd_ratio: Weight of the distillation loss; 1 - kd_ratio is that of the cross-entropy.
         kd: The divergence, of (student logits, teacher logits, temperature); not called where kd_ratio is 0.
         kd_temperature: Softens both distributions in the divergence; the cross-entropy is at 1.
-        teacher_logits: From a slice of the tokens to the teacher's logits, or to what takes their place; not called
+        teacher_logits: Function from a slice of the tokens to the teacher's logits or targets; not called
             where kd_ratio is 0.
-        transform: What the student's family does to its logits.
+        transform: Transform of the student's family after the head.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
-        token_weight: From what `teacher_logits` returns to each token's weight in the divergence; None: all weigh 1.
-        gap_meter: Shown every chunk where the teacher is asked; None: nobody wants to know.
+        token_weight: Function from the result of `teacher_logits` to each token's weight in the divergence; None: all
+            weigh 1.
+        gap_meter: Meter that is called with every chunk if the teacher is used; None: no gaps are measured.
     """
 
     targets_N: Tensor

@@ -36,11 +36,11 @@ class StepLosses:
     """Means over the response tokens of one optimizer step, over all workers.
 
     Attributes:
-        loss: What was minimised.
-        ce_loss: Cross-entropy on the reference response, in nats a token.
-        kd_loss: Distillation loss; 0 where the teacher is not used.
+        loss: Loss that was minimised.
+        ce_loss: Cross-entropy on the reference response, in nats per token.
+        kd_loss: Distillation loss; 0 if the teacher is not used.
         grad_norm: Norm of the gradient before clipping.
-        num_response_tokens: Tokens that the means are over.
+        num_response_tokens: Number of tokens that the means are taken over.
     """
 
     loss: float
@@ -56,12 +56,12 @@ def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: i
 
 
 def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> dict[str, Any]:
-    """Return the DeepSpeed configuration, the user's own merged in.
+    """Return the DeepSpeed configuration, merged with the user's own.
 
     Args:
-        train: The section of the config.
+        train: Section of the config.
         world_size: Number of workers.
-        responses_per_row: How often a row of the global batch is trained on in one step; 2 with rollouts beside data.
+        responses_per_row: Number of responses to each row that a step trains on; 2 with rollouts next to the data.
 
     Raises:
         ConfigError: The user's config sets a key that `train` decides to another value.
@@ -122,7 +122,7 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
 
     Args:
         train: Peak, shape and warm-up.
-        stage: Says which part of which schedule the stage takes.
+        stage: Stage, with its place in the schedule.
         step: Optimizer step within the stage, from 0.
     """
     position, total = stage.lr_first_step + step, stage.lr_num_steps
@@ -153,9 +153,9 @@ class Engine:
         Args:
             module: The student with its loss, on the CPU.
             train: Precision, ZeRO stage, batch and optimizer.
-            device: Where this worker computes.
-            timeout_s: After so long a collective operation with a dead peer fails.
-            responses_per_row: How often a row of the global batch is trained on in one step.
+            device: Device of this worker.
+            timeout_s: Seconds after which a collective operation with a dead peer fails.
+            responses_per_row: Number of responses to each row that a step trains on.
         """
         deepspeed = import_deepspeed(device)
         check_precision(train.precision, deepspeed.get_accelerator())
@@ -199,8 +199,8 @@ class Engine:
             micro_batches: This worker's share of the global batch, equally many on every worker.
             settings: Temperature, ratio and divergence.
             lr: Learning rate of the step.
-            num_response_tokens: Of the whole global batch.
-            gaps: Is told how far the student is from the teacher on each row, as it comes by.
+            num_response_tokens: Number of response tokens of the whole global batch.
+            gaps: Gaps of the rows, which receive the gaps of this step; None: no gaps are measured.
         """
         assert len(micro_batches) == self.accumulation
         for group in self.deepspeed.optimizer.param_groups:
@@ -312,18 +312,18 @@ def _set_timeout_of_all_groups(timeout_s: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-# The student as it stands, to generate with: itself, or under ZeRO-3 a whole copy of it.
+# The current student for generation: the model itself, or under ZeRO-3 a complete copy of it.
 
 
 class InferenceStudent:
-    """Gives the engine's student for generation; one for dev answers and rollouts together, as it may hold a copy."""
+    """The engine's student for generation; dev answers and rollouts share one object, since it may hold a copy."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._copy: PreTrainedModel | None = None
 
     def current(self) -> PreTrainedModel:
-        """Return a model with the weights of now, in eval mode; collective under ZeRO-3.
+        """Return a model with the current weights, in eval mode; collective under ZeRO-3.
 
         A partitioned student would gather every weight for every token; the copy is filled once a call.
         """

@@ -23,20 +23,20 @@ from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
 from pocl_ray.teacher_cache.top_k import TopK
 
-# Where a training worker has the teachers' part of a batch from: their caches, or the teachers themselves.
+# The teachers' outputs for a batch, from their caches or from live teachers.
 
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """One teacher, for the rows of one set.
+    """The source of one teacher's outputs for the rows of one set.
 
     Attributes:
-        cache: What is stored of it; None where it runs live.
-        live: The teacher itself; None where it is cached.
-        index: Its place among the run's teachers.
-        weight: Of its divergence.
-        stages: In which it teaches; None for all.
-        rows: The rows in its own tokens; None where its tokenizer is the student's.
+        cache: Cache of the teacher; None if it runs live.
+        live: Live teacher; None if it is cached.
+        index: Index of the teacher among the run's teachers.
+        weight: Weight of the teacher's divergence.
+        stages: Stages that use the teacher; None for all.
+        rows: Rows in the teacher's own tokens; None if it shares the student's tokenizer.
     """
 
     cache: HiddenCache | TopKCache | None = None
@@ -47,7 +47,7 @@ class TeacherSource:
     rows: RowStore | None = None
 
     def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherOutput | None:
-        """Return what its cache holds of rows whose responses have so many tokens; None where it runs live."""
+        """Return the cached outputs for rows whose responses have these lengths; None if the teacher runs live."""
         if self.cache is None:
             return None
         tokens = self.cache.take(ids)
@@ -56,7 +56,7 @@ class TeacherSource:
         )
 
     def asked(self, batch: MicroBatch) -> TeacherOutput | None:
-        """Return what it says of a batch; None where it is cached."""
+        """Return the live teacher's output for a batch; None if the teacher is cached."""
         if self.live is None:
             return None
         own = batch.teacher_rows
@@ -75,29 +75,29 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class Teachers:
-    """The teachers of a set, or those of them that teach in a stage."""
+    """The teachers of a set, or the ones that a stage uses."""
 
     sources: tuple[TeacherSource, ...] = ()
 
     def in_stage(self, stage: int | None) -> Teachers:
-        """Return those that teach in a stage (None: all of them), their weights made to sum to 1."""
+        """Return the teachers that a stage uses (None: all teachers), with weights that sum to 1."""
         chosen = [one for one in self.sources if stage is None or one.stages is None or stage in one.stages]
         total = sum(one.weight for one in chosen)
         return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
 
     def stored(self, ids: np.ndarray, lengths_R: np.ndarray) -> tuple[TeacherOutput, ...]:
-        """Return what the caches hold of rows; nothing of teachers that run live.
+        """Return the cached outputs for rows, without those of live teachers.
 
         Args:
-            ids: The rows.
-            lengths_R: The student's response tokens of each.
+            ids: Row ids.
+            lengths_R: Number of the student's response tokens of each row.
         """
         return tuple(
             teacher_outputs for one in self.sources if (teacher_outputs := one.stored(ids, lengths_R)) is not None
         )
 
     def own_rows(self, ids: np.ndarray, lengths_R: np.ndarray) -> TeacherRows | None:
-        """Return rows as a live teacher with another tokenizer reads them; None where there is none such."""
+        """Return rows in the tokens of a live teacher with another tokenizer; None if there is no such teacher."""
         for one in self.sources:
             if one.live is not None and one.rows is not None:
                 batch = collate(*one.rows.tokens(ids), pad_id=0)
@@ -105,19 +105,19 @@ class Teachers:
         return None
 
     def teach(self, batch: MicroBatch) -> MicroBatch:
-        """Return the batch with what the live teachers say of it added."""
+        """Return the batch with the outputs of the live teachers added."""
         asked = tuple(teacher_outputs for one in self.sources if (teacher_outputs := one.asked(batch)) is not None)
         return replace(batch, teacher_outputs=batch.teacher_outputs + asked, teacher_rows=None)
 
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """What a worker holds of a teacher in memory.
+    """The parts of a teacher that a worker holds in memory.
 
     Attributes:
-        task: Which teacher.
-        head: Its LM head; None where its likeliest tokens are cached.
-        live: The teacher itself; None where it is cached.
+        task: Task of the teacher.
+        head: LM head of the teacher; None if its likeliest tokens are cached.
+        live: Live teacher; None if it is cached.
     """
 
     task: TeacherTask
@@ -126,7 +126,7 @@ class LoadedTeacher:
 
 
 def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
-    """Load of each teacher what the loss needs: its LM head for hidden states, itself only where nothing is cached.
+    """Return for each teacher the parts that the loss needs: the LM head for hidden states, else the model.
 
     Raises:
         UserError: A teacher cannot be loaded.
@@ -183,11 +183,11 @@ class GlobalBatch:
     """One worker's part of an optimizer step.
 
     Attributes:
-        micro_batches: What this worker runs.
-        num_rows: Rows over all workers.
-        num_response_tokens: Response tokens over all workers.
+        micro_batches: Micro-batches of this worker.
+        num_rows: Number of rows over all workers.
+        num_response_tokens: Number of response tokens over all workers.
         ids: Row ids over all workers.
-        source: Who wrote the responses: the rows' own, the student just now, or the student once (replayed).
+        source: Source of the responses: the rows, the student now, or the student earlier (replayed).
     """
 
     micro_batches: list[MicroBatch]
@@ -215,12 +215,12 @@ class Feed:
         """Set the feed up.
 
         Args:
-            rows: The set's rows.
-            pad_id: Fills up short rows.
+            rows: Rows of the set.
+            pad_id: Token id of the padding.
             micro_batch_rows: Rows of a forward pass.
-            rank: This worker.
+            rank: Rank of this worker.
             world_size: Number of workers.
-            teachers: Where the teachers' part comes from; without any, batches carry none.
+            teachers: Sources of the teachers' outputs; without any, batches have none.
         """
         self.rows = rows
         self.pad_id = pad_id
@@ -265,9 +265,9 @@ class Feed:
         their last one, which does not count.
 
         Args:
-            ids: The rows; None for all.
-            stage: Whose teachers teach. None for all teachers whatever their stages, so that the losses of stages can
-                be compared.
+            ids: Row ids; None for all rows.
+            stage: Stage whose teachers are used. None for all teachers whatever their stages, so that the losses of
+                stages can be compared.
         """
         teachers = self.teachers.in_stage(stage)
         ids = np.arange(len(self.lengths)) if ids is None else ids

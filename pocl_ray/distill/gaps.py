@@ -30,7 +30,7 @@ from pocl_ray.distill.losses import ResolvedLoss, plain_kl
 from pocl_ray.records import Stage
 
 FRONTIER_FILE = "frontier.safetensors"
-"""In a checkpoint: the gaps of all rows, and the rows that the stage has drawn."""
+"""The file in a checkpoint with the gaps of all rows, and the rows that the stage has drawn."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -38,14 +38,14 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RowGapMeter:
-    """Takes the gap of each token of one micro-batch; NaN where no teacher is asked."""
+    """Takes the gap of each token of one micro-batch; NaN if no teacher is used."""
 
     gap_N: Tensor
 
     def measure(
         self, rows: slice, kd_C: Tensor, student_logits_CV: Tensor, teacher: Tensor | TeacherTargets, loss: HeadLoss
     ) -> None:
-        """Take the tokens of a chunk. Liger's kernel gives one sum of them and no value a token, hence our own."""
+        """Take the tokens of a chunk. Liger's kernel gives one sum and no value per token, so our own code is used."""
         is_gap = isinstance(loss.kd, ResolvedLoss) and loss.kd.name == "forward_kl" and loss.kd_temperature == 1.0
         if is_gap:
             self.gap_N[rows] = kd_C
@@ -57,7 +57,7 @@ class RowGapMeter:
 
 @dataclass
 class _Seen:
-    """What a worker has seen since gaps were last brought together: of each visit row, step, sum and tokens."""
+    """The visits of a worker since gaps were last combined: the row, the step, the sum and the tokens of each visit."""
 
     ids: list[IntArray] = field(default_factory=list)
     steps: list[IntArray] = field(default_factory=list)
@@ -66,15 +66,15 @@ class _Seen:
 
 
 class RowGaps:
-    """The gap of every training row; every worker has one, and they agree after `settle`."""
+    """The gap of every training row; every worker has a copy, and all copies agree after `settle`."""
 
     def __init__(self, first_R: FloatArray, lengths_R: npt.NDArray[np.integer], device: torch.device) -> None:
-        """Begin with the gaps of the first scoring.
+        """Start with the gaps of the first scoring.
 
         Args:
-            first_R: In nats a token.
-            lengths_R: Response tokens of each row.
-            device: Where collective operations work.
+            first_R: Gaps of the first scoring, in nats per token.
+            lengths_R: Number of response tokens of each row.
+            device: Device of collective operations.
         """
         self.values_R = np.array(first_R, dtype=np.float64)
         self.lengths_R, self.device = lengths_R, device
@@ -82,7 +82,7 @@ class RowGaps:
         self._seen = _Seen()
 
     def meter(self, batch: MicroBatch, device: torch.device) -> RowGapMeter | None:
-        """Return what measures a micro-batch that is about to run; None of one that the student wrote."""
+        """Return the meter for a micro-batch that will run next; None if the student wrote its responses."""
         if batch.row_ids_B is None:
             return None
         gap_N = torch.full((batch.num_response_tokens,), torch.nan, device=device)
@@ -90,7 +90,7 @@ class RowGaps:
         return RowGapMeter(gap_N)
 
     def end_step(self, step: int) -> None:
-        """Note what the meters of an optimizer step, counted over all stages, have taken.
+        """Record the measurements of an optimizer step, counted over all stages.
 
         Called once its losses are on the host, when the tokens' values can be fetched without waiting. They are added
         up there, where the order of summation is fixed.
@@ -100,7 +100,7 @@ class RowGaps:
             lengths = self.lengths_R[ids].astype(np.int64)
             starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
             sums = np.add.reduceat(gap_N.cpu().numpy().astype(np.float64), starts)
-            known = np.isfinite(sums)  # not where the step had kd_ratio 0, or the figures of a diverging student
+            known = np.isfinite(sums)  # not for a step with kd_ratio 0, nor for figures of a diverging student
             seen.ids.append(ids[known])
             seen.steps.append(np.full(int(known.sum()), step, dtype=np.int64))
             seen.sums.append(sums[known])
@@ -108,7 +108,7 @@ class RowGaps:
         self._open.clear()
 
     def settle(self) -> None:
-        """Bring together what the workers have seen; collective."""
+        """Combine the visits of all workers; collective."""
         num_rows, seen = len(self.values_R), self._seen
         ids = np.concatenate([np.zeros(0, np.int64), *seen.ids])
         steps = np.concatenate([np.zeros(0, np.int64), *seen.steps])
@@ -117,7 +117,7 @@ class RowGaps:
         last_R = np.full(num_rows, -1, dtype=np.int64)
         np.maximum.at(last_R, ids, steps)
         last_R = self._reduced(last_R, dist.ReduceOp.MAX)
-        # A row may have come twice in its last step, on one worker or on two: its gap is then the mean of both.
+        # A row may be used twice in its last step, on one worker or on two. Its gap is then the mean of both.
         is_last = steps == last_R[ids]
         found = [np.bincount(ids[is_last], values[is_last], num_rows) for values in (sums, num_tokens)]
         sums_R, tokens_R = (self._reduced(values, dist.ReduceOp.SUM) for values in found)
@@ -139,14 +139,14 @@ class FrontierRows:
     """Draws the rows of each stage by their gaps; every worker draws the same."""
 
     def __init__(self, config: FrontierConfig, gaps: RowGaps, batch_rows: int, seed: int, measure: Measure) -> None:
-        """Set it up.
+        """Set up the draws.
 
         Args:
-            config: Weights, and where gaps come from.
-            gaps: Of the training rows.
-            batch_rows: Rows of an optimizer step, over all workers.
+            config: Weights, and the source of gaps.
+            gaps: Gaps of the training rows.
+            batch_rows: Rows of an optimizer step over all workers.
             seed: Seed of the run.
-            measure: Has the student read the rows of some ids before a stage, and the gaps take note; collective.
+            measure: Function that makes the student read some rows before a stage, and updates the gaps; collective.
         """
         self.config, self.gaps, self.measure = config, gaps, measure
         self.batch_rows, self.seed = batch_rows, seed
@@ -154,7 +154,7 @@ class FrontierRows:
 
     @property
     def step_gaps(self) -> RowGaps | None:
-        """Gaps that a step is to fill; None where all rows are measured before the next stage anyway."""
+        """The gaps that a step updates; None if all rows are measured before the next stage anyway."""
         is_measured = self.config.refresh == "rescore" and self.config.rescore_rows is None
         return None if is_measured else self.gaps
 
@@ -180,14 +180,14 @@ class FrontierRows:
         save_file({"gaps": self.gaps.values_R, "drawn": self.drawn}, directory / FRONTIER_FILE)
 
     def restore(self, directory: Path | None) -> None:
-        """Go on from a checkpoint, which rank 0 reads; collective."""
+        """Restore the state of a checkpoint, which rank 0 reads; collective."""
         arrays = {} if directory is None else load_file(directory / FRONTIER_FILE)
         self.gaps.values_R = _shared(arrays.get("gaps"), torch.float64, self.gaps.device)
         self.drawn = _shared(arrays.get("drawn"), torch.int64, self.gaps.device)
 
 
 def _shared(array: np.ndarray | None, dtype: torch.dtype, device: torch.device) -> np.ndarray:
-    """Return on every worker the array of rank 0; collective."""
+    """The array of rank 0, on every worker; collective."""
     size = torch.tensor([0 if array is None else array.size], device=device)
     dist.broadcast(size, src=0)
     values = torch.empty(int(size), dtype=dtype, device=device)

@@ -47,16 +47,17 @@ from pocl_ray.run_directory.disk import GIB
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What the loop calls on its way. Every worker calls each hook at the same point, so a hook may be collective.
+    """Functions that the loop calls. Every worker calls each hook at the same point, so a hook may be collective.
 
     Without any, metrics are kept in the progress and checkpoints go nowhere.
 
     Attributes:
-        on_checkpoint: Gets a copy of the progress and, on rank 0, the checkpoint that is being written.
-        on_step: Gets the progress and each record of the metric stream, those that are not logged too.
-        asks_for_checkpoint: Whether to save one after this step although none is due; the same answer on every worker.
+        on_checkpoint: Receives a copy of the progress and, on rank 0, the checkpoint that is being written.
+        on_step: Receives the progress and each record of the metric stream, including records that are not logged.
+        asks_for_checkpoint: Returns whether to save a checkpoint after this step although none is due; every worker
+            gets the same answer.
         wait_for_uploads: Waits until the last checkpoint of this worker has arrived in storage.
-        meet: Waits for all workers, for as long as it takes: a collective would take a long upload for a hang.
+        meet: Waits for all workers without a time limit: a collective would take a long upload for a hang.
     """
 
     on_checkpoint: Callable[[Progress, PendingCheckpoint | None], None] = lambda progress, written: None
@@ -67,7 +68,7 @@ class LoopHooks:
 
 
 class TrainingLoop:
-    """Walks the stages of a plan; every worker runs the same one."""
+    """The loop over the stages of a plan; every worker runs the same loop."""
 
     def __init__(
         self,
@@ -84,15 +85,15 @@ class TrainingLoop:
         """Set the loop up.
 
         Args:
-            task: The plan and its settings.
-            engine: The student.
-            feed: The training rows.
-            dev: Dev figures.
-            rollouts: Responses of the student's own.
+            task: Plan and settings.
+            engine: Engine with the student.
+            feed: Feed of the training rows.
+            dev: Evaluator of the dev set.
+            rollouts: Source of the student's own responses.
             orders: Row ids in each order that a stage may be a slice of.
-            hooks: What is done with records and checkpoints.
-            rescorer: Ranks the rows anew before the stages that say so.
-            frontier: Draws the rows of stages in order `frontier`.
+            hooks: Functions that receive records and checkpoints.
+            rescorer: Object that ranks the rows again before the stages that need it.
+            frontier: Object that draws the rows of stages in order `frontier`.
         """
         self.task, self.engine, self.feed, self.dev, self.orders = task, engine, feed, dev, dict(orders)
         self.rollouts, self.rescorer, self.frontier = rollouts, rescorer, frontier
@@ -136,7 +137,7 @@ class TrainingLoop:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _settle(self) -> None:
-        """Wait until nothing is on its way to storage any more; all workers at once."""
+        """Wait until all uploads of all workers are finished."""
         self._writer.join()
         self.hooks.wait_for_uploads()
         self.hooks.meet()
@@ -146,7 +147,7 @@ class TrainingLoop:
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
         if progress.num_samples == 0 and stage.rescore:
-            assert self.rescorer is not None, "the task says how rows are ranked anew"
+            assert self.rescorer is not None, "the task says how rows are ranked again"
             self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
         rows = self._rows(stage)
         step = progress.num_samples // batch_rows
@@ -167,7 +168,7 @@ class TrainingLoop:
         self._hand_off()
 
     def _rows(self, stage: Stage) -> np.ndarray:
-        """The row ids that a stage takes; those that frontier pacing drew when it began, in a checkpoint since."""
+        """The row ids of a stage; with frontier pacing the rows drawn when it began, which checkpoints hold."""
         if stage.order != "frontier":
             return self.orders[stage.order][stage.first_rank : stage.end_rank]
         assert self.frontier is not None, "the task says how rows are drawn"
@@ -176,7 +177,7 @@ class TrainingLoop:
         return self.frontier.drawn
 
     def _is_over(self, stage: Stage, steps_done: int) -> bool:
-        """Whether the stage ends here; known from the progress alone, so that a resumed run decides the same."""
+        """Return whether the stage ends here. The progress alone decides, so that a resumed run decides the same."""
         if steps_done == stage.num_steps:
             return True
         is_evaluated = steps_done > 0 and self._evaluation_is_due(stage, steps_done)
@@ -264,7 +265,7 @@ class TrainingLoop:
             write_state(self.state, self._best_kinds(), self._scratch / BEST, self._writer)
 
     def _best_kinds(self) -> tuple[str, ...]:
-        """What of the best evaluation is kept: its moments only where the next stage goes on with them."""
+        """The parts of the best state to keep: weights, and moments only if the next stage continues with them."""
         return (WEIGHT,) if all(s.restart_optimizer for s in self.task.stages) else KINDS
 
     def _checkpoint(self) -> None:

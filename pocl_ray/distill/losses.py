@@ -27,11 +27,9 @@ from pocl_ray import plugins
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.plugins import reason
 
-# Losses from other packages, found through the entry-point group `pocl_ray.losses`.
-#
-# A plug-in is a function with the signature of those in `losses.py`, or a `Loss` that also names its parameters and
-# its habit about T^2. It is called once on a few made-up logits before it may train anything, so that a mistake shows
-# while the run is set up and under the plug-in's own name.
+# Losses from other packages, found through the entry-point group `pocl_ray.losses`. A plug-in is a function with the
+# signature of the losses below, or a `Loss`, which also names its parameters and whether T^2 applies. It is called once
+# on random logits before any training, so that a mistake shows early and names the plug-in.
 #
 # Legend: N tokens, V vocabulary.
 
@@ -39,10 +37,11 @@ GROUP = "pocl_ray.losses"
 
 
 def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Call a plug-in on three tokens and hold it to the contract of a loss.
+    """Call a plug-in on three tokens, and check its result.
 
     Raises:
-        UserError: It raises, returns no float tensor of shape (N,), is not finite, or has no gradient for the student.
+        UserError: The plug-in raises an error, returns no float tensor of shape (N,), is not finite, or has no
+            gradient.
     """
     generator = torch.Generator().manual_seed(0)
     student_logits_NV = torch.randn(3, 7, generator=generator).requires_grad_()
@@ -52,12 +51,12 @@ def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) ->
             loss_N = function(student_logits_NV, teacher_logits_NV, 2.0, **params)
     except Exception as error:  # code of others: every failure is reported under the plug-in's name
         raise UserError(f"loss plug-in '{name}' fails when called: {reason(error)}; check its parameters") from error
-    wrong = _what_is_wrong(loss_N)
+    wrong = _problem_of(loss_N)
     if wrong:
         raise UserError(f"loss plug-in '{name}' {wrong}; a loss returns one finite float per token, shape (N,)")
 
 
-def _what_is_wrong(loss_N: object) -> str:
+def _problem_of(loss_N: object) -> str:
     if not isinstance(loss_N, Tensor):
         return f"returns {type(loss_N).__name__}, not a tensor"
     if loss_N.shape != (3,):
@@ -191,7 +190,7 @@ def uld(student_logits_NV: Tensor, teacher_logits_NW: Tensor, temperature: float
 
 @torch.no_grad()
 def plain_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p||q) without a gradient, and cheaper than `forward_kl` by what that needs for one; shape (N,), float32.
+    """KL(p||q) without a gradient, which makes it cheaper than `forward_kl`; shape (N,), float32.
 
     With s the student's logits and Z their logarithm of the sum of exponentials, KL(p||q) = sum p log p - sum p s + Z:
     two dot products, for which no (N, V) difference has to be made.
@@ -223,7 +222,7 @@ def _sorted_probs(logits_NV: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     probs_NV = torch.softmax(logits_NV.to(dtype) / temperature, dim=-1)
-    return probs_NV.sort(dim=-1, descending=True, stable=True).values  # stable: equal ones share no chance
+    return probs_NV.sort(dim=-1, descending=True, stable=True).values  # stable sort: ties keep their order
 
 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sets up a training loop from a task, on a worker whose process group stands. No Ray."""
+"""Set-up of a training loop from a task, on a worker with a process group. No Ray."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
 
 
 def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | None:
-    """Return what draws rows by their gaps, which are at first those of the untuned student."""
+    """The object that draws rows by their gaps, which at first are those of the untuned student."""
     if task.frontier is None:
         return None
     assert task.scores is not None, "the first scoring measures the gaps of the first stage"
@@ -123,7 +123,7 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
     return FrontierRows(task.frontier, gaps, task.train.global_batch_rows, task.seed, measure)
 
 
-# Going on from a checkpoint: the newest one that is whole, the same on every worker. No Ray.
+# Resuming from the newest complete checkpoint, the same on every worker. No Ray.
 #
 # A node that dies while it writes, or a disk that loses a block, leaves a checkpoint that must not be trained on. Every
 # file of a checkpoint has its digest in `progress.json`, so that this is seen, and the checkpoint before is used.
@@ -142,14 +142,14 @@ class StoredCheckpoint(Protocol):
 def newest_whole(
     checkpoints: Sequence[StoredCheckpoint], warn: Callable[[str], object]
 ) -> Iterator[tuple[Progress, Path] | None]:
-    """Give the newest checkpoint whose files are all as they were written.
+    """Yield the newest checkpoint that is complete and undamaged.
 
     Args:
-        checkpoints: The newest first.
-        warn: Told of each one that is passed over.
+        checkpoints: Checkpoints, the newest first.
+        warn: Function that is called with a message about each skipped checkpoint.
 
     Yields:
-        Its progress and a local directory of its files; None where there are no checkpoints.
+        The progress and a local directory of the files; None if there are no checkpoints.
 
     Raises:
         StorageError: All of them are damaged, or another version wrote them.
@@ -187,13 +187,13 @@ def resume(
     in a collective for one that gave up.
 
     Args:
-        loop: Fresh from its set-up.
-        checkpoints: The newest first; looked at on rank 0.
-        share: Returns on every worker what rank 0 gave it; may take as long as rank 0 needs to read.
-        warn: Told, on rank 0, of damaged checkpoints.
+        loop: New training loop.
+        checkpoints: Checkpoints, the newest first; rank 0 reads them.
+        share: Function that returns rank 0's argument on every worker; it may take as long as rank 0 needs to read.
+        warn: Function that is called on rank 0 with a message about damaged checkpoints.
 
     Raises:
-        StorageError: On every worker: all checkpoints are damaged, or another version wrote them.
+        StorageError: All checkpoints are damaged, or another version wrote them; it is raised on every worker.
     """
     with ExitStack() as stack:
         own: tuple[Progress, Path] | None = None

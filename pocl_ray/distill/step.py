@@ -40,7 +40,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step is told: the divergence (of `resolve_loss`), its temperature, its weight in the loss, and tokens'.
+    """The settings of a step: the divergence (of `resolve_loss`), its temperature, its weight, and token weights.
 
     `on_rollouts` takes the place of divergence and weight for micro-batches whose responses the student wrote.
     `gap_meter` is for one micro-batch: it is shown the logits of each chunk of it.
@@ -54,13 +54,13 @@ class StepSettings:
     gap_meter: GapMeter | None = None
 
     def of(self, batch: MicroBatch) -> StepSettings:
-        """Return what holds for a micro-batch."""
+        """Return the settings for a micro-batch."""
         own = self.on_rollouts
         return replace(self, kd_ratio=own.kd_ratio, kd=own.kd) if batch.is_rollout and own is not None else self
 
 
 class LossHead(nn.Module):
-    """The LM head with the loss behind it.
+    """The LM head together with the loss.
 
     It owns the head's parameters directly, shared with the student (and with the embedding, where they are tied):
     ZeRO-3 gathers the parameters of the module that is called, and this is the one.
@@ -83,7 +83,7 @@ class LossHead(nn.Module):
         settings: StepSettings,
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loss, cross-entropy and divergence over the N tokens; only the first carries a gradient."""
+        """Return the sums of loss, cross-entropy and divergence over the N tokens; only the first has a gradient."""
         loss = HeadLoss(
             targets_N,
             kd_ratio=settings.kd_ratio,
@@ -118,13 +118,13 @@ class DistillationModule(nn.Module):
         self._teacher_heads = heads
 
     def hidden(self, batch: MicroBatch) -> Tensor:
-        """The student's last hidden states at the response positions, shape (N, H)."""
+        """Return the student's last hidden states at the response positions, shape (N, H)."""
         return split_model(self.student).response_hidden(
             batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
         )
 
     def forward(self, batch: MicroBatch, settings: StepSettings) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the response tokens of the batch.
+        """Return sums over the response tokens of the batch.
 
         Returns:
             (sum of (1 - kd_ratio) ce + kd_ratio kd, sum of ce, sum of kd), float32 scalars; the first carries the
@@ -141,7 +141,7 @@ class DistillationModule(nn.Module):
 
     @torch.no_grad()
     def token_score_sum(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
-        """Sum of the scores that weigh tokens over the response tokens of the batch, a float64 scalar."""
+        """Return the sum of the scores that weigh the response tokens of the batch, a float64 scalar."""
         teacher = self._teacher_logits(batch, settings.of(batch))
         assert settings.token_weight is not None and teacher is not None
         total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)

@@ -1,4 +1,4 @@
-"""What a training worker is told: the parts of the config that it needs, and where its inputs lie."""
+"""The task of a training worker: the parts of the config that it needs, and the places of its inputs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class TeacherTask:
     """One teacher of a training run.
 
     Attributes:
-        ref: The frozen model.
+        ref: Frozen model.
         cache: Directory of its caches (`train`, `dev`), relative to the run directory; None to run it live.
-        fingerprint: Of the teacher that the caches must have been made by.
-        weight: Of its divergence; the weights of a stage are made to sum to 1.
-        stages: In which it teaches; None for all.
-        sharded: Whether it is split over the workers, where it runs live.
-        rows: Set -> the rows in its own tokens; None where its tokenizer is the student's.
+        fingerprint: Fingerprint of the teacher that wrote the caches.
+        weight: Weight of the teacher's divergence; the weights of a stage are normalised to sum 1.
+        stages: Stages that use the teacher; None for all.
+        sharded: Whether a live teacher is split over the workers.
+        rows: Mapping of each set to the rows in the teacher's own tokens; None if it shares the student's tokenizer.
     """
 
     ref: ModelRef
@@ -49,12 +49,12 @@ class TeacherTask:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """How the rows are ranked anew between stages.
+    """The settings for ranking the rows again between stages.
 
     Attributes:
-        difficulty: The signals, how they are fused, and how answers are generated.
-        seed: Of the answers, and of ties.
-        folder: Where the tables of it go, relative to the run directory.
+        difficulty: Signals, their fusion, and settings of generation.
+        seed: Seed of the answers and of ties.
+        folder: Directory of the tables, relative to the run directory.
     """
 
     difficulty: DifficultyConfig
@@ -69,32 +69,32 @@ class TrainTask:
     Paths are relative to the run directory.
 
     Attributes:
-        name: `distill`, `control`, `teacher_sft` or `student_sft`.
-        fingerprint: Of all that the result depends on; names the checkpoints.
-        run_dir: The run directory.
-        stages: The plan.
-        student: What is trained, as it is before.
-        teachers: The frozen teachers; none where no stage distils, as in supervised fine-tuning.
-        tokenizer: Tokenizer directory.
-        rows: The training rows.
-        dev_rows: The dev rows.
+        name: Name of the run: `distill`, `control`, `teacher_sft` or `student_sft`.
+        fingerprint: Fingerprint of everything that the result depends on; it names the checkpoints.
+        run_dir: Run directory.
+        stages: Stages of the plan.
+        student: Student before training.
+        teachers: Frozen teachers; empty if no stage distils, as in supervised fine-tuning.
+        tokenizer: Directory of the tokenizer.
+        rows: Training rows.
+        dev_rows: Dev rows.
         scores: Parquet file whose `rank` orders the rows; None for file order.
         train: Optimizer, batch and precision.
         distill: Loss and chunking.
-        rollout: Responses of the student's own.
-        hand_off: What the next stage, and the result, starts from.
-        plateau: When a stage with `min_epochs` has converged.
-        dev_generation: How dev answers are generated.
-        max_dev_rows: Rows of the dev ROUGE-L, at most; None for all.
-        max_tokens: Prompt and response together.
+        rollout: Settings of rollouts.
+        hand_off: Checkpoint that the next stage starts from, and that is the result: the best or the last.
+        plateau: Convergence of a stage with `min_epochs`.
+        dev_generation: Settings of dev answers.
+        max_dev_rows: Maximum rows of the dev ROUGE-L; None for all.
+        max_tokens: Maximum tokens of prompt and response together.
         gradient_checkpointing: Whether the student recomputes its activations.
         seed: Seed of the order and of dropout.
-        collective_timeout_s: After so long a dead peer is noticed.
-        output: Where the trained student goes.
-        metrics: Where the metric stream goes.
-        lora: Adapters that are trained in place of the student's weights; None to train these.
-        rescoring: How rows are ranked anew before the stages that say so; None where none does.
-        frontier: How rows are drawn by their gaps; None where no stage does that.
+        collective_timeout_s: Seconds after which a collective with a dead peer fails.
+        output: Directory of the trained student.
+        metrics: File of the metric stream.
+        lora: Adapters that are trained in place of the student's weights; None to train the weights.
+        rescoring: Settings for ranking the rows again before stages that need it; None if no stage does.
+        frontier: Settings for drawing rows by their gaps; None if no stage does that.
     """
 
     name: str
@@ -126,14 +126,14 @@ class TrainTask:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of all stages; the most of them where a stage ends on convergence."""
+        """The number of optimizer steps of all stages; the maximum if a stage ends on convergence."""
         return sum(stage.num_steps for stage in self.stages)
 
 
-# How a config becomes a training task: for the curriculum and its control, and for supervised fine-tuning.
+# Training tasks from a config: for the curriculum, for its control, and for supervised fine-tuning.
 
 RESCORED = "scores/stages"
-"""Tables of the rankings made between stages, beside the output of the run that made them."""
+"""The folder of the rankings between stages, next to the output of the run."""
 
 
 def curriculum_task(
@@ -150,7 +150,7 @@ def curriculum_task(
     """Return the task that distils the student through `stages`; its result goes to `output`.
 
     `teachers` are the models of `config.teacher` and `config.other_teachers`, each with its fingerprint.
-    Without any, as where `kd_ratio` is 0 in all stages, neither a cache nor dev figures of a teacher are read.
+    Without teachers, as when `kd_ratio` is 0 in all stages, no cache and no dev figures of a teacher are read.
     """
     folder = output.removesuffix("student")
     rescores = any(stage.rescore for stage in stages)
@@ -195,7 +195,7 @@ def _teacher_tasks(
             weight=one.weight,
             stages=one.stages_of(num_stages),
             sharded=one.sharded,
-            # Only a teacher that is alone may have a tokenizer of its own.
+            # Only a single teacher may have its own tokenizer.
             rows=(rows.for_teacher or None) if place == 0 else None,
         )
         for place, ((ref, fingerprint), one) in enumerate(
@@ -205,7 +205,7 @@ def _teacher_tasks(
 
 
 def cache_folder(config: Config, place: int) -> str | None:
-    """Return the directory of a teacher's caches, by its place among the teachers; None where teachers run live."""
+    """Return the directory of a teacher's caches, by its index among the teachers; None if teachers run live."""
     if config.distill.teacher_cache == "none":
         return None
     return "teacher_cache" if place == 0 else f"teacher_cache_{place + 1}"
@@ -222,7 +222,7 @@ def sft_task(
 ) -> TrainTask:
     """Return the task that fine-tunes the teacher or the student on the references, before anything else.
 
-    `rows` are in the tokens of that model, and `tokenizer` is the directory of what made them.
+    `rows` are in the tokens of that model, and `tokenizer` is the directory of its tokenizer.
 
     Raises:
         ConfigError: There are fewer rows than one global batch holds.

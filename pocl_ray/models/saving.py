@@ -56,8 +56,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
     Args:
         model: Model, which is written in its present dtype.
-            tokenizer: Tokenizer of the model, with `eos` and `pad`.
-            directory: Target directory; it is replaced if it exists.
+        tokenizer: Tokenizer of the model, with `eos` and `pad`.
+        directory: Target directory; it is replaced if it exists.
 
     Returns:
         The directory.

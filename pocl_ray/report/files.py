@@ -44,9 +44,9 @@ class Plan:
 
     Attributes:
         num_rows: Number of training rows.
-            bucket_ends: Number of rows up to the end of each bucket, in the order of the ranking.
-            global_batch_rows: Rows of an optimizer step.
-            stages: Stages of the curriculum.
+        bucket_ends: Number of rows up to the end of each bucket, in the order of the ranking.
+        global_batch_rows: Rows of an optimizer step.
+        stages: Stages of the curriculum.
     """
 
     num_rows: int
@@ -66,7 +66,7 @@ class Metrics:
 
     Attributes:
         train: Mapping of column names to float64 arrays with one value for each logged optimizer step.
-            evals: Same mapping for the lines of dev evaluations.
+        evals: Same mapping for the lines of dev evaluations.
     """
 
     train: dict[str, np.ndarray]
@@ -79,8 +79,8 @@ class Rejects:
 
     Attributes:
         num_rows: Number of lines of the file.
-            counts: Mapping of (source, reason) to the number of rows.
-            first_rows: Mapping of (source, reason) to the number of the first such row.
+        counts: Mapping of (source, reason) to the number of rows.
+        first_rows: Mapping of (source, reason) to the number of the first such row.
     """
 
     num_rows: int
@@ -298,13 +298,13 @@ class StepTime:
 
     Attributes:
         name: Name in manifest.json.
-            what: Description of the work.
-            status: Status in manifest.json.
-            seconds: Wall time.
-            share_of_longest: Time relative to the longest step, 0 to 1.
-            num_rows: Number of rows that the step handled.
-            num_steps: Number of optimizer steps that the step took.
-            num_tokens: Number of tokens that the step handled; in training only response tokens count.
+        what: Description of the work.
+        status: Status in manifest.json.
+        seconds: Wall time.
+        share_of_longest: Time relative to the longest step, 0 to 1.
+        num_rows: Number of rows that the step handled.
+        num_steps: Number of optimizer steps that the step took.
+        num_tokens: Number of tokens that the step handled; in training only response tokens count.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The manifest: which steps of a run are finished, what each depended on, and what it wrote.
+"""The manifest: the finished steps of a run, with the inputs and outputs of each.
 
-A step whose fingerprint stands here is not run again. A step that another one rests on passes its own fingerprint
-on, so a changed setting reruns the first step that it concerns and everything after it, and only that.
+A step whose fingerprint is in the manifest is not run again. The fingerprint of a step contains the fingerprints of the
+steps that it depends on. So a changed setting reruns the first affected step and all steps after it, and no others.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says of itself when it is done.
+    """The result of a step.
 
     Attributes:
-        outputs: Files and directories it wrote, relative to the run directory.
-        counts: Rows, tokens and the like, for the report; keys start with `num_`.
+        outputs: Files and directories that the step wrote, relative to the run directory.
+        counts: Numbers of rows, tokens and so on, for the report; keys start with `num_`.
     """
 
     outputs: Sequence[str]
@@ -34,18 +34,18 @@ class StepResult:
 
 
 def step_fingerprint(step: str, depends_on: Any) -> str:
-    """Return the fingerprint under which a step stands in the manifest."""
+    """Return the fingerprint of a step in the manifest."""
     return fingerprint([step, VERSION, depends_on])
 
 
 class Manifest:
-    """The state of a run's steps, in `manifest.json`; written after every change."""
+    """The state of a run's steps in `manifest.json`, which is written after every change."""
 
     def __init__(self, run_dir: RunDirectory) -> None:
-        """Read the manifest where there is one.
+        """Read the manifest if it exists.
 
         Raises:
-            StorageError: It is damaged, or another version wrote it.
+            StorageError: The manifest is damaged, or another version wrote it.
         """
         self.run_dir = run_dir
         self.steps: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ class Manifest:
             self.steps = content["steps"]
 
     def is_done(self, step: str, expected: str) -> bool:
-        """Whether the step was finished under this fingerprint and its outputs are still there."""
+        """Return whether the step was finished under this fingerprint and its outputs still exist."""
         entry = self.steps.get(step)
         if entry is None or entry["status"] != "done" or entry["fingerprint"] != expected:
             return False
@@ -69,11 +69,12 @@ class Manifest:
 
         Args:
             step: Name of the step.
-            depends_on: JSON-like value of all that the result depends on, fingerprints of earlier steps included.
-            work: Does the step; it is given the fingerprint.
+            depends_on: JSON-like value of everything that the result depends on, including fingerprints of earlier
+                steps.
+            work: Function that does the step; its argument is the fingerprint.
 
         Returns:
-            The step's fingerprint, and the seconds that it took; None where it was done already.
+            The step's fingerprint and its duration in seconds, or None if it was done already.
         """
         own = step_fingerprint(step, depends_on)
         if self.is_done(step, own):
@@ -104,7 +105,7 @@ class Manifest:
         self.run_dir.write_json(FILE, {"version": VERSION, "steps": self.steps})
 
 
-# Running a step: skipped where the manifest says that it is done, announced and timed where it is not.
+# Steps: a step that the manifest lists as done is skipped; another one is announced, run and timed.
 
 ENVIRONMENT = "environment.json"
 
@@ -113,16 +114,16 @@ class Steps:
     """Runs the steps of one run directory.
 
     Attributes:
-        num_done: Steps that this process has finished; those done before do not count.
-        has_cluster: Whether a step asked for the cluster, and got it.
+        num_done: Number of steps that this process has finished; steps done earlier do not count.
+        has_cluster: Whether a step has connected to the cluster.
     """
 
     def __init__(self, run_dir: RunDirectory, connect: Callable[[], None]) -> None:
         """Read the manifest of the run directory.
 
         Args:
-            run_dir: The run directory.
-            connect: Connects to Ray; called once, when the first step that needs it is to run.
+            run_dir: Run directory.
+            connect: Function that connects to Ray; it is called once, before the first step that needs Ray.
         """
         self.run_dir = run_dir
         self.manifest = Manifest(run_dir)
@@ -130,13 +131,13 @@ class Steps:
         self._connect = connect
 
     def run(self, name: str, depends: Any, work: Callable[[str], StepResult], on_cluster: bool = False) -> str:
-        """Run a step unless it is done under the same dependencies, and return its fingerprint.
+        """Run a step unless it is done with the same dependencies, and return its fingerprint.
 
         Args:
-            name: As the manifest calls it.
-            depends: JSON-like value of all that the result depends on, fingerprints of earlier steps included.
-            work: Does the step, given its fingerprint.
-            on_cluster: Whether it needs Ray.
+            name: Name of the step in the manifest.
+            depends: JSON-like value of everything that the result depends on, including fingerprints of earlier steps.
+            work: Function that does the step; its argument is the fingerprint.
+            on_cluster: Whether the step needs Ray.
         """
 
         def announced(fingerprint: str) -> StepResult:
@@ -144,7 +145,7 @@ class Steps:
             if on_cluster and not self.has_cluster:
                 self._connect()
                 self.has_cluster = True
-            if on_cluster or not self.run_dir.exists(ENVIRONMENT):  # a step without Ray knows no nodes
+            if on_cluster or not self.run_dir.exists(ENVIRONMENT):  # without Ray the nodes are not known
                 self.run_dir.write_json(ENVIRONMENT, environment())
             result = work(fingerprint)
             self.num_done += 1

@@ -1,9 +1,9 @@
-"""The run directory, on a local disk or an object store, and what is known about finished steps.
+"""The run directory, on a local disk or on an object store.
 
-Everything that a run leaves goes through `RunDirectory`. A file appears whole or not at all: locally by writing
-beside it and renaming, on an object store because a put is atomic there. A directory is finished when the
-manifest says so. Readers that need a local path (memory maps, `from_pretrained`) ask for `local(...)`, which
-copies remote files once a node.
+All files of a run are written through `RunDirectory`. A file appears complete or not at all: on a local disk it is
+written under another name and renamed, and on an object store a put is atomic. A directory is finished when the
+manifest says so. Readers that need a local path (memory maps, `from_pretrained`) call `local(...)`, which copies remote
+files once for each node.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from filelock import FileLock
 
 from pocl_ray.errors import StorageError
 
-# Stores: the filesystem that a path or URL lies on, and whether we may use it.
+# Stores: the filesystem of a path or URL, and checks that it can be used.
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path names an object store rather than a local file."""
+    """Return whether the path names an object store and not a local file."""
     return "://" in path and not path.startswith("file://")
 
 
 def check_lasts(storage_path: str) -> None:
-    """Refuse a storage path inside a Ray job's copy of the working directory, which Ray deletes after the job.
+    """Refuse a storage path in a Ray job's copy of the working directory, which Ray deletes after the job.
 
     Raises:
-        StorageError: It is relative.
+        StorageError: The path is relative.
     """
     if not is_remote(storage_path) and not Path(storage_path.removeprefix("file://")).expanduser().is_absolute():
         raise StorageError(
@@ -46,7 +46,7 @@ def check_lasts(storage_path: str) -> None:
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a path or URL, and the path on it.
+    """Return the filesystem of a path or URL, and the path on that filesystem.
 
     Raises:
         StorageError: The scheme is unknown, or the store cannot be reached.
@@ -61,16 +61,16 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 
 @lru_cache(maxsize=256)
 def _open_remote(url: str) -> tuple[pafs.FileSystem, str]:
-    """Open a store once: pyarrow asks S3 for the bucket's region each time."""
+    """The filesystem of a store, opened once, because pyarrow asks S3 for the bucket's region each time."""
     filesystem, path = pafs.FileSystem.from_uri(url)
     return filesystem, path
 
 
 def check_bucket(storage_path: str) -> None:
-    """Refuse an object store whose bucket is missing or closed to us, before anything is computed.
+    """Refuse an object store whose bucket is missing or not accessible, before anything is computed.
 
     Raises:
-        StorageError: With the bucket and the reason.
+        StorageError: The bucket cannot be used; the message names the bucket and the reason.
     """
     filesystem, path = resolve(storage_path)
     if not isinstance(filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem)):
@@ -88,12 +88,12 @@ def check_bucket(storage_path: str) -> None:
 
 
 def clock_is_off(error: BaseException) -> bool:
-    """Whether a store refused a request because of the time on it."""
+    """Return whether a store refused a request because of its time stamp."""
     return any(sign in str(error) for sign in ("REQUEST_TIME_TOO_SKEWED", "RequestTimeTooSkewed"))
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error, without the number that a store gives every request."""
+    """Return the first line of an error, without the store's request id."""
     if clock_is_off(error):
         return "the clock of this machine is off by more than the store allows: synchronise it (NTP)"
     line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -120,7 +120,7 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; every path is relative to it. Cheap to construct and to send to workers.
+    """The directory of one run. Every path is relative to it. It is cheap to construct and to send to workers.
 
     Attributes:
         uri: Absolute local path, or URL such as `s3://bucket/runs/name`.
@@ -130,10 +130,10 @@ class RunDirectory:
 
     @classmethod
     def open(cls, storage_path: str, name: str, create: bool = True) -> RunDirectory:
-        """Open `<storage_path>/<name>`, made when missing.
+        """Return the directory `<storage_path>/<name>`, which is created if it is missing.
 
         Raises:
-            StorageError: It cannot be made or written.
+            StorageError: The directory cannot be created or written.
         """
         if is_remote(storage_path):
             if create:
@@ -151,7 +151,7 @@ class RunDirectory:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """The pyarrow filesystem that the run directory lies on."""
+        """The pyarrow filesystem of the run directory."""
         return resolve(self.uri)[0]
 
     def fs_path(self, rel: str = "") -> str:
@@ -164,15 +164,15 @@ class RunDirectory:
         return f"{self.uri}/{rel}"
 
     def exists(self, rel: str) -> bool:
-        """Whether a file or directory is there.
+        """Return whether a file or directory exists.
 
         Raises:
-            StorageError: The store does not say.
+            StorageError: The store does not answer.
         """
         return _info(self.filesystem, self.fs_path(rel), self.uri_of(rel)).type != pafs.FileType.NotFound
 
     def written_at(self, rel: str) -> float | None:
-        """Return when a file was written by the clock of the store, in seconds since 1970; None: it does not say.
+        """Return the time of a file by the store's clock, in seconds since 1970, or None if the store gives no times.
 
         Raises:
             StorageError: The store does not answer.
@@ -184,7 +184,7 @@ class RunDirectory:
         """Return a file's content.
 
         Raises:
-            StorageError: It is missing or cannot be read.
+            StorageError: The file is missing or cannot be read.
         """
         try:
             with self.filesystem.open_input_file(self.fs_path(rel)) as file:
@@ -195,21 +195,21 @@ class RunDirectory:
             raise StorageError(f"{self.uri_of(rel)}: cannot be read ({reason(error)})") from None
 
     def read_text(self, rel: str) -> str:
-        """Return a UTF-8 file's content."""
+        """Return the content of a UTF-8 file."""
         return self.read_bytes(rel).decode()
 
     def read_json(self, rel: str) -> Any:
-        """Return the value that a JSON file holds."""
+        """Return the value in a JSON file."""
         try:
             return json.loads(self.read_bytes(rel))
         except ValueError:
             raise StorageError(f"{self.uri_of(rel)}: not valid JSON; delete it to have it made again") from None
 
     def write_bytes(self, rel: str, data: bytes) -> None:
-        """Write a file, whole or not at all.
+        """Write a file, completely or not at all.
 
         Raises:
-            StorageError: No permission, or the disk is full.
+            StorageError: There is no permission to write, or the disk is full.
         """
         filesystem, target = self.filesystem, self.fs_path(rel)
         try:
@@ -231,22 +231,22 @@ class RunDirectory:
             raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def write_text(self, rel: str, text: str) -> None:
-        """Write a UTF-8 file, whole or not at all."""
+        """Write a UTF-8 file, completely or not at all."""
         self.write_bytes(rel, text.encode())
 
     def write_json(self, rel: str, value: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, completely or not at all."""
         self.write_text(rel, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
     def local(self, rel: str) -> Path:
-        """Return a local path of a file or directory: itself, or the node's copy of a remote one."""
+        """Return a local path of a file or directory: the path itself, or this node's copy of a remote one."""
         return Path(localize(self.uri_of(rel)))
 
     def publish(self, local: Path, rel: str) -> None:
-        """Put a local file or directory at `rel`, in place of what stands there.
+        """Move a local file or directory to `rel`, and replace what is there.
 
         Raises:
-            StorageError: No permission, or the disk is full.
+            StorageError: There is no permission to write, or the disk is full.
         """
         filesystem, target = self.filesystem, self.fs_path(rel)
         try:
@@ -259,10 +259,10 @@ class RunDirectory:
             raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
     def delete(self, rel: str) -> None:
-        """Delete a file or a directory with all that it holds; nothing happens when it is missing.
+        """Delete a file, or a directory with its content; a missing one is ignored.
 
         Raises:
-            StorageError: No permission.
+            StorageError: There is no permission to delete.
         """
         filesystem, target = self.filesystem, self.fs_path(rel)
         kind = _info(filesystem, target, self.uri_of(rel)).type
@@ -290,7 +290,7 @@ def _publish_locally(local: Path, target: Path) -> None:
             shutil.copytree(local, beside)
         else:
             shutil.copyfile(local, beside)
-        if target.is_dir() or (local.is_dir() and target.exists()):  # a rename replaces nothing but a file by a file
+        if target.is_dir() or (local.is_dir() and target.exists()):  # a rename can only replace a file by a file
             old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
             target.rename(old)
             beside.rename(target)
@@ -309,10 +309,10 @@ def _remove(path: Path) -> None:
 
 
 def cache_root() -> Path:
-    """Return the directory of this node's copies of remote files (`POCL_RAY_CACHE` moves it).
+    """Return the directory of this node's copies of remote files (`POCL_RAY_CACHE` sets it).
 
     Raises:
-        StorageError: Somebody else owns it, so what lies there cannot be trusted.
+        StorageError: Another user owns the directory, so its files cannot be trusted.
     """
     root = Path(os.environ.get("POCL_RAY_CACHE", Path(tempfile.gettempdir()) / f"pocl-ray-{os.getuid()}"))
     if root.exists() and root.stat().st_uid != os.getuid():
@@ -321,10 +321,10 @@ def cache_root() -> Path:
 
 
 def localize(uri: str) -> str:
-    """Return a local path for a URL, copied to this node once; local paths and Hub ids are returned unchanged.
+    """Return a local path of a URL, whose files are copied to this node once; local paths and Hub ids do not change.
 
     Raises:
-        StorageError: The file is missing or cannot be read, or the disk of this node is full.
+        StorageError: The file is missing or cannot be read, or this node's disk is full.
     """
     if not is_remote(uri):
         return uri.removeprefix("file://")
@@ -346,7 +346,7 @@ def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInf
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = root / fingerprint([uri, state])[:32]
     target = folder / Path(path).name
-    (target if is_directory else folder).mkdir(parents=True, exist_ok=True)  # copy_files makes subdirectories alone
+    (target if is_directory else folder).mkdir(parents=True, exist_ok=True)  # copy_files creates subdirectories only
     with FileLock(str(folder / ".lock")):
         if not (folder / ".complete").exists():
             pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
@@ -364,7 +364,7 @@ def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
 
 
 def _fetch(filesystem: pafs.FileSystem, path: str, files: list[pafs.FileInfo], target: Path) -> None:
-    """Copy to local disk, with the folders that `copy_files` leaves to the caller."""
+    """Copy files to the local disk, including the folders that `copy_files` does not create."""
     for file in files:
         (target / file.path.removeprefix(path).lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
     pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)

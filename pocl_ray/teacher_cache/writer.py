@@ -50,9 +50,10 @@ class Layout:
 
     Attributes:
         kind: `hidden` for a hidden state; `topk` for ids (int32), log-probabilities, and the curve of the tail
-            (float32). dtype: Dtype of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
-            width: Hidden size, or number of tokens that are kept. vocab_size: Number of tokens of the distribution for
-            `topk`; 0 for hidden states.
+            (float32).
+        dtype: Dtype of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
+        width: Hidden size, or number of tokens that are kept.
+        vocab_size: Number of tokens of the distribution for `topk`; 0 for hidden states.
     """
 
     kind: Literal["hidden", "topk"]
@@ -95,13 +96,13 @@ class CacheMeta:
 
     Attributes:
         version: Version of the format.
-            layout: Layout of a token's record.
-            num_rows: Number of all rows.
-            num_tokens: Number of all response tokens.
-            num_bytes: Size of all shards.
-            teacher: Fingerprint of the teacher that wrote the cache.
-            rows: Fingerprint of the tokenized rows of the cache.
-            shards: Shards in the order of their numbers in the index.
+        layout: Layout of a token's record.
+        num_rows: Number of all rows.
+        num_tokens: Number of all response tokens.
+        num_bytes: Size of all shards.
+        teacher: Fingerprint of the teacher that wrote the cache.
+        rows: Fingerprint of the tokenized rows of the cache.
+        shards: Shards in the order of their numbers in the index.
     """
 
     version: int
@@ -174,9 +175,12 @@ def write_index(
     gave up.
 
     Args:
-        directory: Directory of the shards. shard_names: Names of the shards to keep; names may be repeated (one for
-            each row, as a scoring job returns them). teacher: Fingerprint of the teacher. rows: Fingerprint of the
-            rows. filesystem: Filesystem of the cache; the local one by default.
+        directory: Directory of the shards.
+        shard_names: Names of the shards to keep; names may be repeated (one for each row, as a scoring job returns
+            them).
+        teacher: Fingerprint of the teacher.
+        rows: Fingerprint of the rows.
+        filesystem: Filesystem of the cache; the local one by default.
 
     Raises:
         ValueError: There is no shard, an id is in two shards, or shards have different layouts.

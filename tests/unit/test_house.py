@@ -80,6 +80,18 @@ def sets_trust(node: ast.AST) -> bool:
     return False
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+ENTRY = re.compile(r" {4}\*{0,2}[\w.`]+(?: \([^)]*\))?: (Of|What) ")
+COINED = re.compile(r"\banew\b", re.IGNORECASE)
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the package, with its place."""
+    for place, node in nodes():
+        if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
+            yield f"{place} {getattr(node, 'name', '')}".rstrip(), text
+
+
 def test_files_stay_short() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     long = [f"{path.relative_to(ROOT)}: {lines} lines" for path, lines in lengths.items() if lines > MAX_FILE_LINES]
@@ -95,6 +107,30 @@ def test_functions_stay_short() -> None:
         and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
     ]
     assert not long, "look for the second thing these do:\n" + "\n".join(long)
+
+
+def test_docstrings_name_the_thing_itself() -> None:
+    """No first line and no entry of a section starts with "Of" or "What"; each says what the thing is or returns."""
+    wrong = [place for place, text in docstrings() if text.startswith(("Of ", "What "))]
+    for place, text in docstrings():
+        wrong += [f"{place}: {line.strip()}" for line in text.splitlines() if ENTRY.match(line)]
+    assert not wrong, "say what the thing is, such as `seed: Seed of all random draws.`:\n" + "\n".join(wrong)
+
+
+def test_nothing_is_done_anew() -> None:
+    """Comments, docstrings and messages say "again"."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*SOURCES, *(ROOT / "pocl_ray").rglob("*.j2")]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if COINED.search(line)
+    ]
+    assert not found, found
+
+
+@pytest.mark.parametrize(("text", "is_wrong"), [("Of all draws.", True), ("Seed of all random draws.", False)])
+def test_an_entry_that_names_no_thing_is_recognised(text: str, is_wrong: bool) -> None:
+    assert bool(ENTRY.match(f"    seed: {text}")) is is_wrong
 
 
 def test_no_except_catches_everything_unnamed() -> None:
