@@ -12,9 +12,11 @@ from rich.table import Table
 from pocl_ray.config import Config, DistillConfig, TeacherConfig
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
+from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.losses import LOSSES
+from pocl_ray.errors import StorageError
 from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.records import RowsSummary, Stage
@@ -35,7 +37,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     choose_signals(config.difficulty)
     divergences(config.distill, config.rollout)
     console = Console(highlight=False, soft_wrap=True)
-    prepared = _prepared(config)
+    prepared = _prepared_if_reachable(config, console)
     if num_rows is None:
         num_rows = prepared["train"].num_rows if "train" in prepared else _count(config)
     stages = plan_stages(config, num_rows)
@@ -48,6 +50,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
+    for is_warning, line in told_cuts(prepared.values()):
+        console.print(f"{'warning' if is_warning else 'note'}: {line}")
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
         console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")
@@ -61,9 +65,10 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if not any_training_reads_teacher(config, stages):
         console.print("teacher cache: none, since kd_ratio is 0 throughout")
         return
+    for_teacher = _prepared(config, for_teacher=True) if prepared else {}
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
-        console.print(f"{name}: {_cache_size(config, teacher, _prepared(config, for_teacher=True))}")
+        console.print(f"{name}: {_cache_size(config, teacher, for_teacher)}")
     if config.rollout.is_on:
         console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
 
@@ -117,6 +122,15 @@ def _stage_table(stages: Sequence[Stage]) -> Table:
 
 def _moving(first: float, last: float) -> str:
     return f"{first:g}" if first == last else f"{first:.3g}..{last:.3g}"
+
+
+def _prepared_if_reachable(config: Config, console: Console) -> dict[str, RowsSummary]:
+    """The sets that the run has prepared; none where its storage cannot be reached, which a plan does not need."""
+    try:
+        return _prepared(config)
+    except StorageError as error:
+        console.print(f"note: planned without the rows of the run directory, which cannot be reached: {error}")
+        return {}
 
 
 def _prepared(config: Config, for_teacher: bool = False) -> dict[str, RowsSummary]:

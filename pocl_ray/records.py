@@ -170,6 +170,10 @@ class RowsSummary:
         num_response_tokens: Number of response tokens of all rows, including end-of-sequence tokens.
         max_response_tokens: Tokens of the longest response.
         fingerprint: Digest of the file's content.
+        num_cut_prompts: Number of rows of the source whose prompt lost tokens, turns or a part of its document.
+        num_cut_responses: Number of rows of the source whose response lost its end.
+        num_lost_tokens: Number of tokens that both lost.
+        num_special: Number of rows of the source with special tokens written as text, which are read as text.
     """
 
     name: str
@@ -180,3 +184,7 @@ class RowsSummary:
     num_response_tokens: int
     max_response_tokens: int
     fingerprint: str
+    num_cut_prompts: int = 0
+    num_cut_responses: int = 0
+    num_lost_tokens: int = 0
+    num_special: int = 0

@@ -100,6 +100,11 @@ class DataConfig(Section):
         description="limit of prompt and response together; a longer response is cut, plain text goes on in the next "
         "row",
     )
+    special_tokens: Literal["text", "keep"] = Field(
+        default="text",
+        description="special tokens written in the data, such as <|endoftext|>: text reads them as text, keep as the "
+        "tokens; those of a template are tokens either way",
+    )
     max_reject_share: float = Field(default=0.05, ge=0, le=1, description="share of unusable rows that stops the run")
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.columns import wanted_columns
 from pocl_ray.data.prompts import Example, PromptTemplate, read_examples
 from pocl_ray.data.readers import Reject
+from pocl_ray.data.row_counts import COUNTS
 from pocl_ray.data.row_store import RowStore, pairing_figures, shared_prompts
 from pocl_ray.data.rows import (
     TeacherTokens,
@@ -28,6 +29,8 @@ from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 
 SUMMARY, REJECTS = "rows/summary.json", "rejects.jsonl"
+# Keys that older versions did not have. With their defaults a run directory of such a version stays the same run.
+_ADDED_LATER: dict[str, object] = {"special_tokens": "text"}
 FOR_TEACHER = "for_teacher"
 """The folder in the rows' folder, and key of the summary, of the rows in the teacher's own tokens."""
 
@@ -73,7 +76,11 @@ def data_fingerprint(config: DataConfig) -> list[object]:
     """Return everything that the rows depend on: the sources' content, and the settings for reading and cutting."""
     sources = {name: source_fingerprint(source, default_split(name)) for name, source in _sources(config)}
     others = {"train", "dev", "tests", "max_reject_share", "responses"}
-    return [sources, config.model_dump(mode="json", exclude=others)]
+    settings = config.model_dump(mode="json", exclude=others)
+    for name, default in _ADDED_LATER.items():
+        if settings.get(name) == default:
+            del settings[name]
+    return [sources, settings]
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -123,7 +130,9 @@ def prepare_all(
             made[name], left_out = prepare_rows(name, source, config, tokenizer, path, own, teacher)
             rejects.extend(left_out)
         if config.dev is None:
-            made["train"], made["dev"] = _hold_out(folder, config, seed, made["train"].num_rejected)
+            counts = {name: getattr(made["train"], name) for name in COUNTS}
+            train, made["dev"] = _hold_out(folder, config, seed, made["train"].num_rejected)
+            made["train"] = replace(train, **counts)
         for_teacher = {} if teacher_tokenizer is None else _for_teacher(folder / FOR_TEACHER, made, config, seed)
         train_store = RowStore.open(folder / "train.arrow")
         others = [name for name in made if name != "train"]

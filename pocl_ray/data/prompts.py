@@ -135,15 +135,17 @@ def read_example(
     template: PromptTemplate,
     numbers: Sequence[str] = (),
     fit: Fit | None = None,
+    mark: Fit | None = None,
 ) -> Example:
     """Return the example of one row; its prompt comes from the template, unless the row is plain text.
 
     Args:
-        row: Row of the source.
+        row: As the source has it.
         columns: Columns of the roles.
-        template: Template of the prompt.
-        numbers: Columns that serve as difficulty signals.
-        fit: Function that shortens requests that are too long.
+        template: Makes the prompt.
+        numbers: Columns that are carried along.
+        fit: Shortens requests that are too long.
+        mark: Marks the special tokens of the data, before the template writes its own.
 
     Raises:
         UnusableRowError: The row cannot be used; the message says why.
@@ -154,6 +156,8 @@ def read_example(
     request = read_request(row.values, columns)
     if fit is not None:
         request = fit(request)
+    if mark is not None:
+        request = mark(request)
     return Example(
         template.render(request), request.references, request.topic, row.row, read_numbers(row.values, numbers)
     )
@@ -208,11 +212,12 @@ class ExampleReader:
     """Turns chunks of a source into examples; the first chunk with columns decides their roles.
 
     Args:
-        mapping: Mapping of roles to columns, as far as the user gave it.
-        template: Template of the prompts.
-        numbers: Numeric columns that serve as difficulty signals.
+        mapping: Role to column, as far as the user gave it.
+        template: Makes the prompts.
+        numbers: Numeric columns that are carried along.
         task: Kind of rows, which decides the columns to look for.
-        fit: Function that shortens a request whose prompt would be too long; None: no request is shortened.
+        fit: Shortens what a request is about, where its prompt would be too long; None: it is left as it is.
+        mark: Marks the special tokens of the data; None: they are the tokens themselves.
     """
 
     def __init__(
@@ -222,7 +227,9 @@ class ExampleReader:
         numbers: Sequence[str] = (),
         task: Task = "instruction",
         fit: Fit | None = None,
+        mark: Fit | None = None,
     ) -> None:
+        self._mark = mark
         self._task: Task = task
         self._fit = fit
         self._mapping = mapping
@@ -252,7 +259,7 @@ class ExampleReader:
 
     def _read_row(self, row: SourceRow, columns: Columns) -> Example | Reject:
         try:
-            return read_example(row, columns, self._template, self._numbers, self._fit)
+            return read_example(row, columns, self._template, self._numbers, self._fit, self._mark)
         except UnusableRowError as unusable:
             return _reject(row, str(unusable))
 

@@ -22,8 +22,10 @@ from pocl_ray.data.columns import Request, wanted_columns
 from pocl_ray.data.documents import ConversationFitter, DocumentFitter
 from pocl_ray.data.prompts import CHUNK_ROWS, Example, ExampleReader, Fit, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
+from pocl_ray.data.row_counts import RowCounts
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
 from pocl_ray.data.sources import read_source
+from pocl_ray.data.special_tokens import SpecialTokensAsText
 from pocl_ray.data.tokenization import PreparedRow, RowTokenizer, TextTokenizer
 from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
@@ -80,6 +82,11 @@ class Preparation:
             self._batch(rows, first, reading.vocab_size) for rows, reading in zip(kept, self._readings, strict=True)
         ]
 
+    @property
+    def counts(self) -> RowCounts:
+        """Counts of the run's own tokenizer."""
+        return self._readings[0].counts
+
     def _batch(self, kept: Sequence[PreparedRow], first: int, vocab_size: int) -> pa.RecordBatch:
         columns = {
             ID: np.arange(first, first + len(kept)),
@@ -107,6 +114,11 @@ class _Reading:
         self._reader = reader
         self._tokenizer = tokenizer
 
+    @property
+    def counts(self) -> RowCounts:
+        """Counts of the tokenizer."""
+        return self._tokenizer.counts
+
     def rows(self, chunk: Sequence[SourceRow | Reject]) -> list[Outcome]:
         """Return the outcome of each row of a chunk."""
         items = self._reader.read(chunk)
@@ -129,23 +141,34 @@ def _readings(
     if config.task == "text":
         (tokenizer,) = tokenizers
         reader = ExampleReader(source.columns, PromptTemplate("plain", None), numbers, config.task)
-        return [_Reading(reader, TextTokenizer(tokenizer, config.max_tokens), len(tokenizer))]
+        as_text = special_tokens_of(config, tokenizer)
+        return [_Reading(reader, TextTokenizer(tokenizer, config.max_tokens, as_text), len(tokenizer))]
     templates = [row_template(config, tokenizer, is_teachers=place > 0) for place, tokenizer in enumerate(tokenizers)]
-    fit = _fit(config, tokenizers, templates)
-    return [
-        _Reading(
-            ExampleReader(source.columns, template, numbers, config.task, fit),
-            row_tokenizer(config, tokenizer),
-            len(tokenizer),
-        )
-        for tokenizer, template in zip(tokenizers, templates, strict=True)
-    ]
+    own = row_tokenizer(config, tokenizers[0])
+    fits = [_fit(config, tokenizers, templates, counts) for counts in (own.counts, RowCounts())]
+    found: list[_Reading] = []
+    for tokenizer, template, fit in zip(tokenizers, templates, fits, strict=False):
+        as_text = special_tokens_of(config, tokenizer)
+        mark = None if as_text is None else as_text.marked_request
+        reader = ExampleReader(source.columns, template, numbers, config.task, fit, mark)
+        found.append(_Reading(reader, own if not found else row_tokenizer(config, tokenizer), len(tokenizer)))
+    return found
+
+
+def special_tokens_of(config: DataConfig, tokenizer: Any) -> SpecialTokensAsText | None:
+    """Return the reader of special tokens of the data as text; None where they are the tokens themselves."""
+    return SpecialTokensAsText(tokenizer) if config.special_tokens == "text" else None
 
 
 def row_tokenizer(config: DataConfig, tokenizer: Any) -> RowTokenizer:
     """Return the object that turns a config's prompts and responses into tokens."""
-    is_chat = config.prompt_template == "chat"
-    return RowTokenizer(tokenizer, config.max_prompt_tokens, config.max_tokens, adds_special_tokens=not is_chat)
+    return RowTokenizer(
+        tokenizer,
+        config.max_prompt_tokens,
+        config.max_tokens,
+        adds_special_tokens=config.prompt_template != "chat",
+        as_text=special_tokens_of(config, tokenizer),
+    )
 
 
 def row_template(config: DataConfig, tokenizer: Any, is_teachers: bool = False) -> PromptTemplate:
@@ -162,7 +185,9 @@ def row_template(config: DataConfig, tokenizer: Any, is_teachers: bool = False) 
         raise ConfigError(f"for the teacher: {error}") from None
 
 
-def _fit(config: DataConfig, tokenizers: Sequence[Any], templates: Sequence[PromptTemplate]) -> Fit | None:
+def _fit(
+    config: DataConfig, tokenizers: Sequence[Any], templates: Sequence[PromptTemplate], counts: RowCounts
+) -> Fit | None:
     """The function that shortens documents and chats until they fit all models, which read the same text."""
     kind: type[DocumentFitter] | type[ConversationFitter]
     if config.task == "summarization":
@@ -177,8 +202,16 @@ def _fit(config: DataConfig, tokenizers: Sequence[Any], templates: Sequence[Prom
     ]
 
     def fit(request: Request) -> Request:
+        before = request
         for fitter in fitters:
             request = fitter.fit(request)
+        if request is not before:
+            counts.num_cut_prompts += 1
+            whole, left = (
+                len(tokenizers[0](templates[0].render(one), add_special_tokens=False, verbose=False)["input_ids"])
+                for one in (before, request)
+            )
+            counts.num_lost_tokens += whole - left
         return request
 
     return fit
@@ -251,7 +284,8 @@ def prepare_rows(
                 if batch.num_rows:
                     writer.write_batch(batch)
         check_rejects(source.path, preparation.num_rows, preparation.rejects, config.max_reject_share)
-    return summarize_rows(name, destination, len(preparation.rejects)), preparation.rejects
+    summary = summarize_rows(name, destination, len(preparation.rejects))
+    return replace(summary, **asdict(preparation.counts)), preparation.rejects
 
 
 def summarize_rows(name: str, path: Path, num_rejected: int) -> RowsSummary:

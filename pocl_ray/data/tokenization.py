@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pocl_ray.data.prompts import Example
+from pocl_ray.data.row_counts import RowCounts
+from pocl_ray.data.special_tokens import SpecialTokensAsText
 from pocl_ray.errors import ConfigError, ModelError
 
 PreparedRow = tuple[Example, list[int], list[int]]
@@ -36,12 +38,20 @@ class RowTokenizer:
             end-of-sequence token.
         adds_special_tokens: Whether the tokenizer adds tokens such as BOS in front of the prompt. It is False for chat
             templates, which contain them. A BOS that the prompt already has is not added again.
+        as_text: Reads special tokens of the data as text; None: they are the tokens themselves.
 
     Raises:
         ModelError: The tokenizer has no end-of-sequence token, so a response could not end.
     """
 
-    def __init__(self, tokenizer: Any, max_prompt_tokens: int, max_tokens: int, adds_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        adds_special_tokens: bool,
+        as_text: SpecialTokensAsText | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path}: has no end-of-sequence token; set its eos_token")
         assert max_prompt_tokens < max_tokens, "no room for a response"
@@ -49,12 +59,21 @@ class RowTokenizer:
         self._max_prompt_tokens = max_prompt_tokens
         self._max_tokens = max_tokens
         self._front = front_tokens(tokenizer) if adds_special_tokens else []
+        self._as_text = as_text
+        self.counts = RowCounts()
 
     def rows(self, examples: Sequence[Example]) -> list[list[PreparedRow]]:
-        """Return a list with the row of each example; it is empty if the response has no tokens."""
+        """Return a list with the row of each example; it is empty if the response has no tokens.
+
+        Prompts may have marks in place of the special tokens of their data; those of the returned rows have none.
+        """
         prompt_ids, response_ids = self.encode(
             [example.prompt for example in examples], [example.references[0] for example in examples]
         )
+        if self._as_text is not None:
+            pairs = [(e.prompt, self._as_text.marked(e.references[0])) for e in examples]
+            self.counts.num_special += sum(any(map(self._as_text.has_marks, pair)) for pair in pairs)
+            examples = [replace(e, prompt=self._as_text.plain(e.prompt)) for e in examples]
         tokenized = zip(examples, prompt_ids, response_ids, strict=True)
         return [[row] if row[2] else [] for row in tokenized]
 
@@ -69,14 +88,15 @@ class RowTokenizer:
             Ids of the prompts, and ids of the responses with the end-of-sequence token (unless it was cut off). A
             response without any tokens gives an empty list.
         """
+        if self._as_text is not None:
+            responses = [self._as_text.marked(response) for response in responses]
         bare_prompts = self._tokenize(prompts)
         bare_responses = self._tokenize_after(prompts, bare_prompts, responses)
         prompt_ids = [self._cut_prompt(ids) for ids in bare_prompts]
         eos = [self._tokenizer.eos_token_id]
-        response_ids = [
-            (ids + eos)[: self._max_tokens - len(prompt)] if ids else []
-            for prompt, ids in zip(prompt_ids, bare_responses, strict=True)
-        ]
+        whole = [ids + eos if ids else [] for ids in bare_responses]
+        response_ids = [ids[: self._max_tokens - len(prompt)] for prompt, ids in zip(prompt_ids, whole, strict=True)]
+        self.counts.add(bare_prompts, prompt_ids, whole, response_ids)
         return prompt_ids, response_ids
 
     def responses(self, prompts: Sequence[str], texts: Sequence[str], ended: Sequence[bool]) -> list[list[int]]:
@@ -90,6 +110,8 @@ class RowTokenizer:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._as_text is not None:
+            return self._as_text.encode(texts)
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -148,12 +170,14 @@ class TextTokenizer:
         ModelError: The tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, as_text: SpecialTokensAsText | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"tokenizer {tokenizer.name_or_path}: has no end-of-sequence token; set its eos_token")
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._front = front_tokens(tokenizer)
+        self._as_text = as_text
+        self.counts = RowCounts()
 
     def rows(self, examples: Sequence[Example]) -> list[list[PreparedRow]]:
         """Return the rows of each text.
@@ -167,8 +191,14 @@ class TextTokenizer:
         if not examples:
             return []
         texts = [example.references[0] for example in examples]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [self._cut(example, ids) for example, ids in zip(examples, encoded["input_ids"], strict=True)]
+        if self._as_text is not None:
+            texts = [self._as_text.marked(text) for text in texts]
+            self.counts.num_special += sum(map(self._as_text.has_marks, texts))
+            ids_of = self._as_text.encode(texts)
+        else:
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids_of = encoded["input_ids"]
+        return [self._cut(example, ids) for example, ids in zip(examples, ids_of, strict=True)]
 
     def _cut(self, example: Example, ids: list[int]) -> list[PreparedRow]:
         if not ids:

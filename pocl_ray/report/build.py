@@ -105,6 +105,7 @@ def build_report(files: RunFiles) -> str:
         "plots": {plot.name: plot for plot in plots},
         "steps": step_times(run.steps),
         "total_seconds": total_seconds(run.steps),
+        "cuts": run.cuts,
         "rejects": reject_lines(run.rejects) if run.rejects else [],
     }
     for plot in [*plots, *(difficulty.plots if difficulty else []), *_topic_plots(difficulty)]:

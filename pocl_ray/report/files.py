@@ -16,8 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from pocl_ray.config import Config
+from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.errors import StorageError
-from pocl_ray.records import Stage
+from pocl_ray.records import RowsSummary, Stage
 
 ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 
@@ -104,6 +105,7 @@ class RunData:
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: Rejects | None = None
     rescored: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    cuts: list[str] = field(default_factory=list)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -129,6 +131,7 @@ def read_run(files: RunFiles) -> RunData:
         evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
         rejects=_read_rejects(files),
         rescored=_read_rescored(files, plan),
+        cuts=_read_cuts(files),
     )
 
 
@@ -259,6 +262,12 @@ def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:
     steps = sorted(step for step in by_step if math.isfinite(step))
     names = dict.fromkeys(key for step in steps for key in by_step[step])
     return {name: np.array([as_float(by_step[step].get(name)) for step in steps]) for name in names}
+
+
+def _read_cuts(files: RunFiles) -> list[str]:
+    """Lines that tell, of each set, how many tokens its rows lost when they were cut to length."""
+    sets = _json(files, "rows/summary.json").get("sets") or {}
+    return [line for _, line in told_cuts(RowsSummary(**summary) for summary in sets.values())]
 
 
 def _read_rejects(files: RunFiles) -> Rejects | None:
