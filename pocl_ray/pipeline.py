@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,10 +41,14 @@ from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
 from pocl_ray.run_directory.claim import Claim
 from pocl_ray.run_directory.lease import refusal
-from pocl_ray.run_directory.manifest import StepResult, Steps
+from pocl_ray.run_directory.manifest import StepResult, Steps, step_fingerprint
 from pocl_ray.teacher_cache.writer import FORMAT_VERSION
+from pocl_ray.trainings.judge import judge_task
+from pocl_ray.trainings.pairs import compare_pairs, print_pairs, train_pairs
+from pocl_ray.trainings.process import Job
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
+PAIRS = "pairs.json"
 
 
 class Pipeline:
@@ -204,6 +209,27 @@ class Pipeline:
         return self._distill("control", plan, "control/student")
 
     @cached_property
+    def pairs(self) -> str | None:
+        """The fingerprint of `pairs.json`: curriculum less control on further seeds; None if the config names none."""
+        config, inputs = self.config, self.inputs
+        seeds = config.control.seeds if config.control is not None else ()
+        if not seeds:
+            return None
+        num_steps = sum(stage.num_steps for stage in self.stages)
+        plans = {STUDENT: self.stages, STUDENT_KD: plan_control(config, inputs.rows.train.num_rows, num_steps)}
+        keys = [(side, seed) for seed in seeds for side in plans]
+        depends = {key: self._pair_depends(plans[key[0]], key[1]) for key in keys}
+
+        def work(_: str) -> StepResult:
+            jobs = {key: self._pair_job(key, plans[key[0]], depends[key]) for key in keys}
+            content = compare_pairs(train_pairs(self.run_dir, jobs, config.scaling), seeds)
+            self.run_dir.write_json(PAIRS, content)
+            print_pairs(content)
+            return StepResult([PAIRS], {"num_steps": sum(job.task.num_steps for job in jobs.values())})
+
+        return self.steps.run("pairs", list(depends.values()), work, on_cluster=True)
+
+    @cached_property
     def evaluation(self) -> str:
         """The fingerprint of `evaluation.json`, which compares the student with the untuned student and the teacher."""
         config, inputs = self.config, self.inputs
@@ -250,7 +276,9 @@ class Pipeline:
             write_model_card(self.run_dir)
             return StepResult(["report.html", "report.md"], {})
 
-        return self.steps.run("report", [self.evaluation, self.config.report.model_dump(mode="json")], work)
+        depends = [self.evaluation, self.config.report.model_dump(mode="json")]
+        depends += [self.pairs] if self.pairs is not None else []
+        return self.steps.run("report", depends, work)
 
     @property
     def _top_k(self) -> int | None:
@@ -302,6 +330,33 @@ class Pipeline:
         return FingerprintedModel(
             trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint
         )
+
+    def _pair_depends(self, stages: tuple[Stage, ...], seed: int) -> list[Any]:
+        """Return everything that one training of a pair depends on."""
+        config = self._with_training_seed(seed)
+        evaluation = config.evaluation.model_dump(mode="json", include={"seeds", "generation"})
+        trained = distill_dependencies(config, self.ranking, self.inputs.student.fingerprint, stages)
+        return [trained, self.inputs.rows_fingerprint, self.inputs.teacher.fingerprint, evaluation]
+
+    def _pair_job(self, key: tuple[str, int], stages: tuple[Stage, ...], depends: list[Any]) -> Job:
+        (side, seed), inputs = key, self.inputs
+        config, fingerprint = self._with_training_seed(seed), step_fingerprint("pairs", depends)
+        name = f"{side}-seed-{seed}-{fingerprint[:8]}"
+        task = curriculum_task(
+            config,
+            name=name,
+            fingerprint=fingerprint,
+            run_dir=self.run_dir,
+            stages=stages,
+            student=inputs.student.ref,
+            teachers=inputs.teachers if reads_teacher(config, stages) else (),
+            rows=inputs.rows,
+            output=f"pairs/students/{name}/student",
+        )
+        return Job(name, task, judge_task(config, self.run_dir, inputs.rows.tests, inputs.teacher.ref))
+
+    def _with_training_seed(self, seed: int) -> Config:
+        return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": seed})})
 
     def _publish_table(self, table: pa.Table, rel: str) -> None:
         with TemporaryDirectory() as scratch:

@@ -62,6 +62,9 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if config.control is not None:
         control = plan_control(config, num_rows, num_steps)
         console.print(f"control: plain distillation, {at_most}{sum(s.num_steps for s in control)} steps")
+        if config.control.seeds:
+            num_pairs = len(config.control.seeds)
+            console.print(f"pairs: both trained again on {num_pairs} seeds, {2 * num_pairs * num_steps:,} steps more")
     if not any_training_reads_teacher(config, stages):
         console.print("teacher cache: none, since kd_ratio is 0 throughout")
         return

@@ -112,6 +112,19 @@ class ControlConfig(Section):
 
     kd_temperature: float = Field(default=1.0, gt=0)
     kd_ratio: float = Field(default=1.0, ge=0, le=1)
+    seeds: tuple[int, ...] = Field(
+        default=(),
+        description="further seeds of training: the curriculum and the control are trained again on each, in pairs, "
+        "which gives the report's comparison an interval; at least two, or none",
+    )
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> ControlConfig:
+        if len(self.seeds) == 1:
+            raise ValueError("seeds: one pair gives no interval; name two seeds or more, or none")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise ValueError("seeds must be different whole numbers from 0 on")
+        return self
 
 
 class FinalGenerationConfig(GenerationConfig):
@@ -214,6 +227,11 @@ class Config(Section):
         if self.data.task == "text":
             self._check_text()
         self._check_training("train", self.train)
+        if self.control is not None and self.control.seeds and self.curriculum.advance == "plateau":
+            raise ValueError(
+                "control.seeds needs sides with equally many steps, which curriculum.advance plateau leaves open: "
+                "remove the seeds, or set advance to interval"
+            )
         if self.train.lr_schedule == "wsd" and self.curriculum.advance == "plateau":
             raise ValueError(
                 "train.lr_schedule wsd falls over the end of the run, and with curriculum.advance plateau nobody knows "

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 from pocl_ray.console import console
-from pocl_ray.experiments.results import FIGURES, Comparison, TrainingRecord
+from pocl_ray.experiments.results import Comparison, TrainingRecord
+from pocl_ray.trainings.statistics import FIGURES
 
 LINE_EVERY_S = 15.0
 WIDTH = 150

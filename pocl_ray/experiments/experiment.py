@@ -21,7 +21,6 @@ from pocl_ray.experiments.arms import Arm, by_scoring, notes, plan_arms, with_st
 from pocl_ray.experiments.board import board, comparison_table, show
 from pocl_ray.experiments.flops import equal_steps
 from pocl_ray.experiments.page import write_page
-from pocl_ray.experiments.pool import Pool
 from pocl_ray.experiments.results import (
     FIGURES,
     Budget,
@@ -38,6 +37,7 @@ from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.trainings.pool import Pool
 
 SAME_SHARE = 0.01
 """The difference below which numbers of steps count as equal, since one more training would tell nothing."""

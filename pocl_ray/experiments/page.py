@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocl_ray.config import Config
-from pocl_ray.experiments.results import FIGURES, FOLDER, Comparison, Outcome, TrainingRecord
+from pocl_ray.experiments.results import FOLDER, Comparison, Outcome, TrainingRecord
 from pocl_ray.report.page import render_experiment
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.trainings.statistics import FIGURES
 
 if TYPE_CHECKING:
     from pocl_ray.report.plots import Plot

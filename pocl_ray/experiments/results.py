@@ -13,22 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl_ray.experiments.arms import Arm
-from pocl_ray.experiments.statistics import PairedDifference, paired_difference
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.trainings.statistics import FIGURES, PairedDifference, paired_difference
 
 FOLDER = "experiment"
 TRAININGS, COMPARISONS, CURVES = f"{FOLDER}/trainings", f"{FOLDER}/comparisons", f"{FOLDER}/curves"
-
-FIGURES = {
-    "rouge_l": True,
-    "sampled_rouge_l": True,
-    "exact_match": True,
-    "sampled_exact_match": True,
-    "kl": False,
-    "ce_loss": False,
-}
-"""Figure -> whether more of it is better. ROUGE-L and exact match from 0 to 100, greedy where not called sampled; `kl`
-is KL(teacher || student) at temperature 1, and it and `ce_loss` are means over response tokens, in nats."""
 
 Phase = Literal["screen", "confirm"]
 Budget = Literal["steps", "flops"]

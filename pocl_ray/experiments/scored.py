@@ -16,12 +16,12 @@ from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.task import TrainTask, curriculum_task
 from pocl_ray.experiments.arms import Arm
 from pocl_ray.experiments.flops import ArmFlops, FlopsCounter, model_size
-from pocl_ray.experiments.judge import JudgeTask
-from pocl_ray.experiments.training import Job
 from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies, reads_teacher
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.manifest import step_fingerprint
+from pocl_ray.trainings.judge import judge_task
+from pocl_ray.trainings.process import Job
 
 RANKINGS = "experiment/rankings"
 
@@ -32,13 +32,12 @@ class ScoredRun:
     def __init__(self, pipeline: Pipeline) -> None:
         """Do the steps up to the ranking where they are not done; a Ray cluster is connected."""
         self.pipeline, self.run_dir = pipeline, pipeline.run_dir
-        config, inputs = pipeline.config, pipeline.inputs
+        inputs = pipeline.inputs
         self.own_ranking, self.signals = pipeline.ranking, pipeline.signals
         self.rows, self.student, self.teacher = inputs.rows, inputs.student, inputs.teacher
         self.teachers = inputs.teachers
         sizes = (model_size(self.student.ref), model_size(self.teacher.ref))
         self.flops = FlopsCounter(*sizes, self.rows.train)
-        self.has_kl = config.teacher.cross_tokenizer is None
 
     @property
     def num_rows(self) -> int:
@@ -67,14 +66,7 @@ class ScoredRun:
         return Job(
             name,
             self._task(own, arm, name, fingerprint, ranking),
-            JudgeTask(
-                run_dir=self.run_dir,
-                sets={name: made.path for name, made in sets.items()},
-                teacher=self.teacher.ref if self.has_kl else None,
-                tokenizer="tokenizer",
-                evaluation=config.evaluation,
-                max_tokens=config.data.max_tokens,
-            ),
+            judge_task(config, self.run_dir, sets, self.teacher.ref),
         )
 
     def _task(self, config: Config, arm: Arm, name: str, fingerprint: str, ranking: str) -> TrainTask:

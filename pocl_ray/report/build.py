@@ -24,7 +24,14 @@ from pocl_ray.report.difficulty import (
     topics_of_rows,
 )
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
-from pocl_ray.report.headline import model_names, result_sentences, run_sentence, tiles, weak_teacher_sentences
+from pocl_ray.report.headline import (
+    model_names,
+    pair_sentences,
+    result_sentences,
+    run_sentence,
+    tiles,
+    weak_teacher_sentences,
+)
 from pocl_ray.report.page import render_html, render_markdown
 from pocl_ray.report.results import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 
@@ -90,6 +97,7 @@ def build_report(files: RunFiles) -> str:
         "intro": run_sentence(run, done=is_done(run.steps, "distill")),
         "sentences": [
             *result_sentences(run, results),
+            *pair_sentences(run),
             *weak_teacher_sentences(results),
             *perplexity_sentences(texts, names),
         ],

@@ -106,6 +106,7 @@ class RunData:
     rejects: Rejects | None = None
     rescored: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     cuts: list[str] = field(default_factory=list)
+    pairs: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -132,6 +133,7 @@ def read_run(files: RunFiles) -> RunData:
         rejects=_read_rejects(files),
         rescored=_read_rescored(files, plan),
         cuts=_read_cuts(files),
+        pairs=_json(files, "pairs.json"),
     )
 
 
@@ -296,6 +298,7 @@ STEPS = {
     "plan": "buckets and stages",
     "distill": "distillation, all stages",
     "control": "plain distillation as control",
+    "pairs": "curriculum and control in pairs, on further seeds",
     "evaluation": "answers generated and scored",
     "report": "this report",
 }

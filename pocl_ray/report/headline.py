@@ -17,12 +17,20 @@ from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_
 _MAX_SENTENCE_SETS = 2
 _PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 
+PAIR_FIGURES = {
+    "rouge_l": "greedy ROUGE-L",
+    "sampled_rouge_l": "sampled ROUGE-L",
+    "kl": "KL from the teacher (nats, less is better)",
+}
+"""Figures of `pairs.json` that the report shows, in its words."""
+
 _WAYS = {
     "baby_step": "from easy to hard",
     "one_pass": "from easy to hard, each row in one of them",
     "competence": "from easy to hard, by competence",
     "anti": "from hard to easy",
     "random": "in random order",
+    "frontier": "of rows drawn by what is left to learn from them",
 }
 
 
@@ -86,6 +94,24 @@ def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
     if len(results) <= _MAX_SENTENCE_SETS:
         return [text for result in results if (text := _set_sentence(result, names))]
     return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
+
+
+def pair_sentences(run: RunData) -> list[str]:
+    """Return one sentence on each set: the paired difference over seeds of training, with its interval."""
+    sides = "{} less {}".format(*(model_names(run.config)[name] for name in (STUDENT, STUDENT_KD)))
+    num_pairs, sentences = len(run.pairs.get("seeds") or ()), []
+    for name, figures in (run.pairs.get("sets") or {}).items():
+        parts = [
+            f"{label} {signed(one['mean'])} ({signed(one['low'])} to {signed(one['high'])}, {one['verdict']})"
+            for figure, label in PAIR_FIGURES.items()
+            if (one := (figures.get(figure) or {}).get("difference"))
+        ]
+        if parts:
+            sentences.append(
+                f"Trained again in {num_pairs} pairs on further seeds, at the same number of optimizer steps, {sides} "
+                f"on {name} is {', '.join(parts)}; 95 % intervals over the seeds."
+            )
+    return sentences
 
 
 def weak_teacher_sentences(results: Sequence[SetResult]) -> list[str]:
@@ -167,10 +193,26 @@ def _verdict(comparison: Comparison) -> str:
     return f"{comparison.verdict} by {size}{spread}"
 
 
+def _pair_tiles(run: RunData, name: str) -> list[Tile]:
+    figures = (run.pairs.get("sets") or {}).get(name) or {}
+    names, num_pairs = model_names(run.config), len(run.pairs.get("seeds") or ())
+    found = []
+    for figure, label in PAIR_FIGURES.items():
+        one = (figures.get(figure) or {}).get("difference")
+        if one and figure in ("rouge_l", "sampled_rouge_l"):
+            note = f"{signed(one['low'], 1)} to {signed(one['high'], 1)}, {num_pairs} pairs of seeds"
+            value = signed(one["mean"], 1)
+            found.append(Tile(f"{label}, {names[STUDENT]} less {names[STUDENT_KD]}", value, note))
+    return found
+
+
 def tiles(run: RunData, results: Sequence[SetResult]) -> list[Tile]:
     """Return the figures at the top of the page, which are those of the first evaluation set."""
     names = model_names(run.config)
     found = _result_tiles(results[0], names) if results else []
+    paired = _pair_tiles(run, results[0].name) if results else []
+    if paired:  # they say more than the one pair of the run itself, which has no interval
+        found = [tile for tile in found if not tile.label.startswith("ROUGE-L, " + names[STUDENT] + " less")] + paired
     total = total_seconds(run.steps)
     if total > 0:
         steps = f"{run.plan.stage_ends[-1]:,} optimizer steps" if run.plan and run.plan.stages else "all steps"

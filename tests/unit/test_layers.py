@@ -26,7 +26,7 @@ LAYERS = (
         "run_directory",
     },
     {"curriculum", "data", "models", "answers", "teacher_cache"},
-    {"difficulty", "distill", "evaluation", "ray_train", "responses"},
+    {"difficulty", "distill", "evaluation", "ray_train", "responses", "trainings"},
     {"experiments", "fingerprints", "inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
     {"cli", "__main__"},
 )
@@ -39,7 +39,7 @@ NEVER_IMPORTS = {
     "difficulty/ranking.py": {"torch", "ray"},
     "distill": {"ray"},
     "distill/rollout_schedule.py": {"torch", "ray"},
-    "experiments/statistics.py": {"torch", "ray"},
+    "trainings/statistics.py": {"torch", "ray"},
     "ray_train/progress.py": {"torch", "transformers", "deepspeed"},
 }
 

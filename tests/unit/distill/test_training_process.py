@@ -12,8 +12,8 @@ from runs import prepare
 
 from pocl_ray.config import EvaluationConfig
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.experiments.judge import JudgeTask
-from pocl_ray.experiments.training import DivergedError, Job, TrainingProcess
+from pocl_ray.trainings.judge import JudgeTask
+from pocl_ray.trainings.process import DivergedError, Job, TrainingProcess
 
 
 def job(task: TrainTask, name: str, **changes: Any) -> Job:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
-from pocl_ray.config import EvaluationConfig
+from pocl_ray.config import Config, EvaluationConfig
 from pocl_ray.data.batching import MicroBatch, collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.signals import comparison_signals, student_signals
@@ -24,6 +24,7 @@ from pocl_ray.heartbeat import beat
 from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.heads import HeadWeights, head_of, response_hidden
 from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 
 
@@ -46,6 +47,18 @@ class JudgeTask:
     tokenizer: str
     evaluation: EvaluationConfig
     max_tokens: int
+
+
+def judge_task(config: Config, run_dir: RunDirectory, sets: Mapping[str, RowsSummary], teacher: ModelRef) -> JudgeTask:
+    """Return the task that judges students on `sets` as the config says."""
+    return JudgeTask(
+        run_dir=run_dir,
+        sets={name: made.path for name, made in sets.items()},
+        teacher=teacher if config.teacher.cross_tokenizer is None else None,
+        tokenizer="tokenizer",
+        evaluation=config.evaluation,
+        max_tokens=config.data.max_tokens,
+    )
 
 
 class Judge:
@@ -71,7 +84,7 @@ class Judge:
                 ]
 
     def judge(self, student: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Return set -> those figures of `results.FIGURES` that can be had.
+        """Return set -> those figures of `statistics.FIGURES` that can be had.
 
         There are no answers without prompts, and no `kl` without a teacher.
         `kl` is KL(teacher || student) at temperature 1, whatever was trained on; it and `ce_loss` are in nats, means

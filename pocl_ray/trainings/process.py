@@ -23,8 +23,8 @@ from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.experiments.judge import Judge, JudgeTask
 from pocl_ray.models.loading import load_tokenizer
+from pocl_ray.trainings.judge import Judge, JudgeTask
 
 OnProgress = Callable[[int, int], object]
 """Told the steps done and the tokens trained on."""

@@ -19,6 +19,17 @@ NUM_RESAMPLES = 10_000
 _BOOTSTRAP_SEED = 20_260_101
 """The draws are the same in every call, so that a page made again shows the same interval."""
 
+FIGURES = {
+    "rouge_l": True,
+    "sampled_rouge_l": True,
+    "exact_match": True,
+    "sampled_exact_match": True,
+    "kl": False,
+    "ce_loss": False,
+}
+"""Figure -> whether more of it is better. ROUGE-L and exact match from 0 to 100, greedy where not called sampled; `kl`
+is KL(teacher || student) at temperature 1, and it and `ce_loss` are means over response tokens, in nats."""
+
 Floats = npt.NDArray[np.float64]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pocl_ray.experiments.statistics import paired_difference, t_distribution, t_quantile
+from pocl_ray.trainings.statistics import paired_difference, t_distribution, t_quantile
 
 
 @pytest.mark.parametrize(

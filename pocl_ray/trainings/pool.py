@@ -15,7 +15,7 @@ from pocl_ray.errors import GaveUpError, UserError
 from pocl_ray.ray_cluster.capacity import resources_per_worker, wants_gpu, with_accelerator
 
 if TYPE_CHECKING:  # the driver has no use for torch and DeepSpeed
-    from pocl_ray.experiments.training import Job
+    from pocl_ray.trainings.process import Job
 
 POLL_S = 0.5
 TELL_EVERY_S = 1.0
@@ -41,7 +41,7 @@ class StepBoard:
 
 @ray.remote(max_restarts=0)
 class TrainingActor:
-    """A process that trains; see `training.TrainingProcess`."""
+    """A process that trains; see `process.TrainingProcess`."""
 
     def __init__(self, board: Any, num_threads: int, use_gpu: bool) -> None:
         self.board, self.arguments = board, (num_threads, use_gpu)
@@ -49,7 +49,7 @@ class TrainingActor:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Train a job and judge its student; one that diverged, or failed for its own sake, says so in `failure`."""
-        from pocl_ray.experiments.training import DivergedError, TrainingProcess
+        from pocl_ray.trainings.process import DivergedError, TrainingProcess
 
         if self.process is None:
             self.process = TrainingProcess(*self.arguments)

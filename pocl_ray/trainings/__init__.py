@@ -1,0 +1,1 @@
+"""Many short trainings in a few processes, judged and compared in pairs."""
