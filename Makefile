@@ -77,7 +77,7 @@ test-versions:  ## install, and run the unit tests, on every promised Python tha
 	    python=$$($(FIND_VERSION)); \
 	    if [ -z "$$python" ]; then echo "Python $$version: not on this machine"; continue; fi; \
 	    if $(MAKE) --no-print-directory install PYTHON="$$python" VENV=.venv-$$version \
-	        && .venv-$$version/bin/python -m pytest tests/unit -q -n 2 --dist loadscope $(ARGS); \
+	        && POCL_VERSIONS=all .venv-$$version/bin/python -m pytest tests/unit -q -n 2 --dist loadscope $(ARGS); \
 	    then echo "Python $$version: passed"; else echo "Python $$version: FAILED"; failed="$$failed $$version"; fi; \
 	done; [ -z "$$failed" ] || { echo "failed on Python$$failed" >&2; exit 1; }
 
