@@ -19,7 +19,7 @@ import regex
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.answers.decode import GenerationSettings, generate
-from pocl_ray.answers.words import comparable, words
+from pocl_ray.answers.segmentation import comparable, words
 from pocl_ray.config import GenerationConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.errors import DataError

@@ -18,7 +18,6 @@ from pocl_ray.console import console
 from pocl_ray.data.prepare import count_rows
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.experiments.arms import Arm, by_scoring, notes, plan_arms, with_steps
-from pocl_ray.experiments.board import board, comparison_table, show
 from pocl_ray.experiments.flops import equal_steps
 from pocl_ray.experiments.page import write_page
 from pocl_ray.experiments.results import (
@@ -32,6 +31,7 @@ from pocl_ray.experiments.results import (
     write_tables,
 )
 from pocl_ray.experiments.scored import ScoredRun
+from pocl_ray.experiments.table import board, comparison_table, show
 from pocl_ray.pipeline import Pipeline
 from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session

@@ -23,6 +23,7 @@ from pocl_ray.report.difficulty import (
     topic_table,
     topics_of_rows,
 )
+from pocl_ray.report.figures import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
 from pocl_ray.report.headline import (
     model_names,
@@ -33,7 +34,6 @@ from pocl_ray.report.headline import (
     weak_teacher_sentences,
 )
 from pocl_ray.report.page import render_html, render_markdown
-from pocl_ray.report.results import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 
 if TYPE_CHECKING:
     from pocl_ray.report.plots import Plot

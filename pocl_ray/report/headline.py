@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pocl_ray.config import Config
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
+from pocl_ray.report.figures import Comparison, ModelResult, SetResult, compare_with_control
 from pocl_ray.report.files import RunData, total_seconds
 from pocl_ray.report.page import duration, fixed, percent, signed
-from pocl_ray.report.results import Comparison, ModelResult, SetResult, compare_with_control
 
 _MAX_SENTENCE_SETS = 2
 _PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"

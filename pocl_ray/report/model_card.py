@@ -9,10 +9,10 @@ import yaml
 
 from pocl_ray.config import Config
 from pocl_ray.config.sources import ModelConfig
+from pocl_ray.report.figures import is_of_text, perplexities, set_results
 from pocl_ray.report.files import RunFiles, read_run
 from pocl_ray.report.headline import describe_models, model_names, run_sentence
 from pocl_ray.report.page import render_model_card
-from pocl_ray.report.results import is_of_text, perplexities, set_results
 
 MODEL_CARD = "student/README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

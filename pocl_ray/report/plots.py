@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, without_spikes
 from pocl_ray.report.difficulty import SignalSpread, TopicTable
-from pocl_ray.report.results import SetResult
+from pocl_ray.report.figures import SetResult
 
 # Conversion of matplotlib's SVG for the page: colours follow the page's theme, text uses the page's font.
 

@@ -10,8 +10,8 @@ import yaml
 from fake_run import CONFIG, LocalFiles, make_run
 
 from pocl_ray.report.build import build_report
+from pocl_ray.report.figures import perplexities, perplexity_sentences
 from pocl_ray.report.model_card import write_model_card
-from pocl_ray.report.results import perplexities, perplexity_sentences
 
 LOSSES = {"student_before": 4.0, "student_kd": 3.2, "student": 3.0, "teacher": 2.0}
 SETS = {

@@ -20,9 +20,9 @@ from pocl_ray.report.difficulty import (
     topic_table,
     topics_of_rows,
 )
+from pocl_ray.report.figures import compare_with_control, set_results
 from pocl_ray.report.files import Metrics, _columns
 from pocl_ray.report.headline import weak_teacher_sentences
-from pocl_ray.report.results import compare_with_control, set_results
 
 
 def test_rows_left_over_by_equal_buckets_fall_into_the_hardest() -> None:

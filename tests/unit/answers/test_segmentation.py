@@ -11,7 +11,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import tokenize
 
 from pocl_ray.answers.rouge import rouge_l
-from pocl_ray.answers.words import words
+from pocl_ray.answers.segmentation import words
 
 # Sentences of scripts that issue reports named, and of others.
 SENTENCES = {
