@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
-from pocl_ray.errors import ResourceError
+from pocl_ray.errors import ResourceError, StorageError
 from pocl_ray.ray_cluster.startup import put_off_collections
 
 # Settings of this process, also on a shared cluster. Ray's lines would mix with ours, and errors are raised anyway.
@@ -32,6 +33,10 @@ REACH_S = 10.0
 LOOK_S = 5.0
 GRACE_S = 30.0
 """The time in which a process that has lost its raylet may end by itself."""
+SOCKET_BYTES = (104 if sys.platform == "darwin" else 108) - 1
+"""The longest path of a socket that the system takes."""
+BELOW_TMPDIR = "/ray/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store"
+"""An example of what Ray writes behind the directory for its files, with the longest process id."""
 # Settings of our own cluster; a shared one decides for itself when a node is dead. Our only node is never dead, however
 # long it does not answer on a machine under load. Otherwise Ray would end this process without a message.
 HERE = {
@@ -121,7 +126,12 @@ def connect(address: str | None, **options: Any) -> None:
     Args:
         address: Address of the cluster; None starts one.
         options: Further arguments of `ray.init`, such as `num_cpus`.
+
+    Raises:
+        StorageError: A new cluster cannot make its files; the message names the variable to set.
     """
+    if address in (None, "local"):
+        check_places()
     for key, value in ({} if address else HERE).items():
         os.environ.setdefault(key, value)
     for attempt in range(START_ATTEMPTS):
@@ -140,6 +150,38 @@ def connect(address: str | None, **options: Any) -> None:
                 raise
             ray.shutdown()
             time.sleep(RETRY_S)
+
+
+def check_places() -> None:
+    """Check that a cluster on this machine can make its socket below `RAY_TMPDIR`, and its token below `HOME`.
+
+    Raises:
+        StorageError: A path is too long or cannot be written.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    if name is not None:
+        length, room = len(os.fsencode(os.environ[name])), SOCKET_BYTES - len(BELOW_TMPDIR)
+        if length > room:
+            raise StorageError(
+                f"{name} {os.environ[name]}: {length} bytes, too long for Ray's sockets, which leave room for {room}; "
+                "set RAY_TMPDIR to a shorter directory, such as /tmp"
+            )
+    if os.environ.get("RAY_AUTH_MODE") == "disabled" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+        return
+    remedy = "set HOME to a directory that can be written, or RAY_AUTH_TOKEN to a token of your own"
+    try:
+        folder = Path.home() / ".ray"
+        token = folder / "auth_token"
+        if token.is_file() and os.access(token, os.R_OK):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(
+            f"HOME {os.environ.get('HOME', '')}: Ray keeps its token there, and cannot ({reason}); {remedy}"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"HOME {os.environ.get('HOME', '')}: Ray keeps its token in {folder}, and cannot; {remedy}")
 
 
 @contextmanager
