@@ -52,7 +52,9 @@ def test_a_size_beyond_reason_is_refused_by_name(override: str) -> None:
 
 
 def test_so_is_a_plan_that_no_run_would_end() -> None:
-    config = load_config(QUICKSTART, ["curriculum.interval_epochs=1000000"])
+    config = load_config(
+        QUICKSTART, ["curriculum.pacing=baby_step", "curriculum.num_steps=null", "curriculum.interval_epochs=1000000"]
+    )
     with pytest.raises(UserError, match=r"optimizer steps together.*interval_epochs"):
         plan_stages(config, num_rows=10_000_000)
 

@@ -96,7 +96,7 @@ def test_uld_keeps_cross_entropy_beside_it_at_the_papers_weight(base: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("base", "reason"), [("quickstart.yaml", "tokenizer.train_vocab_size"), ("smollm2.yaml", "student cut")]
+    ("base", "reason"), [("quickstart.yaml", "set pacing to another"), ("smollm2.yaml", "student cut")]
 )
 def test_uld_over_models_of_one_tokenizer_is_refused(base: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
