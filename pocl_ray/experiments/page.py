@@ -50,12 +50,23 @@ def write_page(run_dir: RunDirectory, config: Config, outcome: Outcome) -> str:
 
 
 def headline(outcome: Outcome) -> str:
-    """Return the result in one or two sentences: the arm with the best mean difference, and how many were tried."""
-    judged = [one for one in outcome.comparisons if one.phase == "confirm"]
-    found = [one for one in judged if one.figure == _main_figure(judged) and one.budget == "steps"]
-    if not found:
+    """Return the result in a few sentences: by each main figure the best arm, and how many arms were tried."""
+    judged = [one for one in outcome.comparisons if one.phase == "confirm" and one.budget == "steps"]
+    figures = [name for name in ("rouge_l", "sampled_rouge_l") if any(one.figure == name for one in judged)]
+    sentences = [_best_arm(judged, figure) for figure in figures or [_main_figure(judged)]]
+    text = " ".join(sentence for sentence in sentences if sentence)
+    if not text:
         return "No arm has figures on two seeds, so nothing can be compared."
-    sign = 1 if FIGURES[found[0].figure] else -1
+    if outcome.screened:
+        text += f" {len(outcome.screened) - 1} arms were screened on dev rows."
+    return text
+
+
+def _best_arm(judged: Sequence[Comparison], figure: str) -> str:
+    found = [one for one in judged if one.figure == figure]
+    if not found:
+        return ""
+    sign = 1 if FIGURES[figure] else -1
     best = max(found, key=lambda one: sign * one.difference.mean)
     difference = best.difference
     text = (
@@ -63,13 +74,10 @@ def headline(outcome: Outcome) -> str:
         if best.verdict != "level"
         else f"No arm is ahead of {best.baseline} on {best.set} by more than chance; the best one, {best.arm}, is level"
     )
-    text += (
-        f": {best.figure} {difference.mean:+.2f} ± {difference.half_width:.2f} over {difference.num_seeds} paired seeds"
-        ", at equal steps."
+    return (
+        f"{text}: {figure} {difference.mean:+.2f} ± {difference.half_width:.2f} over {difference.num_seeds} paired "
+        "seeds, at equal steps."
     )
-    if outcome.screened:
-        text += f" {len(outcome.screened) - 1} arms were screened on dev rows."
-    return text
 
 
 def _main_figure(comparisons: Sequence[Comparison]) -> str:
