@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from pocl_ray.config import CurriculumConfig, load_config
+from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches, random_order
 from pocl_ray.data.row_store import RowStore
@@ -92,7 +93,8 @@ class Curriculum:
 
         Raises:
             DataError: The ranks are not each number from 1 to the number of rows once.
-            ConfigError: The plan is not possible with this number of rows, or it ends stages on a dev figure.
+            ConfigError: The plan is not possible with this number of rows, or it ends stages on a dev figure,
+                or draws rows by their gaps.
         """
         ranks = np.asarray(rank, dtype=np.int64)
         if not np.array_equal(np.sort(ranks), np.arange(1, ranks.size + 1)):
@@ -101,6 +103,11 @@ class Curriculum:
             raise ConfigError(
                 "curriculum.advance plateau leaves the length of a stage open, which a trainer's sampler must know; "
                 "set it to interval"
+            )
+        if curriculum.pacing == FRONTIER:
+            raise ConfigError(
+                "curriculum.pacing frontier draws rows by what training has seen of the teacher, which only pocl-ray's "
+                "own trainer measures; give Curriculum a CurriculumConfig with another rule, such as baby_step"
             )
         stages = plan_curriculum(curriculum, ranks.size, global_batch_rows)
         places = np.arange(ranks.size) if dataset_rows is None else np.asarray(dataset_rows, dtype=np.int64)

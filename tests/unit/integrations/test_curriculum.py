@@ -150,6 +150,13 @@ def test_stages_of_open_length_are_refused() -> None:
         plan(advance="plateau")
 
 
+def test_rows_that_are_drawn_during_training_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pacing frontier draws rows .* another rule, such as baby_step"):
+        Curriculum.from_ranks(np.arange(1, 13), CurriculumConfig(pacing="frontier"), BATCH_ROWS)
+    with pytest.raises(ConfigError, match="pacing frontier"):
+        Curriculum.from_signals({"ce_loss": np.arange(12.0)}, CurriculumConfig(pacing="frontier"), BATCH_ROWS)
+
+
 def test_another_data_set_or_batch_is_refused() -> None:
     curriculum = plan()
     with pytest.raises(DataError, match="ranks row 11"):
