@@ -38,3 +38,7 @@ class GaveUpError(Exception):
 
     It says what failed, how often, and why the last time. The last error is its `__cause__`. The exit code is 1.
     """
+
+
+class DivergedError(GaveUpError):
+    """A training whose loss or gradient is not finite in several consecutive steps; its last checkpoint is kept."""

@@ -306,6 +306,12 @@ class TrainConfig(Section):
         "waits for all of it",
     )
     log_every_steps: int = Field(default=1, ge=1)
+    max_nonfinite_steps: int = Field(
+        default=3,
+        ge=1,
+        description="consecutive steps with a loss or gradient that is not finite, after which training stops; each of "
+        "them changes no weight",
+    )
     seed: int | None = Field(
         default=None, ge=0, description="seed of the order of rows and of dropout in distillation; null: the run's seed"
     )

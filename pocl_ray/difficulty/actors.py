@@ -24,6 +24,7 @@ from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
+from pocl_ray.difficulty.finite import check_finite
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
 from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
 from pocl_ray.heartbeat import beat
@@ -37,8 +38,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.reader import write_shard
 from pocl_ray.teacher_cache.top_k import TopK, concatenate, top_k_of
 
-# The tables that flow through the scoring job: one row for each micro-batch up to the teacher, then one for each data
-# row.
+# The tables that flow through the scoring job: one row for each micro-batch up to the teacher, then one for each row.
 
 SET = "set"
 IDS = "ids"
@@ -319,6 +319,7 @@ class StudentActor(_Reader):
         for ids in batches:
             read = self.read(self.model, self.rows(name), ids)
             signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
+            check_finite("student", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals)
             by_row: dict[str, Any] = dict(signals)
             if is_answered:
                 by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
@@ -330,8 +331,7 @@ class StudentActor(_Reader):
 
     def _answer(self, name: str, ids: IntArray) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer is complete."""
-        task = self.task
-        rows = self.rows(name)
+        task, rows = self.task, self.rows(name)
         return score_answers(self.model.model, self.tokenizer, rows, ids, task.generation, task.max_tokens, task.seed)
 
 
@@ -378,9 +378,11 @@ class TeacherActor(_Reader):
                 self.plugins if student is not None else {},
                 unit_writer.watch,
             )
+            outputs = unit_writer.rows(read.lengths_R.tolist())
+            check_finite("teacher", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals, outputs)
             names = (*TEACHER_SIGNALS, *self.task.plugins)
             scored.append(row_table(ids, self.lengths(name, ids), signals, units, index, names))
-            kept += unit_writer.rows(read.lengths_R.tolist())
+            kept += outputs
             if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:
                 yield self._finish(name, scored, kept)
                 scored, kept = [], []

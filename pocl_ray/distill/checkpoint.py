@@ -195,7 +195,12 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def note_best(self, figures: Mapping[str, Any]) -> bool:
-        """Record the dev figures of an evaluation if they are the best of this stage, and return whether they are."""
+        """Record the dev figures of an evaluation if they are the best of this stage, and return whether they are.
+
+        Figures of which one is not finite are never the best.
+        """
+        if not all(math.isfinite(value) for value in figures.values()):
+            return False
         figure, loss = hand_off_figure(figures)
         if self.best_figure is not None:
             best_loss = -math.inf if self.best_loss is None else self.best_loss

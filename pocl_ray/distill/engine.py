@@ -41,6 +41,8 @@ class StepLosses:
         kd_loss: Distillation loss; 0 if the teacher is not used.
         grad_norm: Norm of the gradient before clipping.
         num_response_tokens: Number of tokens that the means are taken over.
+        is_skipped: Whether the step changed nothing because its loss or gradient is not finite. A step that fp16's loss
+            scaler skips while it looks for its scale does not count.
     """
 
     loss: float
@@ -48,6 +50,7 @@ class StepLosses:
     kd_loss: float
     grad_norm: float
     num_response_tokens: int
+    is_skipped: bool = False
 
 
 def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> int:
@@ -174,6 +177,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
+        self.guard = _StepGuard(optimizer, self.deepspeed.optimizer if train.zero_stage > 0 else None)
         self.accumulation = accumulation_steps(train, self.world_size, responses_per_row)
         _set_timeout_of_all_groups(timeout_s)
 
@@ -195,6 +199,8 @@ class Engine:
         The gradient is that of the summed loss over the global number of response tokens: neither accumulation nor
         the number of workers changes it. DeepSpeed averages over workers and micro-batches, which is undone here.
 
+        If loss or gradient is not finite, weights and moments stay as they are, on all workers.
+
         Args:
             micro_batches: This worker's share of the global batch, equally many on every worker.
             settings: Temperature, ratio and divergence.
@@ -209,20 +215,20 @@ class Engine:
         self.deepspeed.train()
         scale = self.world_size * self.accumulation / num_response_tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        grad_norm: float | None = None
         for batch in micro_batches:
             beat("training")
             measured = settings if gaps is None else replace(settings, gap_meter=gaps.meter(batch, self.device))
             losses = self.deepspeed(batch.to(self.device), measured)
             self.deepspeed.backward(losses[0] * scale)
-            grad_norm = self._plain_grad_norm()
-            self.deepspeed.step()
             sums += torch.stack([loss.detach().double() for loss in losses])
-        dist.all_reduce(sums)
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                dist.all_reduce(sums)  # before the step: all workers must know whether the loss is finite
+                self.guard.begin(float(sums[0]), self._plain_grad_norm())
+            self.deepspeed.step()
         loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
-        if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens)
+        grad_norm = self.guard.grad_norm()
+        is_skipped = not math.isfinite(loss) or (self.train.precision != "fp16" and not math.isfinite(grad_norm))
+        return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens, is_skipped)
 
     def _with_mean_score(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
         """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.
@@ -243,7 +249,7 @@ class Engine:
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
-        if self.train.zero_stage > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
+        if self.train.zero_stage > 0:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
@@ -255,6 +261,41 @@ class Engine:
         self.deepspeed.eval()
         losses = self.deepspeed(batch.to(self.device), settings)
         return torch.stack([loss.detach().double() for loss in losses])
+
+
+class _StepGuard:
+    """Keeps Adam from a step whose loss or gradient is not finite.
+
+    It stands between DeepSpeed and Adam. DeepSpeed then ends the step in its own way, whatever the ZeRO stage: it
+    clears the gradients, and copies float32 weights, which have not changed, to those of the model.
+    """
+
+    def __init__(self, adam: torch.optim.AdamW, zero: Any | None) -> None:
+        """Take Adam's place at its method `step`.
+
+        Args:
+            adam: Optimizer that DeepSpeed calls.
+            zero: DeepSpeed's optimizer around it, which measures the norm of the gradient; None under ZeRO-0.
+        """
+        self._zero, self._step = zero, adam.step
+        self._loss_sum, self._plain_norm = 0.0, 0.0
+        adam.step = self._guarded_step  # type: ignore[method-assign, assignment]  # torch's LR schedulers do the same
+
+    def begin(self, loss_sum: float, plain_norm: float | None) -> None:
+        """Take the loss of all workers, and under ZeRO-0 the norm of the gradient, before a step."""
+        self._loss_sum, self._plain_norm = loss_sum, plain_norm or 0.0
+
+    def grad_norm(self) -> float:
+        """Return the norm over all workers. DeepSpeed says -1, or leaves the one before, where it is not finite."""
+        if self._zero is None:
+            return self._plain_norm
+        norm = float(self._zero._global_grad_norm)
+        return math.inf if norm < 0 or self._zero.overflow else norm
+
+    def _guarded_step(self, closure: Any = None) -> Any:
+        if math.isfinite(self._loss_sum) and math.isfinite(self.grad_norm()):
+            return self._step(closure)
+        return None
 
 
 def check_precision(precision: str, accelerator: Any) -> None:

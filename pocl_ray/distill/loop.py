@@ -5,6 +5,7 @@ Torch and DeepSpeed only. What is done with metrics and checkpoints is up to the
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -41,6 +42,7 @@ from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import RolloutSettings, StepSettings
 from pocl_ray.distill.targets import TokenWeight
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.errors import DivergedError
 from pocl_ray.records import Order, Stage
 from pocl_ray.run_directory.disk import GIB
 
@@ -58,6 +60,7 @@ class LoopHooks:
             gets the same answer.
         wait_for_uploads: Waits until the last checkpoint of this worker has arrived in storage.
         meet: Waits for all workers without a time limit: a collective would take a long upload for a hang.
+        warn: Receives a warning for the user.
     """
 
     on_checkpoint: Callable[[Progress, PendingCheckpoint | None], None] = lambda progress, written: None
@@ -65,6 +68,7 @@ class LoopHooks:
     asks_for_checkpoint: Callable[[Progress], bool] = lambda progress: False
     wait_for_uploads: Callable[[], None] = lambda: None
     meet: Callable[[], None] = lambda: None
+    warn: Callable[[str], None] = lambda text: None
 
 
 class TrainingLoop:
@@ -100,6 +104,7 @@ class TrainingLoop:
         self.hooks = hooks
         self.state = TrainingState(engine)
         self.progress = Progress()
+        self._num_nonfinite = 0  # steps up to this one, in a row, that were skipped
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
         self._scratch = make_scratch()
@@ -198,7 +203,24 @@ class TrainingLoop:
         progress.num_tokens += batch.num_response_tokens
         ended = time.monotonic()
         self._log(stage, settings, losses, lr, self.rollouts.figures(batch), ended - started)
+        self._count_nonfinite(losses)
         return ended
+
+    def _count_nonfinite(self, losses: StepLosses) -> None:
+        """Warn of a skipped step, and raise after as many in a row as the config allows; all workers agree."""
+        progress = self.progress
+        if not losses.is_skipped:
+            self._num_nonfinite = 0
+            return
+        self._num_nonfinite += 1
+        what = f"the loss is {losses.loss}" if not math.isfinite(losses.loss) else "the gradient is not finite"
+        self.hooks.warn(f"{self.task.name}: step {progress.step} is skipped, since {what}")
+        if self._num_nonfinite >= self.task.train.max_nonfinite_steps:
+            raise DivergedError(
+                f"{self.task.name}: {what} at step {progress.step}, the last of {self._num_nonfinite} in a "
+                "row that are not finite (train.max_nonfinite_steps); the last checkpoint is kept. Lower "
+                "train.learning_rate, set train.precision to bf16 or fp32, or set teacher.dtype to bfloat16 or float32"
+            )
 
     def _respond(self, batch: GlobalBatch) -> GlobalBatch:
         return self.rollouts.respond(batch, self.progress.step)
@@ -224,6 +246,7 @@ class TrainingLoop:
         seconds: float,
     ) -> None:
         figures = asdict(losses)
+        figures.pop("is_skipped")
         num_tokens = figures.pop("num_response_tokens")
         record = {
             "step": self.progress.step,
@@ -273,6 +296,8 @@ class TrainingLoop:
 
         At the end of a stage it is taken before the hand-off, which a resumed run repeats.
         """
+        if self._num_nonfinite:  # the state is that of the last finite step, and the older checkpoints may be needed
+            return
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
         self.progress.rollout = self.rollouts.state()

@@ -235,8 +235,13 @@ def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
     """Compare the logits of head and hidden states with the model's own.
 
     Raises:
-        ModelError: The logits differ by more than rounding.
+        ModelError: The model's logits are not finite, or the others differ from them by more than rounding.
     """
+    if not bool(torch.isfinite(expected_NV).all()):
+        raise ModelError(
+            f"{family}: its own logits are not finite; load it in bfloat16 or float32 (teacher.dtype, student.dtype), "
+            "or look at its weights"
+        )
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
         raise ModelError(f"{family}: its logits are not head(hidden states); this family cannot be split")
@@ -284,6 +289,11 @@ class HeadSample:
             ModelError: The head gives other logits.
         """
         remedy = "set distill.teacher_cache to none, so that the teacher itself is asked"
+        if not bool(torch.isfinite(self.logits_NV).all()):
+            raise ModelError(
+                f"{place}: the logits stored in its cache are not finite; set teacher.dtype to bfloat16 or float32, "
+                "and score again"
+            )
         found_NV = head.logits(self.hidden_NH.to(head.weight_VH.device)).float().cpu()
         if found_NV.shape != self.logits_NV.shape:
             sizes = f"{found_NV.shape[-1]} logits, and the teacher that was scored {self.logits_NV.shape[-1]}"

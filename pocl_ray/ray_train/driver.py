@@ -81,6 +81,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
         UserError: A worker found the user's input wrong.
         ResourceError: The cluster has no room for the workers.
         GaveUpError: The workers failed more often than `scaling.max_failures` allows.
+        DivergedError: Loss or gradient are not finite in several consecutive steps.
     """
     with progress_bar(task.name, task.num_steps, "steps") as bar:
         return train_watched(task, scaling, _show_on(bar))

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from pocl_ray.errors import UserError
+from pocl_ray.errors import DivergedError, UserError
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TrainingStatus:
         num_tokens: Number of response tokens trained on.
         train: Last training record.
         evaluations: Dev figures so far, including those of an earlier start.
-        refusal: Mistake of the user that ended the run.
+        refusal: Mistake of the user, or loss that is not finite, that ended the run.
         num_starts: Number of starts of the workers; more than 1 after a failure.
         failures: Reason of each failure of the workers.
         warnings: Warnings for the user, each once.
@@ -41,7 +41,7 @@ class TrainingStatus:
     num_tokens: int = 0
     train: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    refusal: UserError | None = None
+    refusal: UserError | DivergedError | None = None
     num_starts: int = 0
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -86,8 +86,8 @@ class ProgressActor:
             True,
         )
 
-    def refuse(self, error: UserError) -> None:
-        """Record a mistake of the user that a worker has found."""
+    def refuse(self, error: UserError | DivergedError) -> None:
+        """Record what a worker has found that another try would not change."""
         self.training_status.refusal = error
 
     def warn(self, text: str) -> None:

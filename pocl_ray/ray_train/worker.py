@@ -29,7 +29,7 @@ from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.errors import UserError
+from pocl_ray.errors import DivergedError, UserError
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters, save_student
@@ -182,7 +182,8 @@ MIN_SHOW_INTERVAL_S = 0.25
 def train_worker(config: dict[str, Any]) -> None:
     """Run one worker of a training run; the loop of Ray Train's trainer.
 
-    A user's mistake is reported to the progress actor and not raised, because Ray would try again.
+    A user's mistake, or a loss that is not finite, is reported to the progress actor and not raised, because Ray would
+    try again.
 
     Args:
         config: Mapping with `task`, the reference of a TrainTask; `progress_actor`, the handle of the ProgressActor;
@@ -193,7 +194,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if config["versions"] is not None:
             check_same(config["versions"], versions(), f"node {ray.util.get_node_ip_address()}")
         _train(ray.get(config["task"]), progress_actor)
-    except UserError as error:
+    except (UserError, DivergedError) as error:
         ray.get(progress_actor.refuse.remote(error))
     except Exception as error:
         fault = _fault(error)
@@ -227,7 +228,9 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
 
 
 def _hooks(reporter: _Reporter) -> LoopHooks:
-    hooks = LoopHooks(reporter.checkpoint, reporter.step, wait_for_uploads=reporter.wait, meet=reporter.meet)
+    hooks = LoopHooks(
+        reporter.checkpoint, reporter.step, wait_for_uploads=reporter.wait, meet=reporter.meet, warn=reporter.warn
+    )
     if not watcher_is_on():
         return hooks
     return replace(hooks, asks_for_checkpoint=PreemptionNotices(get_device(), reporter.node_leaves).ask_for_checkpoint)
@@ -278,6 +281,12 @@ class _Reporter:
         self.log.warning("a node is about to be taken away: saving a checkpoint at step %d", progress.step)
         if self.rank == 0:
             self.progress_actor.warn.remote("a node is about to be taken away; a checkpoint is saved first")
+
+    def warn(self, text: str) -> None:
+        """Tell the log and the user a warning."""
+        self.log.warning(text)
+        if self.rank == 0:
+            self.progress_actor.warn.remote(text)
 
     def checkpoint(self, progress: Progress, written: PendingCheckpoint | None) -> None:
         """Report a checkpoint, which is uploaded while training goes on; all workers meet here."""

@@ -46,6 +46,7 @@ NEUTRAL = (
     "train.checkpoint_every_steps",
     "train.checkpoint_buffer_gib",
     "train.log_every_steps",
+    "train.max_nonfinite_steps",
 )
 
 

@@ -34,6 +34,7 @@ from pocl_ray.teacher_cache.writer import (
     Layout,
     ShardInfo,
     estimate_bytes,
+    listed,
     write_index,
     write_shard,
 )
@@ -158,6 +159,17 @@ class TeacherCache:
             if hasattr(mmap, "MADV_WILLNEED") and length:
                 shard.mapping.madvise(mmap.MADV_WILLNEED, aligned, begin + length * row_bytes - aligned)
 
+    def _check_finite(self, ids: np.ndarray, is_finite_N: Tensor) -> None:
+        """Refuse rows of which some token's record is not finite; a loss would be NaN for the whole batch."""
+        if bool(is_finite_N.all()):
+            return
+        row_N = np.repeat(ids, self.num_tokens(ids))
+        bad = sorted({int(row) for row in row_N[~is_finite_N.numpy()]})
+        raise StorageError(
+            f"{self.directory}: the teacher's outputs for {listed(bad)} (counted from 0) are not finite; set "
+            "teacher.dtype and distill.cache_dtype to bfloat16 or float32, delete this directory, and score again"
+        )
+
     def _find(self, ids: np.ndarray) -> np.ndarray:
         wanted = np.asarray(ids, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
@@ -261,11 +273,12 @@ class HiddenCache(TeacherCache):
             hidden_NK, where N is the sum of `num_tokens(ids)`.
 
         Raises:
-            StorageError: The cache does not hold an id, or a shard cannot be read.
+            StorageError: The cache does not hold an id, a shard cannot be read, or a hidden state is not finite.
         """
         shape = (int(self.num_tokens(ids).sum()), self.meta.layout.width)
         hidden_NK = torch.empty(shape, dtype=self.dtype, pin_memory=pin_memory)
         self.records(ids, hidden_NK.view(torch.uint8).numpy())
+        self._check_finite(ids, torch.isfinite(hidden_NK).all(dim=1))
         return hidden_NK
 
     def check_head(self, head: HeadWeights, place: str) -> None:
@@ -309,18 +322,20 @@ class TopKCache(TeacherCache):
         """Return the likeliest tokens of rows, one row after the other in the order of `ids`.
 
         Raises:
-            StorageError: The cache does not hold an id, or a shard cannot be read.
+            StorageError: The cache does not hold an id, a shard cannot be read, or a log-probability is NaN.
         """
         layout = self.meta.layout
         records_NR = torch.from_numpy(self.records(ids))
         sizes = [4 * layout.width, DTYPES[layout.dtype].itemsize * layout.width]
         ids_NR, logp_NR, curve_NR = records_NR.tensor_split((sizes[0], sum(sizes)), dim=1)
-        return TopK(
+        found = TopK(
             ids_NR.contiguous().view(torch.int32),
             logp_NR.contiguous().view(DTYPES[layout.dtype]),
             curve_NR.contiguous().view(torch.float32),
             layout.vocab_size,
         )
+        self._check_finite(ids, ~found.logp_NK.isnan().any(dim=1))
+        return found
 
     def check(self, top_k: int, student_vocab_size: int) -> None:
         """Check that the cache keeps the requested number of tokens, and that the student has all of them.

@@ -151,6 +151,8 @@ def write_shard(
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     if len(ids) != len(tokens) or not len(ids):
         raise ValueError(f"{len(ids)} ids and {len(tokens)} rows: give as many, and at least one")
+    if bad := [int(row) for row, output in zip(ids, tokens, strict=True) if not is_finite(output)]:
+        raise ValueError(f"the outputs for {listed(bad)} (counted from 0) are not finite")
     layouts = {Layout.of(row) for row in tokens}
     if len(layouts) != 1:
         raise ValueError("the rows of a shard need one dtype and one hidden size or number of tokens kept")
@@ -211,6 +213,20 @@ def write_index(
     _put(filesystem, folder, META_NAME, pa.py_buffer((json.dumps(asdict(meta), indent=2) + "\n").encode()))
     _delete_unnamed(filesystem, folder, set(names))
     return meta
+
+
+def is_finite(tokens: Tensor | TopK) -> bool:
+    """Return whether a row's outputs can be trained on. A log-probability may be -inf: a token that cannot come."""
+    if isinstance(tokens, TopK):
+        return not bool(tokens.logp_NK.isnan().any())
+    return bool(torch.isfinite(tokens).all())
+
+
+def listed(rows: Sequence[int]) -> str:
+    """Return the numbers of rows as text, the first few of them."""
+    first = ", ".join(map(str, rows[:8]))
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {first}{more}"
 
 
 def _as_bytes(tokens: Tensor | TopK) -> np.ndarray:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.errors import GaveUpError, UserError
+from pocl_ray.errors import DivergedError, GaveUpError, UserError
 from pocl_ray.ray_cluster.capacity import resources_per_worker, wants_gpu, with_accelerator
 
 if TYPE_CHECKING:  # the driver has no use for torch and DeepSpeed
@@ -49,7 +49,7 @@ class TrainingActor:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Train a job and judge its student; one that diverged, or failed for its own sake, says so in `failure`."""
-        from pocl_ray.trainings.process import DivergedError, TrainingProcess
+        from pocl_ray.trainings.process import TrainingProcess
 
         if self.process is None:
             self.process = TrainingProcess(*self.arguments)

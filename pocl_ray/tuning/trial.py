@@ -20,6 +20,7 @@ from pocl_ray.data.prepare import Rows
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.task import TrainTask, curriculum_task
+from pocl_ray.errors import DivergedError
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_train.driver import train_watched
 from pocl_ray.ray_train.progress import TrainingStatus
@@ -78,10 +79,6 @@ class Shared:
         )
         ranked_alike = planned.ranking_fingerprint(self.origins) == self.ranking
         return replace(task, scores=self.scores if ranked_alike else f"{TRIALS}/{name}/scores.parquet")
-
-
-class DivergedError(Exception):
-    """The error for a trial whose loss, gradients or dev figures are no longer finite."""
 
 
 class _StoppedError(Exception):
@@ -186,7 +183,6 @@ class TrialRun:
                 raise _StoppedError
             if self.record.start_s is None and training_status.train:
                 self.record.start_s = round(time.monotonic() - self.started, 2)
-            self._check_finite(training_status)
             self.record.node = training_status.node
             for end in range(num_seen + 1, len(training_status.evaluations) + 1):
                 if 0 < training_status.evaluations[end - 1]["step"] < self.task.num_steps:
@@ -203,15 +199,6 @@ class TrialRun:
             return
         except Exception as error:
             self.queue.put(error)
-
-    def _check_finite(self, training_status: TrainingStatus) -> None:
-        """Raise for a run that has diverged. With fp16, gradients may overflow while the loss scale is found."""
-        names = {"train/loss": "training loss"}
-        if self.task.train.precision != "fp16":
-            names["train/grad_norm"] = "gradient norm"
-        for key, name in names.items():
-            if not math.isfinite(value := training_status.train.get(key, 0.0)):
-                raise DivergedError(f"the {name} is {value} at step {training_status.step}")
 
     def _report(self, evaluations: list[dict[str, Any]], is_finished: bool) -> dict[str, Any]:
         last = evaluations[-1]

@@ -201,3 +201,32 @@ def test_a_teacher_of_another_tokenizer_reads_its_own_rows_and_the_lengths_stay_
         taken[place] = cache.take(np.arange(NUM_ROWS))
     torch.testing.assert_close(taken["bridged"], taken["own"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(taken["narrow"], taken["own"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_rows_on_which_a_model_overflows_are_refused_by_number_and_dtype(
+    task: ScoringTask, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = LiveTeacher.hidden
+
+    def overflows(model: LiveTeacher, ids_BT: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        """Float16 overflows in the first token of the second micro-batch."""
+        hidden_NH = hidden(model, ids_BT, *rest).half()
+        is_mine = hidden_NH.shape[1] == (32 if role == "teacher" else 16)
+        return hidden_NH.index_fill(0, torch.tensor([0]), torch.inf) if is_mine and len(ids_BT) == 4 else hidden_NH
+
+    monkeypatch.setattr(LiveTeacher, "hidden", overflows)
+    expected = rf"^{role}: its outputs for row 1 of train are not finite in float16; set {role}.dtype to bfloat16"
+    with pytest.raises(ModelError, match=expected):
+        run(task)
+
+
+def test_outputs_that_do_not_fit_the_caches_dtype_are_refused(
+    task: ScoringTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = LiveTeacher.hidden
+    monkeypatch.setattr(LiveTeacher, "hidden", lambda model, *batch: hidden(model, *batch) * 1e6)
+    with pytest.raises(
+        ModelError, match=r"^distill.cache_dtype: the teacher's outputs for rows 2, 5 of train overflow"
+    ):
+        run(changed(task, cache_dtype="float16"))

@@ -168,3 +168,11 @@ def test_live_teacher_gives_hidden_states_that_a_loss_may_use(new_model, new_tok
     student = torch.nn.Linear(hidden_NK.shape[1], teacher.head.vocab_size)
     (student(hidden_NK) - teacher.head.logits(hidden_NK)).square().sum().backward()
     assert student.weight.grad is not None
+
+
+def test_a_model_whose_logits_are_not_finite_is_told_so_and_not_that_it_cannot_be_split(new_model):
+    model = new_model("qwen2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM: its own logits are not finite; load it in bfloat16 or"):
+        check_split(model)

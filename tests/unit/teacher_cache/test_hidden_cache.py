@@ -47,11 +47,17 @@ def test_rows_come_back_bit_for_bit_in_any_order(tmp_path, dtype):
         assert cache.num_tokens(np.array(ids)).tolist() == [len(rows[i]) for i in ids]
 
 
-def test_values_that_are_not_finite_survive(tmp_path):
-    hidden = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-40]])
-    name = write_shard(tmp_path, np.array([5]), [hidden]).name
+def test_values_that_are_not_finite_are_refused_by_writer_and_reader(tmp_path, monkeypatch):
+    fine, spoilt = torch.tensor([[65504.0, -0.0, 1e-40]]), torch.tensor([[float("nan"), float("inf"), 1.0]])
+    with pytest.raises(ValueError, match=r"the outputs for row 7 \(counted from 0\) are not finite"):
+        write_shard(tmp_path, np.array([5, 7]), [fine, spoilt])
+    monkeypatch.setattr("pocl_ray.teacher_cache.writer.is_finite", lambda tokens: True)  # as older versions wrote it
+    name = write_shard(tmp_path, np.array([5, 7]), [fine, spoilt]).name
     write_index(tmp_path, [name], "teacher-a", "rows-a")
-    assert torch.equal(open_cache(tmp_path).take(np.array([5])).view(torch.int32), hidden.view(torch.int32))
+    cache = open_cache(tmp_path)
+    assert torch.equal(cache.take(np.array([5])).view(torch.int32), fine.view(torch.int32))
+    with pytest.raises(StorageError, match=r"outputs for row 7 \(counted from 0\) are not finite; set teacher.dtype"):
+        cache.take(np.array([5, 7]))
 
 
 def test_no_rows_give_an_empty_tensor(tmp_path):
