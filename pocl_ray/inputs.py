@@ -166,7 +166,7 @@ class Inputs:
             config.data.max_tokens,
             config.seed,
         ]
-        return self.steps.run("responses", depends, work, on_cluster=True)
+        return self.steps.run("responses", depends, work)
 
     def _replace_responses(self, answers: pa.Table) -> RowsSummary:
         config, prepared, tokenizer = self.config, self.prepared, self.load_tokenizer()
@@ -225,7 +225,7 @@ class Inputs:
         depends: list[Any] = _loaded_as(config)
         if config.architecture is not None or config.sft is not None:
             depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
-        fingerprint = self.steps.run("teacher", depends, work, on_cluster=config.sft is not None)
+        fingerprint = self.steps.run("teacher", depends, work, trains=config.sft is not None)
         return FingerprintedModel(
             reference(config, self._made("teacher") if config.sft is not None else None), fingerprint
         )
@@ -269,7 +269,7 @@ class Inputs:
             depends.append(teacher.fingerprint)
         if config.sft is not None:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
-        fingerprint = self.steps.run("student", depends, work, on_cluster=config.sft is not None)
+        fingerprint = self.steps.run("student", depends, work, trains=config.sft is not None)
         name = "student" if config.sft is not None else "student_init" if is_made else None
         return FingerprintedModel(reference(config, self._made(name) if name else None), fingerprint)
 

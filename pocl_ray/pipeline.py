@@ -4,7 +4,8 @@
 
 If the teacher writes the responses (SeqKD), it does so before any other step uses a row. Each step is a property. A
 read of it runs the step, after the steps that it depends on. A step that is done according to the manifest is not run
-again. Ray is connected before the first step that needs it.
+again. Ray is connected before the first step that needs it. `STEPS` in `records.py` is the table of all steps:
+what each does, what it rests on, what it writes, and whether it needs Ray. What comes before scoring is in `inputs.py`.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Pipeline:
         depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
         depends += [] if is_read else ["without the teacher"]
         depends += [] if answers else ["without answers"]
-        return self.steps.run("scores", depends, work, on_cluster=True)
+        return self.steps.run("scores", depends, work)
 
     @cached_property
     def ranking(self) -> str:
@@ -227,7 +228,7 @@ class Pipeline:
             print_pairs(content)
             return StepResult([PAIRS], {"num_steps": sum(job.task.num_steps for job in jobs.values())})
 
-        return self.steps.run("pairs", list(depends.values()), work, on_cluster=True)
+        return self.steps.run("pairs", list(depends.values()), work)
 
     @cached_property
     def evaluation(self) -> str:
@@ -265,7 +266,7 @@ class Pipeline:
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
         fingerprints = {name: made.fingerprint for name, made in models.items()}
         work = read_texts if config.data.task == "text" else answer_prompts
-        return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work, on_cluster=True)
+        return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work)
 
     @cached_property
     def report(self) -> str:
@@ -326,7 +327,7 @@ class Pipeline:
             return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
-        fingerprint = self.steps.run(name, depends, work, on_cluster=True)
+        fingerprint = self.steps.run(name, depends, work)
         return FingerprintedModel(
             trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint
         )

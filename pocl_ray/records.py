@@ -188,3 +188,88 @@ class RowsSummary:
     num_cut_responses: int = 0
     num_lost_tokens: int = 0
     num_special: int = 0
+
+
+# The steps of a run. The manifest and the report read this table, and the documentation shows it.
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the data flow.
+
+    Attributes:
+        name: Name in the manifest, the terminal and the report.
+        what: Its work in a few words.
+        rests_on: Steps whose results it reads; some configs need only some of them.
+        writes: Files and directories that it writes to the run directory; some configs need only some of them.
+        cluster: Whether it needs Ray: always, never, or only if it trains a model.
+    """
+
+    name: str
+    what: str
+    rests_on: tuple[str, ...]
+    writes: tuple[str, ...]
+    cluster: Literal["always", "to train", "never"] = "never"
+
+
+STEPS = {
+    step.name: step
+    for step in (
+        Step("tokenizer", "tokenizer fetched or trained", (), ("tokenizer/", "teacher_tokenizer/")),
+        Step("rows", "rows read, checked and tokenized", ("tokenizer",), ("rows/", "rejects.jsonl")),
+        Step("teacher", "teacher loaded or fine-tuned", ("tokenizer", "rows"), ("models/",), "to train"),
+        Step(
+            "responses",
+            "training prompts answered by the teacher",
+            ("tokenizer", "rows", "teacher"),
+            ("responses/", "rejects.jsonl"),
+            "always",
+        ),
+        Step(
+            "student",
+            "student loaded, cut or fine-tuned",
+            ("tokenizer", "rows", "teacher", "responses"),
+            ("models/",),
+            "to train",
+        ),
+        Step("plan", "buckets and stages", ("rows", "responses"), ("plan.json",)),
+        Step(
+            "scores",
+            "difficulty and teacher cache",
+            ("rows", "responses", "teacher", "student"),
+            ("scores/signals.parquet", "teacher_cache/"),
+            "always",
+        ),
+        Step("ranking", "signals fused into one order", ("scores",), ("scores.parquet",)),
+        Step(
+            "distill",
+            "distillation, all stages",
+            ("plan", "ranking", "teacher", "student"),
+            ("student/", "metrics.jsonl", "scores/stages/"),
+            "always",
+        ),
+        Step(
+            "control",
+            "plain distillation as control",
+            ("plan", "ranking", "teacher", "student", "distill"),
+            ("control/",),
+            "always",
+        ),
+        Step(
+            "evaluation",
+            "answers generated and scored",
+            ("rows", "teacher", "student", "distill", "control"),
+            ("evaluation.json", "predictions.parquet"),
+            "always",
+        ),
+        Step(
+            "pairs",
+            "curriculum and control in pairs, on further seeds",
+            ("rows", "plan", "ranking", "teacher", "student"),
+            ("pairs.json", "pairs/"),
+            "always",
+        ),
+        Step("report", "this report", ("evaluation", "pairs"), ("report.html", "report.md", "plots/")),
+    )
+}
+"""Every step by name; a step comes after those that it rests on."""

@@ -29,7 +29,7 @@ from pocl_ray.data.special_tokens import SpecialTokensAsText
 from pocl_ray.data.tokenization import PreparedRow, RowTokenizer, TextTokenizer
 from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
-from pocl_ray.run_directory.storage import file_digest
+from pocl_ray.run_directory.storage import file_digest, replacing
 
 # The pass over a source: chunks become record batches of tokens, and rejects are collected.
 #
@@ -411,14 +411,10 @@ def _new_ids(first: int, count: int) -> pa.Array:
 @contextmanager
 def arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
     """Yield a writer of a local Arrow file, which appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            yield writer
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed run; it may be as large as the rows
+        left_behind.unlink(missing_ok=True)
+    with replacing(path) as new, pa.OSFile(str(new), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        yield writer
 
 
 @contextmanager

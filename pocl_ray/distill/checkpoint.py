@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,7 +41,7 @@ from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
 from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.lease import machine, started_after_boot_s
-from pocl_ray.run_directory.storage import file_digest, fingerprint
+from pocl_ray.run_directory.storage import file_digest, fingerprint, write_whole
 
 # Writing of checkpoints during training: one thread writes finished tensors to disk, in order. No Ray.
 #
@@ -284,9 +285,7 @@ def write_progress(progress: Progress, directory: Path) -> None:
     digests = {str(path.relative_to(directory)): file_digest(path) for path in _files(directory)}
     numbers = {k: v for k, v in asdict(progress).items() if k != "metrics"}
     content = {"version": VERSION, **numbers, "sha256": digests}
-    temporary = directory / f"{PROGRESS}.tmp"
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(temporary, directory / PROGRESS)
+    write_whole(LocalFileSystem(), str(directory / PROGRESS), json.dumps(content, indent=2).encode())
 
 
 def read_progress(directory: Path) -> Progress:

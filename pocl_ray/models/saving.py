@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from pocl_ray.errors import ModelError, StorageError
+from pocl_ray.run_directory.storage import replacing
 
 
 @contextmanager
@@ -32,23 +31,17 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         StorageError: The place cannot be written.
     """
     directory = Path(directory).absolute()
-    token = uuid.uuid4().hex[:8]
-    staging = directory.with_name(f".{directory.name}.writing-{token}")
-    retired = directory.with_name(f".{directory.name}.retired-{token}")
-    try:
-        # tempfile.mkdtemp would set mode 0700, which the rename keeps. It would lock out other users of a shared disk.
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise StorageError(f"{directory}: cannot be written ({error.strerror}); choose a place you may write") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            staging = stack.enter_context(replacing(directory))
+            # Not tempfile.mkdtemp: its mode 0700 would survive the rename and shut out other users of a shared disk.
+            staging.mkdir()
+        except OSError as error:
+            raise StorageError(
+                f"{directory}: cannot be written ({error.strerror}); choose a place you may write"
+            ) from None
         yield staging
         _share_files(staging)
-        if directory.exists():
-            directory.rename(retired)
-        staging.rename(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pocl_ray.config import Config
 from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.errors import StorageError
-from pocl_ray.records import RowsSummary, Stage
+from pocl_ray.records import STEPS, RowsSummary, Stage
 
 ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 
@@ -286,23 +286,6 @@ def _read_rejects(files: RunFiles) -> Rejects | None:
 
 # The work of the pipeline: time and tokens of each step, and rows that were left out.
 
-# In the order of the data flow, with what each of them does.
-STEPS = {
-    "tokenizer": "tokenizer fetched or trained",
-    "rows": "rows read, checked and tokenized",
-    "teacher": "teacher loaded or fine-tuned",
-    "student": "student loaded, cut or fine-tuned",
-    "responses": "training prompts answered by the teacher",
-    "scores": "difficulty and teacher cache",
-    "ranking": "signals fused into one order",
-    "plan": "buckets and stages",
-    "distill": "distillation, all stages",
-    "control": "plain distillation as control",
-    "pairs": "curriculum and control in pairs, on further seeds",
-    "evaluation": "answers generated and scored",
-    "report": "this report",
-}
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -342,7 +325,7 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
     return [
         StepTime(
             name=name,
-            what=STEPS.get(name, ""),
+            what=STEPS[name].what if name in STEPS else "",
             status=str(steps[name].get("status", "")),
             seconds=seconds[name],
             share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,

@@ -13,6 +13,7 @@ from typing import Any
 
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
+from pocl_ray.records import STEPS
 from pocl_ray.run_directory.claim import environment
 from pocl_ray.run_directory.storage import RunDirectory, fingerprint
 
@@ -130,15 +131,17 @@ class Steps:
         self.num_done, self.has_cluster = 0, False
         self._connect = connect
 
-    def run(self, name: str, depends: Any, work: Callable[[str], StepResult], on_cluster: bool = False) -> str:
+    def run(self, name: str, depends: Any, work: Callable[[str], StepResult], trains: bool = False) -> str:
         """Run a step unless it is done with the same dependencies, and return its fingerprint.
 
         Args:
-            name: Name of the step in the manifest.
+            name: One of `STEPS`.
             depends: JSON-like value of everything that the result depends on, including fingerprints of earlier steps.
             work: Function that does the step; its argument is the fingerprint.
-            on_cluster: Whether the step needs Ray.
+            trains: Whether the step trains a model; some steps need Ray only then.
         """
+        needs = STEPS[name].cluster
+        on_cluster = needs == "always" or (needs == "to train" and trains)
 
         def announced(fingerprint: str) -> StepResult:
             console.print(f"[bold]{name}[/]")

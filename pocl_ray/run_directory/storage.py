@@ -1,9 +1,9 @@
 """The run directory, on a local disk or on an object store.
 
 All files of a run are written through `RunDirectory`. A file appears complete or not at all: on a local disk it is
-written under another name and renamed, and on an object store a put is atomic. A directory is finished when the
-manifest says so. Readers that need a local path (memory maps, `from_pretrained`) call `local(...)`, which copies remote
-files once for each node.
+written under another name and renamed (`replacing`), and on an object store a put is atomic (`write_whole`). No other
+module renames files. A directory is finished when the manifest says so. Readers that need a local path (memory maps,
+`from_pretrained`) call `local(...)`, which copies remote files once for each node.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock
 
@@ -100,7 +103,66 @@ def reason(error: BaseException) -> str:
     return line.partition(" (Request ID:")[0]
 
 
+# The one atomic write: a reader sees the old file or directory, or the new one, never a part of one.
+
 _LOCAL = pafs.LocalFileSystem()
+_OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
+
+
+def _next_to(path: Path) -> Path:
+    """A name that nobody else uses, in the same directory: a rename across filesystems would be a copy."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a path for a new file or directory; it takes the place of `target` when the block ends without an error.
+
+    Until then `target` is unchanged, and after an error too; the new path is then deleted.
+
+    Raises:
+        OSError: The folder cannot be created, or the rename is refused.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _next_to(target), _next_to(target)
+    try:
+        yield new
+        if target.is_dir() or (new.is_dir() and target.exists()):  # a rename can only replace a file by a file
+            try:
+                target.rename(old)
+                new.rename(target)
+            except BaseException:
+                if old.exists() and not target.exists():  # between the two renames
+                    old.rename(target)
+                raise
+        else:
+            os.replace(new, target)
+    finally:
+        _remove(new)
+        _remove(old)
+
+
+def write_whole(filesystem: pafs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
+    """Write a file of any filesystem, completely or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with replacing(Path(target)) as new, new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power cut the name must not stand for an empty file
+    elif any(kind in filesystem.type_name for kind in _OBJECT_STORES):
+        with filesystem.open_output_stream(target, compression=None) as stream:
+            stream.write(data)
+    else:  # HDFS and the like
+        folder, _, name = target.rpartition("/")
+        new_path = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+        filesystem.create_dir(folder, recursive=True)
+        with filesystem.open_output_stream(new_path, compression=None) as stream:
+            stream.write(data)
+        filesystem.move(new_path, target)
 
 
 def fingerprint(value: Any) -> str:
@@ -211,22 +273,8 @@ class RunDirectory:
         Raises:
             StorageError: There is no permission to write, or the disk is full.
         """
-        filesystem, target = self.filesystem, self.fs_path(rel)
         try:
-            if isinstance(filesystem, pafs.LocalFileSystem):
-                filesystem.create_dir(str(Path(target).parent))
-                temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-                try:
-                    with open(temporary, "wb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(temporary, target)
-                finally:
-                    Path(temporary).unlink(missing_ok=True)
-            else:
-                with filesystem.open_output_stream(target) as stream:
-                    stream.write(data)
+            write_whole(self.filesystem, self.fs_path(rel), data)
         except OSError as error:
             raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
 
@@ -251,7 +299,8 @@ class RunDirectory:
         filesystem, target = self.filesystem, self.fs_path(rel)
         try:
             if isinstance(filesystem, pafs.LocalFileSystem):
-                _publish_locally(local, Path(target))
+                with replacing(Path(target)) as new:
+                    shutil.copytree(local, new) if local.is_dir() else shutil.copyfile(local, new)
                 return
             self.delete(rel)
             pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
@@ -280,25 +329,6 @@ def _info(filesystem: pafs.FileSystem, path: str, uri: str) -> pafs.FileInfo:
         return filesystem.get_file_info(path)
     except OSError as error:
         raise StorageError(f"{uri}: cannot be reached ({reason(error)})") from None
-
-
-def _publish_locally(local: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        if local.is_dir():
-            shutil.copytree(local, beside)
-        else:
-            shutil.copyfile(local, beside)
-        if target.is_dir() or (local.is_dir() and target.exists()):  # a rename can only replace a file by a file
-            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
-            target.rename(old)
-            beside.rename(target)
-            _remove(old)
-        else:
-            os.replace(beside, target)
-    finally:
-        _remove(beside)
 
 
 def _remove(path: Path) -> None:
@@ -352,19 +382,3 @@ def _copied(uri: str, filesystem: pafs.FileSystem, path: str, info: pafs.FileInf
             pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)
             (folder / ".complete").touch()
     return target
-
-
-def _files_of(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.Directory:
-        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    else:
-        found = [info]
-    return [info for info in found if info.type == pafs.FileType.File]
-
-
-def _fetch(filesystem: pafs.FileSystem, path: str, files: list[pafs.FileInfo], target: Path) -> None:
-    """Copy files to the local disk, including the folders that `copy_files` does not create."""
-    for file in files:
-        (target / file.path.removeprefix(path).lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-    pafs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=_LOCAL)

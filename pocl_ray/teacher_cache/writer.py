@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
+from pocl_ray.run_directory.storage import write_whole
 from pocl_ray.teacher_cache.top_k import NUM_CURVE, TopK
 
 FORMAT_VERSION = 2
@@ -41,7 +41,6 @@ META_NAME = "meta.json"
 INDEX_NAME = "index.arrow"
 SAMPLE = "head_sample"  # in the metadata of a shard's schema
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ def write_shard(
     payload = np.concatenate([_as_bytes(row) for row in tokens]).reshape(-1)
     name = f"shard-{_digest(ids, lengths, payload)}.arrow"
     data = _shard_file(ids, lengths, payload, layouts.pop(), sample)
-    num_bytes = _put(filesystem or pafs.LocalFileSystem(), str(directory), name, data)
-    return ShardInfo(name, len(ids), int(lengths.sum()), num_bytes)
+    write_whole(filesystem or pafs.LocalFileSystem(), f"{directory}/{name}", data)
+    return ShardInfo(name, len(ids), int(lengths.sum()), data.size)
 
 
 def write_index(
@@ -208,9 +207,9 @@ def write_index(
         shards=infos,
     )
     if filesystem.get_file_info(f"{folder}/{META_NAME}").type == pafs.FileType.File:
-        filesystem.delete_file(f"{folder}/{META_NAME}")  # the old meta.json must not be read with the new index
-    _put(filesystem, folder, INDEX_NAME, _ipc_file(index))
-    _put(filesystem, folder, META_NAME, pa.py_buffer((json.dumps(asdict(meta), indent=2) + "\n").encode()))
+        filesystem.delete_file(f"{folder}/{META_NAME}")  # the old one must not be read with the new index
+    write_whole(filesystem, f"{folder}/{INDEX_NAME}", _ipc_file(index))
+    write_whole(filesystem, f"{folder}/{META_NAME}", (json.dumps(asdict(meta), indent=2) + "\n").encode())
     _delete_unnamed(filesystem, folder, set(names))
     return meta
 
@@ -266,19 +265,6 @@ def _ipc_file(batch: pa.RecordBatch) -> pa.Buffer:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue()
-
-
-def _put(filesystem: pafs.FileSystem, folder: str, name: str, data: pa.Buffer) -> int:
-    """Write a file that appears complete: object stores do that by themselves, other stores need a temporary name."""
-    filesystem.create_dir(folder, recursive=True)
-    target = f"{folder}/{name}"
-    staging = f"{folder}/.{name}.writing-{uuid.uuid4().hex[:8]}"
-    path = target if any(kind in filesystem.type_name for kind in _OBJECT_STORES) else staging
-    with filesystem.open_output_stream(path, compression=None) as stream:
-        stream.write(data)
-    if path == staging:
-        filesystem.move(staging, target)
-    return data.size
 
 
 def _describe_shard(filesystem: pafs.FileSystem, folder: str, name: str) -> tuple[ShardInfo, pa.RecordBatch, Layout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,15 @@ import pytest
 
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import storage
-from pocl_ray.run_directory.storage import RunDirectory, cache_root, file_digest, fingerprint, localize, resolve
+from pocl_ray.run_directory.storage import (
+    RunDirectory,
+    cache_root,
+    file_digest,
+    fingerprint,
+    localize,
+    replacing,
+    resolve,
+)
 
 BUCKET = "s3://bucket"
 
@@ -224,6 +233,7 @@ def test_a_store_that_refuses_gives_one_line(monkeypatch: pytest.MonkeyPatch, tm
         raise OSError("When reading: AWS Error ACCESS_DENIED\nand much more")
 
     class Refusing:
+        type_name = "s3"
         get_file_info = open_output_stream = open_input_file = staticmethod(refuse)
 
     monkeypatch.setattr(storage, "resolve", lambda path: (Refusing(), path.removeprefix("s3://")))
@@ -312,6 +322,39 @@ def test_the_cache_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: p
     with pytest.raises(StorageError) as error:
         cache_root()
     assert_one_line(error, str(tmp_path), "belongs to another user")
+
+
+def test_an_error_while_a_new_file_or_directory_is_made_leaves_the_old_one(tmp_path: Path) -> None:
+    make_tree(tmp_path, file="old", folder__a="old")
+    for name in ("file", "folder"):
+        with pytest.raises(RuntimeError), replacing(tmp_path / name) as new:
+            if name == "file":
+                new.write_text("half")
+            else:
+                make_tree(new, a="half")
+            raise RuntimeError
+    assert tree(tmp_path) == {"file": "old", "folder/a": "old"}
+    with replacing(tmp_path / "folder") as new:
+        make_tree(new, b="new")
+    assert tree(tmp_path) == {"file": "old", "folder/b": "new"}
+
+
+def test_an_error_between_the_two_renames_of_a_directory_leaves_the_old_one(tmp_path: Path) -> None:
+    make_tree(tmp_path, folder__a="old")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "folder"):
+        pass  # the new directory is missing, so the second rename fails
+    assert tree(tmp_path) == {"folder/a": "old"}
+
+
+def test_no_other_module_renames_files_by_hand() -> None:
+    package = Path(storage.__file__).resolve().parents[1]
+    by_hand = re.compile(
+        r"os\.(replace|rename)\(|\.rename\(|\.move\(|shutil\.move|\.replace\((path|target|directory)\)"
+    )
+    found = {
+        str(p.relative_to(package)) for p in package.rglob("*.py") if by_hand.search(p.read_text(encoding="utf-8"))
+    }
+    assert found == {"run_directory/storage.py"}
 
 
 # Digests
