@@ -14,7 +14,6 @@ Legend: B batch, T tokens, V vocabulary, H hidden, N response tokens in one flat
 from __future__ import annotations
 
 import json
-import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pocl_ray.errors import ModelError
+from pocl_ray.run_directory.storage import replacing
 
 _FORMAT_VERSION = "1"
 
@@ -140,13 +140,9 @@ class HeadWeights:
         tensors = {"weight": self.weight_VH.contiguous()}
         if self.bias_V is not None:
             tensors["bias"] = self.bias_V.contiguous()
-        staging = path.with_name(f".{path.name}.writing-{uuid.uuid4().hex[:8]}")
         metadata = {"version": _FORMAT_VERSION, "transform": json.dumps(asdict(self.transform))}
-        try:
-            save_file(tensors, staging, metadata=metadata)
-            staging.replace(path)
-        finally:
-            staging.unlink(missing_ok=True)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata=metadata)
         return path
 
     @staticmethod
