@@ -24,7 +24,6 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import RayError
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 
@@ -32,6 +31,7 @@ from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, StalledError
 from pocl_ray.heartbeat import ProcessStatus, beat, process_status, rest
+from pocl_ray.ray_cluster.internals import internal_kv, use_this_clusters_store
 from pocl_ray.ray_cluster.startup import collect_again
 from pocl_ray.run_directory.lease import started_after_boot_s
 
@@ -129,8 +129,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
     Yields:
         A function from an actor's class to a watched class.
     """
-    # In a process that knows several clusters, Ray's key-value functions may use another cluster, or none.
-    internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
+    use_this_clusters_store()
     prefix = f"{uuid.uuid4().hex}/"
     period_s = min(30.0, max(0.5, scaling.stall_timeout_s / 10))
     over = threading.Event()

@@ -18,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from pocl_ray.config import ScalingConfig
 from pocl_ray.console import console
 from pocl_ray.errors import ResourceError
+from pocl_ray.ray_cluster.internals import started_the_cluster
 
 LOOK_EVERY_S = 1.0
 SETTLE_S = 30.0
@@ -26,8 +27,7 @@ SETTLE_S = 30.0
 
 def is_one_machine() -> bool:
     """Return whether this process started the cluster, which therefore cannot grow."""
-    node = ray._private.worker._global_node
-    return node is not None and node.head
+    return started_the_cluster()
 
 
 def usable_nodes(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:

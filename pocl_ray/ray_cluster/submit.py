@@ -7,7 +7,6 @@ come from the image or the set-up of the nodes (`cluster/README.md`), and not fr
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 import shlex
@@ -26,6 +25,7 @@ from pocl_ray.config import load_config
 from pocl_ray.config.loading import is_layer
 from pocl_ray.console import console
 from pocl_ray.errors import ConfigError, ResourceError
+from pocl_ray.ray_cluster.internals import quieten_packing
 from pocl_ray.run_directory.storage import check_lasts
 
 # Files of a checkout that a job does not need, in addition to those of .gitignore. A leading slash means the top level
@@ -91,7 +91,7 @@ def submit(submission: Submission, wait: bool = True) -> int:
     config = load_config(submission.config, list(submission.overrides))
     check_lasts(config.storage_path)
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
-    _quieten_packing()
+    quieten_packing()
     try:
         client = JobSubmissionClient(submission.address)
         job = client.submit_job(
@@ -115,13 +115,6 @@ def submit(submission: Submission, wait: bool = True) -> int:
         soft_wrap=True,
     )
     return _follow(client, job) if wait else 0
-
-
-def _quieten_packing() -> None:
-    """Make Ray report only files that are too large while it packs, and not each `.gitignore` and excluded file."""
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
 
 
 def entrypoint(submission: Submission) -> str:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -30,6 +28,7 @@ from pocl_ray.ray_cluster.capacity import is_one_machine, resources_per_worker, 
 from pocl_ray.ray_cluster.startup import collect_again
 from pocl_ray.ray_cluster.versions import versions
 from pocl_ray.ray_train.checkpoints import mend_snapshot, prune_orphans
+from pocl_ray.ray_train.internals import DatasetsCallback, PlacementGroupCleanerCallback
 from pocl_ray.ray_train.policies import (
     BackUpSnapshots,
     ElasticPolicy,

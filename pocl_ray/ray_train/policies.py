@@ -14,27 +14,33 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import (
-    ErroredState,
-    ReschedulingState,
-    RestartingState,
-    ShuttingDownState,
-    TrainControllerState,
-)
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig as RayScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup
 
 from pocl_ray.errors import GaveUpError, ResourceError, StalledError, UserError
 from pocl_ray.ray_cluster.capacity import room_for, usable_nodes
+from pocl_ray.ray_cluster.internals import draining_nodes
 from pocl_ray.ray_cluster.ray_errors import explain_death, one_line
 from pocl_ray.ray_train.checkpoints import keep_snapshot
+from pocl_ray.ray_train.internals import (
+    ControllerCallback,
+    DefaultFailurePolicy,
+    ElasticScalingPolicy,
+    ErroredState,
+    FailureDecision,
+    NoopDecision,
+    ReportCallback,
+    ReschedulingState,
+    RestartingState,
+    ScalingDecision,
+    ShuttingDownState,
+    TrainControllerState,
+    WorkerGroupCallback,
+    WorkerGroupPollStatus,
+    WorkerGroupState,
+    WorkerHealthCheckFailedError,
+)
 from pocl_ray.run_directory.storage import RunDirectory
 
 # Errors of a worker in a collective whose other end is gone: a consequence and never the cause.
@@ -194,7 +200,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         except RayError:
             logger.warning("the autoscaling coordinator does not answer; the workers stay as they are", exc_info=True)
             return None
-        leaving, usable = ray._private.state.state.get_draining_nodes(), usable_nodes(self._labels)
+        leaving, usable = draining_nodes(), usable_nodes(self._labels)
         if str(self.scaling_config.placement_strategy).startswith("STRICT"):
             # What is reserved is packed, whatever the placement; so all that the nodes have is looked at.
             reserved = usable

@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 
+from pocl_ray.ray_train.internals import TrainingFramework
+
 SHUTDOWN_S = 30.0
 """The time limit for workers to leave a group that ends, as in Ray's own."""
 
@@ -46,8 +48,6 @@ class ProcessGroupConfig(BackendConfig):
     @property
     def framework(self) -> Any:
         """The framework that the dashboard's Train page shows."""
-        from ray.train.v2._internal.util import TrainingFramework
-
         return TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 
 from pocl_ray.errors import StalledError
 from pocl_ray.heartbeat import ProcessStatus, process_status
+from pocl_ray.ray_train.internals import WorkerGroupCallback, WorkerGroupPollStatus
 
 LOOKS_A_TIMEOUT = 20
 """The number of questions to workers within `stall_timeout_s`, at most one per second."""

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode, PreemptionInfo
 from ray.train.torch import get_device
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Gauge
 
 from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
@@ -36,6 +35,7 @@ from pocl_ray.models.lora import add_adapters, save_student
 from pocl_ray.models.places import on_this_node
 from pocl_ray.ray_cluster.versions import check_same, versions
 from pocl_ray.ray_train.checkpoints import copy_checkpoint
+from pocl_ray.ray_train.internals import get_train_context
 from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
 
 # Preemption notices: if a node will be taken away, all workers learn of it at the same step, and save a checkpoint.

@@ -43,6 +43,14 @@ NEVER_IMPORTS = {
     "ray_train/progress.py": {"torch", "transformers", "deepspeed"},
 }
 
+# What Ray does not promise to keep, and the only file of the package that may name it.
+INTERNALS = {
+    "ray.train.v2._internal": "ray_train/internals.py",
+    "ray._private": "ray_cluster/internals.py",
+    "ray._raylet": "ray_cluster/internals.py",
+    "ray.experimental.internal_kv": "ray_cluster/internals.py",
+}
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -143,6 +151,21 @@ def test_pure_rooms_never_import_the_heavy_ones(place: str) -> None:
         for name in names & set(MODULES) - set(came_from):
             came_from[name] = module
             waiting.append(name)
+
+
+@pytest.mark.parametrize("inside", INTERNALS)
+def test_only_one_file_uses_each_part_that_ray_does_not_promise(inside: str) -> None:
+    allowed = PACKAGE / INTERNALS[inside]
+    users = [
+        module for module, path in MODULES.items() if path != allowed and inside in "\n".join(dotted_names(module))
+    ]
+    assert not users, f"{inside} is for {INTERNALS[inside]} alone; import from there in {', '.join(users)}"
+
+
+def dotted_names(module: str) -> set[str]:
+    """What a module imports, and its dotted expressions such as `ray._private.state`."""
+    nodes = ast.walk(syntax_tree(MODULES[module]))
+    return imports_of(module) | {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def test_the_process_of_ray_trains_controller_loads_no_torch() -> None:
