@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.config import Config, TeacherConfig
+from pocl_ray.config import Config, DataConfig, TeacherConfig
 from pocl_ray.console import console
+from pocl_ray.data.chat_turns import assistant_turn, end_as_the_template
 from pocl_ray.data.prepare import (
     PAIRING,
     SUMMARY,
@@ -87,6 +88,7 @@ class Inputs:
             depends.append(data_fingerprint(config.data))
         if self._is_bridged:
             depends += [config.teacher.path, config.teacher.revision]
+        depends += self._turns(place, owner.revision if config.tokenizer.path is None else None)
 
         def work(_: str) -> StepResult:
             with tempfile.TemporaryDirectory() as scratch:
@@ -96,16 +98,35 @@ class Inputs:
                 else:
                     assert place is not None
                     revision = owner.revision if config.tokenizer.path is None else None
-                    _copy_tokenizer(place, revision, owner.trust_remote_code, folder)
+                    _copy_tokenizer(place, revision, owner.trust_remote_code, folder, config.data)
                 self.run_dir.publish(folder, TOKENIZER)
                 if self._is_bridged:
                     own, teacher = Path(scratch) / TEACHER_TOKENIZER, config.teacher
                     assert teacher.path is not None, "the config holds it"
-                    _copy_tokenizer(teacher.path, teacher.revision, teacher.trust_remote_code, own)
+                    _copy_tokenizer(teacher.path, teacher.revision, teacher.trust_remote_code, own, config.data)
                     self.run_dir.publish(own, TEACHER_TOKENIZER)
             return StepResult([TOKENIZER, *([TEACHER_TOKENIZER] if self._is_bridged else [])], {})
 
         return self.steps.run("tokenizer", depends, work)
+
+    def _turns(self, place: str | None, revision: str | None) -> list[Any]:
+        """The assistant's turns in chat templates that write more than an answer and the end of sequence."""
+        config, teacher = self.config, self.config.teacher
+        if config.tokenizer.train_vocab_size is not None or not _is_chat(config.data):
+            return []
+        owner = teacher if teacher.cross_tokenizer is None else config.student
+        places = [(place, revision, owner.trust_remote_code)]
+        if self._is_bridged:
+            places.append((teacher.path, teacher.revision, teacher.trust_remote_code))
+        found: list[Any] = []
+        for where, commit, trusts in places:
+            assert where is not None, "the config holds it"
+            tokenizer = load_tokenizer(place_on_this_node(where), commit, trusts)
+            if getattr(tokenizer, "chat_template", None):
+                turn = assistant_turn(tokenizer, config.data.template_args)
+                if not turn.is_plain(str(tokenizer.eos_token)):
+                    found.append([where, turn.opening, turn.closing, turn.end])
+        return found
 
     @property
     def _is_bridged(self) -> bool:
@@ -294,8 +315,15 @@ def _fingerprints(rows: Rows) -> list[str]:
     return [made.fingerprint for made in (*rows, *rows.for_teacher.values())]
 
 
-def _copy_tokenizer(place: str, revision: str | None, trust_remote_code: bool, folder: Path) -> None:
-    load_tokenizer(place_on_this_node(place), revision, trust_remote_code).save_pretrained(folder)
+def _is_chat(data: DataConfig) -> bool:
+    return data.prompt_template == "chat" and data.task != "text"
+
+
+def _copy_tokenizer(place: str, revision: str | None, trust_remote_code: bool, folder: Path, data: DataConfig) -> None:
+    tokenizer = load_tokenizer(place_on_this_node(place), revision, trust_remote_code)
+    if _is_chat(data):
+        end_as_the_template(tokenizer, data.template_args)
+    tokenizer.save_pretrained(folder)
 
 
 def _loaded_as(config: TeacherConfig) -> list[Any]:

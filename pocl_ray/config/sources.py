@@ -86,6 +86,10 @@ class DataConfig(Section):
         description="alpaca (the papers' text), chat (the tokenizer's chat template), plain (the prompt alone), "
         "or a text of your own with {instruction} and {input}, or {document} for summaries; plain text has no prompt",
     )
+    template_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="further arguments of the chat template, such as {enable_thinking: false}",
+    )
     max_prompt_tokens: int = Field(
         default=256,
         ge=1,
@@ -111,6 +115,11 @@ class DataConfig(Section):
     def _lengths(self) -> DataConfig:
         if self.task != "summarization" and "{document}" in self.prompt_template:
             raise ValueError(f"prompt_template has {{document}}, which data.task {self.task} has not")
+        if self.template_args and (self.task == "text" or self.prompt_template != "chat"):
+            raise ValueError("template_args are for the tokenizer's chat template; set prompt_template: chat")
+        own = {"messages", "tokenize", "add_generation_prompt", "chat_template", "continue_final_message", "tools"}
+        if taken := sorted(own & {*self.template_args}):
+            raise ValueError(f"template_args cannot hold {', '.join(taken)}, which the rows decide")
         if self.task != "text" and self.max_prompt_tokens >= self.max_tokens:
             raise ValueError("max_prompt_tokens must be smaller than max_tokens, or no room is left for a response")
         if self.dev is not None and self.holdout_rows:

@@ -80,6 +80,11 @@ _ROLES_OF_CHAT = {
 }
 
 
+_UNLEARNT_COLUMNS = ("tools", "functions")
+_UNLEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields of a turn that the template would have to write. A chat would be another one without them."""
+
+
 class UnusableRowError(Exception):
     """A row that cannot be trained on; the message is the reason in rejects.jsonl."""
 
@@ -148,10 +153,12 @@ def wanted_columns(mapping: Columns, task: Task, numbers: Sequence[str] = ()) ->
 
     def wanted(found: Collection[str]) -> set[str]:
         try:
-            chosen = set(resolve_columns(found, mapping, task).values())
+            roles = resolve_columns(found, mapping, task)
+            chosen = {*roles.values(), *(_UNLEARNT_COLUMNS if "messages" in roles else ())}
         except DataError:  # another file of the source may have what is missing here; if none has, that is the error
             layouts = [layout for layout in _LAYOUTS[task] if mapping.keys() <= {*layout, *_EVERYWHERE}]
             chosen = {column for layout in layouts for column in {**_EVERYWHERE, **layout, **mapping}.values()}
+            chosen |= {*_UNLEARNT_COLUMNS} if any("messages" in layout for layout in layouts) else set()
         return {*chosen, *numbers} & {*found}
 
     return wanted
@@ -271,6 +278,9 @@ def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str |
     turns = _field(values, column)
     if not isinstance(turns, (list, tuple)):
         raise UnusableRowError(f"{column} is {type(turns).__name__}, not a list of turns")
+    for name in _UNLEARNT_COLUMNS:
+        if column != name and not _is_nothing(values.get(name)):
+            raise UnusableRowError(f"{name} would be left out of the prompt: chats with tools are not supported")
     messages = [
         _read_turn(turn, f"{column}[{position}]") for position, turn in enumerate(turns) if not _says_nothing(turn)
     ]
@@ -280,10 +290,17 @@ def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str |
     before = messages[:last]
     if before and before[0]["role"] in ("system", "developer"):
         system = before.pop(0)["content"]
+    weights = [turn.get("weight") for turn in turns if not _says_nothing(turn)]
+    if weights[last] is not None and weights[last] != 1:
+        raise UnusableRowError(f"{column} gives the last turn of the assistant weight {weights[last]}, not 1")
     if not before or before[-1]["role"] != "user":
         raise UnusableRowError(f"{column} has no turn of the user before the last one of the assistant")
     instruction = before[-1]["content"]
     return Request(instruction, "", system, tuple(before[:-1]), (messages[last]["content"],), topic)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and len(value) == 0) or value == "[]"
 
 
 def _says_nothing(turn: Any) -> bool:
@@ -299,6 +316,9 @@ def _read_turn(turn: Any, place: str) -> Message:
     if not isinstance(turn, Mapping):
         raise UnusableRowError(f"{place} is {type(turn).__name__}, not an object")
     role, content = ("role", "content") if "role" in turn else ("from", "value")
+    for field in _UNLEARNT:
+        if not _is_nothing(turn.get(field)):
+            raise UnusableRowError(f"{place}.{field} would be left out: such turns are not supported")
     name = _text(turn.get(role, ""), f"{place}.{role}")
     if name not in _ROLES_OF_CHAT:
         raise UnusableRowError(f"{place}.{role} is {name!r}, not one of {', '.join(_ROLES_OF_CHAT)}")

@@ -30,7 +30,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 
 SUMMARY, REJECTS = "rows/summary.json", "rejects.jsonl"
 # Keys that older versions did not have. With their defaults a run directory of such a version stays the same run.
-_ADDED_LATER: dict[str, object] = {"special_tokens": "text"}
+_ADDED_LATER: dict[str, object] = {"special_tokens": "text", "template_args": {}}
 FOR_TEACHER = "for_teacher"
 """The folder in the rows' folder, and key of the summary, of the rows in the teacher's own tokens."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pocl_ray.config.sources import ColumnRole, SourceConfig, Task
+from pocl_ray.data.chat_turns import assistant_turn
 from pocl_ray.data.columns import (
     Columns,
+    Message,
     Request,
     UnusableRowError,
     check_numbers,
@@ -64,6 +66,7 @@ class Example:
         topic: Family of the task, if the source names it.
         source_row: Number of the row in its source, from 1.
         numbers: Values of the row's columns that are difficulty signals.
+        response: Response as the chat template writes it, without the token that ends it; None: the first reference.
     """
 
     prompt: str
@@ -71,6 +74,7 @@ class Example:
     topic: str | None
     source_row: int
     numbers: tuple[float, ...] = ()
+    response: str | None = None
 
 
 class PromptTemplate:
@@ -80,17 +84,20 @@ class PromptTemplate:
         template: `alpaca`, `chat`, `plain`, or a text with `{instruction}` and, if wanted, `{input}`; for summaries
             `{document}` is another name of the input, and the instruction may be left out.
         tokenizer: Hugging Face tokenizer, whose chat template `chat` uses.
+        template_args: Further arguments of the chat template.
 
     Raises:
-        ConfigError: A placeholder or the name is unknown, or the tokenizer has no chat template.
+        ConfigError: A placeholder or the name is unknown, or the tokenizer has no chat template that can be used.
     """
 
-    def __init__(self, template: str, tokenizer: Any) -> None:
+    def __init__(self, template: str, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
         self.is_chat = template == "chat"
         self._tokenizer = tokenizer
         if self.is_chat:
             if not getattr(tokenizer, "chat_template", None):
                 raise ConfigError("data.prompt_template: chat, but the tokenizer has no chat template; use alpaca")
+            self._args = dict(template_args or {})
+            self._turn = assistant_turn(tokenizer, self._args)
             return
         self._bare = _cut({"alpaca": _ALPACA, "plain": _PLAIN}.get(template, template))
         self._with_input = _cut(_ALPACA_WITH_INPUT) if template == "alpaca" else self._bare
@@ -119,14 +126,38 @@ class PromptTemplate:
         filled = "".join(fields.get(part, part[0]) if place % 2 else part for place, part in enumerate(parts))
         return filled if says_what else _PARAGRAPH.join(filter(None, (request.system, filled)))
 
+    def render_response(self, request: Request, prompt: str) -> str | None:
+        """Return the response as the chat template writes it, up to the token that ends it; None without a chat.
+
+        Raises:
+            UnusableRowError: The chat template refuses the response, or does not continue the prompt with it.
+        """
+        if not self.is_chat:
+            return None
+        answer = {"role": "assistant", "content": request.references[0]}
+        whole = self._apply([*_messages(request), answer], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise UnusableRowError("the tokenizer's chat template does not continue the prompt with the response")
+        response, end = whole[len(prompt) :], self._turn.end
+        return response.removesuffix(self._turn.closing) if end is None else response[: response.rfind(end)]
+
     def _render_chat(self, request: Request) -> str:
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        content = _PARAGRAPH.join(filter(None, (request.instruction, request.input)))
-        messages = [*system, *request.history, {"role": "user", "content": content}]
+        return self._apply(_messages(request), add_generation_prompt=True)
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._args
+            )
         except TemplateError as error:
             raise UnusableRowError(f"the tokenizer's chat template refuses it ({error})") from None
+
+
+def _messages(request: Request) -> list[Message]:
+    """The turns of a request, as a chat template reads them."""
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    content = _PARAGRAPH.join(filter(None, (request.instruction, request.input)))
+    return [*system, *request.history, {"role": "user", "content": content}]
 
 
 def read_example(
@@ -156,10 +187,15 @@ def read_example(
     request = read_request(row.values, columns)
     if fit is not None:
         request = fit(request)
-    if mark is not None:
-        request = mark(request)
+    marked = request if mark is None else mark(request)
+    prompt = template.render(marked)
     return Example(
-        template.render(request), request.references, request.topic, row.row, read_numbers(row.values, numbers)
+        prompt,
+        request.references,
+        request.topic,
+        row.row,
+        read_numbers(row.values, numbers),
+        template.render_response(marked, prompt),
     )
 
 

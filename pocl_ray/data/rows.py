@@ -178,7 +178,7 @@ def row_template(config: DataConfig, tokenizer: Any, is_teachers: bool = False) 
         ConfigError: The template does not work; the message says if that is for the teacher's tokenizer.
     """
     try:
-        return PromptTemplate(config.prompt_template, tokenizer)
+        return PromptTemplate(config.prompt_template, tokenizer, config.template_args)
     except ConfigError as error:
         if not is_teachers:
             raise

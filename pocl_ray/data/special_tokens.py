@@ -51,7 +51,7 @@ class SpecialTokensAsText:
         return self._pattern.sub(lambda found: self._mark_of[found[0]], text)
 
     def marked_request(self, request: Request) -> Request:
-        """Return a request of which every text is marked."""
+        """Return a request of which every text that a row holds is marked; further references are never in one."""
         history = tuple({**turn, "content": self.marked(turn["content"])} for turn in request.history)
         return replace(
             request,
@@ -59,6 +59,7 @@ class SpecialTokensAsText:
             input=self.marked(request.input),
             system=self.marked(request.system),
             history=history,
+            references=(self.marked(request.references[0]), *request.references[1:]),
         )
 
     def plain(self, text: str) -> str:

@@ -67,11 +67,12 @@ class RowTokenizer:
 
         Prompts may have marks in place of the special tokens of their data; those of the returned rows have none.
         """
-        prompt_ids, response_ids = self.encode(
-            [example.prompt for example in examples], [example.references[0] for example in examples]
-        )
+        prompts = [example.prompt for example in examples]
+        # What a chat template wrote is marked already; the special tokens in it are the template's own.
+        responses = [self._marked(e.references[0]) if e.response is None else e.response for e in examples]
+        prompt_ids, response_ids = self._encode(prompts, responses)
         if self._as_text is not None:
-            pairs = [(e.prompt, self._as_text.marked(e.references[0])) for e in examples]
+            pairs = zip(prompts, responses, strict=True)
             self.counts.num_special += sum(any(map(self._as_text.has_marks, pair)) for pair in pairs)
             examples = [replace(e, prompt=self._as_text.plain(e.prompt)) for e in examples]
         tokenized = zip(examples, prompt_ids, response_ids, strict=True)
@@ -88,8 +89,12 @@ class RowTokenizer:
             Ids of the prompts, and ids of the responses with the end-of-sequence token (unless it was cut off). A
             response without any tokens gives an empty list.
         """
-        if self._as_text is not None:
-            responses = [self._as_text.marked(response) for response in responses]
+        return self._encode(prompts, [self._marked(response) for response in responses])
+
+    def _marked(self, text: str) -> str:
+        return text if self._as_text is None else self._as_text.marked(text)
+
+    def _encode(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         bare_prompts = self._tokenize(prompts)
         bare_responses = self._tokenize_after(prompts, bare_prompts, responses)
         prompt_ids = [self._cut_prompt(ids) for ids in bare_prompts]

@@ -73,7 +73,7 @@ def test_the_rows_of_the_student_are_those_that_it_has_without_a_second_tokenize
 
 def test_each_model_is_asked_in_its_own_chat_template(tmp_path: Path) -> None:
     teachers = tiny_tokenizer(vocab_size=300)
-    teachers.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    teachers.chat_template = "{% for m in messages %}<{{ m['content'] + eos_token }}{% endfor %}"
     config = config_of(tmp_path, [counted(number) for number in range(4)], prompt_template="chat")
     _, stores = prepared(tmp_path, config, teachers)
     ours, theirs = stores["dev"]
