@@ -140,7 +140,9 @@ def test_the_runs_tokenizer_ends_as_the_template_and_only_then_has_another_finge
     place = str(tmp_path / "given")
     made_for(TEMPLATES[name]).save_pretrained(place)
     data = {"train": {"path": "samples://instructions", "split": "train"}, "holdout_rows": 1, "prompt_template": "chat"}
-    config = Config.model_validate({"data": data, "teacher": {"path": place}, "student": {"path": place}})
+    config = Config.model_validate(
+        {"name": "chat", "data": data, "teacher": {"path": place}, "student": {"path": place}}
+    )
     inputs = Inputs(config, SimpleNamespace(run_dir=None))  # type: ignore[arg-type]
     assert len(inputs._turns(place, None)) == num_turns
     _copy_tokenizer(place, None, False, tmp_path / "own", config.data)
