@@ -18,7 +18,7 @@ LABELS = {
     "sampled_rouge_l": "sampled ROUGE-L",
     "exact_match": "greedy exact match",
     "sampled_exact_match": "sampled exact match",
-    "kl": "KL(teacher || student), nats/token",
+    "kl": "KL, nats/token",
     "ce_loss": "CE, nats/token",
 }
 VERDICTS = {"ahead": COLOURS[TEACHER], "level": COLOURS[STUDENT_BEFORE], "behind": COLOURS[STUDENT_KD]}
