@@ -224,8 +224,7 @@ def test_a_student_larger_than_its_teacher_is_warned_of_and_goes_on(
     config = Config.model_validate(config_tree(tmp_path, **roles, tokenizer={}))
     assert len(Pipeline(config).stages) == 2
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert len(warnings) == 1
-    assert "student.path" in warnings[0]
+    assert sum("student.path" in line for line in warnings) == 1, "beside those of rows that are cut"
 
 
 def test_a_place_that_cannot_be_written_is_refused(

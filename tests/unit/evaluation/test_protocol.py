@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,15 +55,15 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> AnswerActor:
     )
     student = ModelRef(str(save_model(model, tokenizer, run_dir.local("models/student"))))
     generation = evaluation_of_the_preset().generation
-    task = EvaluationTask(
-        run_dir, {"student": student}, {"test": "rows/test.arrow"}, "tokenizer", generation, MAX_TOKENS, False
-    )
+    rows_of = {"test": "rows/test.arrow"}
+    task = EvaluationTask(run_dir, {"student": student}, rows_of, "tokenizer", (), generation, MAX_TOKENS, False)
     return AnswerActor(task)
 
 
 def answers_of(actor: AnswerActor, seeds: Sequence[int]) -> pa.Table:
-    items = [{"model": "student", "set": "test", "seed": seed, "ids": list(range(NUM_ROWS))} for seed in seeds]
-    return pa.concat_tables(list(actor(pa.Table.from_pylist(items))))
+    actor.task = replace(actor.task, seeds=tuple(seeds))
+    item = {"model": "student", "set": "test", "ids": list(range(NUM_ROWS))}
+    return pa.concat_tables(list(actor(pa.Table.from_pylist([item]))))
 
 
 def test_five_seeds_sample_from_all_tokens_and_a_greedy_answer_stands_beside_them(actor: AnswerActor) -> None:
