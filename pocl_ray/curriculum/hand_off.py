@@ -14,7 +14,7 @@ from pocl_ray.config import PlateauConfig
 from pocl_ray.records import Stage
 
 DevFigure = tuple[float, float]
-"""What is compared, and what decides between equal ones: the greater is the better."""
+"""The dev figure that is compared, then the tie-breaker; the greater tuple is the better."""
 NUM_ALIKE = 3  # evaluations; the first is of the student before training, and two may well agree by chance
 
 

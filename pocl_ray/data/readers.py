@@ -30,7 +30,7 @@ Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]
 
 MAX_FIELD_CHARS = 2**31 - 1
-"""Of a CSV field; Python's own limit is 131,072."""
+"""Longest field of a CSV file, in characters; Python's own limit is 131,072."""
 _UNREADABLE = (UnicodeDecodeError, OverflowError, ValueError, pa.ArrowException)
 SAMPLES_SCHEME = "samples://"
 _FORMAT_OF_ENDING: dict[str, FileFormat] = {

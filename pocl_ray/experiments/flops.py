@@ -9,7 +9,7 @@ apart:
     refreshing  what is measured again between stages
     training    the student forward and backward; the teacher's head, or all of it where nothing is cached
 
-What all arms share (supervised fine-tuning, dev evaluations) is left out. Experts of a mixture are counted whole.
+The count leaves out what all arms share (supervised fine-tuning, dev evaluations). It counts all experts of a mixture.
 """
 
 from __future__ import annotations
