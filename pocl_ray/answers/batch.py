@@ -22,6 +22,7 @@ from pocl_ray.answers.sampling import Choose, ban_repeats
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.heads import split_model
 
+# Room in the cache beyond what it holds: a cache that grows by a token is copied whole for each of them.
 _CACHE_SPARE_TOKENS = 64
 _GPU_TOKENS_BETWEEN_LOOKS = 8  # a look at which rows have ended makes the device wait for the host
 _TOKENS_BETWEEN_BEATS = 32
@@ -87,6 +88,7 @@ class Batch:
         self.groups = groups_of([len(prompt) for prompt in prompts])
         self.prompt_PT, mask_PT = pad_left(prompts, self.device)
         self.num_prompt_tokens = self.prompt_PT.shape[1]
+        # All buffers are as long as the answers may get: a token then changes one column, and nothing is concatenated.
         self.mask_BT = torch.nn.functional.pad(mask_PT, (0, longest), value=1).repeat(len(draws), 1)
         self.new_BT = torch.zeros(num_rows, longest, dtype=torch.int64, device=self.device)
         self.seen_BT: Tensor | None = None
@@ -171,6 +173,7 @@ class Batch:
         mask_BT = self.mask_BT[:, : self.num_prompt_tokens + step + 1]
         if self.means.caches:
             return self._forward(self.new_BT[:, step : step + 1], mask_BT, self.cache)
+        # A family whose cache does not hold all: the whole row is read for each token, slowly and rightly.
         prompt_BT = self.prompt_PT[torch.from_numpy(self.rows % self.num_prompts).to(self.device)]
         return self._forward(torch.cat([prompt_BT, self.new_BT[:, : step + 1]], 1), mask_BT, None)
 
@@ -182,7 +185,7 @@ class Batch:
             arguments[self.cache_name] = cache
         if self.takes_mask:
             arguments["attention_mask"] = mask_BT
-        if self.takes_positions:
+        if self.takes_positions:  # counted without the padding on the left, which would shift them
             arguments["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
         return self.parts.body(**arguments).last_hidden_state[:, -1]
 
@@ -216,6 +219,7 @@ class Batch:
         if self.seen_BT is not None:
             self.seen_BT[:, self.num_prompt_tokens + step] = token_B
         ends_B = torch.isin(token_B, self.stop_ids) & ~self.ended_B
+        # On the device, without a look at it: rows go on past their end until `_all_left` looks, and are cut to length.
         self.length_B = torch.where(ends_B, self.length_B.clamp(max=step + 1), self.length_B)
         self.ended_B |= ends_B | (self.limit_B <= step + 1)
 

@@ -4,6 +4,8 @@ The order is a function of (seed, stage, epoch) alone. A global batch is drawn f
 micro-batches, so a run that resumes with another number of workers trains on the same global batches. The rows of a
 global batch are sorted by length before the cut. Since the loss is a sum over response tokens, the cut changes only the
 padding.
+
+Legend: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ import torch
 from pocl_ray.data.row_store import Pairs
 from pocl_ray.records import Stage
 from pocl_ray.teacher_cache.top_k import TopK
-
-# Axes: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class MicroBatch:
 
 def random_order(num_rows: int, seed: int) -> np.ndarray:
     """Return all row ids in an order drawn by the seed, independent of the orders of the epochs."""
+    # A key that no (seed, stage, epoch) of `epoch_order` has: the two orders must not be correlated.
     sequence = np.random.SeedSequence(seed, spawn_key=(1,))
     return np.random.Generator(np.random.PCG64(sequence)).permutation(num_rows)
 
@@ -121,6 +122,7 @@ def global_batches(
     """
     order, epoch_of_order = stage_rows, -1
     for step in range(first_step, stage.num_steps):
+        # A step's rows follow from its number, so a resumed run needs no list of what was seen.
         epoch, within = divmod(step, stage.steps_per_epoch)
         if epoch != epoch_of_order:
             order, epoch_of_order = epoch_order(stage_rows, seed, stage.index, epoch), epoch
@@ -144,6 +146,7 @@ def rank_micro_batches(
     """
     assert len(ids) % world_size == 0, "a global batch is a multiple of the number of workers"
     by_length = ids[np.argsort(-lengths, kind="stable")]
+    # Dealt like cards, not cut in blocks: every worker gets long and short rows, and none waits for another.
     mine = by_length[rank::world_size]
     return [mine[i : i + micro_batch_rows] for i in range(0, len(mine), micro_batch_rows)]
 
@@ -166,6 +169,7 @@ def collate(
     mask_BT = position_T < total
     ids_BT = np.full(mask_BT.shape, pad_id, np.int64)
     ids_BT[mask_BT] = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
+    # From the last token of the prompt, which predicts the response's first, to the last but one.
     predicts_BT = (position_T >= num_prompt - 1) & (position_T < total - 1)
     index_N = np.flatnonzero(predicts_BT)
     return MicroBatch(

@@ -98,8 +98,11 @@ class HeadLoss:
         """(loss, ce, kd), each summed over the tokens of a chunk; only the first has a gradient that counts."""
         if self.transform is not None:
             logits_CV = self.transform(logits_CV)
+        # float32 at least: a log-softmax over a large vocabulary in 16 bits would lose the unlikely tokens.
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        # At kd_ratio 1 the cross-entropy is logged but not trained on: its gradient would be an array of (C, V) for 0.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio < 1.0):
+            # A sum: the engine divides by the response tokens of the whole step, which no chunk knows.
             ce = F.cross_entropy(logits_CV, self.targets_N[rows], reduction="sum")
         if self.kd is None or self.teacher_logits is None or self.kd_ratio == 0.0:
             return ce, ce, torch.zeros_like(ce)
@@ -120,6 +123,7 @@ class HeadLoss:
 def token_chunks(num_tokens: int, vocabulary: int, chunk_bytes: int) -> list[slice]:
     """Cut tokens into slices of nearly equal length whose float32 logits take `chunk_bytes` at most."""
     most = max(1, chunk_bytes // (4 * vocabulary))
+    # Nearly equal ones: a short last chunk would cost a whole round of kernels.
     num_chunks = -(-num_tokens // most)
     bounds = [num_tokens * index // num_chunks for index in range(num_chunks + 1)] if num_chunks else [0]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
@@ -145,10 +149,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, loss: HeadLoss, with_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the chunks; `with_grad` is told from outside, as grad mode is always off in here."""
+        # The gradient is made here because the logits are here. Autograd would keep those of every chunk until
+        # backward, or recompute them there: (N, V) memory, or the head's product twice. The price is that forward must
+        # know which gradients are wanted, and that the gradient of the loss itself is a factor that comes later.
         dtype = _compute_dtype(hidden_NH.device.type, weight_VH.dtype)
         needed = [with_grad and bool(needs) for needs in ctx.needs_input_grad[:3]]
         chunks = loss.chunks(weight_VH.shape[0])
         totals = torch.zeros(3, dtype=torch.float64, device=hidden_NH.device)
+        # Off within: dtype is autocast's already, and the loss must stay in float32.
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head = _Head.of(hidden_NH, weight_VH, bias_V, dtype, needed, len(chunks))
             for rows in chunks:
@@ -207,6 +215,7 @@ class _Head:
         exact = num_chunks <= 1 or dtype not in (torch.bfloat16, torch.float16)
         weight_grad_dtype = weight_VH.dtype if exact else torch.float32
         gradients = [
+            # Empty, as each token is in one chunk, which writes its row; all chunks add to those of weight and bias.
             torch.empty_like(hidden_NH, dtype=dtype) if needed[0] else None,
             torch.zeros_like(weight_VH, dtype=weight_grad_dtype) if needed[1] else None,
             torch.zeros_like(bias_V, dtype=weight_grad_dtype) if bias_V is not None and needed[2] else None,
@@ -218,8 +227,10 @@ class _Head:
     def run_chunk(self, rows: slice, loss: HeadLoss) -> Tensor:
         """The three sums of a chunk, shape (3,), after adding its part to the gradients."""
         logits_CV = F.linear(self.hidden_NH[rows], self.weight_VH, self.bias_V)
-        if all(gradient is None for gradient in self.gradients):
+        if all(gradient is None for gradient in self.gradients):  # evaluation
             return torch.stack(loss.sums(logits_CV, rows)).double()
+        # Autograd runs from the loss to the logits only, whose formula is any divergence's; from the logits on the
+        # head is a product, whose gradients `_add` writes into buffers that stand already.
         with torch.enable_grad():
             sums = loss.sums(logits_CV.requires_grad_(), rows)
             (grad_logits_CV,) = torch.autograd.grad(sums[0], logits_CV, torch.full_like(sums[0], self.gradient_scale))
@@ -239,6 +250,7 @@ class _Head:
         if grad_weight_VH.dtype == grad_logits_CV.dtype:
             grad_weight_VH.addmm_(grad_logits_CV.t(), hidden_CH)
             return
+        # In slices: the product in low precision is a temporary, which would be as large as the whole weight.
         parts = zip(grad_weight_VH.split(_SLICE_ROWS), grad_logits_CV.t().split(_SLICE_ROWS), strict=True)
         for part_VH, grad_logits_VC in parts:
             part_VH += grad_logits_VC @ hidden_CH

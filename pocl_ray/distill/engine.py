@@ -55,6 +55,7 @@ class StepLosses:
 
 def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> int:
     """Return the micro-batches that each worker runs for one optimizer step."""
+    # The last micro-batch of a worker may be short: every response token counts once, however rows are cut.
     return responses_per_row * math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
 
 
@@ -76,8 +77,9 @@ def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
+        # DeepSpeed's own Adam is compiled at first use, which needs a compiler on every node; torch's is ready.
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
+        "steps_per_print": 1 << 30,  # never: the loop logs each step
     }
     if train.offload_optimizer == "cpu":
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -103,9 +105,10 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], place: str) -> dict[st
     merged = dict(ours)
     for key, value in theirs.items():
         where = f"{place}.{key}"
+        # A second optimizer or schedule would act next to ours, and `train_batch_size` would contradict the curriculum.
         if key in ("optimizer", "scheduler", "train_batch_size"):
             raise ConfigError(f"{where}: the optimizer, its schedule and the batch are set by `train`; remove the key")
-        if value == "auto" or ours.get(key) == value:
+        if value == "auto" or ours.get(key) == value:  # "auto" is how Hugging Face's configs leave a value to us
             continue
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
             merged[key] = _merged(ours.get(key, {}), value, where)
@@ -128,10 +131,11 @@ def learning_rate(train: TrainConfig, stage: Stage, step: int) -> float:
         stage: Stage, with its place in the schedule.
         step: Optimizer step within the stage, from 0.
     """
+    # A schedule over all stages starts before this one and ends after it; one for each stage starts at 0.
     position, total = stage.lr_first_step + step, stage.lr_num_steps
     warmup = math.ceil(round(train.warmup_ratio * total, 6))  # 0.07 * 100 is a little more than 7 in floating point
     if position < warmup:
-        return train.learning_rate * (position + 1) / warmup
+        return train.learning_rate * (position + 1) / warmup  # + 1: a first step at rate 0 would change nothing
     if train.lr_schedule == "wsd":  # where the two overlap, the warm-up is taken off the decay
         warmup = max(warmup, math.floor(round((1 - train.decay_ratio) * total, 6)))
     done = max(0, position - warmup) / max(1, total - warmup)
@@ -165,6 +169,7 @@ class Engine:
         self.train = train
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # Under bf16 and fp16 DeepSpeed keeps float32 copies of the weights, which Adam changes.
         module.to(dtype=DTYPES[train.precision], device=device)
         optimizer = torch.optim.AdamW(
             _parameter_groups(module, train.weight_decay),
@@ -174,6 +179,7 @@ class Engine:
             fused=True,
         )
         config = deepspeed_config(train, self.world_size, responses_per_row)
+        # The process group stands already: Ray Train or the tests made it, and a second one would find no peers.
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -208,25 +214,34 @@ class Engine:
             num_response_tokens: Number of response tokens of the whole global batch.
             gaps: Gaps of the rows, which receive the gaps of this step; None: no gaps are measured.
         """
+        # DeepSpeed counts calls: with one micro-batch more or less, a worker would step while the others accumulate.
         assert len(micro_batches) == self.accumulation
+        # Set and not scheduled: the rate is a function of the step, so a resumed run needs no state of a scheduler.
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         settings = self._with_mean_score(micro_batches, settings)
         self.deepspeed.train()
+        # What is wanted is sum(loss) / num_response_tokens over all workers and micro-batches. DeepSpeed divides each
+        # loss by the micro-batches and the summed gradient by the workers, so both are multiplied back in. A mean of
+        # means would weigh a token by how few others share its micro-batch, and training would depend on the cut.
         scale = self.world_size * self.accumulation / num_response_tokens
+        # float64, so that a sum over many tokens keeps its digits.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             beat("training")
             measured = settings if gaps is None else replace(settings, gap_meter=gaps.meter(batch, self.device))
             losses = self.deepspeed(batch.to(self.device), measured)
+            # Through DeepSpeed and not loss.backward(): fp16's loss scale and ZeRO's reductions hang on it.
             self.deepspeed.backward(losses[0] * scale)
             sums += torch.stack([loss.detach().double() for loss in losses])
-            if self.deepspeed.is_gradient_accumulation_boundary():
+            if self.deepspeed.is_gradient_accumulation_boundary():  # true for the last micro-batch alone
                 dist.all_reduce(sums)  # before the step: all workers must know whether the loss is finite
                 self.guard.begin(float(sums[0]), self._plain_grad_norm())
-            self.deepspeed.step()
+            self.deepspeed.step()  # called for every micro-batch; weights change at the boundary
+        # The same divisor as that of the gradient, so the logged loss is the one that was minimised.
         loss, ce_loss, kd_loss = (sums / num_response_tokens).tolist()
         grad_norm = self.guard.grad_norm()
+        # fp16's loss scaler skips steps whose gradient overflows until it has found its scale: that is no divergence.
         is_skipped = not math.isfinite(loss) or (self.train.precision != "fp16" and not math.isfinite(grad_norm))
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens, is_skipped)
 
@@ -243,7 +258,7 @@ class Engine:
             if settings.of(batch).kd_ratio > 0.0:
                 totals[0] += self.module.token_score_sum(batch.to(self.device), settings)
                 totals[1] += batch.num_response_tokens
-        dist.all_reduce(totals)
+        dist.all_reduce(totals)  # a mean of each worker's own tokens would depend on the number of workers
         score_sum, num_tokens = totals.tolist()
         return replace(settings, token_weight=weight.with_mean(score_sum / num_tokens)) if num_tokens else settings
 
@@ -251,6 +266,7 @@ class Engine:
         """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
         if self.train.zero_stage > 0:
             return None
+        # `backward` has averaged these over the workers, so each worker computes the same norm.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
@@ -293,6 +309,7 @@ class _StepGuard:
         return math.inf if norm < 0 or self._zero.overflow else norm
 
     def _guarded_step(self, closure: Any = None) -> Any:
+        # Both are the same on all workers, so all of them step or none does.
         if math.isfinite(self._loss_sum) and math.isfinite(self.grad_norm()):
             return self._step(closure)
         return None
@@ -353,11 +370,11 @@ def _set_timeout_of_all_groups(timeout_s: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-# The current student for generation: the model itself, or under ZeRO-3 a complete copy of it.
-
-
 class InferenceStudent:
-    """The engine's student for generation; dev answers and rollouts share one object, since it may hold a copy."""
+    """The engine's student for generation: the model itself, or under ZeRO-3 a complete copy of it.
+
+    Dev answers and rollouts share one object, since it may hold a copy.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -383,6 +400,7 @@ class InferenceStudent:
             self._copy.eval()
         targets: dict[str, Any] = dict(self._copy.named_parameters())
         for name, parameter in student.named_parameters():
+            # One at a time: a worker then needs memory for one whole parameter next to the copy.
             with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
                 targets[name].copy_(parameter)
         return self._copy

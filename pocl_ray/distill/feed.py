@@ -23,8 +23,6 @@ from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
 from pocl_ray.teacher_cache.top_k import TopK
 
-# The teachers' outputs for a batch, from their caches or from live teachers.
-
 
 @dataclass(frozen=True)
 class TeacherSource:
@@ -68,6 +66,7 @@ class TeacherSource:
         if pairs is None:
             return TeacherOutput(tokens, self.index, self.weight)
         assert isinstance(tokens, torch.Tensor), "over two tokenizers hidden states are compared"
+        # A cache holds all of the teacher's response tokens; the loss compares those with a counterpart alone.
         if not pairs.teacher_M.all():
             tokens = tokens[torch.from_numpy(np.flatnonzero(pairs.teacher_M)).to(tokens.device)]
         return TeacherOutput(tokens, self.index, self.weight, torch.from_numpy(pairs.student_N))
@@ -82,6 +81,7 @@ class Teachers:
     def in_stage(self, stage: int | None) -> Teachers:
         """Return the teachers that a stage uses (None: all teachers), with weights that sum to 1."""
         chosen = [one for one in self.sources if stage is None or one.stages is None or stage in one.stages]
+        # To 1 in every stage: kd_ratio then weighs the divergence the same, however many teachers a stage has.
         total = sum(one.weight for one in chosen)
         return Teachers(tuple(replace(one, weight=one.weight / total) for one in chosen))
 
@@ -135,8 +135,8 @@ def load_teachers(task: TrainTask, device: torch.device) -> list[LoadedTeacher]:
     for one in task.teachers:
         ref = on_this_node(one.ref)
         if one.cache is not None and task.distill.teacher_cache == "topk":
-            loaded.append(LoadedTeacher(one, None, None))
-        elif one.cache is not None:
+            loaded.append(LoadedTeacher(one, None, None))  # the cache holds probabilities: no weight is needed
+        elif one.cache is not None:  # the head alone turns cached hidden states into the full distribution
             loaded.append(LoadedTeacher(one, load_head(ref, device=device), None))
         else:
             live = _sharded(ref, device) if one.sharded else LiveTeacher(ref, device)
@@ -164,6 +164,7 @@ def teachers_of(
         cache: HiddenCache | TopKCache | None = None
         if one.task.cache is not None:
             directory = task.run_dir.local(f"{one.task.cache}/{made.name}")
+            # A cache of another teacher or of other rows has the same shape, and would teach without any error.
             expected = (one.task.fingerprint, read.fingerprint, read.num_rows)
             if task.distill.teacher_cache == "topk":
                 cache = TopKCache.open(directory, *expected)
@@ -245,9 +246,13 @@ class Feed:
         """
         ids = global_batches(stage, stage_rows, global_batch_rows, seed, first_step)
         teachers = self.teachers.in_stage(stage.index) if stage.uses_teacher or respond else Teachers()
+        # One batch ahead hides the reading behind the step. More would hold more cached hidden states, and a step that
+        # is faster than its reading would not get faster by it.
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             ahead: Future[GlobalBatch] | None = None
             for batch_ids in ids:
+                # What needs the device comes after the wait, in the caller's thread: a live teacher may be collective,
+                # and a rollout needs the weights of this step, which do not exist while the batch is read.
                 behind, ahead = ahead, pool.submit(self._global_batch, batch_ids, teachers)
                 if behind is not None:
                     yield _with_teacher_outputs(behind.result(), teachers, respond)
@@ -271,6 +276,7 @@ class Feed:
         """
         teachers = self.teachers.in_stage(stage)
         ids = np.arange(len(self.lengths)) if ids is None else ids
+        # The longest first: rows of a micro-batch are then alike, and a lack of memory shows at the first one.
         order = ids[np.argsort(-self.lengths[ids], kind="stable")]
         num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
@@ -282,6 +288,8 @@ class Feed:
 
     def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
         mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
+        # The token count is that of the whole batch, known from the lengths of its rows: it divides the loss on every
+        # worker, and no worker has to ask the others for theirs.
         return GlobalBatch(
             [self._micro_batch(part, teachers) for part in mine],
             len(ids),
@@ -302,5 +310,5 @@ class Feed:
 
 def _with_teacher_outputs(batch: GlobalBatch, teachers: Teachers, respond: Respond | None) -> GlobalBatch:
     if respond is not None:
-        batch = respond(batch)
+        batch = respond(batch)  # first: the teachers teach the responses that the student wrote
     return replace(batch, micro_batches=[teachers.teach(part) for part in batch.micro_batches])

@@ -112,11 +112,13 @@ class TrainingLoop:
 
     def restore(self, progress: Progress, directory: Path | None) -> None:
         """Go on from a checkpoint: weights, moments, cursor and metric stream; collective, rank 0 reads `directory`."""
+        # Rank 0 reads and broadcasts: the others may be on nodes that do not have the files.
         source = directory if self.engine.rank == 0 else None
         self.progress = progress
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
         self.rollouts.restore(progress.rollout, source)
+        # Copied: the next checkpoint and the hand-off read it when this directory is gone.
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
         if self.rescorer is not None:
@@ -130,8 +132,8 @@ class TrainingLoop:
             if self.progress.step == 0 and self.progress.num_samples == 0:
                 if self.rescorer is not None:
                     self.rescorer.clear()
-                self._evaluate()
-                self._reset_best()
+                self._evaluate()  # the figures of the untrained student, which the report compares with
+                self._reset_best()  # but no stage hands them on: the best is that of what the stage trained
             for stage in self.task.stages[self.progress.stage :]:
                 self._run_stage(stage)
             self._settle()
@@ -143,21 +145,26 @@ class TrainingLoop:
 
     def _settle(self) -> None:
         """Wait until all uploads of all workers are finished."""
+        # In this order: an upload waits for files that the writer writes, and `meet` for the slowest upload.
         self._writer.join()
         self.hooks.wait_for_uploads()
         self.hooks.meet()
 
     def _run_stage(self, stage: Stage) -> None:
         progress, batch_rows = self.progress, self.task.train.global_batch_rows
+        # What begins a stage happens at num_samples 0 only. A run that resumes within the stage must not repeat it: its
+        # moments, its order and its drawn rows are in the checkpoint.
         if progress.num_samples == 0 and stage.restart_optimizer and stage.index > 0:
             self.state.reset_moments()
         if progress.num_samples == 0 and stage.rescore:
             assert self.rescorer is not None, "the task says how rows are ranked again"
             self.orders["rank"] = self.rescorer.order(stage, self.orders["rank"])
         rows = self._rows(stage)
+        # The cursor counts rows over all workers, so it means the same on another number of them.
         step = progress.num_samples // batch_rows
         started = time.monotonic()
         respond = self._respond if self.task.rollout.is_on else None
+        # Closed here, as a stage that has converged leaves while the feed's thread still reads ahead.
         with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, respond)) as batches:
             while not self._is_over(stage, step):
                 started = self._step(stage, step, next(batches), started)
@@ -167,7 +174,7 @@ class TrainingLoop:
                     self._checkpoint()
                     started = time.monotonic()
                 elif self._checkpoint_is_due():
-                    self._settle()
+                    self._settle()  # one checkpoint is on its way at a time; `_evaluate` has settled above
                     self._checkpoint()
                     started = time.monotonic()
         self._hand_off()
@@ -185,6 +192,7 @@ class TrainingLoop:
         """Return whether the stage ends here. The progress alone decides, so that a resumed run decides the same."""
         if steps_done == stage.num_steps:
             return True
+        # Only where figures are new; between evaluations the answer would be the same as before.
         is_evaluated = steps_done > 0 and self._evaluation_is_due(stage, steps_done)
         return is_evaluated and has_converged(stage, steps_done, self.progress.metrics, self.task.plateau)
 
@@ -196,6 +204,7 @@ class TrainingLoop:
         settings = self._settings(stage, step)
         gaps = None if self.frontier is None else self.frontier.step_gaps
         losses = self.engine.train_step(batch.micro_batches, settings, lr, batch.num_response_tokens, gaps)
+        # The progress moves after the step and in one piece: a checkpoint never stands between the two.
         if gaps is not None:
             gaps.end_step(progress.step)
         progress.num_samples += batch.num_rows
@@ -227,12 +236,13 @@ class TrainingLoop:
 
     def _settings(self, stage: Stage, step: int) -> StepSettings:
         temperature, kd_ratio = stage.kd_temperature_at(step), stage.kd_ratio_at(step)
-        own = self.task.rollout.kd_ratio
+        own = self.task.rollout.kd_ratio  # None: rollouts follow the stage's ratio
         on_rollouts = RolloutSettings(kd_ratio if own is None else own, self.rollout_divergence)
         return StepSettings(temperature, kd_ratio, self.divergence, self.token_weight, on_rollouts)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
+        # By worker too, or all workers would drop the same units at the same places of their batches.
         sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
@@ -262,10 +272,11 @@ class TrainingLoop:
         }
         if self.progress.step % self.task.train.log_every_steps == 0:
             self.progress.metrics.append(record)
+        # Records that are not logged go to the hook too: the driver shows progress by them.
         self.hooks.on_step(self.progress, record)
 
     def _evaluation_is_due(self, stage: Stage, steps_done: int) -> bool:
-        if steps_done == stage.num_steps:
+        if steps_done == stage.num_steps:  # always at a stage's end, as the hand-off needs its figures
             return True
         epoch, within = divmod(steps_done, stage.steps_per_epoch)
         return within == 0 and epoch % self.task.train.eval_every_epochs == 0
@@ -282,6 +293,7 @@ class TrainingLoop:
         record = {**position, **figures}
         self.progress.metrics.append(record)
         self.hooks.on_step(self.progress, record)
+        # Before the best state and the checkpoint that follows: one is on its way at a time.
         self._settle()
         if self.task.hand_off == "best" and progress.note_best(figures):
             self.progress.best_adam_steps = self.state.num_adam_steps
@@ -301,17 +313,20 @@ class TrainingLoop:
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
         self.progress.rollout = self.rollouts.state()
+        # A copy: the writer's thread stores it while steps go on and change the progress.
         progress, written = self.progress.snapshot(), None
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
+        # All workers gather, as a partitioned parameter needs each of them; only rank 0 has a directory and writes.
         write_state(self.state, KINDS, (directory or self._scratch) / STATE, self._writer)
         if self.frontier is not None:
-            self.frontier.gaps.settle()
+            self.frontier.gaps.settle()  # collective: each worker has seen the gaps of its own rows
         if directory is not None:
             if self.frontier is not None:
                 self.frontier.write(directory)
             self.rollouts.write(directory)
             if self.rescorer is not None:
                 write_order(self.orders["rank"], directory)
+            # Last in the queue: `complete` writes the digests of all files, and the progress that makes it valid.
             whole = self._writer.submit(partial(complete, progress, directory, self._scratch / BEST))
             written = PendingCheckpoint(directory, whole)
         self.hooks.on_checkpoint(progress, written)
@@ -321,14 +336,15 @@ class TrainingLoop:
             reads = self.engine.rank == 0
             kinds = self._best_kinds()
             steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
+            # The files must be written before they are read, and the others wait without a limit while rank 0 writes.
             self._writer.join()
             self.hooks.meet()
             self.state.load(state_reader(self._scratch / BEST if reads else None), kinds, steps)
-        self._reset_best()
+        self._reset_best()  # figures of two stages are not compared: a harder stage may well begin below the last one
         self.progress.stage += 1
         self.progress.num_samples = 0
 
     def _reset_best(self) -> None:
-        self._writer.join()
+        self._writer.join()  # a checkpoint that is being completed links the files that are deleted here
         self.progress.best_figure = self.progress.best_loss = None
         shutil.rmtree(self._scratch / BEST, ignore_errors=True)

@@ -71,6 +71,7 @@ class LossHead(nn.Module):
 
     def __init__(self, head: nn.Module, transform: LogitTransform) -> None:
         super().__init__()
+        # The same object as in the student, not a copy: tied weights collect the gradients of head and embedding.
         self.weight = cast(nn.Parameter, head.weight)
         self.register_parameter("bias", getattr(head, "bias", None))
         self.transform = transform
@@ -119,6 +120,7 @@ class DistillationModule(nn.Module):
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Return the student's last hidden states at the response positions, shape (N, H)."""
+        # (B, T, V) logits would be most of a step's memory, and those of prompt and padding have no part in the loss.
         return split_model(self.student).response_hidden(
             batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
         )
@@ -130,11 +132,13 @@ class DistillationModule(nn.Module):
             (sum of (1 - kd_ratio) ce + kd_ratio kd, sum of ce, sum of kd), float32 scalars; the first carries the
             gradient. With kd_ratio 0 the teacher is left alone and the third is 0.
         """
+        # The loss is taken in here and not by the caller: under ZeRO-3 a head's weight is there only while the forward
+        # of the module that owns it runs.
         settings = settings.of(batch)
         return self.loss_head(
             self.hidden(batch),
             batch.targets_N,
-            self._teacher_logits(batch, settings),
+            self._teacher_logits(batch, settings),  # a function: a chunk's logits are made when the chunk is
             settings,
             self._chunk_bytes(batch),
         )
@@ -145,6 +149,7 @@ class DistillationModule(nn.Module):
         teacher = self._teacher_logits(batch, settings.of(batch))
         assert settings.token_weight is not None and teacher is not None
         total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
+        # In chunks, as in the loss: the teacher's logits of all tokens are never held.
         for rows in token_chunks(
             batch.num_response_tokens, self.student.config.get_text_config().vocab_size, self.chunk_bytes
         ):
@@ -159,7 +164,7 @@ class DistillationModule(nn.Module):
         return self.chunk_bytes * vocab_size // max(vocab_size, widest)
 
     def _teacher_logits(self, batch: MicroBatch, settings: StepSettings) -> TeacherLogits | None:
-        if settings.kd_ratio == 0.0:
+        if settings.kd_ratio == 0.0:  # a teacher that weighs nothing is not computed
             return None
         if not batch.teacher_outputs:
             raise ValueError("kd_ratio is above 0, but there is no teacher: the batch says nothing of one")

@@ -120,11 +120,14 @@ def teacher_logits(teacher_outputs: Sequence[TeacherOutput], heads: Sequence[Hea
             raise ValueError("there are hidden states, but no teacher head to make logits of them")
         if one.paired_N is None:
             return head.logits(one.tokens[rows])
+        # `tokens` holds counterparts alone: a chunk's are found by how many come before it, counted on the CPU, since
+        # a look at the device would make it wait.
         num_before = int(one.paired_N[: rows.start].sum())
         index_P = one.paired_N[rows].nonzero().squeeze(-1)
         logits_PW = head.logits(one.tokens[num_before : num_before + len(index_P)])
         return PairedTargets(logits_PW, index_P.to(logits_PW.device), len(one.paired_N[rows]))
 
+    # The usual case goes without a sum over one teacher.
     if len(teacher_outputs) == 1 and teacher_outputs[0].weight == 1.0:
         return lambda rows: part(teacher_outputs[0], rows)
     return lambda rows: WeightedTargets([(one.weight, part(one, rows)) for one in teacher_outputs])
@@ -142,34 +145,31 @@ def student_events(logits_CV: Tensor, top_k: TopK, temperature: float) -> Tensor
         raise ValueError(f"the student has {logits_CV.shape[-1]} logits, the cached teacher {top_k.vocab_size}")
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    # Cut before the softmax: what the student's padding would take is no event of the teacher's.
     logits_CV = logits_CV[:, : top_k.vocab_size].to(torch.promote_types(logits_CV.dtype, torch.float32))
     logq_CV = torch.log_softmax(logits_CV / temperature, dim=-1).nan_to_num(nan=math.nan, neginf=LOG_ZERO)
     ids_CK = top_k.ids_NK.long()
     events_CK = logq_CV.gather(-1, ids_CK)
     if not top_k.has_tail:
         return events_CK
+    # Summed over the tail itself: 1 minus the mass of the k would be rounding noise where they hold nearly all.
     tail_C1 = logq_CV.scatter(-1, ids_CK, LOG_ZERO).logsumexp(-1, keepdim=True)
     return torch.cat([events_CK, tail_C1], dim=-1)
 
 
-# Weights of response tokens in the distillation loss, by how sure the teacher is of them.
-#
-# With s_n the score of token n and mean(s) its mean over all response tokens of the optimizer step,
-#
-#     w_n = 1 - strength + strength * s_n / mean(s)      kd_loss = 1/N sum_n w_n kd_n
-#
-# so the weights have mean 1 whatever the teacher is like, and kd_ratio keeps its meaning. The mean is over all
-# workers and micro-batches, hence taken before the step (`Engine.train_step`): weights that were normalised within a
-# micro-batch would make training depend on how the batch is cut. The entropy is that of the teacher's plain
-# distribution, at temperature 1: a row's weights do not move with the stage's kd_temperature. Of several teachers it
-# is the weighted mean.
-#
-# Legend: N response tokens in one flat axis, V vocabulary of the teacher.
-
-
 @dataclass(frozen=True)
 class TokenWeight:
-    """The weighting of tokens; picklable.
+    """The weights of response tokens in the distillation loss, by how sure the teacher is of them; picklable.
+
+    With s_n the score of token n and mean(s) its mean over all response tokens of the optimizer step,
+
+        w_n = 1 - strength + strength * s_n / mean(s)      kd_loss = 1/N sum_n w_n kd_n
+
+    so the weights have mean 1 whatever the teacher is like, and kd_ratio keeps its meaning. The mean is over all
+    workers and micro-batches, so it is taken before the step (`Engine.train_step`): weights that were normalised within
+    a micro-batch would make training depend on how the batch is cut. The entropy is that of the teacher's plain
+    distribution, at temperature 1: a row's weights do not move with the stage's kd_temperature. Of several teachers it
+    is the weighted mean.
 
     Attributes:
         score: `teacher_entropy`, H(p), favours tokens that the teacher leaves open (arXiv 2605.01732 turns to these as
