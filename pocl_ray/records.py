@@ -190,12 +190,9 @@ class RowsSummary:
     num_special: int = 0
 
 
-# The steps of a run. The manifest and the report read this table, and the documentation shows it.
-
-
 @dataclass(frozen=True)
 class Step:
-    """One step of the data flow.
+    """One step of the data flow; the manifest and the report read the table of them, the documentation shows it.
 
     Attributes:
         name: Name in the manifest, the terminal and the report.

@@ -162,9 +162,6 @@ def _names(row: dict[str, Any]) -> str:
     return ", ".join(map(str, row)) or "none"
 
 
-# ROUGE-L of a student's answers to prompts: one signal, measured before training and again between stages.
-
-
 def score_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

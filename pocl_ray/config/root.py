@@ -23,12 +23,9 @@ from pocl_ray.config.training import FRONTIER, CurriculumConfig, DistillConfig, 
 from pocl_ray.config.tuning import TuneConfig
 from pocl_ray.records import GAP
 
-# Checks for a teacher and a student with different tokenizers (`teacher.cross_tokenizer: uld`).
-#
-# Tokens of the two models are then paired by position, and probabilities by rank alone. Settings that compare token by
-# token, or that give one model the tokens of the other, are refused while the config is read. Each function returns
-# the problem with its remedy, or None.
-
+# The value of `teacher.cross_tokenizer` for two tokenizers: tokens of the two models are paired by position, and
+# probabilities by rank alone. Settings that compare token by token, or that give one model the tokens of the other, are
+# refused while the config is read: each function below returns the problem with its remedy, or None.
 ULD = "uld"
 KEY = "teacher.cross_tokenizer"
 

@@ -10,8 +10,6 @@ from pocl_ray.config.base import Section
 from pocl_ray.config.training import SftConfig
 from pocl_ray.records import COLUMN
 
-# Low-rank adapters.
-
 ModuleName = Annotated[str, StringConstraints(min_length=1)]
 
 

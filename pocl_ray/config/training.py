@@ -345,9 +345,6 @@ class SftConfig(Section):
     train: TrainOverrides = TrainOverrides()
 
 
-# Rollouts: responses that the student writes itself while it is trained.
-
-
 class RolloutConfig(Section):
     """On-policy training: the steps in which the student writes the responses, and how it is trained on them."""
 

@@ -14,8 +14,6 @@ from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Order, Ramp, Stage
 
-# Stages before which the current student ranks the rows again.
-
 
 def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Order, pacing: str) -> list[bool]:
     """Return for each stage whether the rows are ranked again before it, which they are if that can change its rows.
@@ -42,11 +40,8 @@ def rescored_stages(slices: Sequence[tuple[int, int]], num_rows: int, order: Ord
     return rescored
 
 
-# Buckets: disjoint slices of the ranking, 0 the easiest (POCL, section 3.3).
-
-
 def bucket_ends(num_rows: int, num_buckets: int) -> tuple[int, ...]:
-    """Return the end of each bucket in the ranking, as cumulative row counts.
+    """Return the end of each bucket in the ranking, as cumulative row counts; bucket 0 is the easiest (section 3.3).
 
     Each bucket holds `floor(num_rows / num_buckets)` rows. The last one takes the remainder as well.
 

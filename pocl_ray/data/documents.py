@@ -72,14 +72,11 @@ class DocumentFitter:
         return document[: min(end, len(document) - 1)].rstrip()
 
 
-# Conversations that are too long for a prompt lose their oldest turns as a whole, and keep their system message.
-#
-# Losing the beginning would be wrong for a chat: it holds the system message, and the rest would begin in the middle of
-# a turn, which no chat template writes.
-
-
 class ConversationFitter:
-    """Shortens conversations by whole turns.
+    """Shortens conversations that are too long for a prompt: their oldest turns go, their system message stays.
+
+    Tokens cut off at the beginning would be wrong for a chat: it begins with the system message, and the rest would
+    begin in the middle of a turn, which no chat template writes.
 
     Args:
         tokenizer: Hugging Face tokenizer.

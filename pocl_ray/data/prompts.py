@@ -216,8 +216,6 @@ def _cut(template: str) -> list[str]:
     return parts
 
 
-# The rows of a source as examples, before any tokenizer. The first rows decide the columns; bad rows become rejects.
-
 CHUNK_ROWS = 2048
 
 

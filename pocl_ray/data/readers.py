@@ -24,8 +24,6 @@ from pocl_ray.config.sources import SourceConfig
 from pocl_ray.errors import DataError
 from pocl_ray.run_directory.storage import is_remote, resolve
 
-# The place and the format of a source's rows: files, folders, globs, Hub ids, shipped samples.
-
 Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]
 

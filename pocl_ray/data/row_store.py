@@ -183,20 +183,17 @@ def _prompt_or_text(rows: RowStore) -> pa.ChunkedArray:
     return pa.chunked_array([pc.list_element(batch.column(REFERENCES), 0) for batch in rows.batches], pa.string())
 
 
-# Pairs of response tokens of two tokenizers: in each response the k-th token with the k-th.
-#
-# The rest of the longer one has no counterpart (arXiv 2402.12030 cuts it). Only lengths matter, so pairs are found for
-# a whole batch at once.
-#
-# Axes: R rows, N response tokens of the student in one flat axis, M those of the teacher, P pairs.
-
 IntArray = npt.NDArray[np.integer]
 BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The tokens of a batch that have a counterpart; the p-th token of one model belongs to the p-th of the other.
+    """The response tokens of a batch that have a counterpart in the tokens of another tokenizer.
+
+    In each response the k-th token is paired with the k-th; the rest of the longer one has none (arXiv 2402.12030 cuts
+    it). Only lengths matter, so pairs are found for a whole batch at once. Axes: R rows, N response tokens of the
+    student in one flat axis, M those of the teacher, P pairs.
 
     Attributes:
         student_N: Mask of the student's tokens that have a counterpart.

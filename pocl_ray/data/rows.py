@@ -31,17 +31,15 @@ from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
 from pocl_ray.run_directory.storage import file_digest, replacing
 
-# The pass over a source: chunks become record batches of tokens, and rejects are collected.
-#
-# If the teacher has another tokenizer, each chunk is also read for the teacher: with its chat template, if that is
-# chosen, and into its tokens. Both files then hold the same rows under the same ids.
-
 Outcome = list[PreparedRow] | Reject
 """The outcome of a row of the source: one row, several rows of a long text, or a reject."""
 
 
 class Preparation:
     """Reads a source in the tokens of one or two tokenizers: the run's, and the teacher's if it has its own.
+
+    With two, each chunk is read twice: for the teacher with its chat template, if that is chosen, and in its tokens.
+    Both files then hold the same rows under the same ids.
 
     Args:
         source: Source with the meaning of its columns.

@@ -153,18 +153,14 @@ def front_tokens(tokenizer: Any) -> list[int]:
     return list(full[: next(starts, 0)])
 
 
-# Plain text without a prompt, for the distillation of language modelling: texts are cut into rows of at most
-# `max_tokens`.
-#
-# A row's first token is its prompt, and all others are its response, so that every position except the first is trained
-# on. A long text becomes several rows. Each of them begins with the last token of the row before, so every token of the
-# text except the first is a response token exactly once, and nothing is lost. The text ends with the end-of-sequence
-# token. Short texts are not packed: batches hold rows of similar length anyway, and each row stays one text with one
-# difficulty.
-
-
 class TextTokenizer:
-    """Cuts texts into rows.
+    """Cuts plain text, which has no prompt, into rows of at most `max_tokens`.
+
+    A row's first token is its prompt, and all others are its response, so that every position except the first is
+    trained on. A long text becomes several rows. Each of them begins with the last token of the row before, so every
+    token of the text except the first is a response token exactly once, and nothing is lost. The text ends with the
+    end-of-sequence token. Short texts are not packed: batches hold rows of similar length anyway, and each row stays
+    one text with one difficulty.
 
     Args:
         tokenizer: Hugging Face tokenizer. A token that it adds in front of a text, such as BOS, is the first token of
@@ -220,12 +216,6 @@ class TextTokenizer:
         ]
 
 
-# A new tokenizer for models that are trained from the start: byte-level BPE with single digits.
-#
-# With bytes, every text can be encoded and no token is unknown. Digits stay single, so that a small model sees the
-# columns of a sum. One special token ends a text and pads a batch, as in GPT-2, since the rest of the system must
-# handle that anyway.
-
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = len(pre_tokenizers.ByteLevel.alphabet()) + 1
 """The number of all bytes and the special token. A smaller vocabulary could not encode every text."""
@@ -241,6 +231,10 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE tokenizer and save it as a directory that `AutoTokenizer` loads.
+
+    With bytes, every text can be encoded and no token is unknown. Digits stay single, so that a small model sees the
+    columns of a sum. One special token ends a text and pads a batch, as in GPT-2, since the rest of the system must
+    handle that anyway.
 
     The same texts in the same order give the same tokenizer. If the texts have too few pairs to merge, the vocabulary
     is smaller than `vocab_size`.

@@ -126,12 +126,11 @@ def row_table(
     return pa.table(columns)
 
 
-# The part of the teacher's outputs that the scoring pass keeps for the cache: nothing, hidden states, or the likeliest
-# tokens. Further axes: C response tokens of a chunk, V vocabulary.
-
-
 class CacheUnitWriter(Protocol):
-    """Keeps the part of the cache of one unit."""
+    """Keeps what the cache needs of the teacher's outputs for one unit: nothing, hidden states, or likeliest tokens.
+
+    Further axes: C response tokens of a chunk, V vocabulary.
+    """
 
     def watch(self, logits_CV: torch.Tensor) -> None:
         """Take the teacher's logits of the next tokens of the unit."""

@@ -41,14 +41,12 @@ from pocl_ray.records import ID, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.reader import write_index
 
-# The results of a scoring job, gathered on the driver as they arrive: one number for each row and signal.
-#
-# A million rows with nine signals take 72 MB here. Tables that are kept until the end, and then cut by set and sorted,
-# would take several times as much, in as many objects as there are micro-batches.
-
 
 class Results:
-    """The results of one set, by id.
+    """The results of one set, by id, gathered on the driver as they arrive.
+
+    A million rows with nine signals take 72 MB here. Tables that are kept until the end, and then cut by set and
+    sorted, would take several times as much, in as many objects as there are micro-batches.
 
     Attributes:
         rows: Summary of the set.

@@ -43,16 +43,16 @@ from pocl_ray.records import PROGRESS
 from pocl_ray.run_directory.lease import machine, started_after_boot_s
 from pocl_ray.run_directory.storage import file_digest, fingerprint, write_whole
 
-# Writing of checkpoints during training: one thread writes finished tensors to disk, in order. No Ray.
-#
-# Gathering is collective and stops training; what comes after (files, digests, the way to storage) does not. Host
-# memory is bounded: whoever brings more than fits waits, so a state of any size passes through.
-
 T = TypeVar("T")
 
 
 class CheckpointWriter:
-    """A thread that runs jobs one after the other. After a failed job no other job runs, and every call raises."""
+    """A thread that writes checkpoints during training: it runs jobs one after the other.
+
+    Gathering is collective and stops training; what comes after (files, digests, the way to storage) does not. Host
+    memory is bounded: whoever brings more than fits waits, so a state of any size passes through. After a failed job no
+    other job runs, and every call raises.
+    """
 
     def __init__(self, buffer_bytes: int) -> None:
         """Set it up; the thread starts with the first job.
@@ -314,8 +314,6 @@ def read_progress(directory: Path) -> Progress:
 def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != PROGRESS)
 
-
-# Local directories in which checkpoints are written, and clean-up of those that killed workers left. No Ray.
 
 _NAME = re.compile(r"pocl-ray-(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<started>\d+)-")
 

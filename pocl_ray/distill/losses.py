@@ -27,17 +27,13 @@ from pocl_ray import plugins
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.plugins import reason
 
-# Losses from other packages, found through the entry-point group `pocl_ray.losses`. A plug-in is a function with the
-# signature of the losses below, or a `Loss`, which also names its parameters and whether T^2 applies. It is called once
-# on random logits before any training, so that a mistake shows early and names the plug-in.
-#
-# Legend: N tokens, V vocabulary.
-
 GROUP = "pocl_ray.losses"
+"""The entry points of losses from other packages: functions with the signature of those below, or a `Loss`, which also
+names its parameters and whether T^2 applies."""
 
 
 def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Call a plug-in on three tokens, and check its result.
+    """Call a plug-in on three tokens, and check its result: a mistake shows before training, and names the plug-in.
 
     Raises:
         UserError: The plug-in raises an error, returns no float tensor of shape (N,), is not finite, or has no
@@ -293,8 +289,7 @@ _SKEW = Range(0.0, 1.0, high_open=True)
 _CLOSED = Range(0.0, 1.0)
 
 # T^2 as in the authors' code for the first six, as TRL does (not at all) for generalized_jsd, and no T in the paper of
-# uld. The three between are made
-# of KLs with the gradient of forward_kl, which shrinks with 1/T^2, and follow it.
+# uld. The three between are made of KLs with the gradient of forward_kl, which shrinks with 1/T^2, and follow it.
 LOSSES: dict[str, Loss] = {
     "forward_kl": Loss(forward_kl, scale_by_t_squared=True),
     "reverse_kl": Loss(reverse_kl, scale_by_t_squared=False),

@@ -123,12 +123,6 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
     return FrontierRows(task.frontier, gaps, task.train.global_batch_rows, task.seed, measure)
 
 
-# Resuming from the newest complete checkpoint, the same on every worker. No Ray.
-#
-# A node that dies while it writes, or a disk that loses a block, leaves a checkpoint that must not be trained on. Every
-# file of a checkpoint has its digest in `progress.json`, so that this is seen, and the checkpoint before is used.
-
-
 class StoredCheckpoint(Protocol):
     """A checkpoint in storage, as Ray Train hands it out."""
 
@@ -143,6 +137,9 @@ def newest_whole(
     checkpoints: Sequence[StoredCheckpoint], warn: Callable[[str], object]
 ) -> Iterator[tuple[Progress, Path] | None]:
     """Yield the newest checkpoint that is complete and undamaged.
+
+    A node that dies while it writes, or a disk that loses a block, leaves a checkpoint that must not be trained on.
+    Every file of a checkpoint has its digest in `progress.json`, so that this is seen, and the one before is used.
 
     Args:
         checkpoints: Checkpoints, the newest first.

@@ -130,8 +130,6 @@ class TrainTask:
         return sum(stage.num_steps for stage in self.stages)
 
 
-# Training tasks from a config: for the curriculum, for its control, and for supervised fine-tuning.
-
 RESCORED = "scores/stages"
 """The folder of the rankings between stages, next to the output of the run."""
 

@@ -54,13 +54,6 @@ class LiveTeacher:
         )  # cloned outside inference mode: autograd cannot save an inference tensor, and a loss may need to
 
 
-# A frozen teacher split over the training workers: ZeRO stage 3 without an optimizer.
-#
-# Each worker holds a share of every weight. The weights of a layer are gathered when the layer runs, and released after
-# it. So a worker needs memory for its share of the teacher and for one layer. The price is that a forward pass is
-# collective: all workers must run it together, equally often.
-
-
 class _Body(nn.Module):
     """The module that DeepSpeed wraps: DeepSpeed learns the order of the layers from calls of this module alone."""
 
@@ -77,7 +70,11 @@ class _Body(nn.Module):
 
 
 class ShardedTeacher:
-    """A frozen teacher of which each worker holds a part. Construction and calls are collective.
+    """A frozen teacher of which each worker holds a part: ZeRO stage 3 without an optimizer.
+
+    The weights of a layer are gathered when the layer runs, and released after it. So a worker needs memory for its
+    part of the teacher and for one layer. The price is that construction and calls are collective: all workers must
+    make them together, equally often.
 
     Attributes:
         head: LM head, complete on every worker.

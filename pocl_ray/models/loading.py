@@ -27,11 +27,6 @@ from pocl_ray.models.lora import merged_with_adapter
 from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
 from pocl_ray.models.saving import quiet_transformers, save_model
 
-# Frozen models in 8 bit, by bitsandbytes (LLM.int8(), arXiv 2208.07339), which is an extra.
-#
-# The linear layers of the body are quantized. Embeddings and the LM head are not, so that hidden states and head work
-# as in other models. It is meant for CUDA GPUs, and also works on CPUs.
-
 INSTALL = "pip install 'pocl-ray[int8]'"
 
 
@@ -50,6 +45,9 @@ def check_int8(name: str) -> None:
 
 def int8_options(name: str, device: torch.device) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that load a model in 8 bit, directly onto its device.
+
+    bitsandbytes quantizes the linear layers of the body (LLM.int8(), arXiv 2208.07339). Embeddings and the LM head stay
+    as they are, so that hidden states and head work as in other models.
 
     Raises:
         ResourceError: bitsandbytes is not installed.

@@ -36,8 +36,6 @@ from pocl_ray.models.places import (
 from pocl_ray.models.saving import save_model
 from pocl_ray.run_directory.storage import RunDirectory
 
-# A student cut from its teacher: it has some of the teacher's layers, evenly spaced, and all of its other weights.
-
 
 def evenly_spaced(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
     """Return the layers that a student keeps: the first, the last, and layers evenly spaced between them.
@@ -53,7 +51,7 @@ def evenly_spaced(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
 
 
 def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """Return a student that consists of some of a teacher's layers.
+    """Return a student that consists of some of a teacher's layers, evenly spaced, and of all its other weights.
 
     The student is a new model, built from an adjusted config, so that everything that depends on depth (layer indices
     of the KV cache, kinds of layers) fits. The teacher does not change.

@@ -146,9 +146,6 @@ def _ask(wanted: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> No
     request_resources(bundles=[dict(each) for each in wanted], bundle_label_selectors=[dict(labels) for _ in wanted])
 
 
-# Room for training workers.
-
-
 def resources_per_worker(scaling: ScalingConfig, use_gpu: bool) -> dict[str, float]:
     """Return the resources of one training worker, without the type of its GPU."""
     resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
@@ -175,9 +172,6 @@ def wait_for_workers(scaling: ScalingConfig, use_gpu: bool) -> None:
             f"{resources_text(needed)} each{where(scaling)} (its nodes have {listed}); lower scaling.num_workers or "
             "scaling.cpus_per_worker"
         )
-
-
-# Room for trials.
 
 
 def trials_at_once(

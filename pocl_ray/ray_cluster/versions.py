@@ -77,11 +77,9 @@ def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) 
         )
 
 
-# Clocks: a warning if the clock of a node is far off. No code compares the clocks of two machines to decide whether
-# work is lost or a lease is over.
-
 MAX_SKEW_S = 300.0
-"""The difference at which the user is warned. Object stores refuse requests that are 15 minutes off."""
+"""The difference of clocks at which the user is warned. Object stores refuse requests that are 15 minutes off. Nothing
+else depends on it: no code compares the clocks of two machines to decide whether work is lost or a lease is over."""
 
 
 def skew_s(asked_at: float, theirs: float, answered_at: float) -> float:

@@ -43,6 +43,10 @@ from pocl_ray.ray_train.internals import (
 )
 from pocl_ray.run_directory.storage import RunDirectory
 
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 30.0
+LOOK_EVERY_S = 1.0
 # Errors of a worker in a collective whose other end is gone: a consequence and never the cause.
 _COLLATERAL = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
@@ -125,19 +129,6 @@ def _is_consequence(failure: BaseException) -> bool:
     return not isinstance(failure, WorkerHealthCheckFailedError) and any(sign in str(failure) for sign in _COLLATERAL)
 
 
-# How many workers an elastic run has: as many as there is room for, of which each gets an equal share of a batch.
-#
-# Ray Train's own elastic policy takes any number that fits. Ours differs in four points. It keeps to numbers that
-# divide the global batch and to the placement that is asked for. It looks at the nodes as they are, not as they were
-# up to 20 seconds ago, and does not count one that is about to go. It grows right after a checkpoint, so that hardly
-# a step is done twice. And it gives up, with the reason, where too few nodes are left for too long.
-
-logger = logging.getLogger(__name__)
-
-ANSWER_S = 30.0
-LOOK_EVERY_S = 1.0
-
-
 def largest_share(num_possible: int, least: int, global_batch_rows: int) -> int:
     """Return the most workers, at most `num_possible`, that share a global batch evenly; 0 for fewer than `least`."""
     fitting = (n for n in range(num_possible, least - 1, -1) if n > 0 and global_batch_rows % n == 0)
@@ -145,7 +136,13 @@ def largest_share(num_possible: int, least: int, global_batch_rows: int) -> int:
 
 
 class ElasticPolicy(ElasticScalingPolicy):
-    """Decides in Ray Train's controller how many workers there are."""
+    """Decides in Ray Train's controller how many workers there are: as many as there is room for.
+
+    Ray Train's own elastic policy takes any number that fits. Ours differs in four points. It keeps to numbers that
+    divide the global batch and to the placement that is asked for. It looks at the nodes as they are, not as they were
+    up to 20 seconds ago, and does not count one that is about to go. It grows right after a checkpoint, so that hardly
+    a step is done twice. And it gives up, with the reason, where too few nodes are left for too long.
+    """
 
     def __init__(self, scaling_config: RayScalingConfig, global_batch_rows: int, patience_s: float) -> None:
         """Set the policy up.
@@ -210,9 +207,6 @@ class ElasticPolicy(ElasticScalingPolicy):
         config, nodes = self.scaling_config, list(reserved_resources.values())
         room = room_for(config._resources_per_worker_not_none, nodes, str(config.placement_strategy))
         return largest_share(min(room, config.max_workers), config.min_workers, self._global_batch_rows)
-
-
-# Our callbacks in Ray Train's controller: they keep snapshots, and report resources to the progress actors.
 
 
 class BackUpSnapshots(ReportCallback):

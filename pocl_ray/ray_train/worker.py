@@ -38,11 +38,6 @@ from pocl_ray.ray_train.checkpoints import copy_checkpoint
 from pocl_ray.ray_train.internals import get_train_context
 from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
 
-# Preemption notices: if a node will be taken away, all workers learn of it at the same step, and save a checkpoint.
-# Ray Train's watcher informs each worker process separately (spot instances, `ray drain-node`). Its public function,
-# `ray.train.get_preemption_info`, waits for all workers through an actor, which is too slow for every step. So each
-# worker reads its own notice, and the workers agree by one reduction of a number.
-
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 SAVE_EVERY_S = 30.0
 """The seconds between checkpoints after a notice. Training goes on until the node is gone, which may take minutes."""
@@ -60,7 +55,12 @@ def announced_preemption() -> PreemptionInfo | None:
 
 
 class PreemptionNotices:
-    """Decides when to save a checkpoint because a node will be taken away."""
+    """Decides when to save a checkpoint because a node will be taken away (a spot instance, `ray drain-node`).
+
+    All workers decide the same at the same step. Ray Train's watcher informs each worker process separately, and its
+    public function, `ray.train.get_preemption_info`, waits for all workers through an actor, which is too slow for
+    every step. So each worker reads its own notice, and the workers agree by one reduction of a number.
+    """
 
     def __init__(
         self,
@@ -89,8 +89,6 @@ class PreemptionNotices:
         self._on_notice(progress)
         return True
 
-
-# Ray metrics of a training run, for Prometheus and Grafana (`cluster/grafana-dashboard.json`); set on rank 0.
 
 TAGS = ("run", "task")
 GAUGES = {
@@ -131,7 +129,7 @@ def figures(record: dict[str, Any], global_batch_rows: int) -> dict[str, float]:
 
 
 class Gauges:
-    """The gauges of one task in one run."""
+    """The gauges of one task in one run, on rank 0, for Prometheus and `cluster/grafana-dashboard.json`."""
 
     def __init__(self, run: str, task: str, global_batch_rows: int) -> None:
         """Register the gauges with Ray's metrics agent of this node."""
@@ -146,13 +144,11 @@ class Gauges:
             self._gauges[name].set(value)
 
 
-# The log of a training worker, in Ray's log directory: every line names run, task, stage and rank.
-
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class WorkerLog(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Puts run, task, stage and rank before each message.
+    """The log of a worker, in Ray's log directory: puts run, task, stage and rank before each message.
 
     Attributes:
         stage: Current stage, which is set when it changes.

@@ -235,9 +235,6 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_TEXT_CHARS else text[:_MAX_TEXT_CHARS].rstrip() + " …"
 
 
-# The changes of the ranking between stages.
-
-
 @dataclass(frozen=True)
 class Reranked:
     """Comparison of a ranking with the one before it.

@@ -163,9 +163,6 @@ def _verdict(difference: float, tolerance: float) -> Verdict:
     return "ahead" if difference > 0 else "behind"
 
 
-# Results on plain text: the perplexity of each model on each set.
-
-
 @dataclass(frozen=True)
 class Perplexity:
     """The perplexity of one model on one set of texts.

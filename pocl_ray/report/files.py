@@ -284,9 +284,6 @@ def _read_rejects(files: RunFiles) -> Rejects | None:
     return Rejects(sum(counts.values()), counts, first_rows)
 
 
-# The work of the pipeline: time and tokens of each step, and rows that were left out.
-
-
 @dataclass(frozen=True)
 class StepTime:
     """A step of the pipeline; a number that is not in the manifest is NaN.

@@ -12,8 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from pocl_ray.records import Stage
 
-# Formats of numbers and of foreign text.
-
 NOTHING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 

@@ -25,8 +25,6 @@ from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, 
 from pocl_ray.report.difficulty import SignalSpread, TopicTable
 from pocl_ray.report.figures import SetResult
 
-# Conversion of matplotlib's SVG for the page: colours follow the page's theme, text uses the page's font.
-
 
 def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, str]) -> str:
     """Return an `<svg>` element to embed in HTML.

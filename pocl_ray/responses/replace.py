@@ -153,12 +153,6 @@ def _lines(rejects: list[Reject]) -> str:
     return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
 
 
-# The teacher's answers for a student with another tokenizer: the text is passed on.
-#
-# The teacher's rows keep the exact tokens that it generated. The student's rows get the student's tokens of the decoded
-# text, after their own prompt. A row is left out of both files if either model cannot use its answer, so that an id
-# names the same row in both files.
-
 TEACHER_ROWS, TEACHER_SUMMARY = f"{FOLDER}/{FOR_TEACHER}/train.arrow", f"{FOLDER}/{FOR_TEACHER}/summary.json"
 
 
@@ -172,6 +166,10 @@ def hand_over_responses(
     max_reject_share: float,
 ) -> RowsSummary:
     """Write new training rows in both tokenizers, with the teacher's answers as responses and as references.
+
+    The teacher's rows keep the exact tokens that it generated. The student's rows get the student's tokens of the
+    decoded text, after their own prompt. A row is left out of both files if either model cannot use its answer, so that
+    an id names the same row in both files.
 
     Args:
         rows: Prepared sets, in the tokens of both.

@@ -106,13 +106,11 @@ class Manifest:
         self.run_dir.write_json(FILE, {"version": VERSION, "steps": self.steps})
 
 
-# Steps: a step that the manifest lists as done is skipped; another one is announced, run and timed.
-
 ENVIRONMENT = "environment.json"
 
 
 class Steps:
-    """Runs the steps of one run directory.
+    """Runs the steps of one run directory: those that the manifest lists as done are skipped, others run and timed.
 
     Attributes:
         num_done: Number of steps that this process has finished; steps done earlier do not count.

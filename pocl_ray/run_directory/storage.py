@@ -27,8 +27,6 @@ from filelock import FileLock
 
 from pocl_ray.errors import StorageError
 
-# Stores: the filesystem of a path or URL, and checks that it can be used.
-
 
 def is_remote(path: str) -> bool:
     """Return whether the path names an object store and not a local file."""
@@ -103,8 +101,6 @@ def reason(error: BaseException) -> str:
     return line.partition(" (Request ID:")[0]
 
 
-# The one atomic write: a reader sees the old file or directory, or the new one, never a part of one.
-
 _LOCAL = pafs.LocalFileSystem()
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
@@ -118,6 +114,7 @@ def _next_to(path: Path) -> Path:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a path for a new file or directory; it takes the place of `target` when the block ends without an error.
 
+    This is the one atomic write: a reader sees the old file or directory, or the new one, never a part of one.
     Until then `target` is unchanged, and after an error too; the new path is then deleted.
 
     Raises:

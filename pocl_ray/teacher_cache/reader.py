@@ -246,14 +246,14 @@ def _read_index(directory: Path, meta: CacheMeta) -> pa.RecordBatch:
     return index
 
 
-# The cache of the teacher's final hidden states, from which its LM head computes the full distribution again.
-# Further axis: K the teacher's hidden size.
-
 __all__ = ["CacheMeta", "HiddenCache", "Layout", "ShardInfo", "estimate_bytes", "write_index", "write_shard"]
 
 
 class HiddenCache(TeacherCache):
-    """A finished cache of hidden states in a local directory."""
+    """A finished cache of the teacher's final hidden states, from which its LM head computes the distribution again.
+
+    K is the teacher's hidden size.
+    """
 
     kind: ClassVar[Literal["hidden", "topk"]] = "hidden"
 
@@ -309,12 +309,11 @@ class HiddenCache(TeacherCache):
                 HeadSample.from_bytes(sample).check(head, place)
 
 
-# The cache of the teacher's likeliest tokens, for corpora whose hidden states would not fit. Here K is the number of
-# tokens kept.
-
-
 class TopKCache(TeacherCache):
-    """A finished cache of the likeliest tokens in a local directory."""
+    """A finished cache of the teacher's likeliest tokens, for corpora whose hidden states would not fit.
+
+    K is the number of tokens kept.
+    """
 
     kind: ClassVar[Literal["hidden", "topk"]] = "topk"
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     import optuna
 
 
-# The next trial's settings, as a pure function of the seed, the number of earlier draws, and their results.
-#
-# Nothing is kept between calls, so a killed search continues as if it had never stopped.
-
 # The share of the trials that are drawn at random before the estimator is asked, and its bounds.
 STARTUP_SHARE, MIN_STARTUP, MAX_STARTUP = 0.3, 4, 10
 
@@ -45,7 +41,11 @@ class TrialOutcome:
 
 
 def propose(tune: TuneConfig, num_drawn: int, history: Sequence[TrialOutcome], seed: int) -> Settings | None:
-    """Return the settings to try next; None if a grid has no more points."""
+    """Return the settings to try next; None if a grid has no more points.
+
+    A pure function of the seed, the number of earlier draws and their results: a killed search continues as if it had
+    never stopped.
+    """
     if tune.algorithm == "grid":
         points = grid_points(tune.space)
         return points[num_drawn] if num_drawn < len(points) else None

@@ -20,8 +20,6 @@ from pocl_ray.curriculum.hand_off import dev_loss, hand_off_figure
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, PlannedTrial
 
-# The record of a trial, `tune/trials/<name>/trial.json`, which is updated while the trial runs.
-
 TRIALS = "tune/trials"
 RECORD = "trial.json"
 Status = Literal["running", "finished", "stopped", "failed", "diverged"]
@@ -29,7 +27,7 @@ Status = Literal["running", "finished", "stopped", "failed", "diverged"]
 
 @dataclass
 class TrialRecord:
-    """The record of one trial.
+    """The record of one trial, `tune/trials/<name>/trial.json`, which is updated while the trial runs.
 
     Attributes:
         name: Name of its directory in `tune/trials`.

@@ -152,10 +152,6 @@ def grid_points(space: Mapping[str, DomainConfig]) -> list[Settings]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
 
 
-# Constraints on a sampled config, such as `curriculum.interval_epochs * curriculum.num_buckets <= 12`.
-# A constraint is an expression of dotted keys, numbers, texts, arithmetic, comparisons, `and`, `or`, `not` and `in`.
-# Nothing else is evaluated, and no function is ever called.
-
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -186,7 +182,11 @@ class ConstraintError(ConfigError):
 
 
 class Constraint:
-    """A constraint, which is parsed once and evaluated on many configs."""
+    """A constraint on a sampled config, such as `curriculum.interval_epochs * curriculum.num_buckets <= 12`.
+
+    It is parsed once and evaluated on many configs. It is an expression of dotted keys, numbers, texts, arithmetic,
+    comparisons, `and`, `or`, `not` and `in`. Nothing else is evaluated, and no function is ever called.
+    """
 
     def __init__(self, text: str) -> None:
         """Parse the expression.

@@ -57,7 +57,7 @@ def assert_refused(ref: ModelRef, *words: str) -> None:
         assert word in message
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
+# Models
 
 
 def test_a_saved_model_loads_as_it_was(family, new_model, new_tokenizer, tmp_path, padded_batch):
@@ -178,7 +178,7 @@ def test_a_gpu_where_there_is_none_is_refused(saved):
         load_model(ModelRef(str(saved)), device="cuda")
 
 
-# --- fingerprints and saving ----------------------------------------------------------------------------------------
+# Fingerprints and saving
 
 
 def test_a_fingerprint_follows_the_weights_and_not_the_place(saved, new_model, new_tokenizer, tmp_path):
@@ -217,7 +217,7 @@ def test_saving_where_it_cannot_be_is_refused(new_model, new_tokenizer, tmp_path
         save_model(new_model("gpt2"), new_tokenizer(), tmp_path / "file" / "model")
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------
+# Tokenizers
 
 
 def test_a_tokenizer_pads_with_eos_where_it_has_no_pad(new_tokenizer, tmp_path):
@@ -243,7 +243,7 @@ def test_tokenizers_are_compared_by_what_ids_mean(new_tokenizer):
         check_same_tokenizer(new_tokenizer(), new_tokenizer(word="v"))
 
 
-# --- models from a config -------------------------------------------------------------------------------------------
+# Models from a config
 
 
 def test_a_built_model_depends_on_the_seed_alone():

@@ -113,7 +113,7 @@ def test_cutting_and_joining_give_back_the_same() -> None:
     assert all(torch.equal(getattr(again, name), getattr(kept, name)) for name in ("ids_NK", "logp_NK", "curve_NP"))
 
 
-# --- the cache
+# The cache
 
 
 def write(directory: Path, top_k: int = 6, dtype: torch.dtype = torch.float16) -> dict[int, TopK]:
