@@ -11,6 +11,7 @@ dev and test are in train: their questions are new combinations of known words.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 from pocl_ray.data.samples.registry import FAMILIES, Family, Row
@@ -18,6 +19,9 @@ from pocl_ray.errors import DataError
 
 SPLITS = {"test": 11, "dev": 5, "train": 125}
 """The number of rows of each family in each split, in the order of the division."""
+
+FRESH_SPLITS = {"fresh_test": 40, "fresh_dev": 20}
+"""Further rows of each family for comparisons of methods: their questions are in no other split."""
 
 _NAME = "instructions"
 _DRAWS_PER_ROW = 20  # after so many draws for each wanted row, the family has no more distinct questions
@@ -28,7 +32,8 @@ def sample_rows(name: str, split: str) -> list[dict]:
 
     Args:
         name: Name of the data set; there is one, `instructions`.
-        split: Name of the split: `train`, `dev` or `test`.
+        split: Name of the split: `train`, `dev` or `test`; `fresh_dev` and `fresh_test` are larger and share no question
+            with these three. Families with few distinct questions have few rows there, or none.
 
     Returns:
         Rows with `instruction`, `input`, `output` (a string, or a list of accepted answers, of which training uses the
@@ -39,8 +44,8 @@ def sample_rows(name: str, split: str) -> list[dict]:
     """
     if name != _NAME:
         raise DataError(f"no sample rows are called '{name}'; there is '{_NAME}'")
-    if split not in SPLITS:
-        raise DataError(f"the sample rows have no split '{split}'; there are {', '.join(SPLITS)}")
+    if split not in SPLITS and split not in FRESH_SPLITS:
+        raise DataError(f"the sample rows have no split '{split}'; there are {', '.join([*SPLITS, *FRESH_SPLITS])}")
     return [_as_record(topic, row) for topic, row in _split_rows(split)]
 
 
@@ -67,9 +72,9 @@ def fresh_rows(name: str, seed: str, rows_per_family: int) -> list[dict]:
     return [_as_record(topic, row) for topic, row in rows]
 
 
-def _draw_fresh(family: Family, seed: str, wanted: int) -> list[Row]:
+def _draw_fresh(family: Family, seed: str, wanted: int, held_out_splits: Sequence[str] = ("dev", "test")) -> list[Row]:
     dealt = _deal(family)
-    held_out = {row.question for split in ("dev", "test") for row in dealt[split]}
+    held_out = {row.question for split in held_out_splits for row in dealt[split]}
     rng = random.Random(f"{_NAME} {seed} {family.name}")
     distinct: dict[tuple, Row] = {}
     for _ in range(_DRAWS_PER_ROW * wanted):
@@ -83,9 +88,18 @@ def _draw_fresh(family: Family, seed: str, wanted: int) -> list[Row]:
 
 @cache
 def _split_rows(split: str) -> list[tuple[str, Row]]:
-    rows = [(family.name, row) for family in FAMILIES.values() for row in _deal(family)[split]]
+    dealt = _deal if split in SPLITS else _deal_fresh
+    rows = [(family.name, row) for family in FAMILIES.values() for row in dealt(family)[split]]
     random.Random(f"{_NAME} {split}").shuffle(rows)
     return rows
+
+
+@cache
+def _deal_fresh(family: Family) -> dict[str, list[Row]]:
+    """Questions of a family that are in none of `SPLITS`, the first of them for `fresh_test`."""
+    rows = _draw_fresh(family, "fresh", sum(FRESH_SPLITS.values()), tuple(SPLITS))
+    num_test = FRESH_SPLITS["fresh_test"] * len(rows) // sum(FRESH_SPLITS.values())
+    return {"fresh_test": rows[:num_test], "fresh_dev": rows[num_test:]}
 
 
 @cache

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import pytest
 
-from pocl_ray.data.samples import SPLITS, fresh_rows, sample_rows
+from pocl_ray.data.samples import FRESH_SPLITS, SPLITS, fresh_rows, sample_rows
 from pocl_ray.data.samples.registry import FAMILIES
 from pocl_ray.errors import DataError
 
@@ -89,6 +89,14 @@ def test_fresh_rows_ask_no_question_of_dev_or_test_even_in_other_words():
     assert fresh == fresh_rows("instructions", "some seed", 150)
     other = fresh_rows("instructions", "another seed", 150)
     assert len({prompt(row) for row in other} - {prompt(row) for row in fresh}) > len(other) / 2
+
+
+def test_rows_for_comparisons_share_no_question_with_other_splits():
+    fresh = {split: sample_rows("instructions", split) for split in FRESH_SPLITS}
+    asked = [question(row) for rows in [*ROWS.values(), *fresh.values()] for row in rows]
+    assert len(set(asked)) == len(asked)
+    assert len(fresh["fresh_test"]) > 2 * len(ROWS["test"])
+    assert len(fresh["fresh_dev"]) > 2 * len(ROWS["dev"])
 
 
 def test_no_question_comes_twice_and_none_has_two_answers():
