@@ -70,9 +70,15 @@ class FingerprintedModel:
 class Inputs:
     """The steps before scoring. Each step requests the steps that it depends on."""
 
-    def __init__(self, config: Config, steps: Steps) -> None:
-        """Take the config and the runner of steps, but do nothing yet."""
-        self.config, self.steps, self.run_dir = config, steps, steps.run_dir
+    def __init__(self, config: Config, steps: Steps, teacher: FingerprintedModel | None = None) -> None:
+        """Take the config and the runner of steps, but do nothing yet.
+
+        Args:
+            config: Config of the run.
+            steps: Runner of its steps.
+            teacher: Teacher that another run of the same rows has made; None: this run makes its own.
+        """
+        self.config, self.steps, self.run_dir, self._given_teacher = config, steps, steps.run_dir, teacher
 
     @cached_property
     def tokenizer(self) -> str:
@@ -231,6 +237,8 @@ class Inputs:
     @cached_property
     def teacher(self) -> FingerprintedModel:
         """The teacher, fine-tuned if the config says so."""
+        if self._given_teacher is not None:
+            return self._given_teacher
         config = self.config.teacher
 
         def work(fingerprint: str) -> StepResult:
@@ -269,13 +277,13 @@ class Inputs:
         """The student before distillation."""
         config = self.config.student
         teacher = self.teacher if config.num_layers is not None else None
-        is_made = config.path is None
+        is_made, seed = config.path is None, self.config.student_seed
 
         def work(fingerprint: str) -> StepResult:
             outputs = []
             if is_made:
                 tokenizer = self.load_tokenizer()
-                make_student(config, teacher.ref if teacher else None, tokenizer, self.config.seed, self.run_dir)
+                make_student(config, teacher.ref if teacher else None, tokenizer, seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
                 return StepResult(outputs, {})
@@ -285,7 +293,7 @@ class Inputs:
             )
             return StepResult([*outputs, "models/student"], counts)
 
-        depends: list[Any] = [origin_fingerprint(config), self.tokenizer, self.config.seed]
+        depends: list[Any] = [origin_fingerprint(config), self.tokenizer, seed]
         if teacher is not None:
             depends.append(teacher.fingerprint)
         if config.sft is not None:

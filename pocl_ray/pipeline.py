@@ -56,7 +56,11 @@ class Pipeline:
     """One run in its directory, from scoring to the report; the steps before are in `inputs`."""
 
     def __init__(
-        self, config: Config, resume_with_changes: bool = False, connect: Callable[[], object] = lambda: None
+        self,
+        config: Config,
+        resume_with_changes: bool = False,
+        connect: Callable[[], object] = lambda: None,
+        teacher: FingerprintedModel | None = None,
     ) -> None:
         """Open the run directory.
 
@@ -64,6 +68,7 @@ class Pipeline:
             config: Config of the run.
             resume_with_changes: Whether to go on in a directory whose config differs; affected steps run again.
             connect: Function that connects to Ray; without it, Ray must be connected already.
+            teacher: Teacher that another run of the same rows has made; None: this run makes its own.
 
         Raises:
             UserError: An input is missing or does not fit, or the directory belongs to another config.
@@ -79,7 +84,7 @@ class Pipeline:
             check_nodes()
 
         self.steps = Steps(self.run_dir, connect_and_check)
-        self.inputs = Inputs(config, self.steps)
+        self.inputs = Inputs(config, self.steps, teacher)
 
     def close(self) -> None:
         """Release the run directory for other runs.

@@ -26,13 +26,18 @@ class ScreenConfig(Section):
 
 
 class ExperimentConfig(Section):
-    """A paired comparison: every arm is trained on every seed, from the same student, rows, scores and caches."""
+    """A paired comparison: every arm is trained on every seed, and all arms of a seed start from the same student."""
 
     arms: dict[str, dict[str, Any]] = Field(
         description="name -> keys that differ from the config, dotted or nested; {}: the config as it is"
     )
     baseline: str = Field(default="plain", description="arm that the others are compared with")
     seeds: Seeds = Field(description="training seeds on which arms are judged on the test rows; at least 2")
+    student: Literal["shared", "by_seed"] = Field(
+        default="shared",
+        description="shared: one student for all seeds; by_seed: each seed makes or fine-tunes its own and scores the "
+        "rows with it, so that intervals speak of other students as well",
+    )
     screen: ScreenConfig | None = Field(default=None, description="choose the arms on dev rows first; null: judge all")
     equal_flops: bool = Field(
         default=True,

@@ -241,6 +241,11 @@ class Config(Section):
             self._check_rollouts()
         return self
 
+    @property
+    def student_seed(self) -> int:
+        """The seed of a student's weights and of its fine-tuning."""
+        return self.seed if self.student.seed is None else self.student.seed
+
     def _check_frontier(self) -> None:
         if self.teacher.cross_tokenizer is not None:
             raise ValueError(

@@ -259,6 +259,9 @@ class StudentConfig(ModelConfig):
     """The student, which is trained: a checkpoint, an architecture, or some layers of the teacher."""
 
     num_layers: int | None = Field(default=None, ge=1, description="cut from the teacher: evenly spaced layers")
+    seed: int | None = Field(
+        default=None, ge=0, description="of the weights of an architecture and of fine-tuning; null: the run's seed"
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
     lora: LoraConfig | None = Field(
         default=None, description="train low-rank adapters in place of the weights; {}: with the default values below"

@@ -246,7 +246,7 @@ def sft_task(
         scores=None,
         train=train,
         rollout=RolloutConfig(),
-        seed=config.seed,
+        seed=config.student_seed if role == "student" else config.seed,
         hand_off=sft.hand_off,
         gradient_checkpointing=config.student.gradient_checkpointing and role == "student",
         metrics=f"models/{role}_metrics.jsonl",

@@ -27,6 +27,7 @@ COMMON = {
     "evaluation": "all arms are judged alike",
     "scaling": "all arms run on the same machines",
     "train.seed": "experiment.seeds sets it",
+    "student.seed": "all arms of a seed start from the same student",
     "tune": "an experiment holds no search",
     "experiment": "an experiment holds no other",
 }
@@ -89,9 +90,20 @@ def plan_arm(config: Config, name: str, overrides: Mapping[str, Any], num_rows: 
         own = with_overrides(with_overrides(base, sft_pins(base, own.train)), overrides)
         choose_signals(own.difficulty)
         divergences(own.distill, own.rollout)
+        if config.experiment is not None and config.experiment.student == "by_seed":
+            _check_seeds_differ(own)
         return Arm(name, overrides, own, plan_stages(own, num_rows), scoring_fingerprint(own))
     except UserError as error:
         raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_seeds_differ(config: Config) -> None:
+    student = config.student
+    if student.architecture is None and student.sft is None:
+        raise ConfigError(
+            "experiment.student by_seed: the student is neither made nor fine-tuned here, so all seeds would start "
+            "from the same one; give student.sft, or set experiment.student to shared"
+        )
 
 
 def with_steps(config: Config, arm: Arm, num_steps: int, num_rows: int) -> Arm:
@@ -145,6 +157,11 @@ def notes(config: Config, arms: Mapping[str, Arm]) -> list[str]:
     for directory, names in by_scoring(config, arms).items():
         if directory != config.name:
             found.append(f"{_listed(names)}: needs another scoring, which is made in {directory}")
+    if config.experiment.student == "by_seed":
+        found.append(
+            "each seed has a student of its own, which all arms start from and which scores the rows: in "
+            f"{config.name}--seed-{config.experiment.seeds[0]} and so on"
+        )
     others = {name: arm.num_steps for name, arm in arms.items() if arm.num_steps != baseline.num_steps}
     if others:
         shown = ", ".join(f"{name} {steps:,}" for name, steps in others.items())

@@ -1,6 +1,6 @@
 """The command `pocl-ray experiment`: prepare what arms share, train every arm on every seed, compare the arms.
 
-rows -> teacher, student -> scores + teacher cache    once a scoring, the steps of `pipeline`
+rows -> teacher, student -> scores + teacher cache    once a scoring (and student), the steps of `pipeline`
 screen     all arms on a few seeds, judged on the dev rows; the best go on
 confirm    the arms that are left on seeds of their own, judged on the test rows, and the baseline for their FLOPs
 tables, page
@@ -31,8 +31,8 @@ from pocl_ray.experiments.results import (
     write_tables,
 )
 from pocl_ray.experiments.scored import ScoredRun
+from pocl_ray.experiments.starts import Starts, num_rows_of, open_runs, score_runs
 from pocl_ray.experiments.table import board, comparison_table, show
-from pocl_ray.pipeline import Pipeline
 from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.records import RowsSummary
@@ -46,18 +46,18 @@ SAME_SHARE = 0.01
 class Experiment:
     """One experiment over its run directory; a Ray cluster is connected."""
 
-    def __init__(self, config: Config, arms: dict[str, Arm], scored: Mapping[str, ScoredRun], pool: Pool) -> None:
+    def __init__(self, config: Config, arms: dict[str, Arm], starts: Mapping[str, Starts], pool: Pool) -> None:
         """Take what the trainings start from.
 
         Args:
             config: The experiment's config.
             arms: Arms by name, in the order of the config.
-            scored: Mapping of each arm to the data and models that it starts from.
+            starts: Mapping of each arm to the data and models that it starts from, by seed.
             pool: Pool of processes that train.
         """
         assert config.experiment is not None
         self.config, self.experiment, self.pool = config, config.experiment, pool
-        self.arms, self.scored = arms, dict(scored)
+        self.arms, self.starts = arms, dict(starts)
         self.baseline = arms[self.experiment.baseline]
         self.run_dir = RunDirectory.open(config.storage_path, config.name)
         self.records: list[TrainingRecord] = []
@@ -111,14 +111,15 @@ class Experiment:
 
     def _baselines_of_equal_flops(self, judged: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Budget]]]:
         """Plan the baseline for the FLOPs of each arm; return the names of the new arms, and what they are beside."""
-        own_run, base = self.scored[self.baseline.name], self.baseline
+        base, first = self.baseline, self.experiment.seeds[0]  # students of other seeds are of the same size
+        own_run = self.starts[base.name][first]
         of_base = own_run.planned_flops(base)
         extra: dict[int, str] = {base.num_steps: base.name}
         pairs: list[tuple[str, str, Budget]] = []
         for name in judged:
             if name == base.name:
                 continue
-            steps = equal_steps(self.scored[name].planned_flops(self.arms[name]), of_base, base.num_steps)
+            steps = equal_steps(self.starts[name][first].planned_flops(self.arms[name]), of_base, base.num_steps)
             near = next((taken for taken in extra if abs(taken - steps) <= SAME_SHARE * steps), None)
             if near is None:
                 try:
@@ -126,7 +127,7 @@ class Experiment:
                 except ConfigError as error:
                     console.print(f"[yellow]note:[/] {name}: {base.name} cannot be trained for its FLOPs: {error}")
                     continue
-                self.arms[arm.name], self.scored[arm.name] = arm, own_run
+                self.arms[arm.name], self.starts[arm.name] = arm, self.starts[base.name]
                 extra[steps], near = arm.name, steps
             pairs.append((name, extra[near], "flops"))
         return [name for name in extra.values() if name != base.name], pairs
@@ -137,7 +138,7 @@ class Experiment:
         jobs, of_job = [], {}
         for seed in seeds:
             for name in names:
-                arm, scored = self.arms[name], self.scored[name]
+                arm, scored = self.arms[name], self.starts[name][seed]
                 job = scored.job(self.config, arm, seed, self._sets(scored, phase))
                 record = read_record(self.run_dir, phase, job.name)
                 if record is not None:
@@ -166,7 +167,7 @@ class Experiment:
     def _record(self, phase: Phase, name: str, arm: Arm, seed: int, result: Mapping[str, object]) -> TrainingRecord:
         if "failure" in result:
             return TrainingRecord(name, phase, arm.name, seed, failure=str(result["failure"]))
-        flops = self.scored[arm.name].measured_flops(arm, result)
+        flops = self.starts[arm.name][seed].measured_flops(arm, result)
         fields = ("num_steps", "num_tokens", "seconds", "figures", "curve", "losses")
         return TrainingRecord(
             name,
@@ -193,15 +194,14 @@ def experiment_until_end(config: Config, resume_with_changes: bool) -> tuple[Run
     for note in notes(config, arms):
         console.print(f"[yellow]note:[/] {note}")
     with ExitStack() as stack:
-        pipelines = _open(config, arms, resume_with_changes, stack)
+        pipelines = open_runs(config, arms, resume_with_changes, stack)
         try:
             stack.enter_context(ray_session())
             for name in ("ray.train", "ray.data"):
                 logging.getLogger(name).setLevel(logging.ERROR)
-            scored = {directory: ScoredRun(pipeline) for directory, pipeline in pipelines.items()}
-            of_arm = {name: scored[where] for where, names in by_scoring(config, arms).items() for name in names}
-            num_rows = next(iter(of_arm.values())).num_rows
-            arms = plan_arms(config, num_rows)  # some rows may not have been usable
+            starts = score_runs(config, pipelines, resume_with_changes, stack)
+            of_arm = {name: starts[where] for where, names in by_scoring(config, arms).items() for name in names}
+            arms = plan_arms(config, num_rows_of(of_arm))  # some rows may not have been usable
             single = config.scaling.model_copy(update={"num_workers": 1})
             pool = Pool(single, wait_for_trials(single, config.experiment.max_concurrent))
             stack.callback(pool.close)
@@ -214,21 +214,6 @@ def experiment_until_end(config: Config, resume_with_changes: bool) -> tuple[Run
         write_page(run_dir, config, outcome)
         _print(outcome)
     return run_dir, outcome
-
-
-def _open(config: Config, arms: Mapping[str, Arm], resume_with_changes: bool, stack: ExitStack) -> dict[str, Pipeline]:
-    """Open one pipeline a scoring; each of another kind in a run directory of its own."""
-    pipelines = {}
-    for directory, names in by_scoring(config, arms).items():
-        own = config if directory == config.name else _config_of(config, arms[names[0]], directory)
-        pipeline = Pipeline(own, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
-        stack.callback(pipeline.close)
-        pipelines[directory] = pipeline
-    return pipelines
-
-
-def _config_of(config: Config, arm: Arm, directory: str) -> Config:
-    return arm.config.model_copy(update={"name": directory, "experiment": config.experiment})
 
 
 def _print(outcome: Outcome) -> None:

@@ -160,10 +160,19 @@ class FlopsCounter:
         return passes * self._one_pass(self.student)
 
     def _refreshing(self, config: Config, stages: Sequence[Stage]) -> float:
+        frontier = config.curriculum.frontier
+        if config.curriculum.pacing == FRONTIER:
+            if frontier.refresh == "training":
+                return 0.0  # the gap falls out of the logits of a step
+            share = min(1.0, (frontier.rescore_rows or self.rows.num_rows) / self.rows.num_rows)
+            return (len(stages) - 1) * share * (self._one_pass(self.student) + self._teacher_in_a_pass(config))
         num_passes = sum(stage.rescore for stage in stages)
-        compares = choose_signals(config.difficulty).compares or config.curriculum.pacing == FRONTIER
-        head = self.teacher.head(self.rows.num_response_tokens) if compares else 0.0
-        return num_passes * (self._student_signals(config) + head)
+        teacher = self._teacher_in_a_pass(config) if choose_signals(config.difficulty).compares else 0.0
+        return num_passes * (self._student_signals(config) + teacher)
+
+    def _teacher_in_a_pass(self, config: Config) -> float:
+        num_tokens = self.rows.num_prompt_tokens + self.rows.num_response_tokens
+        return self._teacher_in_steps(config, num_tokens, self.rows.num_response_tokens)
 
     def _one_pass(self, model: ModelSize) -> float:
         num_tokens = self.rows.num_prompt_tokens + self.rows.num_response_tokens

@@ -86,6 +86,7 @@ def test_a_section_that_cannot_work_is_refused_in_one_line(keys: dict[str, Any],
     [
         ({"curriculum.pacingg": "none"}, "unknown key curriculum.pacingg; did you mean curriculum.pacing?"),
         ({"curriculum": {"pacing": "nonne"}}, "curriculum.pacing: unknown rule 'nonne'; did you mean none?"),
+        ({"student.seed": 3}, "student.seed cannot differ between arms, since all arms of a seed start from the same"),
         ({"train.seed": 3}, "train.seed cannot differ between arms, since experiment.seeds sets it; remove it"),
         ({"evaluation": {"seeds": [1]}}, "evaluation cannot differ between arms, since all arms are judged alike"),
         ({"train.learning_rate": -1}, "train.learning_rate: Input should be greater than 0 (given: -1)"),
@@ -97,6 +98,22 @@ def test_an_arm_that_cannot_work_is_named(overrides: dict[str, Any], message: st
     with pytest.raises(ConfigError, match=r"^experiment\.arms\.odd: ") as caught:
         plan_arms(experiment_config({"odd": overrides}), NUM_ROWS)
     assert message in str(caught.value)
+
+
+def test_a_student_of_its_own_for_each_seed_is_said() -> None:
+    config = experiment_config(student="by_seed")
+    (note,) = notes(config, plan_arms(config, NUM_ROWS))
+    assert "each seed has a student of its own" in note
+    assert "in trial--seed-1 and so on" in note
+
+
+def test_students_that_could_not_differ_by_seed_are_refused() -> None:
+    config = experiment_config({"ready": {"student.sft": None}}, student="by_seed")
+    with pytest.raises(ConfigError) as caught:
+        plan_arms(config, NUM_ROWS)
+    place = "experiment.arms.ready: experiment.student by_seed"
+    assert str(caught.value).startswith(f"{place}: the student is neither made nor fine-tuned here")
+    plan_arms(config.model_copy(update={"experiment": experiment_config().experiment}), NUM_ROWS)
 
 
 def test_without_a_section_there_is_nothing_to_compare() -> None:

@@ -59,7 +59,10 @@ class FakePool:
 def conduct(folder: Path, pool: FakePool, **keys: Any) -> Outcome:
     config = experiment_config(**keys).model_copy(update={"storage_path": str(folder)})
     arms, run = plan_arms(config, NUM_ROWS), FakeRun()
-    return Experiment(config, arms, dict.fromkeys(arms, run), pool).run()  # type: ignore[arg-type]
+    assert config.experiment is not None
+    screen = config.experiment.screen
+    of_seed = dict.fromkeys((*(screen.seeds if screen else ()), *config.experiment.seeds), run)
+    return Experiment(config, arms, dict.fromkeys(arms, of_seed), pool).run()  # type: ignore[arg-type]
 
 
 def test_screening_judges_on_dev_and_only_the_best_go_on_to_test_rows(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ STUDENT, TEACHER = ModelSize(100, 50, 8), ModelSize(1000, 200, 30)
 ROWS = RowsSummary("train", "rows.arrow", 256, 0, 256 * 6, 256 * 4, 4, "f")
 
 
-def counted(**curriculum: object) -> tuple[Config, ArmFlops]:
-    config = Config.model_validate({**TREE, "curriculum": {**TREE["curriculum"], **curriculum}})
+def counted(distill: dict[str, object] | None = None, **curriculum: object) -> tuple[Config, ArmFlops]:
+    config = Config.model_validate(
+        {**TREE, "curriculum": {**TREE["curriculum"], **curriculum}, "distill": distill or {}}
+    )
     return config, FlopsCounter(STUDENT, TEACHER, ROWS).planned(config, plan_stages(config, ROWS.num_rows))
 
 
@@ -43,6 +45,31 @@ def test_a_ranking_pays_for_the_students_signals() -> None:
     assert uses_scores(config, plan_stages(config, ROWS.num_rows), ROWS.num_rows)
     assert ranked.scoring - plain.scoring == 2 * 256 * STUDENT.forward(10, 4, 10)  # read once, answered once
     assert ranked.training == pytest.approx(plain.training)
+
+
+def test_drawing_rows_by_their_gap_pays_for_the_forward_pass_that_measures_it_first() -> None:
+    _, plain = counted()
+    _, drawn = counted(pacing="frontier")
+    assert drawn.scoring - plain.scoring == 256 * STUDENT.forward(10, 4, 10)  # read once; the cache is there anyway
+    assert (drawn.refreshing, drawn.training) == (0, pytest.approx(plain.training))
+
+
+@pytest.mark.parametrize(
+    ("cache", "rescore_rows", "num_rows", "of_teacher"),
+    [
+        ("hidden", None, 256, TEACHER.head(4)),
+        ("hidden", 64, 64, TEACHER.head(4)),
+        ("hidden", 999, 256, TEACHER.head(4)),
+        ("topk", None, 256, 0.0),
+        ("none", None, 256, TEACHER.forward(10, 4, 10)),
+    ],
+)
+def test_measuring_gaps_again_pays_for_the_rows_that_are_read(
+    cache: str, rescore_rows: int | None, num_rows: int, of_teacher: float
+) -> None:
+    frontier = {"num_stages": 4, "refresh": "rescore", "rescore_rows": rescore_rows}
+    _, flops = counted({"teacher_cache": cache}, pacing="frontier", frontier=frontier)
+    assert flops.refreshing == pytest.approx(3 * num_rows * (STUDENT.forward(10, 4, 10) + of_teacher))
 
 
 def test_the_baseline_gets_the_steps_that_an_arm_pays_for() -> None:
