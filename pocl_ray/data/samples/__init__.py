@@ -32,8 +32,8 @@ def sample_rows(name: str, split: str) -> list[dict]:
 
     Args:
         name: Name of the data set; there is one, `instructions`.
-        split: Name of the split: `train`, `dev` or `test`, or one of `FRESH_SPLITS`, which are larger; families with few
-            distinct questions have fewer rows there.
+        split: Name of the split: `train`, `dev` or `test`, or one of `FRESH_SPLITS`, which are larger; families with
+            few distinct questions have fewer rows there.
 
     Returns:
         Rows with `instruction`, `input`, `output` (a string, or a list of accepted answers, of which training uses the
