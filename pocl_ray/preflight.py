@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pocl_ray.config import Config, TeacherConfig
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.console import console
-from pocl_ray.curriculum.schedule import check_curriculum, plan_sft
+from pocl_ray.curriculum.schedule import check_curriculum, loss_schedules, plan_sft
 from pocl_ray.data.prepare import Rows, data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.difficulty.choice import choose_signals
@@ -50,7 +50,8 @@ def check_inputs(config: Config) -> None:
         check_lasts(config.storage_path)
     data_fingerprint(config.data)
     choose_signals(config.difficulty)
-    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage")
+    moving = loss_schedules(config.distill, config.rollout)
+    check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage", moving)
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
     deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)

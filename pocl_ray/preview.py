@@ -105,7 +105,7 @@ def _stage_table(stages: Sequence[Stage]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("stage", "buckets", "rows", *(["places"] if shows_places else []), "epochs", "steps"):
         table.add_column(name, justify="right")
-    for name in ("kd_temperature", "kd_ratio", "optimizer"):
+    for name in (*stages[0].moving.values(), "optimizer"):
         table.add_column(name, justify="right")
     for stage in stages:
         first, last = stage.buckets[0], stage.buckets[-1]
@@ -116,8 +116,7 @@ def _stage_table(stages: Sequence[Stage]) -> Table:
             *([f"{stage.first_rank + 1}-{stage.end_rank}"] if shows_places else []),
             str(stage.num_epochs) if stage.min_epochs is None else f"{stage.min_epochs}-{stage.num_epochs}",
             str(stage.num_steps) if stage.min_epochs is None else f"<= {stage.num_steps}",
-            _moving(stage.kd_temperature, stage.kd_temperature_at(stage.num_steps - 1)),
-            _moving(stage.kd_ratio, stage.kd_ratio_at(stage.num_steps - 1)),
+            *(_moving(*(stage.setting_at(key, step) for step in (0, stage.num_steps - 1))) for key in stage.moving),
             "fresh" if stage.restart_optimizer else "goes on",
         )
     return table

@@ -71,6 +71,11 @@ class Ramp:
         start, end = self.points[int(segment)], self.points[int(segment) + 1]
         return start + within * (end - start)
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Ramp:
+        """Return a ramp from its form in plan.json."""
+        return cls(**{**data, "points": tuple(data["points"])})
+
 
 Order = Literal["rank", "random", "frontier"]
 
@@ -99,6 +104,8 @@ class Stage:
         kd_temperature_ramp: Ramp of the temperature over the steps of the run; None: one value for the stage.
         kd_ratio_ramp: Ramp of `kd_ratio` over the steps of the run; None: one value for the stage.
         rescore: Whether the current student ranks the rows again before the stage.
+        loss_ramps: Ramps of the losses' parameters that move over the run, each with its key in the config, such as
+            `distill.loss_args.beta`.
     """
 
     index: int
@@ -118,6 +125,7 @@ class Stage:
     kd_temperature_ramp: Ramp | None = None
     kd_ratio_ramp: Ramp | None = None
     rescore: bool = False
+    loss_ramps: tuple[tuple[str, Ramp], ...] = ()
 
     def kd_temperature_at(self, step: int) -> float:
         """Return the temperature of a step of the stage, from 0."""
@@ -126,6 +134,27 @@ class Stage:
     def kd_ratio_at(self, step: int) -> float:
         """Return the `kd_ratio` of a step of the stage, from 0."""
         return self.kd_ratio if self.kd_ratio_ramp is None else self.kd_ratio_ramp.at(step)
+
+    def loss_args_at(self, step: int, section: str = "") -> dict[str, float]:
+        """Return the parameters of a loss that move, at a step of the stage, from 0.
+
+        Args:
+            step: Step of the stage.
+            section: `distill` or `rollout` for the parameters of one loss by name; empty: all, by their keys.
+        """
+        prefix = f"{section}.loss_args." if section else ""
+        return {key.removeprefix(prefix): ramp.at(step) for key, ramp in self.loss_ramps if key.startswith(prefix)}
+
+    @property
+    def moving(self) -> dict[str, str]:
+        """The settings of the loss that a table of stages shows, each with its heading: two, and what else moves."""
+        headings = {key: key.removeprefix("distill.").replace("loss_args.", "") for key, _ in self.loss_ramps}
+        return {"kd_temperature": "kd_temperature", "kd_ratio": "kd_ratio", **headings}
+
+    def setting_at(self, key: str, step: int) -> float:
+        """Return one of the settings of `moving` at a step of the stage, from 0."""
+        known = {"kd_temperature": self.kd_temperature_at, "kd_ratio": self.kd_ratio_at}
+        return known[key](step) if key in known else dict(self.loss_ramps)[key].at(step)
 
     @property
     def uses_teacher(self) -> bool:
@@ -145,7 +174,11 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the stage in the form of plan.json."""
-        return {**asdict(self), "buckets": list(self.buckets), "num_rows": self.num_rows, "num_steps": self.num_steps}
+        content = {**asdict(self), "buckets": list(self.buckets), "num_rows": self.num_rows}
+        content |= {"num_steps": self.num_steps, "loss_ramps": {key: asdict(ramp) for key, ramp in self.loss_ramps}}
+        if not self.loss_ramps:  # a newer key counts, in a fingerprint too, only if it is used
+            del content["loss_ramps"]
+        return content
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Stage:
@@ -153,8 +186,9 @@ class Stage:
         kept = {k: v for k, v in data.items() if k not in ("num_rows", "num_steps")}
         for key in ("kd_temperature_ramp", "kd_ratio_ramp"):
             if kept.get(key) is not None:
-                kept[key] = Ramp(**{**kept[key], "points": tuple(kept[key]["points"])})
-        return cls(**{**kept, "buckets": tuple(kept["buckets"])})
+                kept[key] = Ramp.from_json(kept[key])
+        ramps = tuple((key, Ramp.from_json(ramp)) for key, ramp in kept.get("loss_ramps", {}).items())
+        return cls(**{**kept, "buckets": tuple(kept["buckets"]), "loss_ramps": ramps})
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """The config: one frozen pydantic model, read from YAML with dotted overrides.
 
 Every default is written on its field and nowhere else. `sources.py` describes rows, models and difficulty,
-`training.py` the curriculum, the training and the rollouts, `scaling.py` workers and actors, `tuning.py` the search,
-`experiments.py` paired comparisons, and `root.py` the whole config. `loading.py` reads it from a file.
+`schedules.py` values that move, `training.py` the curriculum, the training and the rollouts, `scaling.py` workers and
+actors, `tuning.py` the search, `experiments.py` paired comparisons, and `root.py` the whole config. `loading.py` reads
+it from a file.
 """
 
 from pocl_ray.config.experiments import ExperimentConfig, ScreenConfig
 from pocl_ray.config.loading import load_config
 from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
 from pocl_ray.config.scaling import ScalingConfig
+from pocl_ray.config.schedules import ScheduleConfig
 from pocl_ray.config.sources import (
     DataConfig,
     DifficultyConfig,
@@ -26,7 +28,6 @@ from pocl_ray.config.training import (
     DistillConfig,
     PlateauConfig,
     RolloutConfig,
-    ScheduleConfig,
     SftConfig,
     TrainConfig,
 )

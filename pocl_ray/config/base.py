@@ -44,13 +44,18 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(part)
 
 
-def _numeric(value: Any) -> int | float:
+def numeric(value: Any) -> int | float:
+    """Return a value that is a finite number, of the type it was written in.
+
+    Raises:
+        ValueError: It is none.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError("a finite number is needed")
     return value
 
 
-Number = Annotated[int | float, BeforeValidator(_numeric)]
+Number = Annotated[int | float, BeforeValidator(numeric)]
 """A number that keeps the type it was written in: a parameter may be a count, which 64 is and 64.0 is not."""
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pocl_ray.config.root import Config
-from pocl_ray.config.training import ScheduleConfig
+from pocl_ray.config.schedules import ScheduleConfig
 from pocl_ray.errors import ConfigError
 
 LAYER_ENDINGS = (".yaml", ".yml")

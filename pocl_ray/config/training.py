@@ -7,68 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pocl_ray.config.base import Number, Section
+from pocl_ray.config.schedules import LossArg, ScheduleConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TokenScore = Literal["teacher_entropy", "teacher_certainty"]
 FRONTIER = "frontier"
 """The pacing rule that draws rows by their gaps."""
-
-
-class ScheduleConfig(Section):
-    """A value that moves, up or down, from `start` to `end` or through `values`.
-
-    In YAML a number stands for a constant and a list for `values`.
-    """
-
-    shape: Literal["linear", "cosine", "constant", "list"] = "linear"
-    by: Literal["stage", "step"] = Field(
-        default="stage", description="stage: one value a stage; step: moving over the optimizer steps of the whole run"
-    )
-    start: float | None = None
-    end: float | None = None
-    values: tuple[float, ...] | None = Field(
-        default=None, min_length=1, description="one value for each stage; by step: points, evenly spaced over the run"
-    )
-    decimals: int | None = Field(
-        default=2,
-        ge=0,
-        le=9,
-        description="decimal places of a stage's value: the paper rounds to two; null: no rounding",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, data: Any) -> Any:
-        if isinstance(data, (int, float)) and not isinstance(data, bool):
-            return {"shape": "constant", "start": data, "end": data, "decimals": None}
-        if isinstance(data, str) or (isinstance(data, (list, tuple)) and not data):
-            raise ValueError("a schedule is a number, a list of one number a stage, or {start: ..., end: ...}")
-        if isinstance(data, (list, tuple)):
-            return {"shape": "list", "values": data, "decimals": None}
-        if isinstance(data, dict) and "values" in data and "shape" not in data:
-            return {**data, "shape": "list"}
-        return data
-
-    @model_validator(mode="after")
-    def _complete(self) -> ScheduleConfig:
-        if self.shape == "list":
-            if self.values is None or self.start is not None or self.end is not None:
-                raise ValueError("a list schedule takes values, and neither start nor end")
-        elif self.start is None or self.values is not None:
-            raise ValueError(f"a {self.shape} schedule takes start and end, and no values")
-        elif self.shape == "constant":
-            if self.end not in (None, self.start):
-                raise ValueError("a constant schedule takes one value; for a ramp set shape to linear")
-        elif self.end is None:
-            raise ValueError(f"a {self.shape} schedule takes start and end")
-        return self
-
-    def bounds(self) -> tuple[float, float]:
-        """Return the smallest and the largest value that the schedule can take, rounded as the stages' values are."""
-        numbers = self.values or tuple(x for x in (self.start, self.end) if x is not None)
-        if self.values is None and self.decimals is not None:
-            numbers = tuple(round(x, self.decimals) for x in numbers)
-        return min(numbers), max(numbers)
 
 
 class PlateauConfig(Section):
@@ -213,8 +157,10 @@ class DistillConfig(Section):
     """The distillation loss, and the source of the teacher's part of it."""
 
     loss: str = Field(default="forward_kl", description="a divergence of pocl_ray.distill.losses, or a plug-in's")
-    loss_args: dict[str, Number] = Field(
-        default_factory=dict, description="parameters of the loss: alpha, lam, beta, k ..."
+    loss_args: dict[str, LossArg] = Field(
+        default_factory=dict,
+        description="parameters of the loss: alpha, lam, beta, k ...; each a number, or a schedule by stage or by step "
+        "as kd_temperature has it: {beta: {start: 0, end: 0.5, by: step}}",
     )
     scale_by_t_squared: bool | None = Field(
         default=None, description="multiply by kd_temperature squared; null: as the authors do for this loss"
@@ -364,7 +310,9 @@ class RolloutConfig(Section):
         description="train on the rows' own responses in the same optimizer step (DistiLLM-2); in mode on",
     )
     loss: str | None = Field(default=None, description="divergence on rollouts; null: distill.loss, with its loss_args")
-    loss_args: dict[str, Number] = Field(default_factory=dict, description="parameters of rollout.loss")
+    loss_args: dict[str, LossArg] = Field(
+        default_factory=dict, description="parameters of rollout.loss, numbers or schedules"
+    )
     kd_ratio: float | None = Field(
         default=1.0,
         ge=0,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from pocl_ray.config import Config, CurriculumConfig, ScheduleConfig
+from pocl_ray.config import Config, CurriculumConfig, DistillConfig, RolloutConfig, ScheduleConfig
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.frontier import stage_steps
 from pocl_ray.curriculum.pacing import PACINGS, admitted_rows, find_pacing
@@ -68,6 +68,7 @@ def plan_stages(config: Config, num_rows: int) -> tuple[Stage, ...]:
     """
     train = config.train
     stages = plan_curriculum(config.curriculum, num_rows, train.global_batch_rows, train.lr_schedule == "wsd")
+    stages = with_loss_ramps(stages, loss_schedules(config.distill, config.rollout))
     check_teachers(config, len(stages))
     if config.difficulty.rescore == "never":
         return stages
@@ -171,12 +172,15 @@ def check_teachers(config: Config, num_stages: int) -> None:
         raise ConfigError(f"teacher.stages, other_teachers: stage {missing[0]} has no teacher; add it to one's stages")
 
 
-def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> None:
+def check_curriculum(
+    curriculum: CurriculumConfig, rescores: bool = False, losses: Mapping[str, ScheduleConfig] | None = None
+) -> None:
     """Check the curriculum on a made-up number of rows, before anything is prepared.
 
     Args:
         curriculum: Section of the config.
         rescores: Whether rows are ranked again between stages.
+        losses: Schedules of the losses' parameters, of `loss_schedules`.
 
     Raises:
         UserError: The rule is unknown or fails, a list of values does not have one value for each stage, or ranking
@@ -188,17 +192,24 @@ def check_curriculum(curriculum: CurriculumConfig, rescores: bool = False) -> No
     if curriculum.pacing in PACINGS:  # a plug-in's number of stages may depend on the rows
         scheduled(curriculum.kd_temperature, len(slices), "curriculum.kd_temperature")
         scheduled(curriculum.kd_ratio, len(slices), "curriculum.kd_ratio")
+        for key, schedule in (losses or {}).items():
+            scheduled(schedule, len(slices), key)
         if rescores:
             rescored_stages(slices, ends[-1], pacing.order, curriculum.pacing)
 
 
 def plan_control(config: Config, num_rows: int, num_steps: int) -> tuple[Stage, ...]:
-    """Return the one stage of plain distillation on all rows, with as many optimizer steps as the curriculum."""
+    """Return the one stage of plain distillation on all rows, with as many optimizer steps as the curriculum.
+
+    A parameter of the loss that moves by stage moves by step here, from its first value to its last.
+    """
     control, batch_rows = config.control, config.train.global_batch_rows
     assert control is not None, "the config asks for a control"
     plain = _one_stage(num_rows, batch_rows, "control", control.kd_temperature, control.kd_ratio)
     plain = replace(plain, buckets=tuple(range(config.curriculum.num_buckets)))
-    return (replace(_with_steps(plain, num_steps), lr_num_steps=num_steps),)
+    stages = (replace(_with_steps(plain, num_steps), lr_num_steps=num_steps),)
+    schedules = loss_schedules(config.distill, config.rollout)
+    return with_loss_ramps(stages, {key: s.model_copy(update={"by": "step"}) for key, s in schedules.items()})
 
 
 def plan_sft(
@@ -212,6 +223,44 @@ def plan_sft(
     stage = _one_stage(num_rows, global_batch_rows, key, kd_temperature=1.0, kd_ratio=0.0)
     stage = replace(stage, num_epochs=num_epochs, max_steps=max_steps)
     return (replace(stage, lr_num_steps=stage.num_steps),)
+
+
+def loss_schedules(distill: DistillConfig, rollout: RolloutConfig) -> dict[str, ScheduleConfig]:
+    """Return the parameters of the losses that move over the run, by their keys in the config."""
+    sections = {"distill": distill.loss_args, "rollout": rollout.loss_args if rollout.is_on else {}}
+    return {
+        f"{section}.loss_args.{name}": value
+        for section, args in sections.items()
+        for name, value in args.items()
+        if isinstance(value, ScheduleConfig)
+    }
+
+
+def with_loss_ramps(stages: Sequence[Stage], schedules: Mapping[str, ScheduleConfig]) -> tuple[Stage, ...]:
+    """Return the stages of a run with the losses' parameters that move over it.
+
+    Args:
+        stages: All stages of the run, in order.
+        schedules: Schedules by key, of `loss_schedules`.
+
+    Raises:
+        ConfigError: A list does not have one value for each stage.
+    """
+    total, done, placed = sum(stage.num_steps for stage in stages), 0, []
+    values = {key: scheduled(schedule, len(stages), key) for key, schedule in schedules.items()}
+    for index, stage in enumerate(stages):
+        ramps = tuple(
+            (key, Ramp(_points(one), _shape(one), total, done) if one.by == "step" else _held(values[key][index]))
+            for key, one in schedules.items()
+        )
+        placed.append(replace(stage, loss_ramps=ramps))
+        done += stage.num_steps
+    return tuple(placed)
+
+
+def _held(value: float) -> Ramp:
+    """The ramp of a value that stays the same."""
+    return Ramp((value,), "linear", 1)
 
 
 def scheduled(schedule: ScheduleConfig, num_stages: int, key: str = "a schedule") -> tuple[float, ...]:

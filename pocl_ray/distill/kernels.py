@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pocl_ray.config import DistillConfig, RolloutConfig
+from pocl_ray.config import DistillConfig, RolloutConfig, ScheduleConfig
 from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
 from pocl_ray.errors import ConfigError, UserError
 
@@ -43,7 +43,9 @@ def resolve_divergence(
         UserError: A plug-in cannot be loaded or breaks the contract of a loss.
     """
     loss = _resolved(distill, key)
-    beta = jsd_beta(loss)
+    # Liger compiles its kernel for a beta: one that moves would be compiled at every step.
+    moves = any(isinstance(value, ScheduleConfig) for value in distill.loss_args.values())
+    beta = None if moves else jsd_beta(loss)
     if distill.kernel == "liger":
         _check_liger(distill, beta, device)
     wanted = distill.kernel == "liger" or (distill.kernel == "auto" and _fits(distill, device))
@@ -90,6 +92,11 @@ class LigerLoss:
     loss: ResolvedLoss
     beta: float
 
+    def at(self, values: Mapping[str, float]) -> LigerLoss:
+        """Return the loss of a step, which is the same for all: none of its parameters moves."""
+        assert not values, "losses with parameters that move are computed by our own code"
+        return self
+
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
         """Return the sum of the tokens' divergences, times T^2 where the loss is."""
         logq_NV, logp_NV = log_probs(student_logits_NV.float(), teacher_logits_NV.float(), temperature)
@@ -109,7 +116,7 @@ def _check_liger(distill: DistillConfig, beta: float | None, device: torch.devic
     if beta is None:
         raise ConfigError(
             f"distill.kernel: liger does not cover {distill.loss} with these arguments; it covers forward_kl, "
-            "reverse_kl, js_distance and generalized_jsd. Set kernel to auto"
+            "reverse_kl, js_distance and generalized_jsd, with parameters that do not move. Set kernel to auto"
         )
     if distill.token_weight != "none":
         raise ConfigError("distill.kernel: liger gives no value per token, which token_weight needs; set it to auto")

@@ -211,7 +211,8 @@ class TrainingLoop:
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
         ended = time.monotonic()
-        self._log(stage, settings, losses, lr, self.rollouts.figures(batch), ended - started)
+        moving = {key.replace(".", "/"): value for key, value in stage.loss_args_at(step).items()}
+        self._log(stage, settings, losses, lr, {**moving, **self.rollouts.figures(batch)}, ended - started)
         self._count_nonfinite(losses)
         return ended
 
@@ -237,8 +238,11 @@ class TrainingLoop:
     def _settings(self, stage: Stage, step: int) -> StepSettings:
         temperature, kd_ratio = stage.kd_temperature_at(step), stage.kd_ratio_at(step)
         own = self.task.rollout.kd_ratio  # None: rollouts follow the stage's ratio
-        on_rollouts = RolloutSettings(kd_ratio if own is None else own, self.rollout_divergence)
-        return StepSettings(temperature, kd_ratio, self.divergence, self.token_weight, on_rollouts)
+        kd = self.divergence.at(stage.loss_args_at(step, "distill"))
+        written = "distill" if self.task.rollout.loss is None else "rollout"
+        kd_on_rollouts = self.rollout_divergence.at(stage.loss_args_at(step, written))
+        on_rollouts = RolloutSettings(kd_ratio if own is None else own, kd_on_rollouts)
+        return StepSettings(temperature, kd_ratio, kd, self.token_weight, on_rollouts)
 
     def _seed_dropout(self) -> None:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
@@ -252,7 +256,7 @@ class TrainingLoop:
         settings: StepSettings,
         losses: StepLosses,
         lr: float,
-        rollout: dict[str, Any],
+        more: dict[str, Any],
         seconds: float,
     ) -> None:
         figures = asdict(losses)
@@ -265,7 +269,7 @@ class TrainingLoop:
             "curriculum/stage": stage.index,
             "curriculum/kd_temperature": settings.kd_temperature,
             "curriculum/kd_ratio": settings.kd_ratio,
-            **rollout,
+            **more,
             "num_response_tokens": num_tokens,
             "num_workers": self.engine.world_size,
             "step_s": round(seconds, 4),

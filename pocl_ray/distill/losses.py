@@ -17,13 +17,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocl_ray import plugins
+from pocl_ray.config import ScheduleConfig
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.plugins import reason
 
@@ -130,6 +131,36 @@ def generalized_jsd(
     if beta == 1.0:
         return _kl(logq_NV, logp_NV).float()
     return _jensen_shannon(logp_NV, logq_NV, teacher_weight=beta).float()
+
+
+def even_jsd(
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, beta: float = 0.5
+) -> Tensor:
+    """`generalized_jsd` over beta (1-beta): continuous from KL(p||q) at 0 to KL(q||p) at 1; shape (N,), float32.
+
+    The plain one falls to 0 towards both ends and jumps there, so a beta that moves would switch the loss off and on.
+    With d = log p - log q, log m = log q + log(1 + beta (e^d - 1)), which keeps its precision for a small beta, where
+    the difference of logarithms would lose all of it; above 1/2 the two sides change places.
+    """
+    logq_NV, logp_NV = log_probs(student_logits_NV, teacher_logits_NV, temperature)
+    if beta > 0.5:
+        return _even_jsd(logq_NV, logp_NV, 1.0 - beta).float()
+    return _even_jsd(logp_NV, logq_NV, beta).float()
+
+
+_LARGE = 60.0
+
+
+def _even_jsd(log_a_NV: Tensor, log_b_NV: Tensor, weight: float) -> Tensor:
+    """KL(a||m) / (1-w) + KL(b||m) / w with m = w a + (1-w) b and w <= 1/2."""
+    if weight <= 0.0:
+        return _kl(log_a_NV, log_b_NV)
+    d_NV = log_a_NV - log_b_NV
+    # e^d overflows where b has next to nothing; far below that the 1 in log(1 + w (e^d - 1)) is lost anyway.
+    log_rise_NV = torch.log1p(weight * torch.expm1(d_NV.clamp(max=_LARGE)))
+    log_rise_NV = torch.where(d_NV > _LARGE, d_NV + math.log(weight), log_rise_NV)
+    to_a_NV = log_a_NV.exp() * (d_NV - log_rise_NV)
+    return (to_a_NV / (1.0 - weight) - log_b_NV.exp() * log_rise_NV / weight).sum(-1)
 
 
 def adaptive_kl(
@@ -277,11 +308,19 @@ class Range:
 
 @dataclass(frozen=True)
 class Loss:
-    """One entry of the registry: the function, its parameters, and whether T^2 is its authors' habit."""
+    """One entry of the registry.
+
+    Attributes:
+        function: The divergence.
+        scale_by_t_squared: Whether T^2 is its authors' habit.
+        parameters: The values that each parameter may take.
+        moving: The divergence in its place while a parameter moves, if its scale would move too.
+    """
 
     function: LossFunction
     scale_by_t_squared: bool
     parameters: Mapping[str, Range] = field(default_factory=dict)
+    moving: LossFunction | None = None
 
 
 _INSIDE = Range(0.0, 1.0, low_open=True, high_open=True)
@@ -297,7 +336,7 @@ LOSSES: dict[str, Loss] = {
     "tv_distance": Loss(tv_distance, scale_by_t_squared=False),
     "skewed_forward_kl": Loss(skewed_forward_kl, scale_by_t_squared=False, parameters={"alpha": _SKEW}),
     "skewed_reverse_kl": Loss(skewed_reverse_kl, scale_by_t_squared=True, parameters={"alpha": _SKEW}),
-    "generalized_jsd": Loss(generalized_jsd, scale_by_t_squared=False, parameters={"beta": _CLOSED}),
+    "generalized_jsd": Loss(generalized_jsd, scale_by_t_squared=False, parameters={"beta": _CLOSED}, moving=even_jsd),
     "symmetric_kl": Loss(symmetric_kl, scale_by_t_squared=True, parameters={"lam": _CLOSED}),
     "adaptive_kl": Loss(adaptive_kl, scale_by_t_squared=True, parameters={"head_mass": _INSIDE}),
     "top_k_kl": Loss(top_k_kl, scale_by_t_squared=True, parameters={"k": Range(1, 2**20, integer=True)}),
@@ -307,12 +346,24 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class ResolvedLoss:
-    """A loss with its parameters bound; picklable, so that a config step can hand it to a worker."""
+    """A loss with its parameters bound; picklable, so that a config step can hand it to a worker.
+
+    A parameter that moves over the run is bound to its last value: dev losses are taken there, so that they can be
+    compared over the run. Steps take the loss `at` their own values.
+    """
 
     name: str
     function: LossFunction
     params: Mapping[str, Any]
     scale_by_t_squared: bool
+    moving: LossFunction | None = None
+
+    def at(self, values: Mapping[str, float]) -> ResolvedLoss:
+        """Return the loss of a step, given its values of the parameters that move; whole numbers are rounded to."""
+        if not values:
+            return self
+        step = {key: round(value) if isinstance(self.params[key], int) else value for key, value in values.items()}
+        return replace(self, function=self.moving or self.function, params={**self.params, **step})
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
         """Return the divergence of each token, shape (N,), times T^2 where asked."""
@@ -327,35 +378,55 @@ def resolve_loss(
 
     Args:
         name: A key of `LOSSES`, or the name of an entry point in the group `pocl_ray.losses`.
-        params: Parameters of the loss, such as `{"alpha": 0.1}`; those left out keep their defaults.
+        params: Parameters of the loss, such as `{"alpha": 0.1}`, numbers or schedules; those left out keep their
+            defaults.
         scale_by_t_squared: Multiply by the square of the temperature; None does as the loss's authors do.
 
     Raises:
         ConfigError: The name or a parameter is unknown, or a value lies outside its range.
         UserError: A plug-in cannot be loaded or breaks the contract of a loss.
     """
-    params = dict(params or {})
+    given = dict(params or {})
     if name in LOSSES:
         loss = LOSSES[name]
-        _check_params(name, params, loss.parameters)
+        _check_params(name, given, loss.parameters)
     elif name in (installed := plugins.installed(GROUP)):
         found = plugins.load("loss", installed[name])
         loss = found if isinstance(found, Loss) else Loss(found, scale_by_t_squared=False)
         if loss.parameters:
-            _check_params(name, params, loss.parameters)
-        probe(name, loss.function, params)
+            _check_params(name, given, loss.parameters)
+        probe(name, loss.function, _bound(given, loss.parameters, lambda schedule: schedule.bounds()[0]))
+        if any(isinstance(value, ScheduleConfig) for value in given.values()):
+            probe(name, loss.function, _bound(given, loss.parameters, lambda schedule: schedule.bounds()[1]))
     else:
         raise ConfigError(f"loss '{name}' is unknown; {_nearest(name, [*LOSSES, *installed])}")
     scaled = loss.scale_by_t_squared if scale_by_t_squared is None else scale_by_t_squared
-    return ResolvedLoss(name, loss.function, params, scaled)
+    return ResolvedLoss(name, loss.function, _bound(given, loss.parameters, lambda s: s.last), scaled, loss.moving)
+
+
+def _bound(
+    params: Mapping[str, Any], known: Mapping[str, Range], value_of: Callable[[ScheduleConfig], float]
+) -> dict[str, Any]:
+    """The parameters as numbers: of a schedule the value that `value_of` takes."""
+    numbers = {key: value_of(value) if isinstance(value, ScheduleConfig) else value for key, value in params.items()}
+    return {key: int(value) if key in known and known[key].integer else value for key, value in numbers.items()}
 
 
 def _check_params(name: str, params: Mapping[str, Any], known: Mapping[str, Range]) -> None:
     for key, value in params.items():
         if key not in known:
             raise ConfigError(f"loss '{name}' has no parameter '{key}'; {_nearest(key, list(known))}")
-        if not known[key].holds(value):
+        if isinstance(value, ScheduleConfig):
+            _check_moving(name, key, value, known[key])
+        elif not known[key].holds(value):
             raise ConfigError(f"loss '{name}': {key} must be {known[key]}, not {value!r}")
+
+
+def _check_moving(name: str, key: str, schedule: ScheduleConfig, known: Range) -> None:
+    """Refuse a schedule that leaves the range: between its ends every value is taken, and the range has no hole."""
+    for value in schedule.bounds():
+        if not known.holds(int(value) if known.integer and value.is_integer() else value):
+            raise ConfigError(f"loss '{name}': {key} must be {known} at every step, and its schedule reaches {value:g}")
 
 
 def _nearest(wrong: str, known: list[str]) -> str:

@@ -14,6 +14,7 @@ Rows, generation with `lmbda` and `seq_kd`, and collation are TRL's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pocl_ray.distill.losses import resolve_loss
@@ -34,7 +35,7 @@ class CurriculumGKDTrainer(DistillationMixin, GKDTrainer):
         curriculum: Plan of the stages.
         loss: Divergence of `pocl_ray.distill.losses`; None for TRL's own, the generalized JSD with the arguments'
             `beta`.
-        loss_args: Parameters of that loss.
+        loss_args: Parameters of that loss, numbers or schedules; a `beta` here goes before the arguments' own.
         scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do (TRL
             does not).
 
@@ -46,12 +47,12 @@ class CurriculumGKDTrainer(DistillationMixin, GKDTrainer):
         self,
         *args: Any,
         loss: str | None = None,
-        loss_args: dict[str, float] | None = None,
+        loss_args: Mapping[str, Any] | None = None,
         scale_by_t_squared: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             *args, loss=loss or "generalized_jsd", loss_args=loss_args, scale_by_t_squared=scale_by_t_squared, **kwargs
         )
-        if loss is None:
+        if loss is None and not loss_args:
             self.divergence = resolve_loss("generalized_jsd", {"beta": self.beta}, scale_by_t_squared)

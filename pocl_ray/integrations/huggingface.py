@@ -13,11 +13,12 @@ Axes: B rows, T tokens, V vocabulary, N response tokens of a batch in one flat a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -30,6 +31,9 @@ from transformers import (
     get_scheduler,
 )
 
+from pocl_ray.config import DistillConfig, RolloutConfig
+from pocl_ray.config.loading import describe
+from pocl_ray.curriculum.schedule import loss_schedules, with_loss_ramps
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError, DataError, UserError
 from pocl_ray.integrations.curriculum import Curriculum, CurriculumSampler, Point
@@ -168,7 +172,9 @@ class DistillationMixin(CurriculumMixin):
 
     Args:
         loss: Divergence of `pocl_ray.distill.losses`, or of a plug-in.
-        loss_args: Parameters of the loss.
+        loss_args: Parameters of the loss; each a number, or a schedule as a config has it, such as
+            `{"beta": {"start": 0, "end": 0.5, "by": "step"}}`, over the stages and steps of the curriculum. Evaluation
+            takes a schedule's last value.
         scale_by_t_squared: Whether to multiply by the temperature squared; None: as the authors of the loss do.
 
     Raises:
@@ -181,12 +187,14 @@ class DistillationMixin(CurriculumMixin):
         self,
         *args: Any,
         loss: str = "forward_kl",
-        loss_args: dict[str, float] | None = None,
+        loss_args: Mapping[str, Any] | None = None,
         scale_by_t_squared: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        self.divergence = resolve_loss(loss, loss_args, scale_by_t_squared)
+        settings = _distill_config(loss, loss_args)
+        self.divergence = resolve_loss(loss, settings.loss_args, scale_by_t_squared)
         super().__init__(*args, **kwargs)
+        self._stages = with_loss_ramps(self.curriculum.stages, loss_schedules(settings, RolloutConfig()))
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ConfigError("compute_loss_func and label_smoothing_factor do not go with the distillation loss")
         self.model_accepts_loss_kwargs = True  # otherwise the trainer would not count the response tokens of a step
@@ -212,14 +220,20 @@ class DistillationMixin(CurriculumMixin):
         with torch.no_grad():
             teacher_NV = self.teacher_model(**features).logits[:, :-1][is_response_BT]
         point = self.point if model.training else Point(0, 0, kd_temperature=1.0, kd_ratio=1.0)
-        loss = self._summed_loss(point, student_NV, teacher_NV, targets_N)
+        loss = self._summed_loss(point, student_NV, teacher_NV, targets_N, model.training)
         loss = loss / self._normaliser(num_items_in_batch, targets_N)
         return (loss, outputs) if return_outputs else loss
 
-    def _summed_loss(self, point: Point, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
+    def _loss_args(self, point: Point) -> dict[str, float]:
+        return self._stages[point.stage].loss_args_at(point.stage_step, "distill")
+
+    def _summed_loss(
+        self, point: Point, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, is_training: bool
+    ) -> Tensor:
         """(1 - kd_ratio) * ce + kd_ratio * kd, summed over tokens; vocabularies are cut to the shared part for kd."""
         shared = min(student_NV.shape[-1], teacher_NV.shape[-1])
-        kd_N = self.divergence(student_NV[:, :shared], teacher_NV[:, :shared], point.kd_temperature)
+        divergence = self.divergence.at(self._loss_args(point) if is_training else {})
+        kd_N = divergence(student_NV[:, :shared], teacher_NV[:, :shared], point.kd_temperature)
         if point.kd_ratio == 1.0:
             return kd_N.sum()
         ce_N = F.cross_entropy(student_NV.float(), targets_N, reduction="none")
@@ -237,7 +251,14 @@ class DistillationMixin(CurriculumMixin):
         if self.teacher_model is None:
             return logs
         settings = {"curriculum/kd_temperature": point.kd_temperature, "curriculum/kd_ratio": point.kd_ratio}
-        return {**logs, **settings}
+        return {**logs, **settings, **{f"distill/loss_args/{k}": v for k, v in self._loss_args(point).items()}}
+
+
+def _distill_config(loss: str, loss_args: Mapping[str, Any] | None) -> DistillConfig:
+    try:
+        return DistillConfig(loss=loss, loss_args=dict(loss_args or {}))
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
 
 
 class CurriculumTrainer(DistillationMixin, Trainer):

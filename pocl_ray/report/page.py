@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from pocl_ray.config import ScheduleConfig
 from pocl_ray.records import Stage
 
 NOTHING = "\N{EN DASH}"
@@ -73,9 +74,16 @@ def indented(text: object) -> str:
 
 
 def setting(stage: Stage, key: str) -> str:
-    """Return a stage's `kd_temperature` or `kd_ratio`; if it moves, its first and its last value."""
-    first, last = getattr(stage, key), getattr(stage, f"{key}_at")(stage.num_steps - 1)
+    """Return a stage's setting of the loss; if it moves, its first and its last value."""
+    first, last = stage.setting_at(key, 0), stage.setting_at(key, stage.num_steps - 1)
     return short(first) if first == last else f"{short(first)} to {short(last)}"
+
+
+def argument(value: float | ScheduleConfig) -> str:
+    """Return a parameter of a loss; if it moves, its values in order."""
+    if not isinstance(value, ScheduleConfig):
+        return short(value)
+    return f"{' to '.join(map(short, value.numbers))} by {value.by}"
 
 
 def _environment() -> Environment:
@@ -95,6 +103,7 @@ def _environment() -> Environment:
         count=count,
         short=short,
         setting=setting,
+        argument=argument,
         duration=duration,
         md=markdown,
         indented=indented,

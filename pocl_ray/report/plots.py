@@ -176,13 +176,14 @@ def topics_by_bucket(table: TopicTable) -> Figure:
 
 @styled
 def stage_settings(stages: Sequence[Stage]) -> Figure:
-    """Return a plot of temperature and kd_ratio over optimizer steps."""
-    figure, axes = _stacked(2)
-    for ax, label in zip(axes, ("kd_temperature", "kd_ratio"), strict=True):
-        if all(getattr(stage, f"{label}_ramp") is None for stage in stages):
-            _stairs(ax, stages, [getattr(stage, label) for stage in stages], label)
+    """Return a plot of temperature, kd_ratio and the loss's parameters that move over optimizer steps."""
+    moving = stages[0].moving
+    figure, axes = _stacked(len(moving))
+    for ax, (key, label) in zip(axes, moving.items(), strict=True):
+        if all(stage.setting_at(key, 0) == stage.setting_at(key, stage.num_steps - 1) for stage in stages):
+            _stairs(ax, stages, [stage.setting_at(key, 0) for stage in stages], label)
             continue
-        values = np.array([getattr(stage, f"{label}_at")(step) for stage in stages for step in range(stage.num_steps)])
+        values = np.array([stage.setting_at(key, step) for stage in stages for step in range(stage.num_steps)])
         ax.plot(*thin(np.arange(1, len(values) + 1), values), color=COLOURS[STUDENT], linewidth=1.8)
         ax.set_ylim(*padded(values, zero=False))
         ax.set_ylabel(label)

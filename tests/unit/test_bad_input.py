@@ -71,6 +71,10 @@ CONFIG_CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"distill": {"loss": "generalized_jsd", "loss_args": {"beta": 1.5}}},
         ("distill.loss", "beta must be a number in [0, 1], not 1.5"),
     ),
+    "a ramp that ends outside the loss's range": (
+        {"distill": {"loss": "generalized_jsd", "loss_args": {"beta": {"start": 0, "end": 1.5, "by": "step"}}}},
+        ("distill.loss", "beta must be a number in [0, 1] at every step, and its schedule reaches 1.5"),
+    ),
     "a cache with rollouts": ({"rollout": {"mode": "on"}}, ("rollout.mode on", "set distill.teacher_cache to none")),
     "summaries without their column": (
         {"data__task": "summarization"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -237,6 +238,46 @@ def test_generalized_jsd_ends_at_the_two_kls() -> None:
     assert torch.equal(losses.generalized_jsd(student_NV, teacher_NV, beta=1.0), reverse_N)
     near_0_N = losses.generalized_jsd(student_NV.double(), teacher_NV.double(), beta=1e-4) / 1e-4
     torch.testing.assert_close(near_0_N, forward_N, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("beta", [1e-7, 1e-4, 0.03, 0.5, 0.8, 1 - 1e-4])
+def test_even_jsd_is_the_generalized_one_over_its_weights_to_the_digit(beta: float) -> None:
+    student_NV, teacher_NV = logits(1).requires_grad_(), logits(2)
+    p, q = probabilities(teacher_NV, 1.0), probabilities(student_NV.detach(), 1.0)
+    rise = np.log1p(beta * (p / q - 1)) if beta <= 0.5 else np.log1p((1 - beta) * (q / p - 1)) + np.log(p / q)
+    expected = (p * (np.log(p / q) - rise)).sum(-1) / (1 - beta) - (q * rise).sum(-1) / beta
+    loss_N = losses.even_jsd(student_NV, teacher_NV, beta=beta)
+    np.testing.assert_allclose(loss_N.detach().numpy(), expected, rtol=2e-5)
+    if 0.01 < beta < 0.99:
+        plain_N = losses.generalized_jsd(student_NV, teacher_NV, beta=beta)
+        torch.testing.assert_close(loss_N, plain_N / (beta * (1 - beta)), rtol=1e-5, atol=1e-6)
+    (got_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
+    double_NV = student_NV.detach().double().requires_grad_()
+    exact_N = losses.even_jsd(double_NV, teacher_NV.double(), beta=beta)
+    torch.testing.assert_close(got_NV.double(), torch.autograd.grad(exact_N.sum(), double_NV)[0], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("end", "near"), [(0.0, 1e-6), (1.0, 1 - 1e-6)])
+def test_even_jsd_comes_to_its_ends_without_a_jump(end: float, near: float) -> None:
+    student_NV, teacher_NV = logits(1, scale=1.0).requires_grad_(), logits(2, scale=1.0)
+    kl_of_end = losses.reverse_kl if end else losses.forward_kl
+    gradients = []
+    for function in (partial(losses.even_jsd, beta=end), partial(losses.even_jsd, beta=near), kl_of_end):
+        loss_N = function(student_NV, teacher_NV)
+        gradients.append((loss_N.detach(), torch.autograd.grad(loss_N.sum(), student_NV)[0]))
+    assert torch.equal(gradients[0][0], gradients[2][0]) and torch.equal(gradients[0][1], gradients[2][1])
+    torch.testing.assert_close(gradients[1], gradients[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.2, 0.9])
+def test_even_jsd_stays_finite_with_masks_and_large_logits(beta: float) -> None:
+    for scale in (1.0, 300.0):
+        student_NV, teacher_NV = logits(1, scale=scale), logits(2, scale=scale)
+        student_NV[:, ::3] = teacher_NV[:, 1::5] = -math.inf
+        student_NV.requires_grad_()
+        loss_N = losses.even_jsd(student_NV, teacher_NV, beta=beta)
+        assert torch.isfinite(loss_N).all() and (loss_N > 0).all()
+        assert torch.isfinite(torch.autograd.grad(loss_N.sum(), student_NV)[0]).all()
 
 
 def test_top_k_kl_never_exceeds_forward_kl_and_meets_it_at_the_whole_vocabulary() -> None:

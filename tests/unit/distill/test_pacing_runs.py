@@ -11,15 +11,16 @@ import pytest
 import runs
 import torch
 
-from pocl_ray.config import CurriculumConfig, PlateauConfig
+from pocl_ray.config import CurriculumConfig, DistillConfig, PlateauConfig, RolloutConfig
 from pocl_ray.curriculum.pacing import PACINGS
-from pocl_ray.curriculum.schedule import plan_curriculum
+from pocl_ray.curriculum.schedule import loss_schedules, plan_curriculum, with_loss_ramps
 from pocl_ray.data.batching import global_batches, random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.records import Ramp
 
 RAMP = Ramp((1.0, 3.0), "linear", 12)
+BETA = {"beta": {"start": 0, "end": 0.5, "by": "step"}}
 # 2 steps an epoch in stage 0 and 4 in stage 1; at most 6 epochs, of which the runs below need two or three.
 RULES_BY_PLACES = [name for name, rule in PACINGS.items() if rule.order != "frontier"]  # that one has tests of its own
 RULES: dict[str, dict[str, Any]] = {"competence": {"start": 0.3, "num_stages": 3}}  # parameters of rules
@@ -86,7 +87,9 @@ def trained(task: TrainTask, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     )
     checkpointed = runs.TRAIN.model_copy(update={"checkpoint_every_steps": 5})
     tasks = {rule: of_rule(task, rule) for rule in RULES_BY_PLACES}
-    tasks["moving"] = tasks["resumed"] = replace(task, stages=stages, train=checkpointed)
+    jsd = DistillConfig.model_validate({"teacher_cache": "none", "loss": "generalized_jsd", "loss_args": BETA})
+    stages = with_loss_ramps(stages, loss_schedules(jsd, RolloutConfig()))
+    tasks["moving"] = tasks["resumed"] = replace(task, stages=stages, train=checkpointed, distill=jsd)
     resume = {"resumed": folder / "moving" / "checkpoints" / "00005"}
     outcomes = runs.train_all([(one, folder / name, resume.get(name)) for name, one in tasks.items()])
     return {name: (one, outcome) for (name, one), outcome in zip(tasks.items(), outcomes, strict=True)}
@@ -96,7 +99,10 @@ def test_values_move_by_step_and_a_resumed_run_goes_on_with_them(trained: dict[s
     moving, resumed = trained["moving"][1], trained["resumed"][1]
     temperatures = [record["curriculum/kd_temperature"] for record in steps_of(moving)]
     assert temperatures == pytest.approx([1 + 2 * k / 11 for k in range(12)])
+    betas = [record["distill/loss_args/beta"] for record in steps_of(moving)]
+    assert betas == pytest.approx([0.5 * k / 11 for k in range(12)])
     assert resumed.losses == moving.losses
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in moving.weights.items())
 
 
 @pytest.mark.parametrize("rule", RULES_BY_PLACES)

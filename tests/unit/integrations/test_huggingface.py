@@ -25,7 +25,12 @@ class RecordingTrainer(Recording, CurriculumTrainer):
 
 
 def a_trainer(
-    folder: Path, curriculum: Curriculum, callbacks: Any = None, teacher_vocab: int = VOCAB, **changes: Any
+    folder: Path,
+    curriculum: Curriculum,
+    callbacks: Any = None,
+    teacher_vocab: int = VOCAB,
+    loss: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> RecordingTrainer:
     return RecordingTrainer(
         tiny_model(1),
@@ -36,6 +41,7 @@ def a_trainer(
         callbacks=callbacks,
         curriculum=curriculum,
         teacher_model=tiny_model(2, width=24, vocab=teacher_vocab),
+        **(loss or {}),
     )
 
 
@@ -92,6 +98,18 @@ def test_evaluation_is_the_divergence_at_temperature_one(tmp_path: Path) -> None
     trainer = a_trainer(tmp_path, plan(), per_device_eval_batch_size=12)
     expected = float64_loss(trainer, list(range(12)), 1.0, 1.0)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_parameter_of_the_loss_moves_with_the_curriculum_and_evaluation_takes_its_last_value(tmp_path: Path) -> None:
+    def trained(loss_args: dict[str, Any]) -> RecordingTrainer:
+        return a_trainer(tmp_path, plan(), loss={"loss": "generalized_jsd", "loss_args": loss_args})
+
+    moving, fixed = trained({"beta": {"start": 0, "end": 0.5, "by": "step"}}), trained({"beta": 0.5})
+    assert moving.evaluate()["eval_loss"] == fixed.evaluate()["eval_loss"]
+    moving.train()
+    assert logged(moving, "distill/loss_args/beta") == pytest.approx([0.5 * k / 7 for k in range(8)])
+    with pytest.raises(ConfigError, match=r"^loss_args\.beta: a linear schedule takes start and end$"):
+        trained({"beta": {"start": 0}})
 
 
 def test_a_resumed_training_goes_on_at_the_right_row_and_ends_in_the_same_weights(tmp_path: Path) -> None:
