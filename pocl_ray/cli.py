@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -40,6 +40,29 @@ WithChanges = Annotated[
         "--resume-with-changes", help="go on in a run directory whose config differs; changed steps run again"
     ),
 ]
+
+
+@app.command()
+def init(
+    teacher: Annotated[str, typer.Option(help="directory or Hub id")],
+    student: Annotated[str, typer.Option(help="directory or Hub id, or a number of the teacher's layers")],
+    train: Annotated[str, typer.Option(help="rows: JSONL, Parquet, CSV, a Hub id, s3:// ...")],
+    dev: Annotated[str | None, typer.Option(help="dev rows; default: some of the training rows")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", metavar="laptop|gpu|cluster", help="machine; default: this one")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: the student's name")] = None,
+    columns: Annotated[str, typer.Option(help="meaning of columns, such as prompt=query,output=reply")] = "",
+    gpus: Annotated[int | None, typer.Option(min=1, help="number of GPUs; default: this machine's")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=0.1, help="memory of a GPU; default: this machine's")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it is there")] = False,
+) -> None:
+    """Write a commented config for your rows and models, and say why each value was chosen."""
+    if target not in (None, "laptop", "gpu", "cluster"):
+        raise UserError(f"--for {target}: unknown; there are laptop, gpu and cluster")
+    from pocl_ray.advice.init import Request, init
+
+    init(Request(teacher, student, train, dev, cast(Any, target), out, columns, gpus, gpu_gib, force))
 
 
 @app.command()

@@ -21,6 +21,10 @@ class ModelError(UserError):
     """A model or tokenizer that cannot be loaded, or that does not fit the other one."""
 
 
+class HubUnreachableError(ModelError):
+    """A model of the Hub that is not in the cache here, while the Hub cannot be reached."""
+
+
 class StorageError(UserError):
     """A place that cannot be read or written, or a run directory that belongs to something else."""
 

@@ -78,6 +78,12 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def in_yaml(value: Any) -> str:
+    """Return a value as YAML on one line, from which a config reads the same value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which `1e-4` is a number, as in YAML 1.2, and a repeated key is an error."""
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING
 
-from pocl_ray.errors import ModelError
+from pocl_ray.errors import HubUnreachableError, ModelError
 from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.run_directory.storage import localize
 
@@ -154,7 +154,7 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
         raise ModelError(f"{ref.path}: neither a directory here nor a model on the Hub") from None
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached and its cache here does not hold it"
-        raise ModelError(f"{ref.path}: no such directory here, and {reason}") from None
+        raise HubUnreachableError(f"{ref.path}: no such directory here, and {reason}") from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:

@@ -248,7 +248,7 @@ def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBas
     ref = on_this_node(reference(config))
     check_place(ref)
     check_same_tokenizer(load_tokenizer(ref.path, ref.revision, ref.trust_remote_code), tokenizer)
-    check_fits(f"other teacher {ref.path}", _skeleton(config, tokenizer), tokenizer, max_tokens)
+    check_fits(f"other teacher {ref.path}", skeleton(config, tokenizer), tokenizer, max_tokens)
 
 
 def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
@@ -265,7 +265,7 @@ def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: Teac
     if student.lora is None:
         return
     import_peft("student.lora")
-    model = _skeleton(student if student.num_layers is None else teacher, tokenizer=None)
+    model = skeleton(student if student.num_layers is None else teacher, tokenizer=None)
     if student.num_layers is not None:
         with torch.device("meta"):
             model = cut_layers(model, student.num_layers)
@@ -295,15 +295,15 @@ def check_models(
         ModelError: Weights are missing, an architecture does not work, the student has more layers than the teacher,
             or a model lacks embeddings for the tokenizer's ids or positions for the rows.
     """
-    large = _skeleton(teacher, tokenizer)
+    large = skeleton(teacher, tokenizer)
     for key, model in (("teacher", teacher), ("student", student)):
         if model.architecture is not None:
-            _check_memory(key, num_parameters(_skeleton(model, tokenizer)))
+            _check_memory(key, num_parameters(skeleton(model, tokenizer)))
     check_fits("teacher", large, teacher_tokenizer or tokenizer, max_tokens)
     if student.num_layers is not None:
         evenly_spaced(student.num_layers, large.config.get_text_config().num_hidden_layers)
         return None
-    small = _skeleton(student, tokenizer)
+    small = skeleton(student, tokenizer)
     check_fits("student", small, tokenizer, max_tokens)
     num_teacher, num_student = num_parameters(large), num_parameters(small)
     if num_student <= num_teacher:
@@ -359,8 +359,16 @@ def check_fits(key: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
 
 
-def _skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """The model without memory for its weights; without a tokenizer, a new model has its default vocabulary."""
+def skeleton(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """Return a model without memory for its weights, from its config alone.
+
+    Args:
+        config: Section of a model with a path or an architecture.
+        tokenizer: Tokenizer that gives the vocabulary of a new model; None: the default vocabulary.
+
+    Raises:
+        ModelError: The model is missing, or its config does not work.
+    """
     with torch.device("meta"):
         if config.architecture is not None:
             return _build(config.architecture, tokenizer, seed=0)

@@ -27,7 +27,18 @@ LAYERS = (
     },
     {"curriculum", "data", "models", "answers", "teacher_cache"},
     {"difficulty", "distill", "evaluation", "ray_train", "responses", "trainings"},
-    {"experiments", "fingerprints", "inputs", "integrations", "pipeline", "preflight", "preview", "tuning", "report"},
+    {
+        "advice",
+        "experiments",
+        "fingerprints",
+        "inputs",
+        "integrations",
+        "pipeline",
+        "preflight",
+        "preview",
+        "report",
+        "tuning",
+    },
     {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

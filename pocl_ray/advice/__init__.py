@@ -1,0 +1,1 @@
+"""Advice before a run: a config for one's rows and models, the state of the machine, steps and cost."""
