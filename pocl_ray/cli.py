@@ -66,6 +66,19 @@ def init(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Look at what this machine has and lacks for a run; exit code 1 if something would stop it."""
+    loaded = None if config is None else load_config(config, overrides or [])
+    from pocl_ray.advice.doctor import doctor
+
+    if not doctor(loaded):
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
     """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
     run_dir = _run_until("report", config, overrides, resume_with_changes)
