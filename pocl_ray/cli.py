@@ -67,7 +67,9 @@ def init(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Look at what this machine has and lacks for a run; exit code 1 if something would stop it."""
@@ -79,8 +81,19 @@ def doctor(
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None, resume_with_changes: WithChanges = False) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume_with_changes: WithChanges = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would run, why, and at what cost")] = False,
+) -> None:
     """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
+    if dry_run:
+        loaded = load_config(config, overrides or [])
+        from pocl_ray.advice import dry_run as dry
+
+        dry.dry_run(loaded)
+        return
     run_dir = _run_until("report", config, overrides, resume_with_changes)
     console.print(f"student  {run_dir.uri_of('student')}\nreport   {run_dir.uri_of('report.html')}")
 
@@ -115,7 +128,9 @@ def distill(config: ConfigPath, overrides: Overrides = None, resume_with_changes
 
 @app.command()
 def evaluate(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")
+    ] = None,
     overrides: Overrides = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL with `text` or `prediction`")] = None,
     references: Annotated[Path | None, typer.Option(help="JSONL with `output`, a string or a list")] = None,

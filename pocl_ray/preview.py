@@ -68,7 +68,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     if not any_training_reads_teacher(config, stages):
         console.print("teacher cache: none, since kd_ratio is 0 throughout")
         return
-    for_teacher = _prepared(config, for_teacher=True) if prepared else {}
+    for_teacher = prepared_sets(config, for_teacher=True) if prepared else {}
     for place, teacher in enumerate((config.teacher, *config.other_teachers), start=1):
         name = "teacher cache" if place == 1 else f"teacher cache {place}"
         console.print(f"{name}: {_cache_size(config, teacher, for_teacher)}")
@@ -129,14 +129,22 @@ def _moving(first: float, last: float) -> str:
 def _prepared_if_reachable(config: Config, console: Console) -> dict[str, RowsSummary]:
     """The sets that the run has prepared; none where its storage cannot be reached, which a plan does not need."""
     try:
-        return _prepared(config)
+        return prepared_sets(config)
     except StorageError as error:
         console.print(f"note: planned without the rows of the run directory, which cannot be reached: {error}")
         return {}
 
 
-def _prepared(config: Config, for_teacher: bool = False) -> dict[str, RowsSummary]:
-    """The sets that the run has prepared; with `for_teacher` in the tokens of a teacher with its own tokenizer."""
+def prepared_sets(config: Config, for_teacher: bool = False) -> dict[str, RowsSummary]:
+    """Return the sets that the run has prepared; empty if there are none yet.
+
+    Args:
+        config: Config of the run.
+        for_teacher: Whether to return them in the tokens of a teacher with its own tokenizer.
+
+    Raises:
+        StorageError: The storage cannot be reached.
+    """
     run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
     if not run_dir.exists("rows/summary.json"):
         return {}
