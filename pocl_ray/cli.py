@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from pocl_ray.completion import complete_config
 from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, UserError
@@ -22,11 +23,17 @@ from pocl_ray.run_directory.storage import RunDirectory
 app = typer.Typer(
     help="Distil large language models into small ones by progressive overload, on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="a YAML file, or the name of one that comes with the package, such as quickstart",
+        autocompletion=complete_config,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -68,7 +75,7 @@ def init(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file", autocompletion=complete_config)
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -129,7 +136,7 @@ def distill(config: ConfigPath, overrides: Overrides = None, resume_with_changes
 @app.command()
 def evaluate(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="a YAML file", autocompletion=complete_config)
     ] = None,
     overrides: Overrides = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL with `text` or `prediction`")] = None,

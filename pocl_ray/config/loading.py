@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pocl_ray.config.root import Config
 from pocl_ray.config.schedules import ScheduleConfig
+from pocl_ray.config.shipped import shipped_config, shipped_names
 from pocl_ray.errors import ConfigError
 
 LAYER_ENDINGS = (".yaml", ".yml")
@@ -22,9 +23,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the config of a file, with overrides and further files applied in the order given.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of a config that comes with the package, such as `quickstart`.
         overrides: Dotted keys with values in YAML syntax, such as `train.learning_rate=1e-3`, and YAML files that hold
-            some of the keys, such as `configs/methods/reverse_kl.yaml`.
+            some of the keys, such as `configs/methods/reverse_kl.yaml`, or their names.
 
     Returns:
         The validated config.
@@ -70,7 +71,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 def is_layer(override: str) -> bool:
     """Return whether an override is a file to merge over the config, and not `key=value`."""
-    return "=" not in override and override.endswith(LAYER_ENDINGS)
+    return "=" not in override and (override.endswith(LAYER_ENDINGS) or shipped_config(override) is not None)
 
 
 def dump_config(config: Config) -> str:
@@ -115,8 +116,9 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    shipped = None if path.is_file() else shipped_config(path.as_posix())
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (shipped or path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_similar_file_hint(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -131,10 +133,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _similar_file_hint(path: Path) -> str:
-    """A hint for a missing file: the file in the same directory with the most similar name."""
+    """A hint for a missing file: the file in the same directory, or the shipped config, with the most similar name."""
     names = [one.name for one in sorted(path.parent.glob("*")) if one.suffix in LAYER_ENDINGS]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    if near:
+        return f"; did you mean {path.parent / near[0]}?"
+    if path.suffix in LAYER_ENDINGS:
+        return ""
+    shipped = difflib.get_close_matches(path.as_posix(), shipped_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {shipped[0]}? " if shipped else ""
+    return f"; {hint}The package brings {', '.join(shipped_names())}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -23,6 +23,7 @@ from requests.exceptions import RequestException
 
 from pocl_ray.config import load_config
 from pocl_ray.config.loading import is_layer
+from pocl_ray.config.shipped import shipped_config
 from pocl_ray.console import console
 from pocl_ray.errors import ConfigError, ResourceError
 from pocl_ray.ray_cluster.internals import quieten_packing
@@ -130,6 +131,8 @@ def entrypoint(submission: Submission) -> str:
 
 def _inside(config: Path, working_dir: Path) -> str:
     """The path of a config relative to the working directory."""
+    if not config.is_file() and shipped_config(config.as_posix()) is not None:
+        return config.as_posix()  # it comes with the package, which is on the nodes
     if not config.resolve().is_relative_to(working_dir):
         raise ConfigError(
             f"{config}: lies outside of the working directory {working_dir}, which alone travels with the "

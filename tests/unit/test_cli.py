@@ -87,6 +87,8 @@ def test_evaluate_prints_the_figures_of_given_answers_as_json(call: Call, tmp_pa
     ("arguments", "says"),
     [
         (["plan", "none.yaml"], "none.yaml: no such config file"),
+        (["plan", "quickstrat"], "quickstrat: no such config file; did you mean quickstart? The package brings "),
+        (["init", "--teacher", "t", "--student", "s", "--train", "r", "--for", "phone"], "--for phone: unknown"),
         (["plan", "c.yaml", "train.learning_rte=1"], "did you mean train.learning_rate?"),
         (["run", "c.yaml", "trian.eps=1"], "did you mean train?"),
         (["plan", "c.yaml", "train.eps=-1"], "c.yaml: train.eps"),

@@ -39,7 +39,7 @@ LAYERS = (
         "report",
         "tuning",
     },
-    {"cli", "__main__"},
+    {"cli", "completion", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -57,6 +57,11 @@ def test_a_config_outside_of_the_working_directory_is_refused(working_dir: Path)
         entrypoint(Submission(QUICKSTART, [], "", working_dir))
 
 
+def test_a_config_of_the_package_is_named_as_it_is(working_dir: Path) -> None:
+    given = Submission(Path("quickstart"), ["methods/reverse_kl"], "", working_dir)
+    assert entrypoint(given) == "python -m pocl_ray run quickstart methods/reverse_kl"
+
+
 def test_the_working_directory_travels_without_what_a_job_does_not_need(submission: Submission, tmp_path: Path) -> None:
     more = tmp_path / "runtime_env.yaml"
     more.write_text("excludes: [/data]\nenv_vars: {A: '1', B: '2'}\n", encoding="utf-8")
