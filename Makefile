@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
 ROWS   := ../shared/data
 ARGS   ?=
@@ -34,12 +35,13 @@ PIP = $(BIN)/python scripts/pip_install.py $(VENV)/install.log
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## make .venv with everything pinned in constraints.txt
+install: $(STAMP)  ## make .venv with everything pinned in constraints.txt, the tests' packages included
 
-# The stamp goes before the work and comes back only after all of it, so an interrupted install is never taken
-# for a finished one. Without ensurepip (Debian splits it off) virtualenv stands in where it is there.
-$(STAMP): pyproject.toml constraints.txt
-	@rm -f $@
+# Two stamps: what a run needs, and what the tests add to it in the same environment. A stamp goes before the work and
+# comes back only after all of it, so an interrupted install is never taken for a finished one. Without ensurepip (Debian
+# splits it off) virtualenv stands in where it is there.
+$(RUNS): pyproject.toml constraints.txt
+	@rm -f $@ $(STAMP)
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
 	    echo "pocl-ray needs Python 3.11, 3.12, 3.13 or 3.14, and '$(PYTHON)' is none of them: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
@@ -51,16 +53,22 @@ $(STAMP): pyproject.toml constraints.txt
 	        || "$$python" -m virtualenv --quiet --clear $(VENV) 2>/dev/null \
 	        || { echo "$$python has neither ensurepip nor virtualenv: install python3-venv (Debian) or virtualenv" >&2; exit 2; }; \
 	fi
-	@echo "installing the packages pinned in constraints.txt (minutes, the first time)"
+	@echo "installing what a run needs, as pinned in constraints.txt (minutes, the first time)"
 	@$(PIP) $(BUILD_TOOLS)
+	@$(PIP) --build-constraint constraints.txt -e .
+	@touch $@
+
+$(STAMP): $(RUNS)
+	@rm -f $@
+	@echo "installing what the tests need as well"
 	@$(PIP) --build-constraint constraints.txt -e '.[dev,s3]'
 	@touch $@
 
-quickstart: $(STAMP)  ## teach a tiny student the whole curriculum, in minutes, on a laptop
+quickstart: $(RUNS)  ## teach a tiny student the whole curriculum, in minutes, on a laptop
 	@$(BIN)/pocl-ray run configs/quickstart.yaml $(ARGS)
 
 # The real rows where they lie beside the checkout, else the ones the package ships.
-smollm2: $(STAMP)  ## distil SmolLM2-135M into 6 of its layers
+smollm2: $(RUNS)  ## distil SmolLM2-135M into 6 of its layers
 	@$(BIN)/pocl-ray fetch smollm2
 	@$(BIN)/pocl-ray run configs/smollm2.yaml $(if $(wildcard $(ROWS)/s_ni_short_train.jsonl),\
 	    data.train.path=$(ROWS)/s_ni_short_train.jsonl data.dev.path=$(ROWS)/s_ni_dev.jsonl) $(ARGS)

@@ -1,4 +1,4 @@
-"""Installs pinned packages with pip; where that fails, one line says what failed and what to do.
+"""Installs pinned packages with pip and says what it does meanwhile; a failure is one line with what to do.
 
     python scripts/pip_install.py LOG PIP_ARGUMENT...
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,39 @@ _NOT_BUILT = re.compile(
     r"Failed (?:building wheel for|to build) '?([\w.-]+)|Getting requirements to build wheel did not run"
 )
 _HASH = re.compile(r"THESE PACKAGES DO NOT MATCH THE HASHES|IncompleteRead|BadZipFile|incomplete-download")
+
+
+_DOING = re.compile(r"^(Collecting|Downloading|Building|Installing|Using cached|Preparing) ?(.*)$", re.MULTILINE)
+SAY_EVERY_S = 15.0
+
+
+def doing(log: str) -> str:
+    """Return what pip does now, in a few words, from all that it said."""
+    steps = _DOING.findall(log.replace("\r", "\n").replace("  Downloading", "Downloading"))
+    if not steps:
+        return "asking the registry"
+    verb, what = steps[-1]
+    if what.startswith("collected packages"):
+        return f"unpacking {what.count(',') + 1} packages"
+    name = what.split(" (from")[0].split(" (")[0].rsplit("/", 1)[-1]
+    size = re.search(r"\(([\d.]+ [kMG]B)\)", what)
+    return f"{verb.lower()} {name}{f' ({size[1]})' if size else ''}"
+
+
+def run(command: Sequence[str], log: Path) -> int:
+    """Run pip to its end, print every `SAY_EVERY_S` seconds what it does, and return its exit code."""
+    started = said = time.monotonic()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                pass
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                now = doing(log.read_text(encoding="utf-8", errors="replace"))
+                print(f"  {said - started:.0f} s: {now}", flush=True)
 
 
 def explain(log: str, python: str) -> str:
@@ -77,8 +111,7 @@ def explain(log: str, python: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Install, and return the exit code: 0, or 2 where pip failed."""
     log, wanted = Path(arguments[0]), arguments[1:]
-    with log.open("w", encoding="utf-8") as output:
-        code = subprocess.run([sys.executable, *PIP, *wanted], stdout=output, stderr=subprocess.STDOUT).returncode
+    code = run([sys.executable, *PIP, *wanted], log)
     if code == 0:
         return 0
     said = log.read_text(encoding="utf-8", errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -218,3 +219,31 @@ def test_a_failed_install_ends_with_that_line_alone(tmp_path: Path) -> None:
     assert failed.stderr.startswith("make install failed: the registry has no no-such-package-of-ours")
     assert str(log) in failed.stderr
     assert "No matching distribution" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("log", "says"),
+    [
+        ("", "asking the registry"),
+        ("Collecting ray==2.60.0 (from -c constraints.txt (line 3))\n", "collecting ray==2.60.0"),
+        (
+            "Collecting torch\n  Downloading https://host/torch-2.13.0-cp311.whl.metadata (28 kB)\n"
+            "Downloading https://host/torch-2.13.0-cp311.whl (858.3 MB)\n",
+            "downloading torch-2.13.0-cp311.whl (858.3 MB)",
+        ),
+        ("Collecting a\nInstalling collected packages: a, b, c\n", "unpacking 3 packages"),
+    ],
+)
+def test_an_install_says_what_it_does_meanwhile(log: str, says: str) -> None:
+    assert pip_install().doing(log) == says
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_a_run_needs_no_packages_of_the_tests() -> None:
+    def recipe(target: str) -> str:
+        command = ["make", "--dry-run", "--always-make", "VENV=none", target]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    quickstart, tests = recipe("quickstart"), recipe("test")
+    assert "-e .\n" in quickstart and "[dev" not in quickstart
+    assert "-e .\n" in tests and "-e '.[dev,s3]'" in tests
