@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUNS   := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-for-docs
 ROWS   := ../shared/data
 ARGS   ?=
 
@@ -30,7 +31,7 @@ FIND_VERSION = for python in "python$$version" "$${PYENV_ROOT:-$$HOME/.pyenv}"/v
 PIP = $(BIN)/python scripts/pip_install.py $(VENV)/install.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smollm2 test test-faults test-versions check benchmark clean
+.PHONY: help install quickstart smollm2 test test-faults test-versions check docs benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +42,7 @@ install: $(STAMP)  ## make .venv with everything pinned in constraints.txt, the 
 # comes back only after all of it, so an interrupted install is never taken for a finished one. Without ensurepip (Debian
 # splits it off) virtualenv stands in where it is there.
 $(RUNS): pyproject.toml constraints.txt
-	@rm -f $@ $(STAMP)
+	@rm -f $@ $(STAMP) $(DOCS)
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
 	    echo "pocl-ray needs Python 3.11, 3.12, 3.13 or 3.14, and '$(PYTHON)' is none of them: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
@@ -94,9 +95,19 @@ check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+$(DOCS): $(RUNS)
+	@rm -f $@
+	@echo "installing what the documentation site needs as well"
+	@$(PIP) --build-constraint constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## build the documentation site into site/; a warning fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 benchmark: $(STAMP)  ## speed and memory of a step, memory of the losses, speed of rollouts beside TRL's
 	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
 
 clean:  ## remove .venv and the caches; runs stay
-	@rm -rf $(VENV) $(VERSIONS:%=.venv-%) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	@rm -rf site $(VENV) $(VERSIONS:%=.venv-%) .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

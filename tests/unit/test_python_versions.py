@@ -43,7 +43,7 @@ def pins_of(version: str) -> list[Requirement]:
 
 def wanted() -> list[str]:
     extras = PROJECT["project"]["optional-dependencies"]
-    return [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["s3"]]
+    return [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["s3"], *extras["docs"]]
 
 
 def test_pyproject_promises_these_versions_and_no_others() -> None:
@@ -144,7 +144,7 @@ def test_each_version_can_have_every_pin(version: str, wheels: Path, tmp_path: P
         ":all:",
     ]
     command += ["--use-feature=fast-deps", "--python-version", version, "--target", str(tmp_path / "target")]
-    command += ["--find-links", str(wheels), "-c", str(constraints), f"{ROOT}[dev,s3]"]
+    command += ["--find-links", str(wheels), "-c", str(constraints), f"{ROOT}[dev,s3,docs]"]
     resolved = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=590)
     assert resolved.returncode == 0, resolved.stderr[-3000:]
 
