@@ -44,7 +44,7 @@ from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.reader import write_index, write_shard
+from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 BAR, SAME_LOSS = 1.05, 1e-4
 BATCH_ROWS, MICRO_BATCH_ROWS = 8, 4

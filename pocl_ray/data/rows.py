@@ -23,7 +23,7 @@ from pocl_ray.data.documents import ConversationFitter, DocumentFitter
 from pocl_ray.data.prompts import CHUNK_ROWS, Example, ExampleReader, Fit, PromptTemplate
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.row_counts import RowCounts
-from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema, shared_prompts
+from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema
 from pocl_ray.data.sources import read_source
 from pocl_ray.data.special_tokens import SpecialTokensAsText
 from pocl_ray.data.tokenization import PreparedRow, RowTokenizer, TextTokenizer
@@ -214,16 +214,6 @@ def _fit(
 
     return fit
 
-
-__all__ = [
-    "RowStore",
-    "default_split",
-    "hold_out",
-    "prepare_rows",
-    "shared_prompts",
-    "summarize_rows",
-    "write_rejects",
-]
 
 _NUM_REASONS_SHOWN = 3
 

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,106 +23,30 @@ from pocl_ray.config import GenerationConfig
 from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
-from pocl_ray.difficulty.finite import check_finite
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
-from pocl_ray.difficulty.signals import LmHead, Signals, student_signals, teacher_signals
+from pocl_ray.difficulty.signals import LmHead, check_finite, student_signals, teacher_signals
+from pocl_ray.difficulty.tasks import (
+    ANSWER_STOPPED,
+    SET,
+    STUDENT_DTYPE,
+    STUDENT_HIDDEN,
+    IntArray,
+    Lengths,
+    ids_of,
+    row_table,
+    student_unit,
+    with_place,
+)
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # any model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadSample, HeadWeights
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
-from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS
+from pocl_ray.records import ID
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.reader import write_shard
 from pocl_ray.teacher_cache.top_k import TopK, concatenate, top_k_of
-
-# The tables that flow through the scoring job: one row for each micro-batch up to the teacher, then one for each row.
-
-SET = "set"
-IDS = "ids"
-SHARD = "shard"
-ANSWER_STOPPED = "answer_stopped"
-STUDENT_COLUMNS = {
-    "rouge_l": pa.float64(),
-    ANSWER_STOPPED: pa.bool_(),
-    "ce_loss": pa.float64(),
-    "student_confidence": pa.float64(),
-}
-STUDENT_HIDDEN = "student_hidden"
-STUDENT_DTYPE = "student_dtype"
-
-IntArray = npt.NDArray[np.int64]
-Lengths = tuple[IntArray, IntArray]
-"""The number of tokens of each prompt and of each response, both of shape (R,)."""
-
-
-def with_place(table: pa.Table, name: str, shard: str | None) -> pa.Table:
-    """Return rows with two more columns: their set, and the shard of the cache that holds them."""
-    table = table.append_column(SET, pa.array([name] * table.num_rows, pa.string()))
-    return table.append_column(SHARD, pa.array([shard] * table.num_rows, pa.string()))
-
-
-def unit_table(name: str, batches: Sequence[IntArray]) -> pa.Table:
-    """Return the input of one task: the set, and the row ids of each micro-batch."""
-    ends = np.cumsum([0, *map(len, batches)], dtype=np.int32)
-    ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(batches)))
-    return pa.table({SET: pa.array([name] * len(batches), pa.string()), IDS: ids})
-
-
-def unscored_units(name: str, batches: Sequence[IntArray]) -> pa.Table:
-    """Return the input of one task of a `TeacherActor` in a job without a student."""
-    return pa.concat_tables(student_unit(name, ids, None, None) for ids in batches)
-
-
-def ids_of(units: pa.Table) -> list[IntArray]:
-    """Return the row ids of each unit."""
-    return [np.array(ids, dtype=np.int64) for ids in units[IDS].to_pylist()]
-
-
-def student_unit(
-    name: str, ids: IntArray, by_row: Mapping[str, Any] | None, hidden_NH: torch.Tensor | None
-) -> pa.Table:
-    """Return a unit as the teacher's actor receives it.
-
-    Args:
-        name: Name of the set.
-        ids: Row ids of the unit.
-        by_row: Student's signals by name; None if the student did not read the unit.
-        hidden_NH: Student's hidden states, if signals compare the two models.
-    """
-    table = unit_table(name, [ids])
-    for column, value_type in STUDENT_COLUMNS.items():
-        values = list(by_row[column]) if by_row is not None and column in by_row else None
-        table = table.append_column(column, pa.array([values], pa.list_(value_type)))
-    payload = None if hidden_NH is None else hidden_NH.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    dtype = None if hidden_NH is None else str(hidden_NH.dtype).removeprefix("torch.")
-    table = table.append_column(STUDENT_HIDDEN, pa.array([payload], pa.large_binary()))
-    return table.append_column(STUDENT_DTYPE, pa.array([dtype], pa.string()))
-
-
-def row_table(
-    ids: IntArray, lengths: Lengths, signals: Signals, units: pa.Table, index: int, names: Sequence[str]
-) -> pa.Table:
-    """Return a table with one row for each row id of a unit.
-
-    Args:
-        ids: Row ids of the unit.
-        lengths: Lengths in the student's tokens.
-        signals: Signals that the teacher measured.
-        units: Table of units, with the student's signals.
-        index: Place of the unit in that table.
-        names: Columns of the teacher's signals; a signal that was not measured is null.
-    """
-    columns = {ID: pa.array(ids)}
-    for name, value_type in STUDENT_COLUMNS.items():
-        values = units[name][index]
-        columns[name] = values.values if values.is_valid else pa.nulls(len(ids), value_type)
-    for name in names:
-        values = signals.get(name)
-        columns[name] = pa.nulls(len(ids), pa.float64()) if values is None else pa.array(values)
-    columns[NUM_PROMPT_TOKENS], columns[NUM_RESPONSE_TOKENS] = map(pa.array, lengths)
-    return pa.table(columns)
+from pocl_ray.teacher_cache.writer import write_shard
 
 
 class CacheUnitWriter(Protocol):

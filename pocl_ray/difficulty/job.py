@@ -23,23 +23,22 @@ from ray.data import Dataset
 
 from pocl_ray.config import DifficultyConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.actors import (
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.tasks import (
     ANSWER_STOPPED,
     SET,
     SHARD,
-    ScoringTask,
-    StudentActor,
-    TeacherActor,
+    MicroBatches,
+    plan_tasks,
     unit_table,
     unscored_units,
 )
-from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_cluster.actor_pools import ActorPool, plan_pools, quiet_ray_data, stream
 from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import ID, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.reader import write_index
+from pocl_ray.teacher_cache.writer import write_index
 
 
 class Results:

@@ -20,16 +20,7 @@ from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.experiments.arms import Arm, by_scoring, notes, plan_arms, with_steps
 from pocl_ray.experiments.flops import equal_steps
 from pocl_ray.experiments.page import write_page
-from pocl_ray.experiments.results import (
-    FIGURES,
-    Budget,
-    Outcome,
-    Phase,
-    TrainingRecord,
-    compare,
-    read_record,
-    write_tables,
-)
+from pocl_ray.experiments.results import Budget, Outcome, Phase, TrainingRecord, compare, read_record, write_tables
 from pocl_ray.experiments.scored import ScoredRun
 from pocl_ray.experiments.starts import Starts, num_rows_of, open_runs, score_runs
 from pocl_ray.experiments.table import board, comparison_table, show
@@ -38,6 +29,7 @@ from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.trainings.pool import Pool
+from pocl_ray.trainings.statistics import FIGURES
 
 SAME_SHARE = 0.01
 """The difference below which numbers of steps count as equal, since one more training would tell nothing."""

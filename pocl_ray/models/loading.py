@@ -22,10 +22,9 @@ from transformers import (
 )
 
 from pocl_ray.errors import ModelError, ResourceError
-from pocl_ray.models.building import build_model
 from pocl_ray.models.lora import merged_with_adapter
-from pocl_ray.models.places import Attention, Dtype, ModelRef, check_place, model_fingerprint
-from pocl_ray.models.saving import quiet_transformers, save_model
+from pocl_ray.models.places import ModelRef, check_place
+from pocl_ray.models.saving import quiet_transformers
 
 INSTALL = "pip install 'pocl-ray[int8]'"
 
@@ -56,20 +55,6 @@ def int8_options(name: str, device: torch.device) -> dict[str, Any]:
     # It computes products in float16, and prints a warning for each of them.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-
-
-__all__ = [
-    "Attention",
-    "Dtype",
-    "ModelRef",
-    "build_model",
-    "check_same_tokenizer",
-    "load_model",
-    "load_tokenizer",
-    "model_fingerprint",
-    "num_parameters",
-    "save_model",
-]
 
 
 def load_model(

@@ -33,10 +33,7 @@ from pocl_ray.teacher_cache.writer import (
     CacheMeta,
     Layout,
     ShardInfo,
-    estimate_bytes,
     listed,
-    write_index,
-    write_shard,
 )
 
 _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
@@ -244,9 +241,6 @@ def _read_index(directory: Path, meta: CacheMeta) -> pa.RecordBatch:
     if index.num_rows != meta.num_rows:
         raise StorageError(f"{path}: has {index.num_rows} rows, expected {meta.num_rows}; score again")
     return index
-
-
-__all__ = ["CacheMeta", "HiddenCache", "Layout", "ShardInfo", "estimate_bytes", "write_index", "write_shard"]
 
 
 class HiddenCache(TeacherCache):

@@ -18,11 +18,3 @@ def test_the_table_of_rooms_names_every_folder_and_root_module() -> None:
     rooms = [f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
     modules = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
     assert sorted(named) == sorted([*rooms, *modules])
-
-
-def test_files_of_one_step_that_the_page_lists_are_there_and_eight_at_most() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    sentence = page.partition("To follow one optimizer step, read ")[2].partition(". Options")[0]
-    names = re.findall(r"`([\w/.]+)`", sentence)
-    paths = [PACKAGE / (name if "/" in name else f"distill/{name}") for name in names]
-    assert 0 < len(paths) <= 8 and all(path.is_file() for path in paths)

@@ -8,7 +8,8 @@ from data_tokenizers import tiny_tokenizer
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.readers import Reject
-from pocl_ray.data.rows import RowStore, hold_out, prepare_rows, shared_prompts, write_rejects
+from pocl_ray.data.row_store import RowStore, shared_prompts
+from pocl_ray.data.rows import hold_out, prepare_rows, write_rejects
 from pocl_ray.errors import DataError
 from pocl_ray.run_directory.storage import file_digest
 

@@ -14,7 +14,8 @@ from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenization import train_tokenizer
-from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.tasks import unit_table
 from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
@@ -24,8 +25,9 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache, write_index
+from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
 from pocl_ray.teacher_cache.top_k import top_k_of
+from pocl_ray.teacher_cache.writer import write_index
 
 NUM_ROWS = 6
 BATCHES = [np.array([4, 1]), np.array([0, 5, 2, 3])]

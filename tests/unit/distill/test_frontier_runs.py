@@ -21,8 +21,8 @@ from pocl_ray.curriculum.frontier import draw_rows, row_weights
 from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor, unit_table
-from pocl_ray.difficulty.tasks import plan_tasks
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.tasks import plan_tasks, unit_table
 from pocl_ray.distill.gaps import FRONTIER_FILE
 from pocl_ray.distill.losses import LOSSES
 from pocl_ray.distill.task import TrainTask

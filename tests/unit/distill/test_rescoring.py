@@ -16,9 +16,9 @@ import torch
 from pocl_ray.config import DifficultyConfig
 from pocl_ray.config.sources import ScoringGenerationConfig
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor, unit_table
+from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
 from pocl_ray.difficulty.ranking import rank_rows
-from pocl_ray.difficulty.tasks import plan_tasks
+from pocl_ray.difficulty.tasks import plan_tasks, unit_table
 from pocl_ray.distill.task import Rescoring, TrainTask
 
 SIGNALS = {"rouge_l": 1.0, "ce_loss": 0.5, "teacher_student_kl": 1.0, "student_confidence": 1.0, "teacher_ce_loss": 1.0}

@@ -17,8 +17,8 @@ from pocl_ray.distill.feed import Feed, Teachers, TeacherSource, load_teachers, 
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import StorageError
 from pocl_ray.models.places import ModelRef
-from pocl_ray.teacher_cache.reader import write_index, write_shard
 from pocl_ray.teacher_cache.top_k import top_k_of
+from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 V = 300
 

@@ -26,7 +26,7 @@ from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
-from pocl_ray.teacher_cache.reader import write_index, write_shard
+from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

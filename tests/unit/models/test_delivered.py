@@ -13,8 +13,9 @@ import transformers
 from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.config import StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
-from pocl_ray.models.loading import ModelRef, load_model, load_tokenizer
+from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import save_student
+from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import check_models, check_other_teacher
 from pocl_ray.models.saving import save_model, try_saving
 

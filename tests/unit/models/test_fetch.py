@@ -18,7 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from pocl_ray.errors import ModelError
 from pocl_ray.models import fetch
 from pocl_ray.models.gguf import import_gguf, is_imported
-from pocl_ray.models.loading import ModelRef, load_model, load_tokenizer, model_fingerprint
+from pocl_ray.models.loading import load_model, load_tokenizer
+from pocl_ray.models.places import ModelRef, model_fingerprint
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|endoftext|>{% endfor %}"
 HIDDEN, INNER, LAYERS, HEADS = 32, 64, 2, 2

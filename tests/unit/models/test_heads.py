@@ -20,7 +20,9 @@ from pocl_ray.models.heads import (
     response_hidden,
     split_model,
 )
-from pocl_ray.models.loading import ModelRef, load_model, save_model
+from pocl_ray.models.loading import load_model
+from pocl_ray.models.places import ModelRef
+from pocl_ray.models.saving import save_model
 
 
 def test_head_of_hidden_states_is_the_models_logits_at_response_positions(family, new_model, padded_batch):

@@ -14,17 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from pocl_ray.config import TeacherConfig
 from pocl_ray.errors import ModelError, ResourceError, StorageError
-from pocl_ray.models.loading import (
-    ModelRef,
-    build_model,
-    check_same_tokenizer,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    num_parameters,
-    save_model,
-)
+from pocl_ray.models.building import build_model
+from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
+from pocl_ray.models.places import ModelRef, model_fingerprint
 from pocl_ray.models.prepare import reference
+from pocl_ray.models.saving import save_model
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2}

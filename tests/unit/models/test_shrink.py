@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from pocl_ray.errors import ModelError
-from pocl_ray.models.loading import ModelRef, load_model, save_model
+from pocl_ray.models.loading import load_model
+from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import cut_layers, evenly_spaced
+from pocl_ray.models.saving import save_model
 
 
 def layers_of(model):

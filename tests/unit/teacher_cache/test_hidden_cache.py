@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pocl_ray.errors import StorageError
-from pocl_ray.teacher_cache.reader import HiddenCache, Layout, estimate_bytes, write_index, write_shard
+from pocl_ray.teacher_cache.reader import HiddenCache
+from pocl_ray.teacher_cache.writer import Layout, estimate_bytes, write_index, write_shard
 
 K = 16
 
