@@ -1,11 +1,19 @@
-"""The measurements for `scale_model.py`: seconds of steps of several sizes, and rows per second of scoring on Ray."""
+"""Measurements that check `scale_model.py`: seconds of steps of several sizes, and rows per second of scoring on Ray.
+
+    python benchmarks/scale_measured.py                       fit the form of a step's time to measured steps
+    python benchmarks/scale_measured.py --scoring 2000,8000   and score so many short rows with a tiny model, on Ray
+
+The form, `FLOPs / rate + overhead`, is fitted to all steps but one, and then held against that one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -231,3 +239,18 @@ def _own_bytes() -> int:
     """Anonymous resident memory: what this process allocated, without files and shared memory that it maps."""
     line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+def main() -> int:
+    """Return 1 where the fit misses the step left out by more than a quarter, or scoring is uneven, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scoring", metavar="ROWS,ROWS", help="score so many rows each with a tiny model on Ray")
+    args = parser.parse_args()
+    is_right = calibrate()
+    if args.scoring:
+        is_right &= score_sizes([int(n) for n in args.scoring.split(",")])
+    return int(not is_right)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,19 +1,16 @@
 """Time and memory of a distillation on clusters that are not here, from FLOPs, bytes, network and storage.
 
     python benchmarks/scale_model.py                         7B to 0.5B, 1M rows, on 8, 64 and 512 GPUs
-    python benchmarks/scale_model.py --calibrate             measure steps on this machine first, and check the model
-    python benchmarks/scale_model.py --scoring 2000,8000     score so many short rows with a tiny model, on Ray
 
-The form of a step's time, `FLOPs / rate + overhead`, is fitted to measured steps by --calibrate and then held against a
-step that the fit has not seen. The rates of a GPU cannot be measured on a machine without one: those below are stated
-assumptions, to be replaced by your own (--mfu, --network, --storage).
+The form of a step's time, `FLOPs / rate + overhead`, is checked by `scale_measured.py`. The rates of a GPU cannot be
+measured on a machine without one: those below are stated assumptions, to be replaced by your own (--mfu, --network,
+--storage).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -270,8 +267,8 @@ def show(work: Work, machine: Machine, counts: Sequence[int]) -> None:
         print(f"{name} stops scaling at {last} GPUs: twice as many make it less than 1.25 times as fast")
 
 
-def main() -> int:
-    """Run what is asked for; 1 where the calibrated model misses the step left out by more than a quarter."""
+def main() -> None:
+    """Print the table for the work and the machine that the arguments describe."""
     defaults, work = Machine(), Work()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", default="8,64,512", help="comma-separated")
@@ -280,22 +277,10 @@ def main() -> int:
     parser.add_argument("--mfu", type=float, default=defaults.mfu)
     parser.add_argument("--network", type=float, default=defaults.network / GB, help="GB/s that a node sends")
     parser.add_argument("--storage", type=float, default=defaults.storage / GB, help="GB/s of a node")
-    parser.add_argument("--calibrate", action="store_true", help="measure steps here and check the form of the model")
-    parser.add_argument("--scoring", metavar="ROWS,ROWS", help="score so many rows each with a tiny model on Ray")
     args = parser.parse_args()
     machine = replace(defaults, mfu=args.mfu, network=args.network * GB, storage=args.storage * GB)
     show(replace(work, rows=args.rows, batch=args.batch), machine, [int(n) for n in args.gpus.split(",")])
-    failed = False
-    if args.calibrate:
-        from scale_measured import calibrate
-
-        failed |= not calibrate()
-    if args.scoring:
-        from scale_measured import score_sizes
-
-        failed |= not score_sizes([int(n) for n in args.scoring.split(",")])
-    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
