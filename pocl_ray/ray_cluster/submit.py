@@ -1,5 +1,9 @@
 """Submission of a run as a job to a Ray cluster, over the cluster's HTTP address.
 
+`ray job submit` sends a working directory and follows the job too. Here a wrong config is refused before anything is
+sent, paths of configs hold in the job, caches and models stay behind, the output is followed across a broken
+connection, and the exit code is the run's.
+
 The working directory is sent with the job. Everything else must be installed on the cluster: pocl-ray's dependencies
 come from the image or the set-up of the nodes (`cluster/README.md`), and not from the job.
 """
@@ -8,13 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +91,12 @@ def submit(submission: Submission, wait: bool = True) -> int:
 
     environment = runtime_environment(submission)
     command = entrypoint(submission)
-    config = load_config(submission.config, list(submission.overrides))
-    check_lasts(config.storage_path)
+    check_lasts(load_config(submission.config, list(submission.overrides)).storage_path)
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
     quieten_packing()
     try:
         client = JobSubmissionClient(submission.address)
-        job = client.submit_job(
-            entrypoint=command, runtime_env=environment, submission_id=_job_name(config.name, datetime.now())
-        )
+        job = client.submit_job(entrypoint=command, runtime_env=environment)
     except AuthenticationError as error:
         raise ResourceError(
             f"{submission.address}: the cluster asks for a token and refuses ours ({_first_line(error)}); set "
@@ -181,10 +180,6 @@ def _read_runtime_env(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--runtime-env {path}: a mapping is expected, such as cluster/runtime_env.yaml")
     return content
-
-
-def _job_name(run: str, now: datetime) -> str:
-    return f"{run}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def _follow(client: Any, job: str) -> int:
