@@ -52,6 +52,10 @@ class Means:
     caches: bool = True
 
 
+class TakesNoCacheError(RuntimeError):
+    """The model's body takes no cache, although the means ask for one; `families.py` then tries those without."""
+
+
 class Batch:
     """The rows of one batch that are still being generated."""
 
@@ -79,7 +83,7 @@ class Batch:
         self.takes_positions, self.takes_mask = "position_ids" in taken, means.pads and "attention_mask" in taken
         self.cache_name = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
         if means.caches and self.cache_name is None:
-            raise NotImplementedError("takes no cache")
+            raise TakesNoCacheError("takes no cache")
         self.num_prompts, self.num_draws = len(prompts), len(draws)
         num_rows, longest = len(prompts) * len(draws), max(limits)
         self.written: list[np.ndarray] = [np.empty(0, np.int32)] * num_rows
@@ -123,7 +127,7 @@ class Batch:
             if self.seen_BT is not None:
                 ban_repeats(logits_BV, self.seen_BT[:, : self.num_prompt_tokens + step], no_repeat_ngram_size)
             self._take(self._chosen(logits_BV, choose, step), step)
-            if (step + 1) % look_every == 0 and self._all_left(step):
+            if (step + 1) % look_every == 0 and self._all_left():
                 break
             if step + 1 < longest:
                 hidden_BH = self._next_hidden(step)
@@ -223,7 +227,7 @@ class Batch:
         self.length_B = torch.where(ends_B, self.length_B.clamp(max=step + 1), self.length_B)
         self.ended_B |= ends_B | (self.limit_B <= step + 1)
 
-    def _all_left(self, step: int) -> bool:
+    def _all_left(self) -> bool:
         """Let rows that have ended go, where they are many; return whether none is left."""
         num_ended = int(self.ended_B.sum())
         if num_ended == len(self.ended_B):

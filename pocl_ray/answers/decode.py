@@ -99,7 +99,7 @@ def generate(
 
     Returns:
         For each seed the token ids of the answers in the order of `prompts`, without the end-of-sequence token. An
-        answer that never stopped has as many tokens as its limit allows (see `num_unstopped`).
+        answer that never stopped has as many tokens as its limit allows.
     """
     limits, named = settings.limits(len(prompts)), range(len(prompts)) if keys is None else keys
     stop_ids = set(stop_ids_of(model, tokenizer))
@@ -115,12 +115,6 @@ def generate(
         answered = decode(model, prompts, limits, draws, sorted(stop_ids), settings)
     # An end-of-sequence token can only be the last one.
     return [[r[:-1].tolist() if int(r[-1]) in stop_ids else r.tolist() for r in responses] for responses in answered]
-
-
-def num_unstopped(answers: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
-    """Return how many answers of `generate` ended at their limit and not by an end-of-sequence token."""
-    limits = settings.limits(len(answers))
-    return sum(len(answer) >= limit for answer, limit in zip(answers, limits, strict=True))
 
 
 def decode(

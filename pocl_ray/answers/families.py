@@ -57,7 +57,7 @@ def _find(model: PreTrainedModel) -> Means:
     expected = [_read_alone(model, row) for row in rows]
     reason = ""
     for means in _MEANS:
-        try:
+        try:  # a family that does not bear these means shows it by any error, such as TakesNoCacheError
             errors = _errors(model, rows, expected, means)
         except torch.OutOfMemoryError:
             raise

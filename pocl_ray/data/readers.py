@@ -157,7 +157,7 @@ def _locate_folder(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: s
     parts = [i for i in infos if ending_of(i.base_name) in _FORMAT_OF_ENDING and i.base_name[0] not in "._"]
     if not parts:
         raise DataError(f"{source.path}: a folder without files of rows ({', '.join(_FORMAT_OF_ENDING)})")
-    return _files(source, [_source_file(source, filesystem, fs_path, info) for info in parts])
+    return _files(source, [_source_file(source, filesystem, info) for info in parts])
 
 
 def _locate_glob(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str) -> Location:
@@ -167,7 +167,7 @@ def _locate_glob(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str
     matches = [info for info in infos if pattern.fullmatch(info.path)]
     if not matches:
         raise DataError(f"{source.path}: no file matches{_near_names(filesystem, fs_path)}")
-    return _files(source, [_source_file(source, filesystem, fs_path, info) for info in matches])
+    return _files(source, [_source_file(source, filesystem, info) for info in matches])
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:
@@ -185,7 +185,7 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + re.escape(glob[end:]), re.DOTALL)
 
 
-def _source_file(source: SourceConfig, filesystem: pafs.FileSystem, fs_path: str, info: pafs.FileInfo) -> SourceFile:
+def _source_file(source: SourceConfig, filesystem: pafs.FileSystem, info: pafs.FileInfo) -> SourceFile:
     # Files of a URL are named by URL, files of a local path by path.
     prefix = source.path.partition("://")[0] + "://" if is_remote(source.path) else ""
     return SourceFile(prefix + info.path, _file_format(source, info.path), filesystem, info.path)

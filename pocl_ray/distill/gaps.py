@@ -26,6 +26,7 @@ from pocl_ray.config.training import FrontierConfig
 from pocl_ray.curriculum.frontier import draw_rows, row_weights
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.chunked import HeadLoss, TeacherTargets
+from pocl_ray.distill.collectives import from_rank_zero
 from pocl_ray.distill.losses import ResolvedLoss, plain_kl
 from pocl_ray.records import Stage
 
@@ -182,16 +183,5 @@ class FrontierRows:
     def restore(self, directory: Path | None) -> None:
         """Restore the state of a checkpoint, which rank 0 reads; collective."""
         arrays = {} if directory is None else load_file(directory / FRONTIER_FILE)
-        self.gaps.values_R = _shared(arrays.get("gaps"), torch.float64, self.gaps.device)
-        self.drawn = _shared(arrays.get("drawn"), torch.int64, self.gaps.device)
-
-
-def _shared(array: np.ndarray | None, dtype: torch.dtype, device: torch.device) -> np.ndarray:
-    """The array of rank 0, on every worker; collective."""
-    size = torch.tensor([0 if array is None else array.size], device=device)
-    dist.broadcast(size, src=0)
-    values = torch.empty(int(size), dtype=dtype, device=device)
-    if array is not None:
-        values.copy_(torch.from_numpy(array))
-    dist.broadcast(values, src=0)
-    return values.cpu().numpy()
+        self.gaps.values_R = from_rank_zero(arrays.get("gaps"), torch.float64, self.gaps.device)
+        self.drawn = from_rank_zero(arrays.get("drawn"), torch.int64, self.gaps.device)

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from pocl_ray.config import DistillConfig, RolloutConfig, ScheduleConfig
 from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
 from pocl_ray.errors import ConfigError, UserError
 
-Kernel = Literal["auto", "torch", "liger"]
 # Liger's mixture leaves log space, where both probabilities may be 0 and their logarithm infinite. e^-80 times any beta
 # above 1e-3 is a normal float32, and what a token of so little probability adds to a bounded divergence is nothing.
 _LOG_FLOOR = -80.0

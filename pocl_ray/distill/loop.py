@@ -122,7 +122,7 @@ class TrainingLoop:
         if source is not None and (source / BEST).exists():
             shutil.copytree(source / BEST, self._scratch / BEST)
         if self.rescorer is not None:
-            self.orders["rank"] = shared_order(source, len(self.orders["rank"]), self.engine.device)
+            self.orders["rank"] = shared_order(source, self.engine.device)
         if self.frontier is not None:
             self.frontier.restore(source)
 

@@ -28,6 +28,7 @@ from pocl_ray.difficulty.choice import choose_signals, load_signals
 from pocl_ray.difficulty.ranking import STUDENT_SIGNALS, rank_rows
 from pocl_ray.difficulty.signals import comparison_signals, student_signals
 from pocl_ray.difficulty.tasks import MicroBatches, plan_tasks
+from pocl_ray.distill.collectives import from_rank_zero
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import Feed, Teachers
 from pocl_ray.distill.task import Rescoring, TrainTask
@@ -171,17 +172,12 @@ def write_order(order: IntArray, directory: Path) -> None:
     save_file({"order": order}, directory / ORDER)
 
 
-def shared_order(directory: Path | None, num_rows: int, device: torch.device) -> IntArray:
+def shared_order(directory: Path | None, device: torch.device) -> IntArray:
     """Return on every worker the order in a checkpoint, which rank 0 reads; collective.
 
     Args:
         directory: Directory of the checkpoint, on rank 0.
-        num_rows: Number of training rows.
         device: Device of collective operations.
     """
-    order = torch.zeros(num_rows, dtype=torch.int64)
-    if directory is not None:
-        order = torch.from_numpy(load_file(directory / ORDER)["order"])
-    order = order.to(device)
-    dist.broadcast(order, 0)
-    return order.cpu().numpy()
+    order = None if directory is None else load_file(directory / ORDER)["order"]
+    return from_rank_zero(order, torch.int64, device)

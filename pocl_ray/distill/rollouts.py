@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from pocl_ray.config import RolloutConfig
 from pocl_ray.data.batching import MicroBatch, collate, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.collectives import from_rank_zero
 from pocl_ray.distill.engine import Engine
 from pocl_ray.distill.feed import GlobalBatch
 from pocl_ray.distill.rollout_schedule import (
@@ -124,17 +125,9 @@ class Rollouts:
             return
         self.schedule = replace(self.schedule, phi=state["phi"], reference_ce=state["reference_ce"])
         arrays = load_file(directory / BUFFER) if directory is not None else {}
-        self.buffer.fill({name: self._shared(arrays.get(name), name) for name in ("ids", "lengths", "tokens")})
-
-    def _shared(self, array: np.ndarray | None, name: str) -> np.ndarray:
-        device, dtype = self.engine.device, torch.int32 if name == "tokens" else torch.int64
-        size = torch.tensor([0 if array is None else array.size], device=device)
-        dist.broadcast(size, src=0)
-        values = torch.empty(int(size), dtype=dtype, device=device)
-        if array is not None:
-            values.copy_(torch.from_numpy(array))
-        dist.broadcast(values, src=0)
-        return values.cpu().numpy()
+        dtypes = {"ids": torch.int64, "lengths": torch.int64, "tokens": torch.int32}
+        shared = {name: from_rank_zero(arrays.get(name), dtype, self.engine.device) for name, dtype in dtypes.items()}
+        self.buffer.fill(shared)
 
     def _write(self, ids: np.ndarray, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Have the student answer the prompts of rows; return them in order of length, with all responses."""

@@ -55,11 +55,6 @@ class TrainingRecord:
     losses: list[dict[str, float]] = field(default_factory=list)
     failure: str = ""
 
-    @property
-    def total_flops(self) -> float:
-        """All FLOPs of it."""
-        return sum(self.flops.values())
-
     def write(self, run_dir: RunDirectory) -> None:
         """Write it; from then on the training is done."""
         run_dir.write_json(_place(self.phase, self.name), asdict(self))

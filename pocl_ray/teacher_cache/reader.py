@@ -142,20 +142,6 @@ class TeacherCache:
             filled += length
         return filled_NR
 
-    def prefetch(self, ids: np.ndarray) -> None:
-        """Ask the kernel to read the pages of these rows in advance. This is only a hint, and returns at once.
-
-        Raises:
-            StorageError: The cache does not hold an id.
-        """
-        row_bytes = self.meta.layout.row_bytes
-        for number, first, length in self._runs(self._find(ids)):
-            shard = self._shard(number)
-            begin = shard.offset + first * row_bytes
-            aligned = begin - begin % mmap.PAGESIZE
-            if hasattr(mmap, "MADV_WILLNEED") and length:
-                shard.mapping.madvise(mmap.MADV_WILLNEED, aligned, begin + length * row_bytes - aligned)
-
     def _check_finite(self, ids: np.ndarray, is_finite_N: Tensor) -> None:
         """Refuse rows of which some token's record is not finite; a loss would be NaN for the whole batch."""
         if bool(is_finite_N.all()):
@@ -256,12 +242,11 @@ class HiddenCache(TeacherCache):
         """The dtype of the hidden states."""
         return DTYPES[self.meta.layout.dtype]
 
-    def take(self, ids: np.ndarray, pin_memory: bool = False) -> Tensor:
+    def take(self, ids: np.ndarray) -> Tensor:
         """Return the hidden states of rows, one after the other in the order of `ids`.
 
         Args:
             ids: Row ids in any order; an id may be repeated.
-            pin_memory: Whether to use page-locked memory, for an asynchronous copy to a GPU.
 
         Returns:
             hidden_NK, where N is the sum of `num_tokens(ids)`.
@@ -270,7 +255,7 @@ class HiddenCache(TeacherCache):
             StorageError: The cache does not hold an id, a shard cannot be read, or a hidden state is not finite.
         """
         shape = (int(self.num_tokens(ids).sum()), self.meta.layout.width)
-        hidden_NK = torch.empty(shape, dtype=self.dtype, pin_memory=pin_memory)
+        hidden_NK = torch.empty(shape, dtype=self.dtype)
         self.records(ids, hidden_NK.view(torch.uint8).numpy())
         self._check_finite(ids, torch.isfinite(hidden_NK).all(dim=1))
         return hidden_NK

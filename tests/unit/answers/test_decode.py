@@ -7,40 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedModel, Qwen2Config
+from tiny_answers import CONFIGS, EOS, VOCAB, some_prompts, tiny_model
+from transformers import PreTrainedModel
 
 from pocl_ray.answers import batch as module
 from pocl_ray.answers.batch import groups_of
 from pocl_ray.answers.decode import GenerationSettings, decode
 from pocl_ray.answers.families import means_of
 from pocl_ray.answers.sampling import draw
-
-V, EOS = 40, 2
-WIDE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-ENDS = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": EOS}
-LLAMA = {**WIDE, **ENDS, "intermediate_size": 64, "num_key_value_heads": 2}
-CONFIGS = {
-    "llama": LlamaConfig(**LLAMA),
-    "qwen2": Qwen2Config(**LLAMA),
-    "mistral_sliding": MistralConfig(**LLAMA, sliding_window=8),
-    "gemma2_softcapped": Gemma2Config(**LLAMA, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
-    "opt": OPTConfig(**WIDE, **ENDS, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0),
-    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ENDS),
-}
-
-
-def tiny_model(family: str = "llama") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    return model
-
-
-def some_prompts(count: int = 12) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(3, V, int(length)) for length in rng.integers(2, 20, count)]
 
 
 def numbers(limits: list[int], seed: int = 0) -> list[np.ndarray]:
@@ -66,7 +40,7 @@ def by_definition(
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            p, order = torch.softmax(logits / temperature, -1), torch.arange(V)
+            p, order = torch.softmax(logits / temperature, -1), torch.arange(VOCAB)
             if top_p < 1:
                 p, order = p.sort(descending=True, stable=True)
                 p = torch.where(p.cumsum(-1) - p < top_p, p, torch.zeros_like(p))
@@ -81,7 +55,7 @@ def by_definition(
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.3, 1.0), (1.0, 0.7)])
 def test_responses_are_those_of_each_row_alone_by_definition(family: str, temperature: float, top_p: float) -> None:
-    model, prompts = tiny_model(family), some_prompts()
+    model, prompts = tiny_model(family), some_prompts(12, 19)
     limits = [6 + 2 * row for row in range(len(prompts))]
     found = written(model, prompts, limits, sampling_temperature=temperature, top_p=top_p)
     rows = zip(prompts, limits, numbers(limits), strict=True)
@@ -90,7 +64,7 @@ def test_responses_are_those_of_each_row_alone_by_definition(family: str, temper
 
 def test_a_response_keeps_its_end_and_one_that_ran_out_has_none() -> None:
     limits = [40] * 12
-    found = written(tiny_model(), some_prompts(), limits)
+    found = written(tiny_model(), some_prompts(12, 19), limits)
     ended = [response for response in found if response[-1] == EOS]
     assert ended and len(ended) < len(found)
     assert all(EOS not in response[:-1] for response in found)
@@ -98,7 +72,7 @@ def test_a_response_keeps_its_end_and_one_that_ran_out_has_none() -> None:
 
 
 def test_batches_change_no_response() -> None:
-    model, prompts, limits = tiny_model(), some_prompts(), [30] * 12
+    model, prompts, limits = tiny_model(), some_prompts(12, 19), [30] * 12
     assert written(model, prompts, limits, batch_rows=1) == written(model, prompts, limits, batch_rows=12)
 
 
@@ -110,21 +84,21 @@ def test_slices_of_the_head_change_no_response(
     model, limits, sampling = tiny_model(family), [30] * 12, {"sampling_temperature": temperature, "top_p": top_p}
     with monkeypatch.context() as whole:
         whole.setattr(module.Batch, "_logits", lambda batch, hidden_BH: batch.parts.logits(hidden_BH))
-        expected = written(model, some_prompts(), limits, **sampling)
+        expected = written(model, some_prompts(12, 19), limits, **sampling)
     monkeypatch.setattr(module, "_HEAD_ROWS", 7)
-    assert written(model, some_prompts(), limits, **sampling) == expected
+    assert written(model, some_prompts(12, 19), limits, **sampling) == expected
 
 
 def test_slices_of_the_head_keep_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     model, limits = tiny_model(), [9] * 12
-    model.lm_head.bias = torch.nn.Parameter(torch.full((V,), -9.0).index_fill(0, torch.tensor([17]), 9.0))
+    model.lm_head.bias = torch.nn.Parameter(torch.full((VOCAB,), -9.0).index_fill(0, torch.tensor([17]), 9.0))
     monkeypatch.setattr(module, "_HEAD_ROWS", 16)
-    found = written(model, some_prompts(), limits, sampling_temperature=0.0)
+    found = written(model, some_prompts(12, 19), limits, sampling_temperature=0.0)
     assert {token for response in found for token in response} == {17}
 
 
 def test_any_stop_token_ends_a_response() -> None:
-    model, prompts, limits = tiny_model(), some_prompts(), [30] * 12
+    model, prompts, limits = tiny_model(), some_prompts(12, 19), [30] * 12
     also = next(response[1] for response in written(model, prompts, limits) if len(response) > 2)
     for response in written(model, prompts, limits, stop_ids=[EOS, also]):
         assert not {EOS, also} & set(response[:-1])
@@ -142,7 +116,7 @@ def test_rows_that_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch) -
 
     counted.__signature__ = __import__("inspect").signature(original)  # type: ignore[attr-defined]
     monkeypatch.setattr(body, "forward", counted)
-    found = written(model, some_prompts(), [60] * 12, batch_rows=12)
+    found = written(model, some_prompts(12, 19), [60] * 12, batch_rows=12)
     reading, writing = [w for w in widths if w[1] > 1], [w for w in widths if w[1] == 1]
     assert widths == reading + writing and sum(width[0] for width in reading) == 12, "each prompt is read once"
     assert writing[0][0] > writing[-1][0]
@@ -182,7 +156,7 @@ def test_training_goes_on_from_where_it_was() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2).tolist()
     torch.manual_seed(3)
-    written(model, some_prompts(), [9] * 12)
+    written(model, some_prompts(12, 19), [9] * 12)
     assert torch.rand(2).tolist() == expected, "the global generator is not used"
     model(torch.tensor([[5, 6]])).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -193,7 +167,7 @@ def test_training_goes_on_from_where_it_was() -> None:
 def test_draws_of_a_prompt_share_its_prefill_and_change_no_response(
     family: str, batch_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, prompts, limits = tiny_model(family), some_prompts(), [20 + row for row in range(12)]
+    model, prompts, limits = tiny_model(family), some_prompts(12, 19), [20 + row for row in range(12)]
     settings = GenerationSettings(no_repeat_ngram_size=3, batch_rows=batch_rows)
     draws = [numbers(limits, 1), None, numbers(limits, 2)]
     alone = [decode(model, prompts, limits, [draw], [EOS], settings)[0] for draw in draws]
@@ -212,7 +186,7 @@ def test_draws_of_a_prompt_share_its_prefill_and_change_no_response(
 
 
 def test_no_ngram_repeats_in_prompt_and_answer_as_the_library_bans_them() -> None:
-    model, prompts, limits = tiny_model("gpt2"), some_prompts(), [30] * 12
+    model, prompts, limits = tiny_model("gpt2"), some_prompts(12, 19), [30] * 12
     found = written(model, prompts, limits, sampling_temperature=0.0, no_repeat_ngram_size=2)
     for prompt, response in zip(prompts, found, strict=True):
         ids_BT = torch.from_numpy(prompt)[None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_generate import generate, some_prompts, tiny_model
+from test_generate import generate
+from tiny_answers import some_prompts, tiny_model
 
 from pocl_ray.answers.decode import GenerationSettings
 from pocl_ray.answers.sampling import answer_draws, ban_repeats, chooser, uniform

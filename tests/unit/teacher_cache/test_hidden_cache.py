@@ -65,14 +65,6 @@ def test_no_rows_give_an_empty_tensor(tmp_path):
     make_cache(tmp_path)
     cache = open_cache(tmp_path)
     assert cache.take(np.array([], dtype=np.int64)).shape == (0, K)
-    cache.prefetch(np.array([], dtype=np.int64))
-
-
-def test_prefetch_changes_nothing_that_is_read(tmp_path):
-    rows = make_cache(tmp_path)
-    cache = open_cache(tmp_path)
-    cache.prefetch(np.array([13, 7, 0]))
-    assert torch.equal(cache.take(np.array([7])), rows[7])
 
 
 def test_what_was_taken_may_be_changed_without_harm(tmp_path):
