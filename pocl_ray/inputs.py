@@ -1,4 +1,4 @@
-"""The inputs of a run: tokenizer, rows, and both models before distillation."""
+"""The steps before scoring: tokenizer, rows, teacher, the teacher's responses, and the student before distillation."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Inputs:
 
     @cached_property
     def rows(self) -> Rows:
-        """The sets for the student: the prepared ones, or with the teacher's answers as responses in train."""
+        """The sets for the student: the prepared sets, or those with the teacher's answers as responses in train."""
         prepared, is_theirs = self.prepared, self.config.data.responses == "teacher"
         if is_theirs:
             _ = self.responses

@@ -2,10 +2,11 @@
 
     rows -> teacher, student -> scores + teacher cache -> ranking -> plan -> distilled student -> evaluation -> report
 
-If the teacher writes the responses (SeqKD), it does so before any other step uses a row. Each step is a property. A
-read of it runs the step, after the steps that it depends on. A step that is done according to the manifest is not run
-again. Ray is connected before the first step that needs it. `STEPS` in `records.py` is the table of all steps:
-what each does, what it rests on, what it writes, and whether it needs Ray. What comes before scoring is in `inputs.py`.
+If the teacher writes the responses (SeqKD), it does so before any other step uses a row. Each step is a property.
+Reading it runs the step, after the steps that it depends on. A step that is done according to the manifest is not run
+again. Ray is connected before the first step that needs it. `STEPS` in `records.py` is the table of all steps: its
+work, the steps that it depends on, the files that it writes, and whether it needs Ray. The steps before scoring are in
+`inputs.py`.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Pipeline:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the curriculum, which are written to `plan.json`. They are read early, as a check."""
+        """The stages of the curriculum, which are written to `plan.json`. Other steps read them early, as a check."""
         config, num_prepared = self.config, self.inputs.prepared.train.num_rows
         plan_stages(
             config, num_prepared
@@ -187,7 +188,7 @@ class Pipeline:
             for name in constant_signals({name: table[name].to_numpy() for name in difficulty.signals}):
                 console.print(
                     f"[yellow]warning:[/] difficulty.signals: {name} is {table[name][0].as_py():g} in every row, so it "
-                    "ranks none before another and takes no part"
+                    "ranks no row before another and is left out"
                 )
             if warning := weak_teacher({name: table[name].to_numpy() for name in table.column_names}):
                 console.print(f"[yellow]warning:[/] {warning}")

@@ -193,7 +193,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class RowsSummary:
-    """The result of the row step for one set.
+    """The result of step `rows` for one set.
 
     Attributes:
         name: Name of the set: `train`, `dev`, or the name of a test set.
@@ -206,7 +206,7 @@ class RowsSummary:
         fingerprint: Digest of the file's content.
         num_cut_prompts: Number of rows of the source whose prompt lost tokens, turns or a part of its document.
         num_cut_responses: Number of rows of the source whose response lost its end.
-        num_lost_tokens: Number of tokens that both lost.
+        num_lost_tokens: Number of tokens that prompts and responses lost.
         num_special: Number of rows of the source with special tokens written as text, which are read as text.
     """
 
@@ -231,14 +231,14 @@ class Step:
     Attributes:
         name: Name in the manifest, the terminal and the report.
         what: Its work in a few words.
-        rests_on: Steps whose results it reads; some configs need only some of them.
+        depends_on: Steps whose results it reads; some configs need only some of them.
         writes: Files and directories that it writes to the run directory; some configs need only some of them.
         cluster: Whether it needs Ray: always, never, or only if it trains a model.
     """
 
     name: str
     what: str
-    rests_on: tuple[str, ...]
+    depends_on: tuple[str, ...]
     writes: tuple[str, ...]
     cluster: Literal["always", "to train", "never"] = "never"
 
@@ -303,4 +303,4 @@ STEPS = {
         Step("report", "this report", ("evaluation", "pairs"), ("report.html", "report.md", "plots/")),
     )
 }
-"""Every step by name; a step comes after those that it rests on."""
+"""Every step by name; a step comes after those that it depends on."""

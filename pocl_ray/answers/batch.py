@@ -209,7 +209,7 @@ class Batch:
         return self.parts.transform(logits_BV)
 
     def _chosen(self, logits_BV: Tensor, choose: Choose, step: int) -> Tensor:
-        """One token a row: greedy rows come first, and stay first as rows leave."""
+        """Return the next token of each row. Greedy rows come first, and stay first as rows leave."""
         num_greedy = self.num_greedy
         if num_greedy == 0:
             return choose(logits_BV, self.uniform_BT[:, step])

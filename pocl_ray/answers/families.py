@@ -1,9 +1,9 @@
 """The exact way to decode a model's family, found by a check on a few tokens, once for each model.
 
 Families keep what they know of a row in different places: keys and values, states of a recurrence, both. Not every
-cache in transformers bears padding on the left, or rows that leave. So the loop itself is held against the definition:
-five rows of different lengths that end early, against each row alone, read whole and without a cache. The fastest
-means that give the same logits are used, and a family that has none is refused by name.
+cache in transformers works with padding on the left, or with rows that leave. So the loop itself is compared with the
+definition: five rows of different lengths that end early, against each row alone, read whole and without a cache. The
+fastest means that give the same logits are used, and a family that has none is refused by name.
 
 Legend: T tokens, V vocabulary.
 """
@@ -25,8 +25,9 @@ from pocl_ray.errors import ModelError
 _PROMPT_LENGTHS = (3, 7, 7, 10, 13)  # two of one length: without padding they share a batch, and one leaves it
 _LIMITS = (2, 3, 6, 6, 4)  # rows leave the batch at several tokens
 _MEANS = (Means(), Means(pads=False), Means(caches=False), Means(pads=False, caches=False))  # the fastest first
-# Of the spread of a token's logits. In float32 only the order of sums differs. In 16 bits rounding is as large as a
-# small mistake, and a router may send a token to another expert: there the median of all tokens decides.
+# Tolerances are shares of the spread of a token's logits. In float32 only the order of sums differs. In 16 bits
+# rounding is as large as a small mistake, and a router may send a token to another expert: there the median of all
+# tokens decides.
 _TOLERANCE, _HALF_TOLERANCE = 1e-2, 0.1
 
 _known: WeakKeyDictionary[PreTrainedModel, Means] = WeakKeyDictionary()
@@ -57,7 +58,7 @@ def _find(model: PreTrainedModel) -> Means:
     expected = [_read_alone(model, row) for row in rows]
     reason = ""
     for means in _MEANS:
-        try:  # a family that does not bear these means shows it by any error, such as TakesNoCacheError
+        try:  # where these means do not work, any error may say so, such as TakesNoCacheError
             errors = _errors(model, rows, expected, means)
         except torch.OutOfMemoryError:
             raise

@@ -102,7 +102,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     place_B = _first_above(weight_BW.cumsum(-1), target_B - before_B)
     # Rounding may let the target pass the block's end: then its last token of any weight is meant.
     last_B = _BLOCK - 1 - (weight_BW > 0).flip(-1).int().argmax(-1)
-    # Within the vocabulary even for logits that are no numbers: the loss tells of those, an index error would not.
+    # Stay within the vocabulary for NaN logits too: the loss then shows them, and an index error would hide the cause.
     return (block_B * _BLOCK + torch.minimum(place_B, last_B)).clamp_(max=logits_BV.shape[-1] - 1)
 
 

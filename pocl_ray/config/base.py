@@ -8,8 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-# Beyond these, no library that a number is handed to has room for it, and loops over it do not end. A field whose
-# values make sense in a narrower range says so itself.
+# Larger numbers overflow in the libraries that receive them, and loops over them do not end. A field whose values make
+# sense in a narrower range says so itself.
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_FLOAT = 1e9  # of seconds, three decades
@@ -33,7 +33,7 @@ class Section(BaseModel):
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers of a field's value; sections within it look at theirs themselves."""
+    """The numbers of a field's value; sections within it check their own."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
     elif isinstance(value, Mapping):

@@ -75,7 +75,7 @@ class ExperimentConfig(Section):
                 )
             if self.screen.keep is not None and self.screen.keep >= len(self.arms):
                 raise ValueError(
-                    f"screen.keep is {self.screen.keep}, and there are {len(self.arms) - 1} arms beside the baseline; "
+                    f"screen.keep is {self.screen.keep}, and there are {len(self.arms) - 1} arms besides the baseline; "
                     "lower it, or remove screen"
                 )
         return self

@@ -1,4 +1,4 @@
-"""The assistant's turn in a chat template: what stands before and behind the answer, and the token that ends it.
+"""The assistant's turn in a chat template: the text before and after the answer, and the token that ends it.
 
 Many templates end a turn with another token than the tokenizer's end of sequence (Gemma, Phi-3, ChatML with a base
 model's tokenizer). A response must end with that token, and generation must stop there.
@@ -23,7 +23,7 @@ class AssistantTurn:
 
     Attributes:
         opening: Text between the prompt and the answer.
-        closing: Text between the answer and the token that ends the turn, or all behind the answer if none ends it.
+        closing: Text between the answer and the token that ends the turn, or all text after the answer if none ends it.
         end: Token that ends the turn; None if the template writes none.
     """
 
@@ -44,7 +44,7 @@ def assistant_turn(tokenizer: Any, template_args: Mapping[str, Any] | None = Non
         template_args: Further arguments of the template.
 
     Raises:
-        ConfigError: The template has no turn that a response could end like; the message says why.
+        ConfigError: A response cannot end as the template's turn does; the message says why.
     """
     asked = [{"role": "user", "content": _QUESTION}]
     answered = [*asked, {"role": "assistant", "content": _ANSWER}]

@@ -250,7 +250,7 @@ class ExampleReader:
         template: Makes the prompts.
         numbers: Numeric columns that are carried along.
         task: Kind of rows, which decides the columns to look for.
-        fit: Shortens what a request is about, where its prompt would be too long; None: it is left as it is.
+        fit: Shortens a request whose prompt would be too long; None: requests stay as they are.
         mark: Marks the special tokens of the data; None: they are the tokens themselves.
     """
 

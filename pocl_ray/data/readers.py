@@ -229,7 +229,7 @@ class SourceRow:
         row: Number of the row there, from 1: the line of a JSONL file, or else the position of the row (a CSV's header
             does not count).
         values: Column name to value, of the columns that are wanted.
-        others: The columns that are not.
+        others: Names of the other columns.
     """
 
     source: str
@@ -253,7 +253,7 @@ class Reject:
 
 
 Wanted = Callable[[Collection[str]], Collection[str]]
-"""Returns, of the columns of a file, those that are read."""
+"""A function from the columns of a file to those that are read."""
 
 
 def read_all(found: Collection[str]) -> Collection[str]:
@@ -266,8 +266,8 @@ def read_file(file: SourceFile, wanted: Wanted = read_all) -> Iterator[SourceRow
 
     Args:
         file: File to read.
-        wanted: Function that returns the columns to read. Whatever stands in the others makes no row unusable: times
-            that Python has no room for, bytes that are no text.
+        wanted: Function that returns the columns to read. The content of the others makes no row unusable: times out of
+            Python's range, bytes that are not text.
 
     Yields:
         Each row in the order of the file: a `SourceRow`, or a `Reject` if the row cannot be read.

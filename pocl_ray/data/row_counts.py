@@ -41,7 +41,7 @@ COUNTS = tuple(one.name for one in fields(RowCounts))
 
 
 def told_cuts(sets: Iterable[RowsSummary]) -> list[tuple[bool, str]]:
-    """Return, of each set that lost tokens or has special tokens in its text, a line, and whether it is a warning."""
+    """Return a line about each set that lost tokens or has special tokens in its text, and whether it is a warning."""
     told = []
     for rows in sets:
         num_read = max(1, rows.num_rows)

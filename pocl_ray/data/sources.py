@@ -30,7 +30,7 @@ from pocl_ray.errors import DataError
 from pocl_ray.run_directory.storage import file_digest, fingerprint, is_remote, localize
 
 _BATCH_ROWS = 1024
-# What decoders of features raise; an ImportError where the library for audio or images is not installed.
+# Errors that decoders of features raise; an ImportError if the library for audio or images is not installed.
 _UNREADABLE = (OSError, ValueError, OverflowError, RuntimeError, TypeError, ImportError, pa.ArrowException)
 
 
@@ -113,7 +113,7 @@ def _dataset_rows(name: str, dataset: Any, wanted: Wanted) -> Iterator[SourceRow
 
 
 def _values(dataset: Any, ids: range) -> Iterator[dict[str, Any] | str]:
-    """The values of some rows; of one that cannot be decoded, the reason."""
+    """The values of some rows, or the reason for a row that cannot be decoded."""
     try:
         batch = dataset[ids.start : ids.stop]
     except _UNREADABLE as error:

@@ -14,7 +14,7 @@ from typing import Any
 from pocl_ray.data.columns import Request, UnusableRowError
 from pocl_ray.errors import ModelError
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters of private use, which stand for the special tokens of data meanwhile
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters of private use, which stand in for special tokens of data
 _MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 
 
@@ -47,11 +47,11 @@ class SpecialTokensAsText:
         if not self._pattern.search(text):
             return text
         if _MARKS.search(text):
-            raise UnusableRowError("characters of private use stand beside special tokens written as text")
+            raise UnusableRowError("characters of private use stand next to special tokens written as text")
         return self._pattern.sub(lambda found: self._mark_of[found[0]], text)
 
     def marked_request(self, request: Request) -> Request:
-        """Return a request of which every text that a row holds is marked; further references are never in one."""
+        """Return a request with marked texts; references after the first stay, since they are never tokenised."""
         history = tuple({**turn, "content": self.marked(turn["content"])} for turn in request.history)
         return replace(
             request,
@@ -83,7 +83,7 @@ class SpecialTokensAsText:
     def _encode_marked(self, text: str) -> list[int]:
         ids: list[int] = []
         end = 0
-        # A tokenizer treats what stands between two special tokens by itself, so cutting there changes nothing.
+        # A tokenizer treats the text between two special tokens by itself, so cutting there changes nothing.
         for found in self._pattern.finditer(text):
             ids += self._letters(text[end : found.start()])
             ids.append(self._tokenizer.convert_tokens_to_ids(found[0]))

@@ -352,7 +352,7 @@ class TeacherActor(_Reader):
         return self._head
 
     def _sample(self, name: str, row: int) -> HeadSample:
-        """The teacher's own logits at the first response tokens of a row, to hold the head read from disk against."""
+        """The teacher's own logits at the first response tokens of a row, to compare with those of the head on disk."""
         own = self.task.teacher_rows.get(name)
         prompts, responses = (self.rows(name) if own is None else self._store(own)).tokens([row])
         num_tokens = min(_SAMPLE_TOKENS, len(responses[0]))

@@ -117,9 +117,9 @@ class CacheTask:
     """The teacher cache that a pass of a teacher fills, one directory for each set.
 
     Attributes:
-        folder: Directory, relative to the run directory.
-        dtype: Dtype of what it holds; `auto` is the teacher's own, for the top k float16 where that is bfloat16.
-        top_k: Tokens that it keeps of each response token; None for hidden states.
+        folder: Directory of the cache, relative to the run directory.
+        dtype: Dtype of its values; `auto` is the teacher's dtype, except float16 for the top k of a bfloat16 teacher.
+        top_k: Number of tokens that it keeps for each response token; None for hidden states.
         fingerprint: Fingerprint of the teacher, by which a training run knows its cache.
     """
 
@@ -134,19 +134,20 @@ class ScoringInputs:
     """The inputs of a scoring pass: models, rows and settings.
 
     Attributes:
-        rows: The set to score.
+        rows: Set to score.
         dev_rows: Rows that go into the teacher cache alone.
-        run_dir: Holds the rows, the tokenizer and the teacher cache.
-        tokenizer: Tokenizer directory.
-        student: The untuned student.
-        teacher: The frozen teacher; None where the student's signals are all that is measured.
-        cache: The teacher cache to fill; None for none.
+        run_dir: Run directory, with the rows, the tokenizer and the teacher cache.
+        tokenizer: Directory of the tokenizer.
+        student: Untuned student.
+        teacher: Frozen teacher; None if no signal of the teacher is needed.
+        cache: Teacher cache to fill; None: nothing is cached.
         difficulty: Settings of generation, and numbers of rows and tokens that are computed at once.
-        max_tokens: Prompt and answer together.
-        seed: Seed of the answers.
-        compare: Whether student and teacher are compared token by token; not over two tokenizers.
-        plugins: Signals that plug-ins measure.
-        teacher_rows: Set -> the same rows in the tokens of a teacher with a tokenizer of its own; empty otherwise.
+        max_tokens: Maximum tokens of prompt and answer together.
+        seed: Seed of the sampling of answers.
+        compare: Whether student and teacher are compared token by token; False with two tokenizers.
+        plugins: Names of signals that plug-ins measure.
+        teacher_rows: Mapping of each set to the same rows in the teacher's tokens; empty if both models share a
+            tokenizer.
         answers: Whether the student answers the prompts, for `rouge_l`.
     """
 
@@ -171,7 +172,7 @@ class ScoringInputs:
         return [self.rows, self.dev_rows] if self.cache else [self.rows]
 
     def task(self, use_gpu: bool) -> ScoringTask:
-        """Return what each actor is told."""
+        """Return the settings of the actors."""
         cache = self.cache
         return ScoringTask(
             run_dir=self.run_dir,

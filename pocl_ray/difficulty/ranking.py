@@ -121,10 +121,10 @@ def rank_rows(
 
 
 def constant_signals(signals: Mapping[str, npt.ArrayLike]) -> list[str]:
-    """Return the signals that are equal in all rows, where there are others that are not.
+    """Return the signals that have one value in all rows, if other signals do not.
 
-    By such a signal rows stand in the order of the file. That says nothing of them, and would be a part of the ranking
-    as large as any other signal's.
+    Such a signal ranks rows by their order in the file. That says nothing about the rows, and would count as much as
+    any other signal.
     """
     values = {name: np.asarray(column) for name, column in signals.items()}
     flat = [name for name, column in values.items() if np.all(column == column[:1])]
@@ -135,7 +135,8 @@ def weak_teacher(signals: Mapping[str, npt.ArrayLike]) -> str | None:
     """Return a warning where the teacher predicts the training rows no better than the student does, else None.
 
     Args:
-        signals: Signal name -> one value a row. Without `ce_loss` and `teacher_ce_loss` nothing can be said.
+        signals: Mapping of signal names to one value a row; without `ce_loss` and `teacher_ce_loss` there is no
+            warning.
     """
     if not {"ce_loss", "teacher_ce_loss"} <= set(signals):
         return None

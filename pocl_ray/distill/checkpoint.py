@@ -6,8 +6,8 @@ A checkpoint is a directory:
     metrics.jsonl        every metric of the run so far
     state/*.safetensors  fp32 weights and moments by parameter name
     rollouts.safetensors the replay buffer, where `rollout.mode` is `adaptive`
-    best/*.safetensors   the same of the best evaluation of this stage, where `hand_off` is `best`
-    order.safetensors    the order of rows that the stage is a slice of, where stages are scored for again
+    best/*.safetensors   the same for the best evaluation of this stage, where `hand_off` is `best`
+    order.safetensors    the order of rows that the stage is a slice of, where rows are scored again between stages
 
 It holds neither layout nor number of workers, so a run goes on with another ZeRO stage or another number of them.
 """

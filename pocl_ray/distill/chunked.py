@@ -135,7 +135,7 @@ def chunked_head_loss(
     """Sums over the tokens of ((1 - kd_ratio) ce + kd_ratio kd, ce, kd), scalars; only the first carries a gradient.
 
     The value does not depend on the chunks. Under autocast the head runs in autocast's dtype, else in the weight's.
-    With kd_ratio 0 the teacher is not asked and the third sum is 0. The gradient can be taken once, and not twice
+    With kd_ratio 0 the teacher is not computed and the third sum is 0. The gradient can be taken once, and not twice
     differentiated.
     """
     return ChunkedHeadLoss.apply(hidden_NH, weight_VH, bias_V, loss, torch.is_grad_enabled())
@@ -148,7 +148,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, loss: HeadLoss, with_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the chunks; `with_grad` is told from outside, as grad mode is always off in here."""
+        """Run the chunks; `with_grad` comes from the caller, since grad mode is always off in here."""
         # The gradient is made here because the logits are here. Autograd would keep those of every chunk until
         # backward, or recompute them there: (N, V) memory, or the head's product twice. The price is that forward must
         # know which gradients are wanted, and that the gradient of the loss itself is a factor that comes later.

@@ -263,7 +263,7 @@ class Engine:
         return replace(settings, token_weight=weight.with_mean(score_sum / num_tokens)) if num_tokens else settings
 
     def _plain_grad_norm(self) -> float | None:
-        """Return the norm under ZeRO-0, of which DeepSpeed does not tell it: before the step that ends a batch."""
+        """Return the norm of the gradient under ZeRO-0, where DeepSpeed does not report it; call it before the step."""
         if self.train.zero_stage > 0:
             return None
         # `backward` has averaged these over the workers, so each worker computes the same norm.
@@ -302,7 +302,7 @@ class _StepGuard:
         self._loss_sum, self._plain_norm = loss_sum, plain_norm or 0.0
 
     def grad_norm(self) -> float:
-        """Return the norm over all workers. DeepSpeed says -1, or leaves the one before, where it is not finite."""
+        """Return the norm over all workers. If it is not finite, DeepSpeed reports -1 or an older norm."""
         if self._zero is None:
             return self._plain_norm
         norm = float(self._zero._global_grad_norm)

@@ -1,10 +1,11 @@
 """The gaps of rows during training, and the rows that frontier pacing draws by them.
 
-The gap of a row is the mean KL(teacher || student) at temperature 1 over its response tokens. It falls out of the
-logits that a step has anyway: where the loss is that KL it is the loss, elsewhere one more reduction of each chunk. A
-row's gap is that of its last visit; of rows not yet visited it is the first scoring's. Each worker notes what it sees,
-and nothing is sent until gaps are needed: before a stage, and for a checkpoint. Then the latest visit of each row wins,
-on whichever worker it was, so that gaps do not depend on how rows are dealt or on how often checkpoints are written.
+The gap of a row is the mean KL(teacher || student) at temperature 1 over its response tokens. It is computed from the
+logits that a step has anyway. If the loss is that KL, the gap is the loss; otherwise it takes one more reduction of
+each chunk. A row's gap is that of its last visit; rows not yet visited have the gap of the first scoring. Each worker
+notes what it sees, and nothing is sent until gaps are needed: before a stage, and for a checkpoint. Then the latest
+visit of each row wins, on whichever worker it was, so that gaps do not depend on how rows are dealt or on how often
+checkpoints are written.
 
 Axes: B rows of a micro-batch, N its response tokens in one flat axis, C those of a chunk, V vocabulary, R all rows.
 """

@@ -34,7 +34,7 @@ def resolve_divergence(
 
     Args:
         distill: Loss, its parameters and the kernel.
-        device: Device of the computation; None if it is not known yet, with which fewer checks are possible.
+        device: Device of the computation; None if it is not known yet, and fewer checks are possible.
         key: Key of the loss in the config, for messages.
 
     Raises:
@@ -52,7 +52,7 @@ def resolve_divergence(
 
 
 def _resolved(distill: DistillConfig, key: str) -> ResolvedLoss:
-    """The loss of the config; what is wrong with it is told with the key that names it."""
+    """The loss of the config; an error about it names the key."""
     try:
         return resolve_loss(distill.loss, distill.loss_args, distill.scale_by_t_squared)
     except UserError as error:

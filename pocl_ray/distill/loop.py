@@ -1,6 +1,6 @@
 """The training loop: stages, steps, evaluations, checkpoints and hand-offs, in the order in which they happen.
 
-Torch and DeepSpeed only. What is done with metrics and checkpoints is up to the hooks that it is given.
+Torch and DeepSpeed only. The hooks decide what happens to metrics and checkpoints.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class TrainingLoop:
         return is_evaluated and has_converged(stage, steps_done, self.progress.metrics, self.task.plateau)
 
     def _step(self, stage: Stage, step: int, batch: GlobalBatch, started: float) -> float:
-        """Take a step; return when it ended. What is done to log it belongs to the next one, so no time is left out."""
+        """Take a step and return the time of its end. Logging it counts toward the next one, so no time is left out."""
         progress = self.progress
         self._seed_dropout()
         lr = learning_rate(self.task.train, stage, step)

@@ -69,7 +69,7 @@ def evaluate_models(
     Returns:
         `{"sets": {set: {model: {"rouge_l": {"mean", "std", "by_seed"}, "exact_match": {...}, "greedy": {"rouge_l",
         "exact_match"}, "num_rows", "unstopped_share"}}}}`, from 0 to 100 (`unstopped_share`: 0 to 1). `std` is the
-        sample standard deviation over seeds, 0 for a single one; `greedy` is there if it is asked for. And counts for
+        sample standard deviation over seeds, 0 for a single one; `greedy` is there if the config has it. And counts for
         the manifest: `num_rows` answers of `num_tokens` tokens.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Arms: what each changes in the config, the stages that follow from it, and which of them can share a scoring.
+"""Arms: the keys that each changes in the config, the stages that follow, and the arms that share a scoring.
 
 Pure planning: nothing is started, and no row is read.
 """
@@ -38,11 +38,11 @@ class Arm:
     """One side of the comparison.
 
     Attributes:
-        name: Its name in the config.
-        overrides: The keys that differ from the experiment's config.
-        config: Its whole config; `pocl-ray run` trains the same student with it.
-        stages: Its plan.
-        scoring: Fingerprint of what scores, caches and models depend on; arms that share it share them.
+        name: Name of the arm in the config.
+        overrides: Keys that differ from the experiment's config.
+        config: Whole config of the arm; `pocl-ray run` trains the same student with it.
+        stages: Plan of the arm.
+        scoring: Fingerprint of everything that scores, caches and models depend on; arms with the same one share these.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps; the most of them where a stage ends on convergence."""
+        """The number of optimizer steps; the maximum if a stage ends on convergence."""
         return sum(stage.num_steps for stage in self.stages)
 
 
@@ -61,7 +61,7 @@ def plan_arms(config: Config, num_rows: int) -> dict[str, Arm]:
     """Return the arms of an experiment, in the order of the config.
 
     Args:
-        config: The experiment's config.
+        config: Config of the experiment.
         num_rows: Training rows of the config as it is.
 
     Raises:
@@ -117,7 +117,7 @@ def with_steps(config: Config, arm: Arm, num_steps: int, num_rows: int) -> Arm:
 
 
 def scoring_fingerprint(config: Config) -> str:
-    """Return what rows, models, signals and teacher caches depend on: arms that agree in it share all of them."""
+    """Return a digest of what rows, models, signals and teacher caches depend on; arms that agree share them all."""
     difficulty = config.difficulty
     chosen = choose_signals(difficulty)
     sections = {"data", "tokenizer", "other_teachers", "seed"}
@@ -151,7 +151,7 @@ def by_scoring(config: Config, arms: Mapping[str, Arm]) -> dict[str, list[str]]:
 
 
 def notes(config: Config, arms: Mapping[str, Arm]) -> list[str]:
-    """Return what a reader of the comparison must know: other scorings, and other numbers of steps."""
+    """Return notes for a reader of the comparison: arms with another scoring, or another number of steps."""
     assert config.experiment is not None
     baseline, found = arms[config.experiment.baseline], []
     for directory, names in by_scoring(config, arms).items():

@@ -39,7 +39,7 @@ class Experiment:
     """One experiment over its run directory; a Ray cluster is connected."""
 
     def __init__(self, config: Config, arms: dict[str, Arm], starts: Mapping[str, Starts], pool: Pool) -> None:
-        """Take what the trainings start from.
+        """Take the arms, and the data and models that their trainings start from.
 
         Args:
             config: The experiment's config.
@@ -55,7 +55,7 @@ class Experiment:
         self.records: list[TrainingRecord] = []
 
     def run(self) -> Outcome:
-        """Screen where the config says so, judge what is left, and compare."""
+        """Screen the arms if the config says so, judge those that are left, and compare them."""
         screened, judged = self._screen()
         extra, pairs = self._baselines_of_equal_flops(judged) if self.experiment.equal_flops else ([], [])
         self._train("confirm", [*judged, *extra], self.experiment.seeds)
@@ -84,13 +84,13 @@ class Experiment:
         judged = [self.baseline.name, *self._best(screen)]
         left = [name for name in names if name in judged]
         console.print(
-            f"[bold]screened[/]  {len(names) - 1} arms beside {self.baseline.name} on dev rows, seeds "
+            f"[bold]screened[/]  {len(names) - 1} arms besides {self.baseline.name} on dev rows, seeds "
             f"{', '.join(map(str, screen.seeds))}; judged on test rows: {', '.join(left)}"
         )
         return names, left
 
     def _best(self, screen: ScreenConfig) -> list[str]:
-        """Return the arms with the best mean dev figure; what failed on a seed comes last."""
+        """Return the arms with the best mean dev figure; an arm that failed on a seed comes last."""
         sign = 1.0 if FIGURES[screen.metric] else -1.0
 
         def rank(name: str) -> tuple[int, float]:
@@ -102,7 +102,7 @@ class Experiment:
         return others[: screen.keep]
 
     def _baselines_of_equal_flops(self, judged: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Budget]]]:
-        """Plan the baseline for the FLOPs of each arm; return the names of the new arms, and what they are beside."""
+        """Plan the baseline for the FLOPs of each arm; return the new arms, and who is compared with them."""
         base, first = self.baseline, self.experiment.seeds[0]  # students of other seeds are of the same size
         own_run = self.starts[base.name][first]
         of_base = own_run.planned_flops(base)
@@ -125,7 +125,7 @@ class Experiment:
         return [name for name in extra.values() if name != base.name], pairs
 
     def _train(self, phase: Phase, names: Sequence[str], seeds: Sequence[int]) -> None:
-        """Train arms on seeds, all arms on the first seed first; what a record stands of is done."""
+        """Train arms on seeds, all arms on the first seed first; a training whose record exists is not run again."""
         done: list[TrainingRecord] = []
         jobs, of_job = [], {}
         for seed in seeds:
@@ -175,7 +175,7 @@ def experiment_until_end(config: Config, resume_with_changes: bool) -> tuple[Run
     """Run the experiment of a config, on the cluster that the environment names or on this machine.
 
     Returns:
-        The run directory, and what was found.
+        The run directory, and the result.
 
     Raises:
         UserError: The experiment cannot work.

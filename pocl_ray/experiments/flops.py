@@ -2,14 +2,15 @@
 
 A multiplication and an addition are two FLOPs. A forward pass over T tokens costs 2 W T for the W weights of the
 matrices between embedding and head, and 4 L H T S for attention over S tokens in L layers of width H; the head costs
-2 V H for each response token, since logits exist nowhere else. A backward pass costs twice its forward pass. Counted
-apart:
+2 V H for each response token, since logits exist nowhere else. A backward pass costs twice its forward pass. Three
+parts are counted separately:
 
     scoring     the student's forward pass, its answers, the teacher's forward pass (which fills the cache)
     refreshing  what is measured again between stages
     training    the student forward and backward; the teacher's head, or all of it where nothing is cached
 
-The count leaves out what all arms share (supervised fine-tuning, dev evaluations). It counts all experts of a mixture.
+The count leaves out work that all arms share (supervised fine-tuning, dev evaluations). It counts all experts of a
+mixture.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ModelSize:
         Args:
             num_tokens: Prompt and response tokens.
             num_response_tokens: Tokens that logits are made for.
-            row_tokens: Mean length of a row, which attention runs over.
+            row_tokens: Mean length of a row, over which attention runs.
         """
         body = 2.0 * self.body_weights * num_tokens + 4.0 * self.attention_width * num_tokens * row_tokens
         return body + self.head(num_response_tokens)
@@ -122,7 +123,7 @@ class FlopsCounter:
         """Return the FLOPs of a training that was run.
 
         Args:
-            config: The arm's.
+            config: Config of the arm.
             stages: Its plan.
             num_rows: Rows trained on, each as often as it was; their prompts are taken for as long as the mean one.
             num_response_tokens: Response tokens trained on.
@@ -144,7 +145,7 @@ class FlopsCounter:
         return self.teacher.forward(num_tokens, num_response_tokens, self.row_tokens)
 
     def _scoring(self, config: Config, stages: Sequence[Stage]) -> float:
-        """The signals, where the order of the rows is read, and the teacher cache, where training reads the teacher."""
+        """The FLOPs of the signals, if the order of rows is read, and of the cache, if training reads the teacher."""
         is_ranked = uses_scores(config, stages, self.rows.num_rows)
         caches = reads_teacher(config, stages) and config.distill.teacher_cache != "none"
         reads = choose_signals(config.difficulty).reads_teacher or config.curriculum.pacing == FRONTIER

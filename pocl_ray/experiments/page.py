@@ -19,7 +19,7 @@ PAGE, TABLE = f"{FOLDER}/report.html", f"{FOLDER}/table.md"
 BUDGETS = {"steps": "equal steps", "flops": "equal FLOPs"}
 WORDS = {"ahead": "ahead of", "level": "level with", "behind": "behind"}
 MAIN = ("rouge_l", "sampled_rouge_l", "kl")
-"""Figures of the forest plots; the tables have all."""
+"""The figures in the forest plots; the tables hold all figures."""
 
 
 def write_page(run_dir: RunDirectory, config: Config, outcome: Outcome) -> str:
@@ -129,7 +129,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _arm_rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """One row an arm: what it changes, what it costs, and how often it was trained."""
+    """One row for each arm: its changes, its cost, and the number of its trainings."""
     rows = []
     for arm in outcome.arms.values():
         own = [record for record in outcome.records if record.arm == arm.name]

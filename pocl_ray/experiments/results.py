@@ -28,18 +28,18 @@ class TrainingRecord:
     """One training, as `experiment/<phase>/<name>.json` holds it.
 
     Attributes:
-        name: Name of the file: arm, seed and fingerprint.
-        phase: `screen`: judged on dev rows; `confirm`: on the test rows.
+        name: Name of the file, made of arm, seed and fingerprint.
+        phase: `screen` if it is judged on dev rows, `confirm` if on the test rows.
         arm: Name of the arm.
         seed: Training seed.
         num_steps: Optimizer steps taken.
         num_tokens: Response tokens trained on.
-        seconds: Training and judging.
-        flops: Scoring, refreshing and training.
+        seconds: Wall time of training and judging.
+        flops: FLOPs of scoring, refreshing and training.
         figures: Set -> figure -> value.
         curve: Dev figures at each evaluation.
         losses: Training loss, thinned.
-        failure: Why there are no figures; empty where there are.
+        failure: Reason why there are no figures; empty if there are.
     """
 
     name: str
@@ -56,7 +56,7 @@ class TrainingRecord:
     failure: str = ""
 
     def write(self, run_dir: RunDirectory) -> None:
-        """Write it; from then on the training is done."""
+        """Write the record; the training then counts as done."""
         run_dir.write_json(_place(self.phase, self.name), asdict(self))
 
 
@@ -72,7 +72,7 @@ def _place(phase: Phase, name: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of one arm beside the baseline.
+    """The comparison of one arm with the baseline in one figure.
 
     Attributes:
         phase: Phase with the rows and seeds of the comparison.
@@ -81,9 +81,9 @@ class Comparison:
         arm: Name of the arm.
         baseline: Name of the arm that it is compared with.
         figure: One of `FIGURES`.
-        arm_mean: Over the seeds that both have.
-        baseline_mean: The same.
-        difference: Paired by seed.
+        arm_mean: Mean of the arm over the seeds that both have.
+        baseline_mean: Mean of the baseline over these seeds.
+        difference: Difference, paired by seed.
     """
 
     phase: Phase
@@ -104,7 +104,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of an experiment.
+    """The results of an experiment.
 
     Attributes:
         arms: All arms of the config, in its order, and the baselines of equal FLOPs behind them.
@@ -128,7 +128,7 @@ class Outcome:
 def compare(
     records: Sequence[TrainingRecord], pairs: Sequence[tuple[str, str, Budget]], phase: Phase
 ) -> list[Comparison]:
-    """Compare arms on every set and figure, over the seeds that both of a pair have figures of.
+    """Compare arms on every set and figure, over the seeds on which both of a pair have figures.
 
     Args:
         records: Records of all phases.
@@ -155,7 +155,7 @@ def compare(
 
 
 def training_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
-    """Return one row a training and set."""
+    """Return one row for each training and set."""
     rows = []
     for record in records:
         common = {
@@ -174,7 +174,7 @@ def training_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Return one row a comparison."""
+    """Return one row for each comparison."""
     return [
         {
             **{key: value for key, value in asdict(one).items() if key != "difference"},
@@ -186,7 +186,7 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def curve_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
-    """Return one row a dev evaluation of a training."""
+    """Return one row for each dev evaluation of a training."""
     keys = ("rouge_l", "exact_match", "ce_loss", "kd_loss")
     return [
         {

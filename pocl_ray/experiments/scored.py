@@ -30,7 +30,7 @@ class ScoredRun:
     """Rows, models, signals and caches in one run directory, and the trainings that start from them."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Do the steps up to the ranking where they are not done; a Ray cluster is connected."""
+        """Do the steps up to the ranking that are not done yet; a Ray cluster is connected."""
         self.pipeline, self.run_dir = pipeline, pipeline.run_dir
         inputs = pipeline.inputs
         self.own_ranking, self.signals = pipeline.ranking, pipeline.signals
@@ -85,7 +85,7 @@ class ScoredRun:
         return replace(task, scores=self._scores(config, ranking))
 
     def _scores(self, config: Config, ranking: str) -> str:
-        """Return the table of a ranking; one of another kind than the base config's is made from the same signals."""
+        """Return the table of a ranking; one that differs from the base config's is made from the same signals."""
         if ranking == self.own_ranking:
             return SCORES
         path = f"{RANKINGS}/{ranking[:12]}.parquet"

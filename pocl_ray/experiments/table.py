@@ -1,4 +1,4 @@
-"""The progress of an experiment in one table: how far each arm is, and what it has shown so far."""
+"""The progress of an experiment in one table: the trainings of each arm that are done, and its figures so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pocl_ray.trainings.statistics import FIGURES
 LINE_EVERY_S = 15.0
 WIDTH = 150
 SHORT = {"rouge_l": "ROUGE-L", "sampled_rouge_l": "sampled", "exact_match": "exact", "kl": "KL", "ce_loss": "CE"}
-"""Figures of the progress table, and how its columns are called."""
+"""The figures of the progress table, and the names of its columns."""
 
 
 class Board:
@@ -39,7 +39,7 @@ class Board:
         self._show()
 
     def look(self, running: Mapping[str, tuple[int, int]]) -> None:
-        """Show how far the running trainings are."""
+        """Show the progress of the running trainings."""
         self.running = dict(running)
         self._show()
 
@@ -92,7 +92,7 @@ def board(phase: str, totals: Mapping[str, int], done: Sequence[TrainingRecord])
     Args:
         phase: Its name.
         totals: Arm -> trainings.
-        done: Those that an earlier start has done.
+        done: Trainings that an earlier start has done.
     """
     if not console.is_terminal:
         shown = Board(phase, totals, done, None)
@@ -105,12 +105,12 @@ def board(phase: str, totals: Mapping[str, int], done: Sequence[TrainingRecord])
 
 
 def show(table: Table) -> None:
-    """Print a table at its full width, whatever is assumed of the width where there is no terminal."""
+    """Print a table at its full width, also where there is no terminal."""
     console.print(table, width=None if console.is_terminal else WIDTH)
 
 
 def comparison_table(comparisons: Sequence[Comparison], budget: str, set_name: str) -> Table:
-    """Return arm by figure: the mean difference from the baseline with half of its 95 % t interval, and the wins."""
+    """Return arms by figures: mean difference from the baseline, half of its 95 % t interval, and wins."""
     chosen = [one for one in comparisons if one.budget == budget and one.set == set_name]
     figures = [figure for figure in FIGURES if any(one.figure == figure for one in chosen)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -258,7 +258,7 @@ class HeadSample:
     @staticmethod
     @torch.no_grad()
     def of(model: PreTrainedModel, ids_BT: Tensor, index_N: Tensor) -> HeadSample:
-        """Run a model on one row of tokens, and keep what it says at some positions of it."""
+        """Run a model on one row of tokens, and keep hidden states and logits at some positions."""
         mask_BT = torch.ones_like(ids_BT)
         logits_TV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0]
         hidden_NH = split_model(model).response_hidden(ids_BT, mask_BT, index_N)
@@ -284,7 +284,7 @@ class HeadSample:
         Raises:
             ModelError: The head gives other logits.
         """
-        remedy = "set distill.teacher_cache to none, so that the teacher itself is asked"
+        remedy = "set distill.teacher_cache to none, which runs the teacher itself"
         if not bool(torch.isfinite(self.logits_NV).all()):
             raise ModelError(
                 f"{place}: the logits stored in its cache are not finite; set teacher.dtype to bfloat16 or float32, "

@@ -334,7 +334,7 @@ def check_fits(key: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         max_tokens: `data.max_tokens`.
 
     Raises:
-        ModelError: It has not.
+        ModelError: An embedding or a position is missing, or the model reads in both directions.
     """
     family = model.config.model_type
     if family in _BOTH_WAYS and not getattr(model.config, "is_decoder", False):

@@ -90,12 +90,12 @@ def write_model_files(
 
 
 def try_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    """Write a model without the bulk of its weights to a scratch directory: what saving needs, before it is trained.
+    """Write a model with hardly any of its weights to a scratch directory, to see before training that it can be saved.
 
     Args:
         model: Model as it is before training.
         tokenizer: Its tokenizer.
-        place: Names the model in the message.
+        place: Name of the model in the message.
 
     Raises:
         ModelError: It cannot be saved.
@@ -154,10 +154,10 @@ def _share_files(directory: Path) -> None:
 
 
 def _set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say what evaluation saw: answers end at any of the stop tokens of tokenizer and model, and nothing else is set.
+    """Set the generation config of evaluation: answers end at any stop token of tokenizer and model, nothing else.
 
-    What a model was published with may change greedy answers (`repetition_penalty`), and transformers refuses to save
-    some of it (a temperature without `do_sample`).
+    A model's published settings may change greedy answers (`repetition_penalty`), and transformers refuses to save
+    some of them (a temperature without `do_sample`).
     """
     if model.generation_config is None:
         raise ValueError(f"{type(model).__name__} cannot generate: not a causal language model")

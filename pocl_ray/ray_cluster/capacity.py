@@ -1,4 +1,4 @@
-"""The room in the cluster, and requests to an autoscaler for more.
+"""The free resources of the cluster, and requests to an autoscaler for more.
 
 Only nodes count that are alive and have the labels of `scaling.labels`. An autoscaler adds nodes for work that waits to
 start. Our steps check the room before they start anything. So they request what they need, and wait until it has come
@@ -104,9 +104,9 @@ def room_for(needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]], 
 def wait_for_room(
     room: Callable[[], int], least: int, wanted: Sequence[Mapping[str, float]], scaling: ScalingConfig
 ) -> int:
-    """Return the number that fits; if it is too small, request all that is wanted from a cluster that may grow.
+    """Return the number that fits; if it is below the minimum, ask a cluster that may grow for all that is wanted.
 
-    On an autoscaling cluster, wait until all that is wanted fits, or until the minimum fits and no node has joined for
+    On an autoscaling cluster, wait until all wanted resources fit, or until the minimum fits and no node has joined for
     `SETTLE_S`.
 
     Args:

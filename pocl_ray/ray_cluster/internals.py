@@ -18,13 +18,13 @@ __all__ = ["draining_nodes", "internal_kv", "quieten_packing", "started_the_clus
 
 
 def started_the_cluster() -> bool:
-    """Return whether this process started Ray's head node, which no public function tells."""
+    """Return whether this process started Ray's head node; no public function returns that."""
     node = ray._private.worker._global_node
     return node is not None and node.head
 
 
 def draining_nodes() -> Collection[str]:
-    """Return the ids of nodes that are about to go, which `ray.nodes()` does not tell."""
+    """Return the ids of nodes that are about to go; `ray.nodes()` does not show that."""
     nodes: Collection[str] = ray._private.state.state.get_draining_nodes()
     return nodes
 

@@ -36,7 +36,7 @@ GRACE_S = 30.0
 SOCKET_BYTES = (104 if sys.platform == "darwin" else 108) - 1
 """The longest path of a socket that the system takes."""
 BELOW_TMPDIR = "/ray/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store"
-"""An example of what Ray writes behind the directory for its files, with the longest process id."""
+"""An example of the path that Ray appends to the directory for its files, with the longest process id."""
 # Settings of our own cluster; a shared one decides for itself when a node is dead. Our only node is never dead, however
 # long it does not answer on a machine under load. Otherwise Ray would end this process without a message.
 HERE = {

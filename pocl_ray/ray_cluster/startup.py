@@ -11,7 +11,7 @@ import gc
 import threading
 
 AT_MOST_S = 20.0
-"""A process that does not say that its imports are over collects again after so long."""
+"""The time after which a process collects again although it has not said that its imports are over."""
 
 _waiting = threading.Event()
 
@@ -28,9 +28,9 @@ def put_off_collections(at_most_s: float = AT_MOST_S) -> None:
 
 
 def collect_again() -> None:
-    """Collect garbage as before, and leave what stands until now out of it, since imported modules stay.
+    """Collect garbage as before, except for the objects that exist now, since imported modules stay.
 
-    Does nothing unless collections were put off.
+    It does nothing unless collections were put off.
     """
     if _waiting.is_set():
         _waiting.clear()

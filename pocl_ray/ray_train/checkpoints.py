@@ -53,7 +53,7 @@ def copy_checkpoint(directory: Path, filesystem: pafs.FileSystem, target: str) -
 
 
 def keep_snapshot(run_dir: RunDirectory, folder: str) -> None:
-    """Copy Ray Train's snapshot, once it is whole; before the next one is, nothing that this one names is deleted.
+    """Copy Ray Train's snapshot once it is whole; nothing that it names is deleted before the next one is whole.
 
     Raises:
         StorageError: It cannot be read, or the copy written.
@@ -81,7 +81,7 @@ def mend_snapshot(run_dir: RunDirectory, folder: str) -> bool:
 def prune_orphans(run_dir: RunDirectory, folder: str) -> list[str]:
     """Delete checkpoints whose worker died during the copy, so that Ray Train never registered them.
 
-    Only while no training runs there. What is newer than the newest checkpoint that was taken over stays.
+    Call it only while no training runs there. Checkpoints newer than the newest registered one stay.
 
     Args:
         run_dir: Run directory.
@@ -108,7 +108,7 @@ def prune_orphans(run_dir: RunDirectory, folder: str) -> list[str]:
 
 
 def _taken_over(run_dir: RunDirectory, folder: str) -> set[str]:
-    """The names in Ray Train's snapshot; empty where there is none that can be read, of which Ray Train speaks."""
+    """The names in Ray Train's snapshot; empty if it is missing or cannot be read, which Ray Train itself reports."""
     try:
         if not run_dir.exists(f"{folder}/{SNAPSHOT}"):
             return set()

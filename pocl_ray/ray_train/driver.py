@@ -155,7 +155,7 @@ def train_watched(task: TrainTask, scaling: ScalingConfig, watch: Watch, *progre
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """Run a worker; only there are torch and all that comes with it imported."""
+    """Run a worker; torch and its companions are imported only there."""
     import deepspeed  # noqa: F401 (the engine needs it, and here no garbage is collected meanwhile)
 
     from pocl_ray.ray_train.worker import train_worker
@@ -315,7 +315,7 @@ def _note(training_status: TrainingStatus) -> str:
 
 
 def _cause(error: BaseException, name: str, training_status: TrainingStatus) -> BaseException:
-    """Return the user's mistake behind a failed run if there is one, else that it failed as often as it may."""
+    """Return the user's mistake behind a failed run, or else the error that it failed as often as is allowed."""
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for failure in failures:
         cause = getattr(failure, "cause", failure)

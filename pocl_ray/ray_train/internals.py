@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Report
 # A worker finds three things only in this context: the notice of its node, the thread of uploads and their storage.
 from ray.train.v2._internal.execution.context import get_train_context
 
-# The callback that reports failures is told the controller's states.
+# The callback that reports failures receives the controller's states.
 from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
     ReschedulingState,
@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 # The elastic policy is Ray's policy with numbers of workers that divide the global batch.
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
-# What the controller tells policies and callbacks about the workers.
+# The controller's records about the workers, for policies and callbacks.
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
 # The name of the framework that the dashboard's Train page shows.

@@ -1,8 +1,8 @@
 """Failures of a training run: whether it is tried again, and the message for the user.
 
 A worker's failure is charged to `scaling.max_failures`. A start that fails because workers or nodes die meanwhile is
-charged to a budget of its own, which is whole again once workers have stood: a long run may lose many nodes, one after
-another. Both are finite, so that what fails at every try ends, with its cause.
+charged to a budget of its own, which is full again once workers have started: a long run may lose many nodes, one after
+another. Both are finite, so that a run that fails at every try ends, with its cause.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class RetryPolicy(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Charge a failure to its budget, and decide."""
         if not isinstance(training_failed_error, ControllerError):
-            self._controller_failures = 0  # workers stood, so the starts before this one came to something
+            self._controller_failures = 0  # workers had started, so the earlier failures of starts no longer count
         decision: FailureDecision = super().make_decision(training_failed_error)
         return decision
 
     def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
-        """Whether trying again may help; Ray's own policy gives up where a worker dies amid the start of others."""
+        """Whether another try may help; Ray's own policy gives up if a worker dies while others start."""
         if isinstance(training_failed_error, ControllerError):
             failure = training_failed_error.controller_failure
             if isinstance(failure, RayError) and not isinstance(failure, UserError):
@@ -91,7 +91,7 @@ def cause_of(error: BaseException) -> str:
     """Return why a run failed, as one line: the first cause where several workers report consequences of it too."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         if hung := next((each for each in error.worker_failures.values() if isinstance(each, StalledError)), None):
-            return str(hung)  # it names the workers, and where they stand
+            return str(hung)  # it names the workers, and their lines of code
         rank, failure = min(error.worker_failures.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
         return f"worker {rank} {_said(failure)}"
     if isinstance(error, ControllerError):
@@ -182,7 +182,7 @@ class ElasticPolicy(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """Grow where there is room, at the moment when a checkpoint has been taken over."""
+        """Grow if there is room, at the moment when a checkpoint has been registered."""
         reports = [status.training_report for status in worker_group_status.worker_statuses.values()]
         if not any(report is not None and report.checkpoint is not None for report in reports):
             self._maybe_send_resource_request()
@@ -190,7 +190,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        """Return what the run may use of each node that stays; None while nobody answers, and nothing changes."""
+        """Return the resources that the run may use on each node that stays; None while nobody answers."""
         answer = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
         try:
             reserved: dict[str, dict[str, float]] = ray.get(answer, timeout=ANSWER_S)
@@ -199,7 +199,7 @@ class ElasticPolicy(ElasticScalingPolicy):
             return None
         leaving, usable = draining_nodes(), usable_nodes(self._labels)
         if str(self.scaling_config.placement_strategy).startswith("STRICT"):
-            # What is reserved is packed, whatever the placement; so all that the nodes have is looked at.
+            # Reserved resources are packed, whatever the placement, so all resources of the nodes are looked at.
             reserved = usable
         return {node: resources for node, resources in reserved.items() if node in usable and node not in leaving}
 
@@ -210,14 +210,14 @@ class ElasticPolicy(ElasticScalingPolicy):
 
 
 class BackUpSnapshots(ReportCallback):
-    """Keeps a copy of what Ray Train knows of the checkpoints; runs in the controller, after Ray Train's own part."""
+    """Keeps a copy of Ray Train's snapshot of the checkpoints; runs in the controller, after Ray Train's part."""
 
     def __init__(self, run_dir: RunDirectory, folder: str) -> None:
         """Take the run directory and the folder of the checkpoints in it."""
         self.run_dir, self.folder = run_dir, folder
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        """Copy it when a checkpoint was taken over."""
+        """Copy the snapshot when a checkpoint was registered."""
         if training_report.checkpoint is not None:
             keep_snapshot(self.run_dir, self.folder)
 

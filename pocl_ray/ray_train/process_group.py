@@ -124,7 +124,7 @@ def join(address: str, port: int, rank: int, world_size: int, backend: str, time
         "NODE_RANK": context.get_node_rank(),
         "ACCELERATE_TORCH_DEVICE": get_device(),  # else Accelerate, of Hugging Face, may take another one
     }
-    if backend == "nccl":  # what a collective that times out does, as Ray has it: it ends the process
+    if backend == "nccl":  # a collective that times out ends the process, as in Ray's own set-up
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     os.environ.update({name: str(value) for name, value in places.items()})
     dist.init_process_group(backend, "env://", timedelta(seconds=timeout_s), world_size, rank)

@@ -87,7 +87,7 @@ class ProgressActor:
         )
 
     def refuse(self, error: UserError | DivergedError) -> None:
-        """Record what a worker has found that another try would not change."""
+        """Record an error that another try would not change."""
         self.training_status.refusal = error
 
     def warn(self, text: str) -> None:

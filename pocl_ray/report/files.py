@@ -267,7 +267,7 @@ def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:
 
 
 def _read_cuts(files: RunFiles) -> list[str]:
-    """Lines that tell, of each set, how many tokens its rows lost when they were cut to length."""
+    """One line for each set about the tokens that its rows lost when they were cut to length."""
     sets = _json(files, "rows/summary.json").get("sets") or {}
     return [line for _, line in told_cuts(RowsSummary(**summary) for summary in sets.values())]
 

@@ -115,7 +115,7 @@ def pair_sentences(run: RunData) -> list[str]:
 
 
 def weak_teacher_sentences(results: Sequence[SetResult]) -> list[str]:
-    """Return a warning for each set on which the teacher is no better than the student that it taught."""
+    """Return a warning for each set on which the teacher is no better than the distilled student."""
     sentences = []
     for result in results:
         student, teacher = result.model(STUDENT), result.model(TEACHER)

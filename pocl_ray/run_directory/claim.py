@@ -1,4 +1,4 @@
-"""The owner of a run directory: the config that it belongs to, and the machines and versions that did the work."""
+"""The claim of a run directory by a config, and the record of the machines and versions that did the work."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def check_free_at(directory: Path, num_bytes: int, what: str, remedy: str) -> No
 
 
 def disk_full(error: BaseException) -> bool:
-    """Return whether a full disk is the cause of an error; libraries in C++ and Rust say so in the text alone."""
+    """Return whether a full disk is the cause of an error; libraries in C++ and Rust say so only in the text."""
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
         or any(sign in str(link) for sign in _SIGNS)

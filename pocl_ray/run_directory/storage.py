@@ -112,7 +112,7 @@ def _next_to(path: Path) -> Path:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a path for a new file or directory; it takes the place of `target` when the block ends without an error.
+    """Yield a path for a new file or directory, which replaces `target` when the block ends without an error.
 
     This is the one atomic write: a reader sees the old file or directory, or the new one, never a part of one.
     Until then `target` is unchanged, and after an error too; the new path is then deleted.

@@ -33,12 +33,12 @@ class JudgeTask:
     """The sets and settings with which students are judged.
 
     Attributes:
-        run_dir: Holds the rows.
+        run_dir: Run directory, with the rows.
         sets: Name -> Arrow file of its rows, relative to the run directory.
-        teacher: The model that `kl` compares with; None where its tokens are others, and there is no `kl`.
-        tokenizer: Tokenizer directory, relative to the run directory.
+        teacher: Model that `kl` compares with; None if its tokenizer is another one, and there is no `kl`.
+        tokenizer: Directory of the tokenizer, relative to the run directory.
         evaluation: Seeds of sampled answers, and how they are generated.
-        max_tokens: Prompt and answer together.
+        max_tokens: Maximum tokens of prompt and answer together.
     """
 
     run_dir: RunDirectory
@@ -62,7 +62,7 @@ def judge_task(config: Config, run_dir: RunDirectory, sets: Mapping[str, RowsSum
 
 
 class Judge:
-    """Judges one student after the other; what the teacher says of the rows is asked once."""
+    """Judges one student after the other; the teacher reads the rows once."""
 
     def __init__(self, task: JudgeTask, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Open the sets, and let the teacher read them.
@@ -84,7 +84,7 @@ class Judge:
                 ]
 
     def judge(self, student: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Return set -> those figures of `statistics.FIGURES` that can be had.
+        """Return for each set the figures of `statistics.FIGURES` that can be measured.
 
         There are no answers without prompts, and no `kl` without a teacher.
         `kl` is KL(teacher || student) at temperature 1, whatever was trained on; it and `ce_loss` are in nats, means

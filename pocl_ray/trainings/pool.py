@@ -25,17 +25,17 @@ OnLook = Callable[[dict[str, tuple[int, int]]], None]
 
 @ray.remote(num_cpus=0)
 class StepBoard:
-    """Keeps how far each running job is, since an actor that trains answers no questions."""
+    """Holds the progress of each running job, since an actor that trains cannot answer calls."""
 
     def __init__(self) -> None:
         self.steps: dict[str, tuple[int, int]] = {}
 
     def tell(self, job: str, step: int, num_steps: int) -> None:
-        """Note how far a job is."""
+        """Record the progress of a job."""
         self.steps[job] = (step, num_steps)
 
     def read(self) -> dict[str, tuple[int, int]]:
-        """Return job -> its steps done, and all of them."""
+        """Return for each job the number of steps done, and of all its steps."""
         return self.steps
 
 
@@ -48,7 +48,7 @@ class TrainingActor:
         self.process: Any = None
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Train a job and judge its student; one that diverged, or failed for its own sake, says so in `failure`."""
+        """Train a job and judge its student; if it diverged or failed by itself, `failure` holds the reason."""
         from pocl_ray.trainings.process import TrainingProcess
 
         if self.process is None:
@@ -92,7 +92,7 @@ class Pool:
         Args:
             jobs: Jobs in the order of their start.
             on_done: Called with the name and the result of each as it ends.
-            on_look: Called a few times a second with how far the running jobs are.
+            on_look: Called a few times a second with the progress of the running jobs.
 
         Raises:
             UserError: A job's input is wrong.

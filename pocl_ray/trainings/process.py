@@ -1,8 +1,8 @@
 """One training after the other in one process, which has imported torch, transformers and DeepSpeed once.
 
 A process starts in ten seconds or more, and a small training takes as long. So a process here outlives its trainings:
-each of them sets up a loop of its own (`distill.setup`) on a process group of one, and its student is judged before it
-is let go.
+each of them sets up a loop of its own (`distill.setup`) on a process group of one, and its student is judged before its
+memory is released.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.trainings.judge import Judge, JudgeTask
 
 OnProgress = Callable[[int, int], object]
-"""Told the steps done and the tokens trained on."""
+"""A function that receives the number of steps done and of tokens trained on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
     """One training of one arm.
 
     Attributes:
-        name: Name of its record.
+        name: Name of the record of its result.
         task: Training task.
         judged: Sets on which its student is judged.
     """
@@ -103,7 +103,7 @@ class TrainingProcess:
 
 
 def _discard(progress: Progress, written: PendingCheckpoint | None) -> None:
-    """Let a checkpoint go: a training this short is run again, not gone on with."""
+    """Delete a checkpoint: a training this short is run again from its start."""
     if written is not None:
         shutil.rmtree(written.wait(), ignore_errors=True)
 

@@ -2,8 +2,8 @@
 
 Two arms that were trained on the same seeds are compared seed by seed, d_s = arm_s - baseline_s: what a seed does to
 both cancels out. With n seeds, mean m and sample standard deviation s of d, the t interval is
-m +- t(0.975, n - 1) s / sqrt(n). It takes d for normal; the bootstrap interval (percentiles of means of n draws from d,
-with replacement) does not, but is too narrow for few seeds: below about 15 of them trust the wider one.
+m +- t(0.975, n - 1) s / sqrt(n). It assumes that d is normal. The bootstrap interval (percentiles of means of n draws
+from d, with replacement) does not, but it is too narrow for few seeds: with fewer than about 15, trust the wider one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
 _BOOTSTRAP_SEED = 20_260_101
-"""The draws are the same in every call, so that a page made again shows the same interval."""
+"""The seed of the draws, the same in every call, so that a page that is written again shows the same interval."""
 
 FIGURES = {
     "rouge_l": True,
@@ -38,12 +38,12 @@ class PairedDifference:
     """The difference of two arms over shared seeds.
 
     Attributes:
-        num_seeds: Pairs.
+        num_seeds: Number of pairs.
         mean: Mean of arm - baseline.
         t_low: Lower end of the 95 % t interval.
-        t_high: Upper end of it.
+        t_high: Upper end of the 95 % t interval.
         bootstrap_low: Lower end of the 95 % bootstrap interval.
-        bootstrap_high: Upper end of it.
+        bootstrap_high: Upper end of the 95 % bootstrap interval.
         num_wins: Seeds on which the arm is better.
         num_ties: Seeds on which both are equal.
     """

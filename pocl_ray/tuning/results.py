@@ -93,7 +93,7 @@ def figures_of(evaluations: Sequence[dict[str, Any]], hand_off: Literal["best", 
 RESULTS_PARQUET, RESULTS_CSV = "tune/results.parquet", "tune/results.csv"
 BEST_CONFIG, BEST_STUDENT = "tune/best.yaml", "tune/best"
 DECISIVE = "decisive"
-"""Key of what schedulers compare, in what a trial tells Ray Tune; see the function of this name."""
+"""The key, in a trial's reports to Ray Tune, of the number that schedulers compare; see the function of this name."""
 TIE_SHARE = 1e-6  # of a figure from 0 to 100, or of a loss
 FIGURES = ("rouge_l", "exact_match", "ce_loss", "kd_loss", "num_tokens")
 
