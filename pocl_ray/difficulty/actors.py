@@ -233,10 +233,12 @@ class StudentActor(_Reader):
         """
         name = units[SET][0].as_py()
         batches = ids_of(units)
+        # The dev rows pass through: only the teacher reads them, and one job fills both caches.
         if name != self.task.student_set:
             yield from (student_unit(name, ids, None, None) for ids in batches)
             return
         is_answered = self.task.answers and self.rows(name).has_prompts
+        # All prompts of the task at once: they are generated in batches of their own, larger than a micro-batch.
         answers = iter(self._answer(name, np.concatenate(batches)) if is_answered else [])
         for ids in batches:
             read = self.read(self.model, self.rows(name), ids)
@@ -291,6 +293,7 @@ class TeacherActor(_Reader):
             read = self._read_own(name, ids)
             student = self._student_part(units, index)
             unit_writer = self._unit_writer(read.hidden_NH)
+            # The writer sees each chunk's logits while the signals are computed: none are made twice or kept.
             signals = teacher_signals(
                 read.hidden_NH,
                 self.model.head.logits,
@@ -305,7 +308,7 @@ class TeacherActor(_Reader):
             names = (*TEACHER_SIGNALS, *self.task.plugins)
             scored.append(row_table(ids, self.lengths(name, ids), signals, units, index, names))
             kept += outputs
-            if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:
+            if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:  # a task of long rows would fill the memory
                 yield self._finish(name, scored, kept)
                 scored, kept = [], []
         if scored:
@@ -343,6 +346,7 @@ class TeacherActor(_Reader):
             return None
         dtype = getattr(torch, units[STUDENT_DTYPE][index].as_py())
         head = self._student_head(dtype)
+        # Copied: Arrow's buffer is read-only, and torch needs one that it may write to.
         raw = torch.from_numpy(np.frombuffer(payload.as_buffer(), dtype=np.uint8).copy())
         return raw.view(dtype).view(-1, head.hidden_size).to(self.task.device), head.logits
 

@@ -215,6 +215,7 @@ def score_rows(inputs: ScoringInputs, scaling: ScalingConfig) -> tuple[pa.Table,
     pools = plan_pools(scaling, _actors(scaling, inputs.teacher), len(tasks))
     results = _run(inputs.task(pools[0].use_gpu), tasks, pools, sets, scaling)
     if inputs.cache:
+        # After all tasks: a cache without its index is not finished, and an interrupted job leaves none.
         _finish_caches(results, run_dir, inputs.cache, [inputs.teacher_rows.get(made.name, made) for made in sets])
     table = _signals(results[inputs.rows.name].table())
     return table, _counts(table, sets)

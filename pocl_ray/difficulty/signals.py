@@ -89,6 +89,7 @@ def teacher_signals(
         Mapping of signal names to means, each of shape (R,), in nats.
     """
     assert student is not None or not extra, "a plug-in's signal compares the two models"
+    # Half of the budget each where both models' logits are in memory.
     ce_loss, entropy = [], []
     compared: dict[str, list[torch.Tensor]] = defaultdict(list)
     budget_mib = CHUNK_MIB if student is None else CHUNK_MIB // 2
@@ -164,7 +165,7 @@ def _chunks(hidden_NH: torch.Tensor, head: LmHead, budget_mib: int) -> Iterator[
     num_tokens = hidden_NH.shape[0]
     if num_tokens == 0:
         return
-    vocab_size = head(hidden_NH[:1]).shape[-1]
+    vocab_size = head(hidden_NH[:1]).shape[-1]  # known to the head alone, which is a function here
     size = max(1, budget_mib * 2**20 // (4 * vocab_size))
     for start in range(0, num_tokens, size):
         yield slice(start, start + size)
