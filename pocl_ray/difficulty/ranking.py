@@ -30,25 +30,23 @@ class Signal:
     Attributes:
         name: Column in scores.parquet.
         easy: Whether a high or a low value means an easy row.
-        meaning: Short description of the measurement.
     """
 
     name: str
     easy: Easy
-    meaning: str
 
 
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
     for signal in (
-        Signal("rouge_l", "high", "ROUGE-L of the student's answer against the references, 0 to 100"),
-        Signal("ce_loss", "low", "the student's mean negative log-likelihood of the reference's tokens, in nats"),
-        Signal("student_confidence", "high", "the student's mean highest next-token probability over the reference"),
-        Signal("teacher_ce_loss", "low", "the teacher's mean negative log-likelihood of the reference, in nats"),
-        Signal("teacher_student_kl", "low", "mean KL(teacher || student) over the reference's tokens, in nats"),
-        Signal("teacher_entropy", "low", "mean entropy of the teacher's distribution over the reference, in nats"),
-        Signal("num_prompt_tokens", "low", "length of the prompt"),
-        Signal("num_response_tokens", "low", "length of the reference"),
+        Signal("rouge_l", "high"),  # ROUGE-L of the student's answer against the references, 0 to 100
+        Signal("ce_loss", "low"),  # the student's mean negative log-likelihood of the reference's tokens, in nats
+        Signal("student_confidence", "high"),  # the student's mean highest next-token probability over the reference
+        Signal("teacher_ce_loss", "low"),  # the teacher's mean negative log-likelihood of the reference, in nats
+        Signal("teacher_student_kl", "low"),  # mean KL(teacher || student) over the reference's tokens, in nats
+        Signal("teacher_entropy", "low"),  # mean entropy of the teacher's distribution over the reference, in nats
+        Signal("num_prompt_tokens", "low"),  # length of the prompt
+        Signal("num_response_tokens", "low"),  # length of the reference
     )
 }
 
