@@ -174,20 +174,20 @@ class Inputs:
                 parts=parts,
             )
             answers = write_answers(task, config.scaling)
-            made = self._replace_responses(answers)
+            summary = self._replace_responses(answers)
             self.run_dir.delete(PARTS)
             counts = {
-                "num_rows": made.num_rows,
-                "num_tokens": made.num_response_tokens,
+                "num_rows": summary.num_rows,
+                "num_tokens": summary.num_response_tokens,
                 "num_unstopped_answers": answers.num_rows - int(pc.sum(answers[STOPPED]).as_py()),
-                "num_rejected": prepared.train.num_rows - made.num_rows,
+                "num_rejected": prepared.train.num_rows - summary.num_rows,
             }
-            return StepResult([made.path, RESPONSES_SUMMARY, OWN_REJECTS, *own_files(prepared)], counts)
+            return StepResult([summary.path, RESPONSES_SUMMARY, OWN_REJECTS, *own_files(prepared)], counts)
 
         depends = [
             self.tokenizer,
             prepared.train.fingerprint,
-            *(made.fingerprint for name, made in prepared.for_teacher.items() if name == "train"),
+            *(summary.fingerprint for name, summary in prepared.for_teacher.items() if name == "train"),
             teacher.fingerprint,
             generation.model_dump(mode="json"),
             config.data.max_tokens,
@@ -217,9 +217,9 @@ class Inputs:
                 check_teacher_tokenizer(config.teacher, tokenizer)
             teachers = self.load_teacher_tokenizer()
             rows = prepare_all(config.data, tokenizer, config.seed, self.run_dir, numbers, teachers)
-            tokens = sum(made.num_prompt_tokens + made.num_response_tokens for made in rows)
-            counts = {"num_rows": sum(made.num_rows for made in rows), "num_tokens": tokens}
-            written = [made.path for made in (*rows, *rows.for_teacher.values())]
+            tokens = sum(summary.num_prompt_tokens + summary.num_response_tokens for summary in rows)
+            counts = {"num_rows": sum(summary.num_rows for summary in rows), "num_tokens": tokens}
+            written = [summary.path for summary in (*rows, *rows.for_teacher.values())]
             return StepResult([SUMMARY, "rejects.jsonl", *written], counts)
 
         depends = [self.tokenizer, data_fingerprint(config.data), config.seed, *([numbers] if numbers else [])]
@@ -246,7 +246,7 @@ class Inputs:
                 make_teacher(config, self.load_tokenizer(), self.config.seed, self.run_dir)
             if config.sft is None:
                 return StepResult([], {})
-            start = reference(config, self._made("teacher_init") if config.architecture is not None else None)
+            start = reference(config, self._uri_of("teacher_init") if config.architecture is not None else None)
             rows, tokens = self.prepared.as_teacher_reads, TEACHER_TOKENIZER if self._is_bridged else TOKENIZER
             task = sft_task(self.config, "teacher", start, rows, self.run_dir, fingerprint, tokens)
             return StepResult(["models/teacher"], train_counted(task, self.config.scaling))
@@ -256,7 +256,7 @@ class Inputs:
             depends += [_fingerprints(self.prepared), sft_dependencies(self.config, "teacher"), self.config.seed]
         fingerprint = self.steps.run("teacher", depends, work, trains=config.sft is not None)
         return FingerprintedModel(
-            reference(config, self._made("teacher") if config.sft is not None else None), fingerprint
+            reference(config, self._uri_of("teacher") if config.sft is not None else None), fingerprint
         )
 
     @cached_property
@@ -277,17 +277,17 @@ class Inputs:
         """The student before distillation."""
         config = self.config.student
         teacher = self.teacher if config.num_layers is not None else None
-        is_made, seed = config.path is None, self.config.student_seed
+        is_new, seed = config.path is None, self.config.student_seed
 
         def work(fingerprint: str) -> StepResult:
             outputs = []
-            if is_made:
+            if is_new:
                 tokenizer = self.load_tokenizer()
                 make_student(config, teacher.ref if teacher else None, tokenizer, seed, self.run_dir)
                 outputs.append("models/student_init")
             if config.sft is None:
                 return StepResult(outputs, {})
-            start = reference(config, self._made("student_init") if is_made else None)
+            start = reference(config, self._uri_of("student_init") if is_new else None)
             counts = train_counted(
                 sft_task(self.config, "student", start, self.rows, self.run_dir, fingerprint), self.config.scaling
             )
@@ -299,8 +299,8 @@ class Inputs:
         if config.sft is not None:
             depends += [self.rows_fingerprint, sft_dependencies(self.config, "student")]
         fingerprint = self.steps.run("student", depends, work, trains=config.sft is not None)
-        name = "student" if config.sft is not None else "student_init" if is_made else None
-        return FingerprintedModel(reference(config, self._made(name) if name else None), fingerprint)
+        name = "student" if config.sft is not None else "student_init" if is_new else None
+        return FingerprintedModel(reference(config, self._uri_of(name) if name else None), fingerprint)
 
     @property
     def own_tokens(self) -> dict[str, OwnTokens]:
@@ -308,19 +308,19 @@ class Inputs:
         if not self._is_bridged:
             return {}
         sets = self.prepared.as_teacher_reads.tests
-        return {TEACHER: OwnTokens(TEACHER_TOKENIZER, {name: made.path for name, made in sets.items()})}
+        return {TEACHER: OwnTokens(TEACHER_TOKENIZER, {name: summary.path for name, summary in sets.items()})}
 
     @property
     def rows_fingerprint(self) -> list[str]:
         """The fingerprints of all sets."""
         return _fingerprints(self.rows)
 
-    def _made(self, name: str) -> str:
+    def _uri_of(self, name: str) -> str:
         return self.run_dir.uri_of(f"models/{name}")
 
 
 def _fingerprints(rows: Rows) -> list[str]:
-    return [made.fingerprint for made in (*rows, *rows.for_teacher.values())]
+    return [summary.fingerprint for summary in (*rows, *rows.for_teacher.values())]
 
 
 def _is_chat(data: DataConfig) -> bool:

@@ -248,7 +248,7 @@ class Pipeline:
         if config.evaluation.teacher:
             models[TEACHER] = inputs.teacher
 
-        refs = {name: made.ref for name, made in models.items()}
+        refs = {name: model.ref for name, model in models.items()}
 
         def read_texts(_: str) -> StepResult:
             result, counts = measure_perplexity(refs, inputs.rows.tests, self.run_dir, config.scaling)
@@ -270,7 +270,7 @@ class Pipeline:
             return StepResult(["evaluation.json", "predictions.parquet"], counts)
 
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
-        fingerprints = {name: made.fingerprint for name, made in models.items()}
+        fingerprints = {name: model.fingerprint for name, model in models.items()}
         work = read_texts if config.data.task == "text" else answer_prompts
         return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work)
 

@@ -312,7 +312,7 @@ class Loss:
 
     Attributes:
         function: The divergence.
-        scale_by_t_squared: Whether T^2 is its authors' habit.
+        scale_by_t_squared: Whether its authors multiply by T^2.
         parameters: The values that each parameter may take.
         moving: The divergence in its place while a parameter moves, if its scale would move too.
     """
