@@ -19,7 +19,9 @@ SHARED_NAMES = {
     "plots.py": "draws the plots of a page",
     "prepare.py": "makes the things of the room ready in the run directory: rows, models",
     "results.py": "the records of many trainings, and the table of them",
+    "shipped.py": "finds what comes with the package: configs, models",
     "sources.py": "the sources of rows: their config, and how they are read",
+    "writing.py": "writes the texts that are the room's result: a commented config, responses",
 }
 
 
