@@ -28,8 +28,8 @@ from pocl_ray.advice.first_rows import (
     read_first,
     recognise,
 )
-from pocl_ray.advice.model_shape import ModelShape, look_at, tokenizer_if_reachable
-from pocl_ray.advice.writing import Findings, decisions, render
+from pocl_ray.advice.model_shape import look_at, tokenizer_if_reachable
+from pocl_ray.advice.writing import Findings, Models, decisions, render
 from pocl_ray.config import DataConfig, SourceConfig, StudentConfig, TeacherConfig, load_config
 from pocl_ray.config.sources import ColumnRole
 from pocl_ray.data.prompts import PromptTemplate
@@ -109,41 +109,23 @@ def look(request: Request, name: str) -> Findings:
     meaning = recognise(request.train, rows, _parse_columns(request.columns))
     source = source.model_copy(update={"columns": meaning.mapping})
     dev = None if request.dev is None else _dev_source(request.dev, meaning, _parse_columns(request.columns))
-    teacher, student, shapes, tokenizers = _look_at_models(request)
-    bridged = _differ(*tokenizers)
-    own = tokenizers[1] if bridged else tokenizers[0]
-    template, why_template = _template(rows, meaning, tokenizers if bridged else tokenizers[:1], request.teacher)
-    data = DataConfig(train=source, holdout_rows=1, task=meaning.task, prompt_template=template)
+    models = _look_at_models(request)
+    own = models.tokenizers[int(models.bridged)]
+    template = _template(rows, meaning, models.tokenizers if models.bridged else (own,), request.teacher)
+    data = DataConfig(train=source, holdout_rows=1, task=meaning.task, prompt_template=template[0])
     lengths = measure(rows, data, own)
     _check_rejects(request.train, lengths, len(rows), data.max_reject_share)
     num_rows = count_all(data) + 1
     machine = this_machine(request)
-    check_teacher_fits(machine, shapes[0])
-    positions = [shape.num_positions for shape in shapes if shape is not None and shape.num_positions]
+    large, small = models.shapes
+    check_teacher_fits(machine, large)
+    positions = [shape.num_positions for shape in (large, small) if shape is not None and shape.num_positions]
     tokens = choose_tokens(lengths, min([MOST_TOKENS[machine.target], *positions]))
     holdout = 0 if dev is not None else max(1, min(500, num_rows // 20))
-    head = 0 if shapes[0] is None else shapes[0].size.head_weights
-    training = choose_training(
-        machine, shapes[1], head, tokens.max_tokens, num_rows - holdout, student.num_layers is not None
-    )
+    head, is_cut = 0 if large is None else large.size.head_weights, models.student.num_layers is not None
+    training = choose_training(machine, small, head, tokens.max_tokens, num_rows - holdout, is_cut)
     return Findings(
-        name=name,
-        teacher=teacher,
-        student=student,
-        shapes=shapes,
-        bridged=bridged,
-        train=source,
-        dev=dev,
-        meaning=meaning,
-        template=template,
-        why_template=why_template,
-        lengths=lengths,
-        num_looked=len(rows),
-        num_rows=num_rows,
-        holdout_rows=holdout,
-        machine=machine,
-        tokens=tokens,
-        training=training,
+        name, models, source, dev, meaning, template, lengths, len(rows), num_rows, holdout, machine, tokens, training
     )
 
 
@@ -176,9 +158,7 @@ def _dev_source(path: str, train: Meaning, given: dict[ColumnRole, str]) -> Sour
     return source.model_copy(update={"columns": meaning.mapping})
 
 
-def _look_at_models(
-    request: Request,
-) -> tuple[TeacherConfig, StudentConfig, tuple[ModelShape | None, ModelShape | None], tuple[Any, Any]]:
+def _look_at_models(request: Request) -> Models:
     teacher = TeacherConfig(path=request.teacher)
     is_cut = request.student.isdigit()
     try:
@@ -192,7 +172,7 @@ def _look_at_models(
             tokenizers[1] = tokenizer_if_reachable(student)
         except ModelError:  # it brings none, and takes the teacher's
             tokenizers[1] = None
-    return teacher, student, shapes, (tokenizers[0], tokenizers[1])
+    return Models(teacher, student, shapes, (tokenizers[0], tokenizers[1]), _differ(*tokenizers))
 
 
 def _differ(teachers: Any, students: Any) -> bool:

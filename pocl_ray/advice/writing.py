@@ -13,20 +13,35 @@ from pocl_ray.config import SourceConfig, StudentConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
+class Models:
+    """The two models.
+
+    Attributes:
+        teacher: Section of the teacher.
+        student: Section of the student.
+        shapes: Shapes of teacher and student; None for one that could not be looked at.
+        tokenizers: Tokenizers of teacher and student; None for one that is not at hand, or that the student lacks.
+        bridged: Whether the two have different tokenizers.
+    """
+
+    teacher: TeacherConfig
+    student: StudentConfig
+    shapes: tuple[ModelShape | None, ModelShape | None]
+    tokenizers: tuple[Any, Any]
+    bridged: bool
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that a new config is made of.
 
     Attributes:
         name: Name of the run.
-        teacher: Section of the teacher.
-        student: Section of the student.
-        shapes: Shapes of teacher and student; None for one that could not be looked at.
-        bridged: Whether the two have different tokenizers.
+        models: Teacher and student.
         train: Source of the training rows, with the mapping of columns.
         dev: Source of the dev rows; None: they are held out of train.
         meaning: Meaning of the training rows' columns.
-        template: Prompt template.
-        why_template: Reason for it.
+        template: Prompt template, and the reason for it.
         lengths: Lengths of the first rows.
         num_looked: Number of rows that were looked at.
         num_rows: Number of training rows before any are held out.
@@ -37,15 +52,11 @@ class Findings:
     """
 
     name: str
-    teacher: TeacherConfig
-    student: StudentConfig
-    shapes: tuple[ModelShape | None, ModelShape | None]
-    bridged: bool
+    models: Models
     train: SourceConfig
     dev: SourceConfig | None
     meaning: Meaning
-    template: str
-    why_template: str
+    template: tuple[str, str]
     lengths: Lengths
     num_looked: int
     num_rows: int
@@ -57,7 +68,7 @@ class Findings:
     @property
     def cache_bytes(self) -> float | None:
         """Estimated bytes of the teacher's hidden states for all rows; None if the teacher is not known."""
-        teacher = self.shapes[0]
+        teacher = self.models.shapes[0]
         if teacher is None:
             return None
         width = 4 if self.machine.target == "laptop" else 2
@@ -72,20 +83,24 @@ def decisions(found: Findings) -> list[tuple[str, str, str]]:
     )
     whole = lengths.prompts + lengths.responses
     counted = "" if lengths.is_counted else f", estimated by {CHARS_PER_TOKEN:g} characters a token"
-    teacher, student = (describe(shape) for shape in found.shapes)
-    cut = f"{found.student.num_layers} of the teacher's layers: " if found.student.num_layers is not None else ""
+    teacher, student = (describe(shape) for shape in found.models.shapes)
+    cut = (
+        f"{found.models.student.num_layers} of the teacher's layers: "
+        if found.models.student.num_layers is not None
+        else ""
+    )
     rows = f"{found.num_rows:,} rows; dev: " + ("its own file" if found.dev else f"{found.holdout_rows} rows held out")
     cache, why_cache = choose_cache(found.machine, found.cache_bytes)
     return [
         ("rows", f"{found.meaning.task}: {columns}", rows),
-        ("teacher", str(found.teacher.path), teacher),
-        ("student", str(found.student.path or found.student.num_layers), cut + student),
+        ("teacher", str(found.models.teacher.path), teacher),
+        ("student", str(found.models.student.path or found.models.student.num_layers), cut + student),
         (
             "tokenizer",
-            "two, bridged by uld" if found.bridged else "one",
-            "the vocabularies differ" if found.bridged else "",
+            "two, bridged by uld" if found.models.bridged else "one",
+            "the vocabularies differ" if found.models.bridged else "",
         ),
-        ("template", "none" if found.meaning.task == "text" else found.template, found.why_template),
+        ("template", "none" if found.meaning.task == "text" else found.template[0], found.template[1]),
         (
             "max_tokens",
             f"{tokens.max_tokens} (prompt {tokens.max_prompt_tokens})",
@@ -155,7 +170,7 @@ def _data(text: ConfigText, found: Findings) -> None:
             "train": (_source(found.train), f"{found.num_rows:,} rows"),
             "dev": None if found.dev is None else _source(found.dev),
             "holdout_rows": holdout,
-            "prompt_template": None if is_text else (found.template, found.why_template),
+            "prompt_template": None if is_text else found.template,
             "max_prompt_tokens": None if is_text else tokens.max_prompt_tokens,
             "max_tokens": (tokens.max_tokens, "longer texts go on in the next row" if is_text else cut),
         },
@@ -165,15 +180,15 @@ def _data(text: ConfigText, found: Findings) -> None:
 
 def _models(text: ConfigText, found: Findings) -> None:
     dtype = _dtype(found)
-    teacher: dict[str, Any] = {"path": (found.teacher.path, describe(found.shapes[0])), "dtype": dtype}
-    if found.bridged:
+    teacher: dict[str, Any] = {"path": (found.models.teacher.path, describe(found.models.shapes[0])), "dtype": dtype}
+    if found.models.bridged:
         teacher["cross_tokenizer"] = ("uld", "the two tokenizers differ")
     text.section("teacher", teacher)
     text.note()
-    why = describe(found.shapes[1])
-    student: dict[str, Any] = {"path": (found.student.path, why)} if found.student.path else {}
-    if found.student.num_layers is not None:
-        student["num_layers"] = (found.student.num_layers, f"cut from the teacher: {why}")
+    why = describe(found.models.shapes[1])
+    student: dict[str, Any] = {"path": (found.models.student.path, why)} if found.models.student.path else {}
+    if found.models.student.num_layers is not None:
+        student["num_layers"] = (found.models.student.num_layers, f"cut from the teacher: {why}")
     student["dtype"] = dtype
     if found.training.memory.gradient_checkpointing:
         student["gradient_checkpointing"] = (True, "less memory, about a third more time")
@@ -188,7 +203,7 @@ def _dtype(found: Findings) -> str:
 def _method(text: ConfigText, found: Findings) -> None:
     training = found.training
     steps = (training.num_steps, f"about {training.num_passes:.1f} passes over the rows; fewer for a first try")
-    if found.bridged:
+    if found.models.bridged:
         text.note(
             "Over two tokenizers the loss compares sorted probabilities, and cross-entropy says which token is right."
         )
