@@ -100,8 +100,9 @@ def try_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place
     Raises:
         ModelError: It cannot be saved.
     """
-    # One number of each tensor is enough. A view keeps the address, by which safetensors tells shared tensors.
-    state = {name: tensor.flatten()[:1] if tensor.numel() > 1 else tensor for name, tensor in _state_of(model).items()}
+    # One column of each matrix is enough: fused experts are split by their other axes as they are saved. A view keeps
+    # the address, by which safetensors tells shared tensors.
+    state = {name: tensor[..., :1] if tensor.dim() > 1 else tensor for name, tensor in _state_of(model).items()}
     try:
         with tempfile.TemporaryDirectory() as scratch:
             write_model_files(model, tokenizer, Path(scratch), state=state)

@@ -5,7 +5,9 @@ The same for the head: what is read from disk makes the model's own logits, or t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from pocl_ray.errors import ModelError
 from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadSample, LogitTransform, check_split
 from pocl_ray.models.places import ModelRef
+from pocl_ray.models.saving import save_model, try_saving
 
 PROMPTS = [np.array([5, 9, 3]), np.array([7, 4, 11, 30, 22, 8, 6, 17, 40, 12]), np.array([33, 6, 5])]
 LIMITS = [9, 4, 2]
@@ -38,6 +41,17 @@ def alone(model: PreTrainedModel, prompt: np.ndarray, limit: int, stop_ids: list
 
 def test_there_are_enough_families() -> None:
     assert len(set(FAMILIES)) == len(FAMILIES) >= 40
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_after_training_can_be_tried_before(
+    family: str, new_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try_saving(model, new_tokenizer(), family)  # fused experts are split as they are saved
+    save_model(model, new_tokenizer(), tmp_path / "model")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
