@@ -71,7 +71,10 @@ def _train(config: Config) -> dict[str, Any]:
 
 def _lora(config: Config, exclude: set[str] | None = None) -> list[Any]:
     lora = config.student.lora
-    return [] if lora is None else [lora.model_dump(mode="json", exclude=exclude)]
+    if lora is None:
+        return []
+    unused = {"target_parameters"} if lora.target_parameters is None else set()  # a newer key counts only if it is set
+    return [lora.model_dump(mode="json", exclude=unused | (exclude or set()))]
 
 
 # The parts of a run that read the teacher. Where none does, no teacher is trained, loaded or cached.

@@ -74,7 +74,7 @@ class Pipeline:
         Raises:
             UserError: An input is missing or does not fit, or the directory belongs to another config.
         """
-        check_inputs(config)  # before anything is written
+        self._adapted = check_inputs(config)  # before anything is written
         self.config = config
         self._claim = Claim(config, resume_with_changes)
         self.run_dir = self._claim.run_dir
@@ -330,7 +330,8 @@ class Pipeline:
                 rows=inputs.rows,
                 output=output,
             )
-            return StepResult([task.output, task.metrics], train_counted(task, config.scaling))
+            counts = train_counted(task, config.scaling) | ({} if self._adapted is None else self._adapted.counts())
+            return StepResult([task.output, task.metrics], counts)
 
         depends = distill_dependencies(config, ranking, student.fingerprint, stages)
         fingerprint = self.steps.run(name, depends, work)

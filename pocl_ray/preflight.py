@@ -11,6 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import Config, TeacherConfig
@@ -30,6 +31,7 @@ from pocl_ray.preview import cache_bytes
 from pocl_ray.ray_cluster.actor_pools import plan_pools
 from pocl_ray.ray_cluster.capacity import is_one_machine, wait_for_workers, wants_gpu
 from pocl_ray.ray_cluster.versions import check_same, skew_s, skew_warning, versions
+from pocl_ray.records import Coverage
 from pocl_ray.run_directory.disk import check_free
 from pocl_ray.run_directory.storage import RunDirectory, check_lasts
 
@@ -40,8 +42,11 @@ LOOK_S = 120.0
 """The time limit for a node to report its versions."""
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config) -> Coverage | None:
     """Check, without rows or a cluster, that files, models, names and templates exist and fit.
+
+    Returns:
+        The share of the student that its adapters change, which the user is told; None without adapters.
 
     Raises:
         UserError: A file or model is missing, or a name is unknown.
@@ -64,7 +69,10 @@ def check_inputs(config: Config) -> None:
             check_int8(key)
     for key, model in (*_teachers(config), ("student", config.student)):
         _check_origin(key, model)
-    check_adapters(config.teacher, config.student, *config.other_teachers)
+    covered = check_adapters(config.teacher, config.student, *config.other_teachers)
+    if covered is not None:
+        console.print(f"{'[yellow]warning:[/]' if covered.is_little else '[yellow]note:[/]'} {escape(str(covered))}")
+    return covered
 
 
 def _check_origin(key: str, model: ModelConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -52,6 +51,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     )
     for is_warning, line in told_cuts(prepared.values()):
         console.print(f"{'warning' if is_warning else 'note'}: {line}")
+    if line := _adapted(config):
+        console.print(line)
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
         console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")
@@ -155,6 +156,17 @@ def prepared_sets(config: Config, for_teacher: bool = False) -> dict[str, RowsSu
     if config.data.responses == "teacher" and run_dir.exists(answered):
         sets["train"] = run_dir.read_json(answered)
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
+
+
+def _adapted(config: Config) -> str | None:
+    """A line on the share of the student that its adapters change, if the model's config lies on this machine."""
+    student, origin = config.student, config.teacher if config.student.num_layers is not None else config.student
+    if student.lora is None or (origin.path is not None and not (Path(origin.path).expanduser() / "config.json").is_file()):
+        return None
+    from pocl_ray.models.prepare import adapter_coverage
+
+    covered = adapter_coverage(config.teacher, student)
+    return f"{'warning' if covered.is_little else 'note'}: {covered}"
 
 
 def _count(config: Config) -> int:

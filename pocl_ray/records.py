@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -304,3 +305,47 @@ STEPS = {
     )
 }
 """Every step by name; a step comes after those that it depends on."""
+
+
+# Adapters.
+
+_LITTLE = 0.5  # the share of adapted weights under which the user is warned
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The share of a student that its adapters change, among all matrices but those of embeddings and LM head.
+
+    Attributes:
+        num_weights: Number of weights in these matrices.
+        num_adapted: Number of weights in those that an adapter changes.
+        left_out: Ends of the names of fused experts that no adapter changes.
+    """
+
+    num_weights: int
+    num_adapted: int
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def is_little(self) -> bool:
+        """Whether most of the layers stay as they are."""
+        return self.num_adapted < _LITTLE * self.num_weights
+
+    def counts(self) -> dict[str, int]:
+        """Return both numbers, for the manifest."""
+        return {"num_layer_weights": self.num_weights, "num_adapted_weights": self.num_adapted}
+
+    @staticmethod
+    def of_counts(counts: Mapping[str, Any]) -> Coverage | None:
+        """Return what `counts` wrote; None if it is not there."""
+        if "num_adapted_weights" not in counts:
+            return None
+        return Coverage(counts["num_layer_weights"], counts["num_adapted_weights"])
+
+    def __str__(self) -> str:
+        share = self.num_adapted / max(1, self.num_weights)
+        text = f"adapters change {self.num_adapted:,} of the {self.num_weights:,} weights in the student's layers"
+        if self.is_little and self.left_out:
+            names = ", ".join(self.left_out)
+            return f"{text} ({share:.0%}); to adapt experts too, set student.lora.target_parameters: [{names}]"
+        return f"{text} ({share:.0%})"

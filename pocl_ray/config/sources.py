@@ -21,15 +21,25 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of an adapter's input, during training")
     target_modules: tuple[ModuleName, ...] | None = Field(
         default=None,
-        min_length=1,
         description="linear layers that get an adapter, by their name or its end: [q_proj, v_proj]; "
         "null: all but the LM head",
+    )
+    target_parameters: tuple[ModuleName, ...] | None = Field(
+        default=None,
+        description="weights that are no layer of their own and get an adapter, as fused experts are, by their name or "
+        "its end: [experts.gate_up_proj, experts.down_proj]; null: all fused experts, unless target_modules is given",
     )
     merge: bool = Field(
         default=True,
         description="write the adapters, and next to them a plain model with the adapters merged; false: the adapters "
         "alone",
     )
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> LoraConfig:
+        if self.target_modules == () and not self.target_parameters:
+            raise ValueError("target_modules is [], and target_parameters names nothing either; name what is adapted")
+        return self
 
 
 FIXED_SIGNALS = ("teacher_ce_loss", "teacher_entropy", "num_prompt_tokens", "num_response_tokens")

@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft: how they are added to a student, written, and merged.
 
 An adapter adds `alpha / rank * B A` to the weight W, of shape (out, in), of a linear layer. Only A and B are trained;
-their shapes are (rank, in) and (out, rank). Adapters are placed inside the layers. The student keeps its class, its
-body and its head, so that all code for models also works on it. The LM head gets no adapter: the loss uses its weight
-directly, in chunks, and an adapter on a head that is tied to the embedding could not be merged.
+their shapes are (rank, in) and (out, rank). Fused experts (experts, out, in) have one A and one B for each expert.
+Adapters are placed inside the layers. The student keeps its class, its body and its head, so that all code for models
+also works on it. The LM head gets no adapter: the loss uses its weight directly, in chunks, and an adapter on a head
+that is tied to the embedding could not be merged.
 
 peft is imported where it is used, because it is an extra.
 """
@@ -26,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pocl_ray.config import LoraConfig
 from pocl_ray.errors import ConfigError, ModelError
-from pocl_ray.models.heads import split_model
+from pocl_ray.models.adapter_targets import target_layers, target_weights
 from pocl_ray.models.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef, adapter_config, adapter_file
 from pocl_ray.models.saving import atomic_directory, write_model_files
 
@@ -51,32 +52,6 @@ def import_peft(place: str) -> Any:
         ) from None
 
 
-def target_layers(model: PreTrainedModel, target_modules: Sequence[str] | None) -> list[str]:
-    """Return the full names of the linear layers that get an adapter.
-
-    Args:
-        model: Student; it may be on the meta device.
-        target_modules: Names of layers, or ends of names after a dot; None for every linear layer except the LM head.
-
-    Raises:
-        ConfigError: A target matches no linear layer, or it is the LM head. The message names the existing layers.
-    """
-    head = split_model(model).head
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    body = [name for name, module in linear.items() if module is not head]
-    if target_modules is None:
-        return body
-    place = "student.lora.target_modules"
-    existing = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in body))
-    for target in target_modules:
-        if any(_matches(name, target) for name in body):
-            continue
-        if any(_matches(name, target) for name in linear):
-            raise ConfigError(f"{place}: '{target}' is the LM head, which stays frozen; choose among {existing}")
-        raise ConfigError(f"{place}: '{target}' matches no linear layer of {type(model).__name__}; it has {existing}")
-    return [name for name in body if any(_matches(name, target) for target in target_modules)]
-
-
 def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Add new adapters to a student, in place, and freeze all other weights.
 
@@ -88,7 +63,7 @@ def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
         seed: Seed of the adapters' weights; the global random state does not change.
 
     Raises:
-        ConfigError: peft is missing, or a target matches nothing.
+        ConfigError: peft is missing, a target matches nothing, or dropout is set where it cannot be.
     """
     peft = import_peft("student.lora")
     config = peft.LoraConfig(
@@ -96,6 +71,7 @@ def add_adapters(student: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=target_layers(student, lora.target_modules),
+        target_parameters=target_weights(student, lora) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in student.modules()),
         task_type="CAUSAL_LM",
     )
@@ -166,10 +142,12 @@ def save_adapters(student: PreTrainedModel, base: str, directory: Path) -> None:
 def merge_adapters(student: PreTrainedModel) -> PreTrainedModel:
     """Return the plain model of a student: adapters are added to its weights and removed, in place."""
     layer_class = importlib.import_module("peft.tuners.lora").LoraLayer
-    for name, module in list(student.named_modules()):
-        if isinstance(module, layer_class):
-            module.merge()
-            parent, _, leaf = name.rpartition(".")
+    adapted = {name: module for name, module in student.named_modules() if isinstance(module, layer_class)}
+    for module in adapted.values():
+        module.merge()
+    for name, module in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent not in adapted:  # adapters of several parameters of one module are nested
             setattr(student.get_submodule(parent), leaf, module.get_base_layer())
     del student.peft_config
     return student.requires_grad_(True)
@@ -236,14 +214,11 @@ def adapter_changes(ref: ModelRef, parameters: Sequence[str]) -> bool:
     return any(name.startswith(module) for name in names for module in modules)
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
     """Use random numbers from `seed`, restore the global random state afterwards, and hide peft's warnings."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of patterns in a config that fit no layer
         torch.manual_seed(seed)
         yield

@@ -22,9 +22,10 @@ from transformers import (
 
 from pocl_ray.config import ModelConfig, StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
+from pocl_ray.models.adapter_targets import coverage
 from pocl_ray.models.building import build_model, model_from_config
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters, release_eos_row
-from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft, target_layers
+from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft
 from pocl_ray.models.places import (
     ModelRef,
     check_place,
@@ -34,6 +35,7 @@ from pocl_ray.models.places import (
     place_on_this_node,
 )
 from pocl_ray.models.saving import save_model
+from pocl_ray.records import Coverage
 from pocl_ray.run_directory.storage import RunDirectory
 
 
@@ -251,8 +253,11 @@ def check_other_teacher(config: TeacherConfig, tokenizer: PreTrainedTokenizerBas
     check_fits(f"other teacher {ref.path}", skeleton(config, tokenizer), tokenizer, max_tokens)
 
 
-def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> None:
+def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: TeacherConfig) -> Coverage | None:
     """Check from small files that adapters can be created and merged.
+
+    Returns:
+        The share of the student that its adapters change; None if it is trained itself.
 
     Raises:
         ConfigError: peft is not installed, or a target of the adapters is not a layer of the student.
@@ -263,13 +268,23 @@ def check_adapters(teacher: TeacherConfig, student: StudentConfig, *others: Teac
             import_peft("teacher.adapter")
             check_adapter(on_this_node(reference(one)))
     if student.lora is None:
-        return
+        return None
     import_peft("student.lora")
+    return adapter_coverage(teacher, student)
+
+
+def adapter_coverage(teacher: TeacherConfig, student: StudentConfig) -> Coverage:
+    """Return the share of the student that its adapters change, from the models' configs alone.
+
+    Raises:
+        ConfigError: A target of the adapters is not in the student.
+    """
+    assert student.lora is not None
     model = skeleton(student if student.num_layers is None else teacher, tokenizer=None)
     if student.num_layers is not None:
         with torch.device("meta"):
             model = cut_layers(model, student.num_layers)
-    target_layers(model, student.lora.target_modules)
+    return coverage(model, student.lora)
 
 
 def check_models(

@@ -26,6 +26,7 @@ from pocl_ray.report.difficulty import (
 from pocl_ray.report.figures import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
 from pocl_ray.report.headline import (
+    adapter_sentences,
     model_names,
     pair_sentences,
     result_sentences,
@@ -96,6 +97,7 @@ def build_report(files: RunFiles) -> str:
         "names": names,
         "intro": run_sentence(run, done=is_done(run.steps, "distill")),
         "sentences": [
+            *adapter_sentences(run),
             *result_sentences(run, results),
             *pair_sentences(run),
             *weak_teacher_sentences(results),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pocl_ray.config import Config
 from pocl_ray.config.sources import ModelConfig
-from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Coverage
 from pocl_ray.report.figures import Comparison, ModelResult, SetResult, compare_with_control
 from pocl_ray.report.files import RunData, total_seconds
 from pocl_ray.report.page import duration, fixed, percent, signed
@@ -86,6 +86,12 @@ def run_sentence(run: RunData, *, done: bool) -> str:
     how = "in one stage, without a curriculum" if pacing == "none" else f"in {stages} {way}"
     verb = "was distilled" if done else "is to be distilled"
     return f"A student ({student}) {verb} from its teacher ({teacher}){rows} with {run.config.distill.loss}, {how}."
+
+
+def adapter_sentences(run: RunData) -> list[str]:
+    """Return one sentence on the share of the student that its adapters change; none without adapters."""
+    covered = Coverage.of_counts(run.steps.get("distill", {}).get("counts") or {})
+    return [] if covered is None else [f"The {covered}."]
 
 
 def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:

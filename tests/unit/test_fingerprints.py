@@ -90,3 +90,13 @@ def test_keys_that_came_later_leave_the_fingerprints_of_older_runs_alone(
     assert fingerprint(distill_dependencies(config, "r", "s", plan_stages(config, 1000))) == distilled
     trained = "149be067a9e7e3d8e8025831edc3f53bd549caf3052f6d698be96fd31d1e2cc8"
     assert fingerprint(sft_dependencies(config, "student")) == trained
+
+
+def test_adapters_of_before_are_trained_again_only_for_targets_that_are_named() -> None:
+    def distilled(lora: dict[str, Any]) -> str:
+        config = config_of({}, student={"path": "student", "lora": lora})
+        return fingerprint(distill_dependencies(config, "r", "s", plan_stages(config, 1000)))
+
+    before = "4cc3102a76e5af747c2550bc3103e21fe1fca6a067cce9ec6a9da4900d35bceb"
+    assert distilled({"rank": 4}) == before
+    assert distilled({"rank": 4, "target_parameters": ["experts.down_proj"]}) != before

@@ -18,9 +18,10 @@ from pocl_ray.config import LoraConfig
 from pocl_ray.config.sources import StudentConfig, TeacherConfig
 from pocl_ray.errors import ConfigError, ModelError
 from pocl_ray.models import head_loading
+from pocl_ray.models.adapter_targets import target_layers
 from pocl_ray.models.heads import head_of
 from pocl_ray.models.loading import load_model
-from pocl_ray.models.lora import ADAPTER, add_adapters, add_same_adapters, save_student, target_layers
+from pocl_ray.models.lora import ADAPTER, add_adapters, add_same_adapters, save_student
 from pocl_ray.models.places import ModelRef, model_fingerprint
 from pocl_ray.models.prepare import check_adapters, reference, trained_reference
 from pocl_ray.models.saving import save_model
@@ -285,7 +286,7 @@ def test_a_machine_without_peft_is_told_what_to_install(saved: Saved, monkeypatc
     [
         (StudentConfig, {"architecture": {"model_type": "llama"}, "lora": {}}, "those of a new architecture do not"),
         (StudentConfig, {"path": "x", "lora": {"rank": 0}}, "greater than or equal to 1"),
-        (StudentConfig, {"path": "x", "lora": {"target_modules": []}}, "at least 1 item"),
+        (StudentConfig, {"path": "x", "lora": {"target_modules": []}}, "names nothing either"),
         (StudentConfig, {"path": "x", "lora": {"target_modules": [""]}}, "at least 1 character"),
         (StudentConfig, {"path": "x", "lora": {"r": 8}}, "Extra inputs"),
         (TeacherConfig, {"architecture": {}, "sft": {}, "adapter": "x"}, "give their path as well"),
