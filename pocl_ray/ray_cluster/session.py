@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError, StorageError
+from pocl_ray.ray_cluster.internals import hide_process_counts
 from pocl_ray.ray_cluster.startup import put_off_collections
 
 # Settings of this process, also on a shared cluster. Ray's lines would mix with ours, and errors are raised anyway.
@@ -132,6 +133,7 @@ def connect(address: str | None, **options: Any) -> None:
     """
     if address in (None, "local"):
         check_places()
+    hide_process_counts()
     for key, value in ({} if address else HERE).items():
         os.environ.setdefault(key, value)
     for attempt in range(START_ATTEMPTS):

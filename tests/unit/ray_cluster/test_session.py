@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from pocl_ray.errors import ResourceError
 from pocl_ray.ray_cluster import session
+from pocl_ray.ray_cluster.internals import hide_process_counts
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_an_address_where_somebody_listens_is_left_to_ray() -> None:
 WORKER = """
 import time
 from pocl_ray.ray_cluster import session
+from pocl_ray.ray_cluster.internals import hide_process_counts
 session.LOOK_S = session.GRACE_S = 0.05
 session.end_with_the_node()
 print("up", flush=True)
@@ -84,3 +87,19 @@ def is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def test_the_raylets_count_of_processes_is_hidden_and_how_a_worker_died_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("ray._private.worker")
+    monkeypatch.setattr(module, "print_to_stdstream", module.print_to_stdstream)  # put back after the test
+    count = "WARNING: 8 PYTHON worker processes have been started on node: ab with address: 10.0.0.1, which is 4x ..."
+    died = "A worker died or was killed while executing a task by an unexpected system error."
+    hide_process_counts()
+    hide_process_counts()
+    for lines in ([count], [died], [count, "as the raylet says it"]):  # as ray's thread for the raylet's messages does
+        module.print_to_stdstream({"lines": lines, "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    shown = capsys.readouterr().out
+    assert "worker processes" not in shown
+    assert shown.count(died) == 1 and shown.count("as the raylet says it") == 1
