@@ -15,11 +15,11 @@ from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.losses import LOSSES
-from pocl_ray.errors import StorageError
+from pocl_ray.errors import ModelError, StorageError
 from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.records import RowsSummary, Stage
-from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory, local_path
 from pocl_ray.teacher_cache.writer import DTYPES, Layout, estimate_bytes
 
 
@@ -161,7 +161,7 @@ def prepared_sets(config: Config, for_teacher: bool = False) -> dict[str, RowsSu
 def _adapted(config: Config) -> str | None:
     """A line on the share of the student that its adapters change, if the model's config lies on this machine."""
     student, origin = config.student, config.teacher if config.student.num_layers is not None else config.student
-    if student.lora is None or (origin.path is not None and not (Path(origin.path).expanduser() / "config.json").is_file()):
+    if student.lora is None or (origin.path is not None and not (local_path(origin.path) / "config.json").is_file()):
         return None
     from pocl_ray.models.prepare import adapter_coverage
 
@@ -214,11 +214,14 @@ def _teacher_width(teacher: TeacherConfig) -> int | None:
         width = teacher.architecture.get("hidden_size", teacher.architecture.get("n_embd"))
         return int(width) if width is not None else None
     assert teacher.path is not None
-    file = (shipped_directory(teacher.path) or Path(teacher.path).expanduser()) / "config.json"
+    file = (shipped_directory(teacher.path) or local_path(teacher.path)) / "config.json"
     if not file.is_file():
         return None
     import json
 
-    content = json.loads(file.read_text(encoding="utf-8"))
-    width = content.get("word_embed_proj_dim") or content.get("hidden_size") or content.get("n_embd")
-    return int(width) if width is not None else None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        width = content.get("word_embed_proj_dim") or content.get("hidden_size") or content.get("n_embd")
+        return int(width) if width is not None else None
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ModelError(f"teacher.path: {file}: is no config of a model ({error})") from None

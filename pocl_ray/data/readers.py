@@ -390,6 +390,8 @@ def _read_parquet(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reje
     with file.filesystem.open_input_file(file.path) as handle, pq.ParquetFile(handle) as parquet:
         names = parquet.schema_arrow.names
         chosen = [name for name in names if name in wanted(names)]
+        if twice := sorted({name for name in chosen if chosen.count(name) > 1}):
+            raise DataError(f"{file.uri}: has the column {', '.join(map(repr, twice))} more than once")
         others = tuple(name for name in names if name not in chosen)
         number = 0
         for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):

@@ -57,8 +57,9 @@ def build_model(
     try:
         config = AutoConfig.for_model(model_type, **keys, **tokens)
         model = model_from_config(config, seed)
-    except (StrictDataclassError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"architecture: {_last_line(error)}") from error
+    except (StrictDataclassError, ArithmeticError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        unknown = " is no value that it knows" if isinstance(error, LookupError) else ""
+        raise ModelError(f"architecture: {model_type!r}: {last_line(error)}{unknown}") from error
     model.generation_config.eos_token_id = eos_id
     model.generation_config.pad_token_id = eos_id
     return model.train()
@@ -94,5 +95,6 @@ def _check_keys(model_type: str, keys: Mapping[str, Any]) -> None:
             )
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

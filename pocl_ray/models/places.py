@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING
 
 from pocl_ray.errors import HubUnreachableError, ModelError
 from pocl_ray.models.shipped import shipped_directory
-from pocl_ray.run_directory.storage import localize
+from pocl_ray.run_directory.storage import local_path, localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -60,7 +60,7 @@ class ModelRef:
     @property
     def directory(self) -> Path | None:
         """The local directory, or None for a Hub id."""
-        directory = Path(self.path).expanduser()
+        directory = local_path(self.path)
         return directory if directory.is_dir() else None
 
 

@@ -23,7 +23,8 @@ from transformers import (
 from pocl_ray.config import ModelConfig, StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
 from pocl_ray.models.adapter_targets import coverage
-from pocl_ray.models.building import build_model, model_from_config
+from pocl_ray.models.building import build_model, last_line, model_from_config
+from pocl_ray.models.heads import check_split
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters, release_eos_row
 from pocl_ray.models.lora import ADAPTER, check_adapter, import_peft
 from pocl_ray.models.places import (
@@ -36,7 +37,7 @@ from pocl_ray.models.places import (
 )
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import Coverage
-from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.run_directory.storage import RunDirectory, local_path
 
 
 def evenly_spaced(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
@@ -159,8 +160,8 @@ def reference(config: ModelConfig, path: str | None = None) -> ModelRef:
 
 def _absolute(place: str) -> str:
     """The absolute path of a local directory; a Hub id or URL does not change."""
-    directory = Path(place).expanduser()
-    return str(directory.absolute()) if directory.is_dir() else place
+    directory = local_path(place)
+    return str(directory) if directory.is_dir() else place
 
 
 def trained_reference(config: StudentConfig, start: ModelRef, path: str) -> ModelRef:
@@ -417,5 +418,9 @@ def _save_built(
     rel: str,
 ) -> None:
     model = _build(architecture, tokenizer, seed)
+    try:
+        check_split(model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"architecture: the model fails on its first tokens: {last_line(error)}") from error
     with tempfile.TemporaryDirectory() as scratch:
         run_dir.publish(save_model(model, tokenizer, Path(scratch) / "model"), rel)

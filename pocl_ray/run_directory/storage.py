@@ -33,13 +33,28 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
+def local_path(path: str) -> Path:
+    """Return the absolute path of a local file or directory, with `~` and `file://` resolved.
+
+    Raises:
+        StorageError: It begins with the home of a user who has none, or holds a character that no path may hold.
+    """
+    if "\0" in path:
+        raise StorageError(f"{path!r}: a path holds no NUL character")
+    try:
+        return Path(path.removeprefix("file://")).expanduser().absolute()
+    except RuntimeError:
+        raise StorageError(f"{path}: there is no such home directory; write the path in full") from None
+
+
 def check_lasts(storage_path: str) -> None:
     """Refuse a storage path in a Ray job's copy of the working directory, which Ray deletes after the job.
 
     Raises:
         StorageError: The path is relative.
     """
-    if not is_remote(storage_path) and not Path(storage_path.removeprefix("file://")).expanduser().is_absolute():
+    path = storage_path.removeprefix("file://")
+    if not is_remote(storage_path) and not path.startswith(("/", "~")):
         raise StorageError(
             f"storage_path: {storage_path} is relative, and a job's working directory is deleted after it; give "
             "s3://bucket/runs or the absolute path of a disk that all nodes share"
@@ -53,7 +68,7 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
         StorageError: The scheme is unknown, or the store cannot be reached.
     """
     if not is_remote(path):
-        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).expanduser().absolute())
+        return pafs.LocalFileSystem(), str(local_path(path))
     try:
         return _open_remote(path)
     except (OSError, ValueError) as error:
@@ -198,7 +213,7 @@ class RunDirectory:
             if create:
                 check_bucket(storage_path)
             return cls(f"{storage_path.rstrip('/')}/{name}")
-        path = Path(storage_path.removeprefix("file://")).expanduser().absolute() / name
+        path = local_path(storage_path) / name
         if create:
             try:
                 path.mkdir(parents=True, exist_ok=True)

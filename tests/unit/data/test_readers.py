@@ -89,6 +89,13 @@ def test_parquet_rows_have_their_position_over_row_groups(tmp_path: Path) -> Non
     assert outcome(read(tmp_path / "rows.parquet")) == [(i + 1, {"a": i, "b": ["x"]}) for i in range(5)]
 
 
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["x"]), pa.array(["y"]), pa.array(["z"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["a", "a", "b"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: has the column 'a' more than once"):
+        read(tmp_path / "rows.parquet")
+
+
 def test_parquet_text_that_is_not_utf8_is_rejected_by_number(tmp_path: Path) -> None:
     text = pa.array([b"good", b"\xff", b"fine"], pa.binary())
     broken = pa.StringArray.from_buffers(3, text.buffers()[1], text.buffers()[2])

@@ -12,13 +12,14 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
-from pocl_ray.config import TeacherConfig
+from pocl_ray.config import StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError, ResourceError, StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
 from pocl_ray.models.places import ModelRef, model_fingerprint
-from pocl_ray.models.prepare import reference
+from pocl_ray.models.prepare import make_student, reference
 from pocl_ray.models.saving import save_model
+from pocl_ray.run_directory.storage import RunDirectory
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -267,6 +268,9 @@ def test_parameters_are_counted_once_when_tied():
         ({"vocab_size": 8}, "comes from the tokenizer"),
         ({"hidden_size": "wide"}, "expected int, got str"),
         ({"num_attention_heads": 3}, "not a multiple"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"hidden_act": "swiglu"}, "'swiglu' is no value that it knows"),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, "'yarm' is no value that it knows"),
     ],
 )
 def test_an_architecture_that_cannot_be_is_refused(changes, words):
@@ -290,3 +294,10 @@ def test_a_model_directory_is_found_from_any_working_directory(tmp_path, monkeyp
     monkeypatch.chdir("/")
     assert ref.directory == tmp_path / "models/small"
     assert reference(TeacherConfig(path="owner/small")).path == "owner/small"
+
+
+def test_a_student_that_fails_on_its_first_tokens_is_refused_when_it_is_made(new_tokenizer, tmp_path):
+    student = StudentConfig(architecture={**LLAMA, "num_key_value_heads": 3})
+    with pytest.raises(ModelError, match=r"^architecture: the model fails on its first tokens: ") as caught:
+        make_student(student, None, new_tokenizer(), 0, RunDirectory.open(str(tmp_path), "run"))
+    assert "\n" not in str(caught.value)

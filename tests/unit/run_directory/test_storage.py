@@ -369,3 +369,13 @@ def test_a_fingerprint_minds_values_and_not_the_order_of_keys() -> None:
 def test_a_file_digest_minds_the_content_alone(tmp_path: Path) -> None:
     make_tree(tmp_path, a="1", b="1", c="2")
     assert file_digest(tmp_path / "a") == file_digest(tmp_path / "b") != file_digest(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [("~no-such-user-here/runs", "no such home directory; write the path in full"), ("a\0b", "no NUL character")],
+)
+def test_a_path_that_cannot_be_is_told_in_one_line(path: str, says: str) -> None:
+    for use in (resolve, lambda path: RunDirectory.open(path, "run")):
+        with pytest.raises(StorageError, match=says):
+            use(path)
