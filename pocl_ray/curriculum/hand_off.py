@@ -42,29 +42,33 @@ def hand_off_figure(figures: Mapping[str, Any]) -> DevFigure:
     """Return the dev figures by which the best checkpoint of a stage is chosen; the greatest is the best.
 
     The first is dev ROUGE-L. Plain text has no prompts to answer. There it is the negative dev loss. The dev loss
-    decides between equal figures, so that a ROUGE-L that never changes decides nothing.
+    decides between equal figures, so that a ROUGE-L that never changes decides nothing. One that is not finite is the
+    worst.
     """
     loss = -dev_loss(figures)
-    return (float(figures["eval/dev/rouge_l"]), loss) if "eval/dev/rouge_l" in figures else (loss, loss)
+    if "eval/dev/rouge_l" not in figures:
+        return loss, loss
+    rouge_l = float(figures["eval/dev/rouge_l"])
+    return (rouge_l if math.isfinite(rouge_l) else -math.inf), loss
 
 
 def dev_loss(figures: Mapping[str, Any]) -> float:
     """Return the distillation loss of the dev rows, and without a teacher the cross-entropy.
 
-    One that is not a number is the worst, and so is one that was not measured.
+    One that is not finite is the worst, of whichever sign, and so is one that was not measured.
     """
     loss = float(figures.get("eval/dev/kd_loss", figures.get("eval/dev/ce_loss", math.inf)))
-    return math.inf if math.isnan(loss) else loss
+    return loss if math.isfinite(loss) else math.inf
 
 
 def num_since_best(figures: Sequence[DevFigure]) -> int:
     """Return the number of figures after the best one; higher is better, and the first of equal figures counts.
 
-    A figure of NaN is never the best.
+    A figure that is not finite is never the best.
     """
     best, place = (-math.inf, -math.inf), -1
     for position, figure in enumerate(figures):
-        if not math.isnan(figure[0]) and (place < 0 or figure > best):
+        if math.isfinite(figure[0]) and (place < 0 or figure > best):
             best, place = figure, position
     return len(figures) - 1 - place
 

@@ -42,6 +42,18 @@ def test_figures_that_are_no_numbers_are_no_improvement() -> None:
     assert num_since_best([(float("nan"), 0.0)] * 3) == 3
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_a_figure_that_is_not_finite_never_decides(odd: float) -> None:
+    assert num_since_best([(1.0, 0.0), (odd, 0.0), (0.5, 0.0)]) == 2
+    assert hand_off_figure({"eval/dev/kd_loss": odd}) == (float("-inf"), float("-inf"))
+    assert hand_off_figure({"eval/dev/rouge_l": odd, "eval/dev/kd_loss": 1.0}) < (0.0, float("-inf"))
+    for losses in ([odd, 2.0, odd], [odd, odd, 2.0]):
+        progress = Progress()
+        taken = [progress.note_best(evaluation(0.0, loss)) for loss in losses]
+        assert taken[losses.index(2.0)] and not taken[2 - losses[::-1].index(odd)]
+    assert converged([odd, odd, odd]) and converged([2.0, odd, odd], metric="kd_loss")
+
+
 def test_a_stage_ends_after_patience_evaluations_without_a_better_figure() -> None:
     figures = [10, 20, 19, 20, 25]
     assert [converged(figures[:n]) for n in range(1, 6)] == [False, False, False, True, False]
