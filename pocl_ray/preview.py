@@ -51,8 +51,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     )
     for is_warning, line in told_cuts(prepared.values()):
         console.print(f"{'warning' if is_warning else 'note'}: {line}")
-    if line := _adapted(config):
-        console.print(line)
+    if adapted := _adapted(config):
+        console.print(adapted)
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
         console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")

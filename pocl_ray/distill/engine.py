@@ -25,7 +25,7 @@ from pocl_ray.distill.gaps import RowGaps
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.errors import ConfigError
 from pocl_ray.heartbeat import beat
-from pocl_ray.models.lora import add_same_adapters
+from pocl_ray.models.lora import adapters_of_parameters, add_same_adapters
 from pocl_ray.records import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,6 +179,9 @@ class Engine:
             fused=True,
         )
         config = deepspeed_config(train, self.world_size, responses_per_row)
+        if train.zero_stage == 3:
+            for adapted in adapters_of_parameters(module):  # they read their own weights before any layer runs
+                deepspeed.utils.set_z3_leaf_module(adapted, True)
         # The process group stands already: Ray Train or the tests made it, and a second one would find no peers.
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

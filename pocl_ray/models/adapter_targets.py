@@ -115,7 +115,7 @@ def _named_weights(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 
 def _why_not(model: PreTrainedModel, target: str, known: Sequence[str]) -> str:
-    """What is wrong with a target that matches none of the parameters that could get an adapter."""
+    """The reason why a target matches none of the parameters that could get an adapter."""
     shorts = list(dict.fromkeys(map(_short, known)))
     layer = target.removesuffix(".weight")
     if any(_matches(name, layer) and _is_linear(module) for name, module in model.named_modules()):

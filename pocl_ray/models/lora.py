@@ -12,6 +12,7 @@ peft is imported where it is used, because it is an extra.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,15 @@ def add_same_adapters(copy: PreTrainedModel, student: PreTrainedModel) -> None:
     for name, config in getattr(student, "peft_config", {}).items():
         with _quiet(seed=0):
             import_peft("student.lora").inject_adapter_in_model(config, copy, name)
+
+
+def adapters_of_parameters(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that adapt parameters such as fused experts; of those that are nested, the outermost."""
+    if "peft" not in sys.modules:
+        return []
+    wrapper = importlib.import_module("peft.tuners.lora").ParamWrapper
+    found = {name: module for name, module in model.named_modules() if isinstance(module, wrapper)}
+    return [module for name, module in found.items() if name.rpartition(".")[0] not in found]
 
 
 def save_student(
