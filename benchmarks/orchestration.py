@@ -34,6 +34,7 @@ import torch
 from step_sides import Row, random_model, random_rows, smollm2_shape, student_of
 
 from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, RolloutConfig, TrainConfig
+from pocl_ray.data.batching import Layout
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
 from pocl_ray.data.rows import arrow_writer, summarize_rows
 from pocl_ray.data.tokenization import train_tokenizer
@@ -140,7 +141,7 @@ def plain_losses(task: TrainTask) -> list[tuple[float, float]]:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.num_steps)
     taken, started = [], time.monotonic()
-    for batch in Feed(rows, 0, MICRO_BATCH_ROWS, 0, 1, teacher_outputs).stage(
+    for batch in Feed(rows, Layout(0, MICRO_BATCH_ROWS), 0, 1, teacher_outputs).stage(
         stage, np.arange(task.rows.num_rows), BATCH_ROWS, task.seed, 0
     ):
         total = 0.0

@@ -217,6 +217,11 @@ class TrainConfig(Section):
 
     global_batch_rows: int = Field(default=64, ge=1, description="rows of an optimizer step, over all workers")
     micro_batch_rows: int = Field(default=8, ge=1, description="rows of one forward pass on one worker")
+    packing: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: rows follow each other without padding where the model family can read them so exactly; "
+        "off: rows are padded to the longest of a micro-batch",
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of the steps during which the LR rises")

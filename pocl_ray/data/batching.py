@@ -3,7 +3,7 @@
 The order is a function of (seed, stage, epoch) alone. A global batch is drawn first, and then cut into the ranks'
 micro-batches, so a run that resumes with another number of workers trains on the same global batches. The rows of a
 global batch are sorted by length before the cut. Since the loss is a sum over response tokens, the cut changes only the
-padding.
+padding, and packed rows, which follow each other without any, are trained on like padded ones.
 
 Legend: B rows, T tokens, N response tokens of the micro-batch in one flat axis, K width of the teacher.
 """
@@ -54,17 +54,18 @@ class TeacherRows:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one forward pass on one worker, padded on the right.
+    """The rows of one forward pass on one worker: padded on the right, or packed into a batch of one without padding.
 
     Attributes:
         input_ids_BT: Token ids of prompt and response, int64.
-        attention_mask_BT: Mask with 1 for tokens and 0 for padding.
+        attention_mask_BT: Mask with 1 for tokens and 0 for padding; all 1 for packed rows.
         response_index_N: Flat positions in `B*T` whose *next* token is a response token, row by row.
         targets_N: Ids of these next tokens.
         teacher_outputs: Outputs of the teachers at the same positions; empty without a teacher.
         is_rollout: Whether the student wrote the responses.
         teacher_rows: Input of a live teacher with another tokenizer; None: the student's input.
         row_ids_B: Rows that the responses belong to, on the CPU; None for responses that the student wrote.
+        row_lengths: Number of tokens of each row, if the rows are packed; None if they are padded.
     """
 
     input_ids_BT: torch.Tensor
@@ -75,6 +76,7 @@ class MicroBatch:
     is_rollout: bool = False
     teacher_rows: TeacherRows | None = None
     row_ids_B: np.ndarray | None = None
+    row_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the batch on a device."""
@@ -93,6 +95,28 @@ class MicroBatch:
     def num_response_tokens(self) -> int:
         """The number of response tokens in the batch."""
         return self.targets_N.numel()
+
+    @property
+    def rows_input(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...] | None]:
+        """The arguments of a function that reads the rows: ids, mask, response positions, lengths of packed rows."""
+        return self.input_ids_BT, self.attention_mask_BT, self.response_index_N, self.row_lengths
+
+    def padded(self) -> MicroBatch:
+        """Return the batch with padded rows, for a model that cannot read packed ones."""
+        if self.row_lengths is None:
+            return self
+        lengths_B = torch.tensor(self.row_lengths, device=self.input_ids_BT.device)
+        position_T = torch.arange(max(self.row_lengths), device=lengths_B.device)
+        mask_BT = position_T < lengths_B[:, None]
+        ids_BT = torch.zeros_like(mask_BT, dtype=self.input_ids_BT.dtype).masked_scatter(mask_BT, self.input_ids_BT)
+        flat_of_packed = mask_BT.flatten().nonzero().squeeze(-1)
+        return replace(
+            self,
+            input_ids_BT=ids_BT,
+            attention_mask_BT=mask_BT.long(),
+            response_index_N=flat_of_packed[self.response_index_N],
+            row_lengths=None,
+        )
 
 
 def random_order(num_rows: int, seed: int) -> np.ndarray:
@@ -151,6 +175,27 @@ def rank_micro_batches(
     return [mine[i : i + micro_batch_rows] for i in range(0, len(mine), micro_batch_rows)]
 
 
+@dataclass
+class Layout:
+    """How rows share forward passes: how they are cut into micro-batches, and whether these are packed.
+
+    One object serves the training rows, the dev rows and the rollouts of a run.
+
+    Attributes:
+        pad_id: Token id of the padding.
+        micro_batch_rows: Maximum rows of a micro-batch.
+        is_packed: Whether rows are packed; it changes only before the first step.
+    """
+
+    pad_id: int
+    micro_batch_rows: int
+    is_packed: bool = False
+
+    def collate(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> MicroBatch:
+        """Return rows as a micro-batch; prompts and responses have at least one token each."""
+        return pack(prompts, responses) if self.is_packed else collate(prompts, responses, self.pad_id)
+
+
 def collate(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, multiple: int = 8
 ) -> MicroBatch:
@@ -177,4 +222,27 @@ def collate(
         torch.from_numpy(mask_BT.astype(np.int64)),
         torch.from_numpy(index_N),
         torch.from_numpy(ids_BT.ravel()[index_N + 1]),
+    )
+
+
+def pack(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> MicroBatch:
+    """Return a micro-batch of rows that follow each other without padding.
+
+    Args:
+        prompts: Token ids of each prompt, at least one.
+        responses: Token ids of each response, at least one.
+    """
+    rows = [part for pair in zip(prompts, responses, strict=True) for part in pair]
+    sizes_R2 = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 2)
+    lengths_R = sizes_R2.sum(1)
+    ids_T = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    place_T = np.arange(len(ids_T)) - np.repeat(np.cumsum(lengths_R) - lengths_R, lengths_R)
+    num_prompt_T, length_T = np.repeat(sizes_R2[:, 0], lengths_R), np.repeat(lengths_R, lengths_R)
+    index_N = torch.from_numpy(np.flatnonzero((place_T >= num_prompt_T - 1) & (place_T < length_T - 1)))
+    return MicroBatch(
+        ids_T.unsqueeze(0),
+        torch.ones(1, len(ids_T), dtype=torch.int64),
+        index_N,
+        ids_T[index_N + 1],
+        row_lengths=tuple(lengths_R.tolist()),
     )

@@ -180,6 +180,8 @@ class Progress:
         best_adam_steps: Steps of the moments at the best evaluation.
         loss_scaler: State of the fp16 loss scaler.
         rollout: State of the adaptive rollouts.
+        is_packed: Whether rows are packed. A run keeps what it began with: losses are equal up to rounding only, and
+            checkpoints of older versions are of padded rows.
         metrics: Metric stream, with one record for each logged step.
     """
 
@@ -193,6 +195,7 @@ class Progress:
     best_adam_steps: int = 0
     loss_scaler: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
+    is_packed: bool = False
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def note_best(self, figures: Mapping[str, Any]) -> bool:

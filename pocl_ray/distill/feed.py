@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pocl_ray.data.batching import MicroBatch, TeacherOutput, TeacherRows, collate, global_batches, rank_micro_batches
+from pocl_ray.data.batching import (
+    Layout,
+    MicroBatch,
+    TeacherOutput,
+    TeacherRows,
+    collate,
+    global_batches,
+    pack,
+    rank_micro_batches,
+)
 from pocl_ray.data.row_store import Pairs, RowStore
 from pocl_ray.distill.engine import import_deepspeed
 from pocl_ray.distill.rollout_schedule import Source
@@ -59,7 +68,9 @@ class TeacherSource:
             return None
         own = batch.teacher_rows
         read, pairs = (batch, None) if own is None else (own.batch, own.pairs)
-        tokens = self.live.hidden(read.input_ids_BT, read.attention_mask_BT, read.response_index_N)
+        if not self.live.reads_packed:
+            read = read.padded()
+        tokens = self.live.hidden(*read.rows_input)
         return self._with_teacher_outputs(tokens, pairs)
 
     def _with_teacher_outputs(self, tokens: torch.Tensor | TopK, pairs: Pairs | None) -> TeacherOutput:
@@ -100,7 +111,8 @@ class Teachers:
         """Return rows in the tokens of a live teacher with another tokenizer; None if there is no such teacher."""
         for one in self.sources:
             if one.live is not None and one.rows is not None:
-                batch = collate(*one.rows.tokens(ids), pad_id=0)
+                tokens = one.rows.tokens(ids)
+                batch = pack(*tokens) if one.live.reads_packed else collate(*tokens, pad_id=0)
                 return TeacherRows(batch, Pairs.of(lengths_R, one.rows.response_lengths[ids]))
         return None
 
@@ -207,8 +219,7 @@ class Feed:
     def __init__(
         self,
         rows: RowStore,
-        pad_id: int,
-        micro_batch_rows: int,
+        layout: Layout,
         rank: int,
         world_size: int,
         teachers: Teachers | None = None,
@@ -217,15 +228,13 @@ class Feed:
 
         Args:
             rows: Rows of the set.
-            pad_id: Token id of the padding.
-            micro_batch_rows: Rows of a forward pass.
+            layout: How rows share forward passes.
             rank: Rank of this worker.
             world_size: Number of workers.
             teachers: Sources of the teachers' outputs; without any, batches have none.
         """
         self.rows = rows
-        self.pad_id = pad_id
-        self.micro_batch_rows = micro_batch_rows
+        self.layout = layout
         self.rank, self.world_size = rank, world_size
         self.teachers = teachers or Teachers()
         self.lengths = rows.prompt_lengths + rows.response_lengths
@@ -278,16 +287,16 @@ class Feed:
         ids = np.arange(len(self.lengths)) if ids is None else ids
         # The longest first: rows of a micro-batch are then alike, and a lack of memory shows at the first one.
         order = ids[np.argsort(-self.lengths[ids], kind="stable")]
-        num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.micro_batch_rows)
+        num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.layout.micro_batch_rows)
         mine = order[self.rank :: self.world_size]
         for index in range(num_batches):
-            ids = mine[index * self.micro_batch_rows : (index + 1) * self.micro_batch_rows]
+            ids = mine[index * self.layout.micro_batch_rows : (index + 1) * self.layout.micro_batch_rows]
             counts = len(ids) > 0
             batch = self._micro_batch(ids if counts else order[:1], teachers)
             yield teachers.teach(batch), counts
 
     def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
-        mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.micro_batch_rows)
+        mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.layout.micro_batch_rows)
         # The token count is that of the whole batch, known from the lengths of its rows: it divides the loss on every
         # worker, and no worker has to ask the others for theirs.
         return GlobalBatch(
@@ -298,7 +307,7 @@ class Feed:
         )
 
     def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
-        batch = collate(*self.rows.tokens(ids), self.pad_id)
+        batch = self.layout.collate(*self.rows.tokens(ids))
         lengths_R = self.rows.response_lengths[ids]
         return replace(
             batch,

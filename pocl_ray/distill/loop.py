@@ -103,7 +103,7 @@ class TrainingLoop:
         self.rollouts, self.rescorer, self.frontier = rollouts, rescorer, frontier
         self.hooks = hooks
         self.state = TrainingState(engine)
-        self.progress = Progress()
+        self.progress = Progress(is_packed=feed.layout.is_packed)
         self._num_nonfinite = 0  # steps up to this one, in a row, that were skipped
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
@@ -115,6 +115,9 @@ class TrainingLoop:
         # Rank 0 reads and broadcasts: the others may be on nodes that do not have the files.
         source = directory if self.engine.rank == 0 else None
         self.progress = progress
+        if self.feed.layout.is_packed and not progress.is_packed:
+            self.hooks.warn(f"{self.task.name}: goes on with padded rows, which it began with")
+        progress.is_packed = self.feed.layout.is_packed = progress.is_packed and self.feed.layout.is_packed
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
         self.rollouts.restore(progress.rollout, source)

@@ -152,9 +152,7 @@ class Rescorer:
         batch = self.feed.batch(ids, self.teachers).to(self.engine.device)
         lengths_R = self.feed.rows.response_lengths[ids].astype(np.int64)
         head = head_of(model)
-        hidden_NH = split_model(model).response_hidden(
-            batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
-        )
+        hidden_NH = split_model(model).response_hidden(*batch.rows_input)
         signals: dict[str, FloatArray] = {}
         if {"ce_loss", "student_confidence"} & set(self.measured):
             signals.update(student_signals(hidden_NH, head.logits, batch.targets_N, lengths_R))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 
 from pocl_ray.config import RolloutConfig
-from pocl_ray.data.batching import MicroBatch, collate, rank_micro_batches
+from pocl_ray.data.batching import Layout, MicroBatch, rank_micro_batches
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.collectives import from_rank_zero
 from pocl_ray.distill.engine import Engine
@@ -46,7 +46,7 @@ class Rollouts:
         engine: Engine,
         writer: RolloutWriter,
         rows: RowStore,
-        pad_id: int,
+        layout: Layout,
         max_tokens: int,
         seed: int,
         num_steps: int,
@@ -58,14 +58,14 @@ class Rollouts:
             engine: Engine with the student.
             writer: Backend that writes with that student.
             rows: Training rows.
-            pad_id: Token id of the padding.
+            layout: How rows share forward passes.
             max_tokens: Maximum tokens of prompt and response together.
             seed: Seed of all random draws.
             num_steps: Number of optimizer steps of the whole run.
         """
         self.config, self.engine, self.writer, self.rows = config, engine, writer, rows
         self.max_tokens, self.seed, self.num_steps = max_tokens, seed, num_steps
-        self.pad_id, self.stop_ids = pad_id, set(writer.stop_ids)
+        self.layout, self.stop_ids = layout, set(writer.stop_ids)
         self._unstopped_share = 0.0
         self.schedule = AdaptiveSchedule(config.threshold_start, None, config.threshold_rise, config.loss_rise)
         self.buffer = ReplayBuffer(config.buffer_rows)
@@ -146,10 +146,10 @@ class Rollouts:
         prompts, _ = self.rows.tokens(ids)
         lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
         places = rank_micro_batches(
-            np.arange(len(ids)), lengths, self.engine.rank, self.engine.world_size, self.engine.train.micro_batch_rows
+            np.arange(len(ids)), lengths, self.engine.rank, self.engine.world_size, self.layout.micro_batch_rows
         )
         return [
-            replace(collate([prompts[i] for i in part], [responses[i] for i in part], self.pad_id), is_rollout=True)
+            replace(self.layout.collate([prompts[i] for i in part], [responses[i] for i in part]), is_rollout=True)
             for part in places
         ]
 

@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from pocl_ray.answers.families import means_of
-from pocl_ray.data.batching import random_order
+from pocl_ray.data.batching import Layout, random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
 from pocl_ray.distill.dev import DevEvaluator
 from pocl_ray.distill.engine import Engine, InferenceStudent
-from pocl_ray.distill.feed import Feed, load_teachers, teachers_of
+from pocl_ray.distill.feed import Feed, LoadedTeacher, load_teachers, teachers_of
 from pocl_ray.distill.gaps import FrontierRows, RowGaps
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
@@ -30,9 +31,10 @@ from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import StorageError
-from pocl_ray.models.heads import check_split, head_of
+from pocl_ray.models.heads import check_split, head_of, split_model
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.lora import add_adapters
+from pocl_ray.models.packing import find_packing_obstacle
 from pocl_ray.models.places import on_this_node
 from pocl_ray.models.saving import stop_ids_of, try_saving
 from pocl_ray.records import GAP, RANK, Order
@@ -48,9 +50,14 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
+    layout = Layout(pad_id, train.micro_batch_rows, _packs(task, student, device, hooks))
+    for teacher in teachers:
+        _let_pack(task, teacher, layout, hooks)
     if rank == 0:
         try_saving(student, tokenizer, task.student.path)  # what fails now would fail after the last step
     num_logits = head_of(student).vocab_size
@@ -63,10 +70,8 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     engine = Engine(module, train, device, task.collective_timeout_s, 2 if task.rollout.beside_data else 1)
     engine.module.attach_teacher_heads(*(teacher.head for teacher in teachers))
     stores = [RowStore.open(task.run_dir.local(made.path)) for made in (task.rows, task.dev_rows)]
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
     feed, dev_feed = (
-        Feed(store, pad_id, train.micro_batch_rows, rank, world_size, teachers_of(task, made, teachers, num_logits))
+        Feed(store, layout, rank, world_size, teachers_of(task, made, teachers, num_logits))
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
     divergence = resolve_divergence(task.distill, device)
@@ -78,7 +83,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
         engine, dev_feed, tokenizer, settings, task.dev_generation, task.max_dev_rows, task.max_tokens, task.seed, copy
     )
     writer = _writer(task, copy, stop_ids_of(student, tokenizer))
-    rollouts = Rollouts(task.rollout, engine, writer, stores[0], pad_id, task.max_tokens, task.seed, task.num_steps)
+    rollouts = Rollouts(task.rollout, engine, writer, stores[0], layout, task.max_tokens, task.seed, task.num_steps)
     rescorer = None
     if task.rescoring is not None:
         head_of_first = teachers[0].head if teachers else None
@@ -86,6 +91,28 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     orders = _orders(task, len(stores[0]))
     frontier = _frontier(task, engine, feed)
     return TrainingLoop(task, engine, feed, dev, rollouts, orders, hooks, rescorer, frontier)
+
+
+def _packs(task: TrainTask, student: PreTrainedModel, device: torch.device, hooks: LoopHooks) -> bool:
+    """Return whether rows are packed, which all workers decide alike, as they must run equally many micro-batches."""
+    if task.train.packing == "off":
+        return False
+    parts = split_model(student)
+    obstacle = find_packing_obstacle(student, parts.response_hidden, parts.logits, task.max_tokens)
+    if obstacle is not None:
+        hooks.warn(f"{task.name}: rows are padded, not packed ({type(student).__name__}: {obstacle})")
+    flag = torch.tensor(float(obstacle is None), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def _let_pack(task: TrainTask, teacher: LoadedTeacher, layout: Layout, hooks: LoopHooks) -> None:
+    """Let a live teacher read packed rows as the student does, if it can."""
+    if not layout.is_packed or teacher.live is None:
+        return
+    obstacle = teacher.live.try_packing(task.max_tokens)
+    if obstacle is not None:
+        hooks.warn(f"{task.name}: the teacher reads padded rows ({teacher.task.ref.path}: {obstacle})")
 
 
 def _writer(task: TrainTask, student: InferenceStudent, stop_ids: list[int]) -> RolloutWriter:

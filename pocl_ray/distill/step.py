@@ -121,9 +121,7 @@ class DistillationModule(nn.Module):
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Return the student's last hidden states at the response positions, shape (N, H)."""
         # (B, T, V) logits would be most of a step's memory, and those of prompt and padding have no part in the loss.
-        return split_model(self.student).response_hidden(
-            batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N
-        )
+        return split_model(self.student).response_hidden(*batch.rows_input)
 
     def forward(self, batch: MicroBatch, settings: StepSettings) -> tuple[Tensor, Tensor, Tensor]:
         """Return sums over the response tokens of the batch.

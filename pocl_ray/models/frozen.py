@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pocl_ray.errors import ModelError
 from pocl_ray.models.heads import HeadWeights, check_split, compare_logits, head_of, split_model
 from pocl_ray.models.loading import load_model
+from pocl_ray.models.packing import find_packing_obstacle
 from pocl_ray.models.places import ModelRef, read_config
 
 
@@ -27,7 +28,10 @@ class LiveTeacher:
     Attributes:
         head: LM head, which turns hidden states into logits.
         model: Model in eval mode and without gradients, for generation.
+        reads_packed: Whether it reads packed rows; see `try_packing`.
     """
+
+    reads_packed = False
 
     def __init__(self, ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
         self.model = load_model(ref, device=device, dtype=dtype).requires_grad_(False)
@@ -35,23 +39,41 @@ class LiveTeacher:
         self._parts = split_model(self.model)
         self.head: HeadWeights = head_of(self.model)
 
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        response_index_N: Tensor,
+        row_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Return the final hidden states of response positions.
 
         Args:
             input_ids_BT: Token ids, padded on the right, on any device.
             attention_mask_BT: Mask with 1 for tokens and 0 for padding.
             response_index_N: Flat positions `b * T + t`.
+            row_lengths: Number of tokens of each row, if the rows are packed.
 
         Returns:
             teacher_hidden_NK, on the teacher's device, in its dtype, without gradient.
         """
-        parts = [tensor.to(self.model.device) for tensor in (input_ids_BT, attention_mask_BT, response_index_N)]
+        device = self.model.device
+        ids_BT, mask_BT, index_N = input_ids_BT.to(device), attention_mask_BT.to(device), response_index_N.to(device)
         with torch.inference_mode():
-            hidden_NK = self._parts.response_hidden(*parts)
+            hidden_NK = self._parts.response_hidden(ids_BT, mask_BT, index_N, row_lengths)
         return (
             hidden_NK.clone()
         )  # cloned outside inference mode: autograd cannot save an inference tensor, and a loss may need to
+
+    def try_packing(self, max_tokens: int) -> str | None:
+        """Read packed rows from now on; return the reason if it cannot.
+
+        Args:
+            max_tokens: Tokens of the longest row.
+        """
+        obstacle = find_packing_obstacle(self.model, self.hidden, self.head.logits, max_tokens)
+        self.reads_packed = obstacle is None
+        return obstacle
 
 
 class _Body(nn.Module):
@@ -61,10 +83,17 @@ class _Body(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor, whole: bool = False) -> Tensor:
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        index_N: Tensor,
+        row_lengths: tuple[int, ...] | None = None,
+        whole: bool = False,
+    ) -> Tensor:
         """Return the hidden states at the positions, or with `whole` the model's own logits there."""
         if not whole:
-            return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N)
+            return split_model(self.model).response_hidden(input_ids_BT, attention_mask_BT, index_N, row_lengths)
         output = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
         return output.logits.flatten(0, 1).index_select(0, index_N)
 
@@ -78,7 +107,10 @@ class ShardedTeacher:
 
     Attributes:
         head: LM head, complete on every worker.
+        reads_packed: Whether it reads packed rows; see `try_packing`.
     """
+
+    reads_packed = False
 
     def __init__(self, ref: ModelRef, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Load the teacher in parts. DeepSpeed must be imported and use the process group.
@@ -109,27 +141,46 @@ class ShardedTeacher:
         self._check_split(type(model).__name__, model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_index_N: Tensor) -> Tensor:
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        response_index_N: Tensor,
+        row_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Return the final hidden states of response positions; all workers must call this together.
 
         Args:
             input_ids_BT: Token ids, padded on the right; each worker has another batch.
             attention_mask_BT: Mask with 1 for tokens and 0 for padding.
             response_index_N: Flat positions `b * T + t`.
+            row_lengths: Number of tokens of each row, if the rows are packed.
 
         Returns:
             teacher_hidden_NK, on the teacher's device, in its dtype, without gradient.
         """
         inputs = (part.to(self.device) for part in (input_ids_BT, attention_mask_BT, response_index_N))
-        hidden_NK: Tensor = self._engine(*inputs)
+        hidden_NK: Tensor = self._engine(*inputs, row_lengths)
         return hidden_NK
+
+    def try_packing(self, max_tokens: int) -> str | None:
+        """Read packed rows from now on, or return the reason why it cannot; all workers must call this together.
+
+        Args:
+            max_tokens: Tokens of the longest row.
+        """
+        obstacle = find_packing_obstacle(self._engine.module.model, self.hidden, self.head.logits, max_tokens)
+        self.reads_packed = obstacle is None
+        return obstacle
 
     @torch.no_grad()
     def _check_split(self, family: str, vocab_size: int) -> None:
         ids_BT = torch.arange(4).unsqueeze(0) % vocab_size
-        inputs = [part.to(self.device) for part in (ids_BT, torch.ones_like(ids_BT), torch.arange(4))]
-        expected_NV = self._engine(*inputs, whole=True).float()
-        compare_logits(family, self.head.logits(self.hidden(*inputs)).float(), expected_NV)
+        ids_BT, index_N = ids_BT.to(self.device), torch.arange(4, device=self.device)
+        mask_BT = torch.ones_like(ids_BT)
+        expected_NV = self._engine(ids_BT, mask_BT, index_N, whole=True).float()
+        found_NV = self.head.logits(self.hidden(ids_BT, mask_BT, index_N)).float()
+        compare_logits(family, found_NV, expected_NV)
 
 
 def _dtype_of(ref: ModelRef) -> torch.dtype:

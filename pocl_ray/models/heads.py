@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pocl_ray.errors import ModelError
+from pocl_ray.models.packing import packed_inputs
 from pocl_ray.run_directory.storage import replacing
 
 _FORMAT_VERSION = "1"
@@ -85,9 +86,21 @@ class ModelParts:
     head: nn.Module
     transform: LogitTransform
 
-    def response_hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, index_N: Tensor) -> Tensor:
-        """Return the final hidden states (N, H) at flat positions `b * T + t` of right-padded input."""
-        output = self.body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    def response_hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        index_N: Tensor,
+        row_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Return the final hidden states (N, H) at flat positions `b * T + t`.
+
+        The rows are padded on the right. With `row_lengths` they follow each other in a batch of one.
+        """
+        inputs: dict[str, Any] = {"attention_mask": attention_mask_BT, "use_cache": False}
+        if row_lengths is not None:
+            inputs = packed_inputs(self.body, row_lengths, input_ids_BT.device)
+        output = self.body(input_ids=input_ids_BT, **inputs)
         return output.last_hidden_state.flatten(0, 1).index_select(0, index_N)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pocl_ray.data.batching import MicroBatch, collate, epoch_order, global_batches, rank_micro_batches
+from pocl_ray.data.batching import (
+    MicroBatch,
+    collate,
+    epoch_order,
+    global_batches,
+    pack,
+    rank_micro_batches,
+)
 from pocl_ray.records import Stage
 
 ROWS = np.random.default_rng(0).permutation(53)
@@ -144,3 +151,21 @@ def test_a_row_that_fills_the_width_keeps_its_last_token() -> None:
 def test_moving_a_batch_keeps_all_of_it() -> None:
     batch = collate(PROMPTS, RESPONSES, EOS).to("meta")
     assert batch.input_ids_BT.is_meta and batch.targets_N.is_meta and batch.teacher_outputs == ()
+
+
+def test_packed_rows_follow_each_other_without_padding() -> None:
+    batch = pack(PROMPTS, RESPONSES)
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 9, EOS, 8, EOS, 3, 4, EOS]]
+    assert batch.row_lengths == (5, 5) and batch.attention_mask_BT.tolist() == [[1] * 10]
+    assert batch.response_index_N.tolist() == [2, 3, 5, 6, 7, 8]
+    assert torch.equal(batch.targets_N, collate(PROMPTS, RESPONSES, EOS).targets_N)
+
+
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(3, 5), (1, 1), (6, 2)], [(2, 2)] * 3])
+def test_packed_rows_that_are_padded_again_are_the_padded_rows(lengths: list[tuple[int, int]]) -> None:
+    rng = np.random.default_rng(0)
+    prompts, responses = ([rng.integers(1, 50, pair[side]) for pair in lengths] for side in (0, 1))
+    padded, expected = pack(prompts, responses).padded(), collate(prompts, responses, 0, multiple=1)
+    for name in ("input_ids_BT", "attention_mask_BT", "response_index_N", "targets_N"):
+        assert torch.equal(getattr(padded, name), getattr(expected, name)), name
+    assert padded.row_lengths is None and padded.padded() is padded

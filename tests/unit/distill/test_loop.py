@@ -55,6 +55,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
     return {
         "plain": plain,
+        "padded": made(packing="off"),
         "zero_0": made(zero_stage=0),
         "zero_2": made(zero_stage=2),
         "zero_3": made(zero_stage=3),
@@ -81,6 +82,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
 RESUMED_ALONE = [
     ("plain", WITHIN_EPOCH),
+    ("padded", WITHIN_EPOCH),
     ("best", STAGE_END),
     ("zero_0_best_continuous", WITHIN_EPOCH),
     ("zero_0_best_continuous", STAGE_END),
@@ -136,9 +138,10 @@ def alone(tasks: dict[str, TrainTask], root: Path) -> Runs:
 
 @pytest.fixture(scope="module")
 def resumed_alone(tasks: dict[str, TrainTask], alone: Runs, root: Path) -> dict[tuple[str, int], Outcome]:
-    """Some of them again from a checkpoint, in a process of its own."""
+    """Some of them again from a checkpoint, in a process of its own; the one with padded rows may pack them there."""
+    may_pack = {**tasks, "padded": tasks["plain"]}
     todo = [
-        (tasks[name], root / "resumed" / f"{name}_{step}", checkpoint(alone[name], step))
+        (may_pack[name], root / "resumed" / f"{name}_{step}", checkpoint(alone[name], step))
         for name, step in RESUMED_ALONE
     ]
     return dict(zip(RESUMED_ALONE, train_all(todo), strict=True))
@@ -184,6 +187,7 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "padded",
         "zero_0",
         "zero_2",
         "zero_3",
@@ -225,6 +229,19 @@ def test_a_resumed_run_of_two_workers_is_bit_identical(pairs: dict[Any, Outcome]
 
 def test_a_checkpoint_goes_on_with_other_workers_and_another_zero_stage(alone: Runs, pairs: dict[Any, Outcome]) -> None:
     assert_same_training(pairs["moved"], alone["zero_0"])
+
+
+def test_rows_are_packed_unless_the_config_or_the_run_so_far_says_otherwise(
+    alone: Runs, resumed_alone: dict[tuple[str, int], Outcome]
+) -> None:
+    last = {name: read_progress(alone[name].checkpoints[-1]) for name in ("plain", "padded", "zero_3", "dropout")}
+    assert {name: progress.is_packed for name, progress in last.items()} == {
+        "plain": True,
+        "padded": False,
+        "zero_3": True,
+        "dropout": True,
+    }
+    assert not read_progress(resumed_alone["padded", WITHIN_EPOCH].checkpoints[-1]).is_packed
 
 
 def test_the_best_evaluation_is_handed_on_where_asked_for(alone: Runs) -> None:

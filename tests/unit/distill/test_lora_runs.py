@@ -43,6 +43,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
 
     return {
         "plain": plain,
+        "padded": made(packing="off"),
         "zero_0": made(zero_stage=0),
         "zero_2": made(zero_stage=2),
         "zero_3": made(zero_stage=3),
@@ -94,8 +95,10 @@ def assert_close(got: Outcome, expected: Outcome) -> None:
         torch.testing.assert_close(got.weights[name], tensor, rtol=0.0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("name", ["zero_0", "zero_2", "zero_3", "micro_2", "recomputed", "recomputed_zero_3"])
-def test_neither_zero_stage_nor_micro_batches_nor_recomputation_change_the_result(alone: Runs, name: str) -> None:
+@pytest.mark.parametrize("name", ["padded", "zero_0", "zero_2", "zero_3", "micro_2", "recomputed", "recomputed_zero_3"])
+def test_neither_zero_stage_nor_micro_batches_nor_padding_nor_recomputation_change_the_result(
+    alone: Runs, name: str
+) -> None:
     assert_close(alone[name], alone["plain"])
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from pocl_ray.config import Config, GenerationConfig, load_config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.data.batching import global_batches
+from pocl_ray.data.batching import Layout, global_batches
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.feed import Feed, Teachers, TeacherSource
 from pocl_ray.distill.losses import LOSSES
@@ -218,7 +218,7 @@ def test_a_stage_without_distillation_reads_neither_cache_nor_teacher(tmp_path: 
     untouchable: Any = Untouchable()
     supervised = runs.stage(0, 16, kd_ratio=0.0)
     for source in (TeacherSource(cache=untouchable), TeacherSource(live=untouchable)):
-        feed = Feed(rows, 0, 4, 0, 1, Teachers((source,)))
+        feed = Feed(rows, Layout(0, 4), 0, 1, Teachers((source,)))
         (first, *_) = feed.stage(supervised, np.arange(16), 8, seed=0, first_step=0)
         assert not any(batch.teacher_outputs for batch in first.micro_batches)
         with pytest.raises(AssertionError, match="the teacher is read"):

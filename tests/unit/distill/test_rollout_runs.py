@@ -48,6 +48,7 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
     return {
         "off": plain,
         "on": made({"mode": "on"}),
+        "on_padded": made({"mode": "on"}, packing="off"),
         "on_zero_0": made({"mode": "on"}, zero_stage=0),
         "on_zero_3": made({"mode": "on"}, zero_stage=3),
         "on_micro_2": made({"mode": "on"}, micro_batch_rows=2),
@@ -132,7 +133,7 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
     assert all(torch.equal(weight, reference.weights[name]) for name, weight in run.weights.items())
 
 
-@pytest.mark.parametrize("name", ["on_zero_0", "on_zero_3", "on_micro_2", "on_batches"])
+@pytest.mark.parametrize("name", ["on_padded", "on_zero_0", "on_zero_3", "on_micro_2", "on_batches"])
 def test_the_way_of_computing_does_not_change_what_is_written_nor_the_training(alone: Runs, name: str) -> None:
     assert_same_training(alone[name], alone["on"])
 

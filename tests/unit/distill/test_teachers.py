@@ -11,7 +11,7 @@ import torch
 from runs import STAGES, prepare, stage, with_teacher
 
 from pocl_ray.config import DistillConfig
-from pocl_ray.data.batching import MicroBatch
+from pocl_ray.data.batching import Layout, MicroBatch
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.feed import Feed, Teachers, TeacherSource, load_teachers, teachers_of
 from pocl_ray.distill.task import TrainTask
@@ -26,11 +26,13 @@ V = 300
 class Speaker:
     """A live teacher whose hidden states say who it is."""
 
+    reads_packed = True
+
     def __init__(self, value: float) -> None:
         self.value = value
 
     def hidden(
-        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, index_N: torch.Tensor
+        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor, index_N: torch.Tensor, row_lengths: object
     ) -> torch.Tensor:
         return torch.full((len(index_N), 2), self.value)
 
@@ -66,7 +68,7 @@ def test_one_teacher_has_all_the_weight_whatever_its_own() -> None:
 
 def test_each_stage_is_taught_by_its_own_and_the_dev_rows_by_all(task: TrainTask) -> None:
     rows = RowStore.open(task.run_dir.local(task.rows.path))
-    feed = Feed(rows, 0, 4, 0, 1, speakers((1.0, (0,)), (1.0, (1,))))
+    feed = Feed(rows, Layout(0, 4), 0, 1, speakers((1.0, (0,)), (1.0, (1,))))
     for planned in STAGES:
         batches = [b for g in feed.stage(planned, np.arange(16), 8, 5, 0) for b in g.micro_batches]
         assert all(shares(batch) == [(planned.index, 1.0)] for batch in batches)
@@ -76,7 +78,7 @@ def test_each_stage_is_taught_by_its_own_and_the_dev_rows_by_all(task: TrainTask
 
 def test_without_a_teacher_a_batch_says_nothing_of_one(task: TrainTask) -> None:
     rows = RowStore.open(task.run_dir.local(task.rows.path))
-    batch = next(iter(Feed(rows, 0, 4, 0, 1).stage(stage(0, 16), np.arange(16), 8, 5, 0)))
+    batch = next(iter(Feed(rows, Layout(0, 4), 0, 1).stage(stage(0, 16), np.arange(16), 8, 5, 0)))
     assert all(part.teacher_outputs == () for part in batch.micro_batches)
 
 
