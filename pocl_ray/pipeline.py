@@ -35,7 +35,7 @@ from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependenci
 from pocl_ray.inputs import TOKENIZER, FingerprintedModel, Inputs
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import trained_reference
-from pocl_ray.preflight import check_disk, check_inputs, check_nodes, check_room, check_settings
+from pocl_ray.preflight import check_budgets, check_disk, check_inputs, check_nodes, check_room, check_settings
 from pocl_ray.preview import frontier_notes
 from pocl_ray.ray_train.driver import train_counted
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
@@ -110,6 +110,7 @@ class Pipeline:
             config, num_prepared
         )  # check before a teacher is trained to write responses, some of which may be empty
         check_settings(config, num_prepared, self.inputs.load_tokenizer(), self.inputs.load_teacher_tokenizer())
+        check_budgets(config, self.run_dir, self.inputs.prepared)
         num_rows = self.inputs.rows.train.num_rows
         stages = plan_stages(config, num_rows)
         content = {

@@ -14,18 +14,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from pocl_ray.config import Config, TeacherConfig
+from pocl_ray.config import Config, StudentConfig, TeacherConfig
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import check_curriculum, loss_schedules, plan_sft
+from pocl_ray.data.dealing import check_budget
 from pocl_ray.data.prepare import Rows, data_fingerprint
 from pocl_ray.data.prompts import PromptTemplate
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.rollout_writers import check_backend
 from pocl_ray.errors import ConfigError, UserError
-from pocl_ray.models.loading import check_int8
+from pocl_ray.models.loading import check_attention, check_int8
 from pocl_ray.models.prepare import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.preview import cache_bytes
 from pocl_ray.ray_cluster.actor_pools import plan_pools
@@ -68,6 +70,7 @@ def check_inputs(config: Config) -> Coverage | None:
         if teacher.quantization == "int8":
             check_int8(key)
     for key, model in (*_teachers(config), ("student", config.student)):
+        check_attention(key, model.attention)
         _check_origin(key, model)
     covered = check_adapters(config.teacher, config.student, *config.other_teachers)
     if covered is not None:
@@ -135,7 +138,7 @@ def check_settings(
         ConfigError: There are fewer rows than a global batch holds.
         ModelError: A model has no weights or cannot be built, or a further teacher has another tokenizer.
     """
-    for role, model in (("teacher", config.teacher), ("student", config.student)):
+    for role, model in _models(config):
         if model.sft is not None:
             batch_rows = config.sft_train(model.sft).global_batch_rows
             plan_sft(num_rows, model.sft.num_epochs, model.sft.max_steps, batch_rows, f"{role}.sft")
@@ -146,6 +149,24 @@ def check_settings(
     warning = check_models(config.teacher, config.student, tokenizer, max_tokens, teacher_tokenizer)
     if warning is not None:
         console.print(f"[yellow]warning:[/] {warning}")
+
+
+def check_budgets(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
+    """Check that the longest row fits each token budget; families that are padded are checked when they are loaded.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
+    models = [(f"{role}.sft.train", model.sft) for role, model in _models(config)]
+    budgets = {key: config.sft_train(sft).micro_batch_tokens for key, sft in models if sft is not None}
+    budgets["train"] = config.train.micro_batch_tokens
+    if not any(budgets.values()):
+        return
+    stores = [RowStore.open(run_dir.local(made.path)) for made in (rows.train, rows.dev)]
+    longest = max(int((store.prompt_lengths + store.response_lengths).max()) for store in stores)
+    for key, budget in budgets.items():
+        written = config.data.max_tokens if key == "train" and config.rollout.is_on else 0
+        check_budget(budget, max(longest, written), True, key)
 
 
 def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase | None) -> None:
@@ -178,6 +199,11 @@ def check_without_gpus(config: Config) -> None:
         ConfigError: The config has such a setting.
     """
     divergences(config.distill, config.rollout, torch.device("cpu"))
+    for key, model in (*_teachers(config), ("student", config.student)):
+        if model.attention == "flash_attention_2":
+            raise ConfigError(
+                f"{key}.attention: flash_attention_2 runs on GPUs, and the workers have none; set it to auto"
+            )
     if config.rollout.backend == "vllm":
         raise ConfigError("rollout.backend: vllm runs on GPUs, and the workers have none; set it to transformers")
 
@@ -231,6 +257,11 @@ def check_nodes() -> None:
         check_same(here, theirs, f"node {address}")
         if warning := skew_warning(f"node {address}", skew_s(asked_at, their_time, time.time())):
             console.print(f"[yellow]warning:[/] {warning}")
+
+
+def _models(config: Config) -> tuple[tuple[str, TeacherConfig | StudentConfig], ...]:
+    """The models that may be fine-tuned first, each with its key."""
+    return ("teacher", config.teacher), ("student", config.student)
 
 
 def _teachers(config: Config) -> list[tuple[str, TeacherConfig]]:

@@ -6,6 +6,7 @@ fingerprints, with steps that do no work. What rests on a step that would run is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,11 +218,12 @@ def _cost_lines(config: Config) -> list[str]:
     cost = estimate(config, stages, known.rows, (teacher, student), flops)
     cached = cache_bytes(config, [known.rows]) if config.distill.teacher_cache != "none" else 0
     train, live = config.train, config.distill.teacher_cache == "none"
+    budget = train.micro_batch_tokens
     memory = WorkerMemory(
         train.precision,
         train.zero_stage,
         config.scaling.max_workers,
-        train.micro_batch_rows,
+        math.ceil(budget / config.data.max_tokens) if isinstance(budget, int) else train.rows_at_once,
         config.student.gradient_checkpointing,
         train.offload_optimizer == "cpu",
     ).num_bytes(

@@ -319,5 +319,9 @@ class Config(Section):
 
     def sft_train(self, sft: SftConfig) -> TrainConfig:
         """Return `train` with the keys that `sft.train` sets."""
-        merged: dict[str, Any] = {**self.train.model_dump(), **sft.train.model_dump(exclude_none=True)}
+        own = sft.train.model_dump(exclude_none=True)
+        merged: dict[str, Any] = {**self.train.model_dump(), **own}
+        sizes = ("micro_batch_rows", "micro_batch_tokens")
+        if any(key in own for key in sizes):  # the one takes the place of the other
+            merged.update({key: own.get(key) for key in sizes})
         return TrainConfig.model_validate(merged)

@@ -212,11 +212,22 @@ class DistillConfig(Section):
         return self
 
 
+DEFAULT_MICRO_BATCH_ROWS = 8
+
+
 class TrainConfig(Section):
     """Optimizer, batch and precision, for distillation and for supervised fine-tuning."""
 
     global_batch_rows: int = Field(default=64, ge=1, description="rows of an optimizer step, over all workers")
-    micro_batch_rows: int = Field(default=8, ge=1, description="rows of one forward pass on one worker")
+    micro_batch_rows: int | None = Field(
+        default=None, ge=1, description="rows of one forward pass on one worker; null: 8, without micro_batch_tokens"
+    )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of one forward pass on one worker, in place of micro_batch_rows: as many rows as they hold,"
+        " equally much for each worker; null: rows are counted",
+    )
     packing: Literal["auto", "off"] = Field(
         default="auto",
         description="auto: rows follow each other without padding where the model family can read them so exactly; "
@@ -267,12 +278,27 @@ class TrainConfig(Section):
         default=None, ge=0, description="seed of the order of rows and of dropout in distillation; null: the run's seed"
     )
 
+    @model_validator(mode="after")
+    def _one_size(self) -> TrainConfig:
+        if self.micro_batch_rows is not None and self.micro_batch_tokens is not None:
+            raise ValueError(
+                f"micro_batch_tokens ({self.micro_batch_tokens}) stands in place of micro_batch_rows "
+                f"({self.micro_batch_rows}); remove one of them, or set it to null"
+            )
+        return self
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows of one forward pass where there is no token budget."""
+        return self.micro_batch_rows or DEFAULT_MICRO_BATCH_ROWS
+
 
 class TrainOverrides(Section):
     """Keys of `train` that differ during supervised fine-tuning; keys left out are as in `train`."""
 
     global_batch_rows: int | None = Field(default=None, ge=1)
     micro_batch_rows: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)

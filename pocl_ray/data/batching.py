@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from pocl_ray.data.dealing import PAD_MULTIPLE, deal_rows, deal_tokens
 from pocl_ray.data.row_store import Pairs
 from pocl_ray.records import Stage
 from pocl_ray.teacher_cache.top_k import TopK
@@ -153,43 +154,29 @@ def global_batches(
         yield order[within * global_batch_rows : (within + 1) * global_batch_rows]
 
 
-def rank_micro_batches(
-    ids: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, micro_batch_rows: int
-) -> list[np.ndarray]:
-    """Return one rank's share of a global batch, cut into micro-batches of rows of similar length.
-
-    Args:
-        ids: Row ids of the global batch, a multiple of `world_size`.
-        lengths: Number of tokens of each row.
-        rank: Rank of this worker.
-        world_size: Number of workers.
-        micro_batch_rows: Maximum rows of a micro-batch.
-
-    Returns:
-        Micro-batches, equally many on every rank, since the forward pass may contain collective operations.
-    """
-    assert len(ids) % world_size == 0, "a global batch is a multiple of the number of workers"
-    by_length = ids[np.argsort(-lengths, kind="stable")]
-    # Dealt like cards, not cut in blocks: every worker gets long and short rows, and none waits for another.
-    mine = by_length[rank::world_size]
-    return [mine[i : i + micro_batch_rows] for i in range(0, len(mine), micro_batch_rows)]
-
-
 @dataclass
 class Layout:
-    """How rows share forward passes: how they are cut into micro-batches, and whether these are packed.
+    """How rows share forward passes: how they are dealt and cut into micro-batches, and whether these are packed.
 
     One object serves the training rows, the dev rows and the rollouts of a run.
 
     Attributes:
         pad_id: Token id of the padding.
-        micro_batch_rows: Maximum rows of a micro-batch.
+        micro_batch_rows: Maximum rows of a micro-batch, if there is no token budget.
+        micro_batch_tokens: Maximum tokens of a micro-batch, padding included; None: rows are counted.
         is_packed: Whether rows are packed; it changes only before the first step.
     """
 
     pad_id: int
     micro_batch_rows: int
+    micro_batch_tokens: int | None = None
     is_packed: bool = False
+
+    def deal(self, lengths_R: np.ndarray, rank: int, world_size: int) -> list[np.ndarray]:
+        """Return the places of the rows in each micro-batch of a rank, equally many micro-batches on every rank."""
+        if self.micro_batch_tokens is None:
+            return deal_rows(lengths_R, rank, world_size, self.micro_batch_rows)
+        return deal_tokens(lengths_R, rank, world_size, self.micro_batch_tokens, self.is_packed)
 
     def collate(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> MicroBatch:
         """Return rows as a micro-batch; prompts and responses have at least one token each."""
@@ -197,7 +184,7 @@ class Layout:
 
 
 def collate(
-    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, multiple: int = 8
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, multiple: int = PAD_MULTIPLE
 ) -> MicroBatch:
     """Return a micro-batch of rows, padded on the right.
 

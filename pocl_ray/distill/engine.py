@@ -54,9 +54,11 @@ class StepLosses:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> int:
-    """Return the micro-batches that each worker runs for one optimizer step."""
+    """Return the micro-batches that each worker runs for one optimizer step; 1 with a token budget, where they vary."""
+    if train.micro_batch_tokens is not None:
+        return 1
     # The last micro-batch of a worker may be short: every response token counts once, however rows are cut.
-    return responses_per_row * math.ceil(train.global_batch_rows / world_size / train.micro_batch_rows)
+    return responses_per_row * math.ceil(train.global_batch_rows / world_size / train.rows_at_once)
 
 
 def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int = 1) -> dict[str, Any]:
@@ -71,7 +73,8 @@ def deepspeed_config(train: TrainConfig, world_size: int, responses_per_row: int
         ConfigError: The user's config sets a key that `train` decides to another value.
     """
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_rows,
+        # DeepSpeed counts rows, for its logs alone; with a token budget a micro-batch is one of them.
+        "train_micro_batch_size_per_gpu": 1 if train.micro_batch_tokens is not None else train.rows_at_once,
         "gradient_accumulation_steps": accumulation_steps(train, world_size, responses_per_row),
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage},
@@ -217,8 +220,7 @@ class Engine:
             num_response_tokens: Number of response tokens of the whole global batch.
             gaps: Gaps of the rows, which receive the gaps of this step; None: no gaps are measured.
         """
-        # DeepSpeed counts calls: with one micro-batch more or less, a worker would step while the others accumulate.
-        assert len(micro_batches) == self.accumulation
+        self._accumulate(len(micro_batches))
         # Set and not scheduled: the rate is a function of the step, so a resumed run needs no state of a scheduler.
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -230,8 +232,9 @@ class Engine:
         scale = self.world_size * self.accumulation / num_response_tokens
         # float64, so that a sum over many tokens keeps its digits.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
+        for place, batch in enumerate(micro_batches, 1):
             beat("training")
+            self.deepspeed.set_gradient_accumulation_boundary(place == len(micro_batches))
             measured = settings if gaps is None else replace(settings, gap_meter=gaps.meter(batch, self.device))
             losses = self.deepspeed(batch.to(self.device), measured)
             # Through DeepSpeed and not loss.backward(): fp16's loss scale and ZeRO's reductions hang on it.
@@ -247,6 +250,19 @@ class Engine:
         # fp16's loss scaler skips steps whose gradient overflows until it has found its scale: that is no divergence.
         is_skipped = not math.isfinite(loss) or (self.train.precision != "fp16" and not math.isfinite(grad_norm))
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens, is_skipped)
+
+    def _accumulate(self, num_micro_batches: int) -> None:
+        """Tell DeepSpeed the number of micro-batches of this step, which varies with a token budget.
+
+        It is equal on all workers; with one more or less, a worker would step while the others accumulate.
+        """
+        if num_micro_batches == self.accumulation:
+            return
+        self.accumulation = num_micro_batches
+        rows = self.deepspeed.train_micro_batch_size_per_gpu()
+        self.deepspeed.set_train_batch_size(num_micro_batches * rows * self.world_size)
+        if self.train.zero_stage > 0:  # which has read it once; with it an offloaded gradient's norm is that of all
+            self.deepspeed.optimizer.gradient_accumulation_steps = num_micro_batches
 
     def _with_mean_score(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
         """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from pocl_ray.data.batching import (
     collate,
     global_batches,
     pack,
-    rank_micro_batches,
 )
 from pocl_ray.data.row_store import Pairs, RowStore
 from pocl_ray.distill.engine import import_deepspeed
@@ -287,20 +285,18 @@ class Feed:
         ids = np.arange(len(self.lengths)) if ids is None else ids
         # The longest first: rows of a micro-batch are then alike, and a lack of memory shows at the first one.
         order = ids[np.argsort(-self.lengths[ids], kind="stable")]
-        num_batches = math.ceil(math.ceil(len(order) / self.world_size) / self.layout.micro_batch_rows)
-        mine = order[self.rank :: self.world_size]
-        for index in range(num_batches):
-            ids = mine[index * self.layout.micro_batch_rows : (index + 1) * self.layout.micro_batch_rows]
-            counts = len(ids) > 0
-            batch = self._micro_batch(ids if counts else order[:1], teachers)
+        for part in self.layout.deal(self.lengths[order], self.rank, self.world_size):
+            counts = len(part) > 0
+            batch = self._micro_batch(order[part] if counts else order[-1:], teachers)
             yield teachers.teach(batch), counts
 
     def _global_batch(self, ids: np.ndarray, teachers: Teachers) -> GlobalBatch:
-        mine = rank_micro_batches(ids, self.lengths[ids], self.rank, self.world_size, self.layout.micro_batch_rows)
+        assert len(ids) % self.world_size == 0, "a global batch is a multiple of the number of workers"
+        mine = self.layout.deal(self.lengths[ids], self.rank, self.world_size)
         # The token count is that of the whole batch, known from the lengths of its rows: it divides the loss on every
         # worker, and no worker has to ask the others for theirs.
         return GlobalBatch(
-            [self._micro_batch(part, teachers) for part in mine],
+            [self._micro_batch(ids[part], teachers) for part in mine],
             len(ids),
             int(self.rows.response_lengths[ids].sum()),
             ids,

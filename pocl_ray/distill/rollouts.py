@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 
 from pocl_ray.config import RolloutConfig
-from pocl_ray.data.batching import Layout, MicroBatch, rank_micro_batches
+from pocl_ray.data.batching import Layout, MicroBatch
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.collectives import from_rank_zero
 from pocl_ray.distill.engine import Engine
@@ -145,9 +145,7 @@ class Rollouts:
         """Deal rollouts to the workers and collate this one's, as the feed does with rows."""
         prompts, _ = self.rows.tokens(ids)
         lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
-        places = rank_micro_batches(
-            np.arange(len(ids)), lengths, self.engine.rank, self.engine.world_size, self.layout.micro_batch_rows
-        )
+        places = self.layout.deal(lengths, self.engine.rank, self.engine.world_size)
         return [
             replace(self.layout.collate([prompts[i] for i in part], [responses[i] for i in part]), is_rollout=True)
             for part in places

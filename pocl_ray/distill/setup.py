@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pocl_ray.answers.families import means_of
 from pocl_ray.data.batching import Layout, random_order
+from pocl_ray.data.dealing import check_budget
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
 from pocl_ray.distill.dev import DevEvaluator
@@ -55,7 +56,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student)
-    layout = Layout(pad_id, train.micro_batch_rows, _packs(task, student, device, hooks))
+    layout = Layout(pad_id, train.rows_at_once, train.micro_batch_tokens, _packs(task, student, device, hooks))
     for teacher in teachers:
         _let_pack(task, teacher, layout, hooks)
     if rank == 0:
@@ -74,6 +75,8 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
         Feed(store, layout, rank, world_size, teachers_of(task, made, teachers, num_logits))
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
+    longest = task.max_tokens if task.rollout.is_on else max(int(one.lengths.max()) for one in (feed, dev_feed))
+    check_budget(train.micro_batch_tokens, longest, layout.is_packed)
     divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teachers else 0.0, divergence)
     copy = InferenceStudent(engine)

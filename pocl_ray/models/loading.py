@@ -23,7 +23,7 @@ from transformers import (
 
 from pocl_ray.errors import ModelError, ResourceError
 from pocl_ray.models.lora import merged_with_adapter
-from pocl_ray.models.places import ModelRef, check_place
+from pocl_ray.models.places import Attention, ModelRef, check_place
 from pocl_ray.models.saving import quiet_transformers
 
 INSTALL = "pip install 'pocl-ray[int8]'"
@@ -40,6 +40,24 @@ def check_int8(name: str) -> None:
     """
     if find_spec("bitsandbytes") is None:
         raise ResourceError(f"{name}: quantization int8 needs bitsandbytes, which is not installed: {INSTALL}")
+
+
+def check_attention(key: str, attention: Attention) -> None:
+    """Check that an attention implementation is installed.
+
+    Args:
+        key: Section of the model in the config.
+        attention: Attention implementation.
+
+    Raises:
+        ResourceError: It is not installed.
+    """
+    # transformers takes the kernel from the package `kernels` where flash-attn itself is missing.
+    if attention == "flash_attention_2" and not any(map(find_spec, ("flash_attn", "kernels"))):
+        raise ResourceError(
+            f"{key}.attention: flash_attention_2 needs flash-attn, which is not installed: pip install flash-attn, or "
+            "set it to auto"
+        )
 
 
 def int8_options(name: str, device: torch.device) -> dict[str, Any]:

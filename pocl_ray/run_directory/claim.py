@@ -40,6 +40,7 @@ NEUTRAL = (
     "distill.kernel",
     "difficulty.batch_tokens",
     "train.micro_batch_rows",
+    "train.micro_batch_tokens",
     "train.packing",
     "train.zero_stage",
     "train.offload_optimizer",

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from pocl_ray import preflight
 from pocl_ray.config import Config
 from pocl_ray.difficulty.choice import Choice
-from pocl_ray.errors import ConfigError
-from pocl_ray.preflight import check_bridging, check_rescoring, check_without_gpus, warn_of_one_tokenizer
+from pocl_ray.errors import ConfigError, ResourceError
+from pocl_ray.models.loading import check_attention
+from pocl_ray.preflight import (
+    check_bridging,
+    check_budgets,
+    check_rescoring,
+    check_without_gpus,
+    warn_of_one_tokenizer,
+)
 
 TREE: dict[str, Any] = {
     "name": "run",
@@ -93,3 +102,55 @@ def test_bridging_one_tokenizer_to_itself_is_done_and_warned_of(capsys: pytest.C
     warn_of_one_tokenizer(here, Vocabulary("a", "b"))  # type: ignore[arg-type]
     told = " ".join(capsys.readouterr().err.split())
     assert "the same tokenizer" in told and "remove teacher.cross_tokenizer" in told
+
+
+class Store:
+    """Rows of which only the lengths are read."""
+
+    prompt_lengths, response_lengths = np.array([3, 30]), np.array([40, 31])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"train": {"micro_batch_tokens": 61}}, None),
+        ({"train": {"micro_batch_tokens": 60}}, "train.micro_batch_tokens is 60, and the longest row has 61 tokens"),
+        (
+            {"train": {"micro_batch_tokens": 61}, "rollout": {"mode": "on"}, "distill": {"teacher_cache": "none"}},
+            "the longest row has 512 tokens",
+        ),
+        (
+            {"student": {"path": "student", "sft": {"train": {"micro_batch_tokens": 8}}}},
+            "student.sft.train.micro_batch_tokens is 8",
+        ),
+    ],
+)
+def test_a_token_budget_must_hold_the_longest_row(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str | None
+) -> None:
+    monkeypatch.setattr(preflight.RowStore, "open", lambda path: Store())
+    anything: Any = MagicMock()
+    config = Config.model_validate({**TREE, "difficulty": {}, **changes})
+    if says is None:
+        check_budgets(config, anything, anything)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_budgets(config, anything, anything)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_attention_that_is_not_installed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: set[str] = set()
+    monkeypatch.setattr("pocl_ray.models.loading.find_spec", lambda name: name if name in installed else None)
+    check_attention("student", "sdpa")
+    with pytest.raises(ResourceError, match=r"^student\.attention: flash_attention_2 needs flash-attn, .*pip install"):
+        check_attention("student", "flash_attention_2")
+    installed.add("flash_attn")
+    check_attention("student", "flash_attention_2")
+
+
+def test_flash_attention_is_refused_where_workers_have_no_gpus() -> None:
+    teacher = {"path": "teacher", "attention": "flash_attention_2"}
+    with pytest.raises(ConfigError, match=r"^teacher\.attention: flash_attention_2 runs on GPUs.*set it to auto"):
+        check_without_gpus(Config.model_validate({**TREE, "teacher": teacher}))

@@ -213,6 +213,10 @@ def test_a_value_out_of_range_names_its_key(file: Path, override: str, place: st
         (["scaling.num_workers=3"], "train.global_batch_rows (64) must be a multiple of scaling.num_workers (3)"),
         (["scaling.num_workers=[2, 6]"], "train.global_batch_rows (64) must be a multiple of scaling.num_workers (6)"),
         (["scaling.num_workers=4", "student.sft={train: {global_batch_rows: 6}}"], "student.sft.train"),
+        (
+            ["train.micro_batch_rows=4", "train.micro_batch_tokens=512"],
+            "train: micro_batch_tokens (512) stands in place of micro_batch_rows (4); remove one of them",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(file: Path, overrides: list[str], says: str) -> None:
@@ -225,6 +229,27 @@ def test_sft_takes_the_training_keys_that_it_does_not_set(file: Path) -> None:
     train = config.sft_train(config.student.sft)
     assert isinstance(train, TrainConfig)
     assert (train.eps, train.learning_rate, train.betas) == (1e-6, 1e-3, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "distills_with", "tunes_with"),
+    [
+        ([], (8, None), (8, None)),
+        (["train.micro_batch_tokens=512"], (8, 512), (8, 512)),
+        (["train.micro_batch_rows=4", "student.sft.train.micro_batch_tokens=256"], (4, None), (8, 256)),
+        (["train.micro_batch_tokens=512", "student.sft.train.micro_batch_rows=2"], (8, 512), (2, None)),
+    ],
+)
+def test_a_token_budget_takes_the_place_of_rows_and_the_resolved_config_is_read_again(
+    file: Path, overrides: list[str], distills_with: Any, tunes_with: Any
+) -> None:
+    config = load_config(file, ["student.sft={}", *overrides])
+    again = Config.model_validate(yaml.safe_load(dump_config(config)))
+    for one in (config, again):
+        assert one.student.sft is not None
+        tuned = one.sft_train(one.student.sft)
+        assert (one.train.rows_at_once, one.train.micro_batch_tokens) == distills_with
+        assert (tuned.rows_at_once, tuned.micro_batch_tokens) == tunes_with
 
 
 # Overrides

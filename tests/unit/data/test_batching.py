@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice, pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from pocl_ray.data.batching import (
     epoch_order,
     global_batches,
     pack,
-    rank_micro_batches,
 )
 from pocl_ray.records import Stage
 
@@ -73,28 +70,6 @@ def test_seed_and_stage_change_the_batches() -> None:
 @pytest.mark.parametrize("max_steps", [1, 6, 8])
 def test_a_stage_that_ends_early_yields_the_first_batches(max_steps: int) -> None:
     assert batches(max_steps=max_steps) == batches()[:max_steps]
-
-
-# The cut over workers
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("micro_batch_rows", [1, 3, 64])
-def test_the_workers_share_each_global_batch_without_rest(world_size: int, micro_batch_rows: int) -> None:
-    for ids in islice(global_batches(stage(), ROWS, 8, 7), 4):
-        shares = [
-            rank_micro_batches(ids, LENGTHS[ids], rank, world_size, micro_batch_rows) for rank in range(world_size)
-        ]
-        assert sorted(np.concatenate([part for share in shares for part in share])) == sorted(ids)
-        assert len({len(share) for share in shares}) == 1, "equally many on each rank"
-        assert all(0 < len(part) <= micro_batch_rows for share in shares for part in share)
-
-
-def test_rows_of_similar_length_share_a_micro_batch() -> None:
-    ids = np.arange(32)
-    parts = rank_micro_batches(ids, LENGTHS[ids], 0, 2, 4)
-    lengths = [LENGTHS[part] for part in parts]
-    assert all(longer.min() >= shorter.max() for longer, shorter in pairwise(lengths))
 
 
 # The tensors

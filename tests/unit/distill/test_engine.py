@@ -38,6 +38,13 @@ def test_the_global_batch_is_accumulated_from_micro_batches(rows: int, micro: in
     assert accumulation_steps(train(global_batch_rows=rows, micro_batch_rows=micro), world_size) == steps
 
 
+def test_with_a_token_budget_deepspeed_is_told_the_micro_batches_step_by_step() -> None:
+    by_tokens = train(micro_batch_rows=None, micro_batch_tokens=512)
+    assert accumulation_steps(by_tokens, 2, responses_per_row=2) == 1
+    config = deepspeed_config(by_tokens, 2)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (1, 1)
+
+
 # DeepSpeed's config
 
 

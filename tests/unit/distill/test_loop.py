@@ -62,6 +62,10 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "written_at_once": made(checkpoint_buffer_gib=0.0),
         "micro_8": made(micro_batch_rows=8),
         "micro_2": made(micro_batch_rows=2),
+        "tokens": made(micro_batch_rows=None, micro_batch_tokens=48),
+        "tokens_padded": made(micro_batch_rows=None, micro_batch_tokens=48, packing="off"),
+        "tokens_offloaded": made(micro_batch_rows=None, micro_batch_tokens=48, offload_optimizer="cpu"),
+        "tokens_zero_3": made(micro_batch_rows=None, micro_batch_tokens=48, zero_stage=3),
         "cached": replace(with_teacher(plain, cache="teacher_cache"), distill=DistillConfig()),
         "all_tokens_cached": replace(
             with_teacher(plain, cache="topk_cache"), distill=DistillConfig(teacher_cache="topk", top_k=300)
@@ -91,7 +95,7 @@ RESUMED_ALONE = [
     ("bf16", WITHIN_EPOCH),
     ("dropout", WITHIN_EPOCH),
 ]
-PAIRS = ["plain", "zero_3", "zero_0_best_continuous"]
+PAIRS = ["plain", "tokens_zero_3", "zero_3", "zero_0_best_continuous"]
 RESUMED_IN_PAIRS = [("plain", STAGE_END), ("zero_3", WITHIN_EPOCH), ("zero_0_best_continuous", SECOND_STAGE)]
 
 
@@ -193,6 +197,10 @@ def assert_identical(run: Outcome, reference: Outcome) -> None:
         "zero_3",
         "micro_8",
         "micro_2",
+        "tokens",
+        "tokens_padded",
+        "tokens_offloaded",
+        "tokens_zero_3",
         "cached",
         "all_tokens_cached",
         "two_alike",

@@ -110,6 +110,8 @@ def test_an_undone_claim_of_an_old_directory_keeps_its_files(made: Made, keep_co
         {"distill__chunk_mib": 3},
         {"difficulty__batch_tokens": 99},
         {"train__micro_batch_rows": 2},
+        {"train__micro_batch_rows": None, "train__micro_batch_tokens": 512},
+        {"train__packing": "off"},
         {"train__zero_stage": 3},
         {"train__offload_optimizer": "cpu"},
         {"train__num_checkpoints": 5},
