@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.markup import escape
 
 from pocl_ray.config import Config
 from pocl_ray.config.training import FRONTIER
@@ -45,6 +46,9 @@ from pocl_ray.run_directory.claim import Claim
 from pocl_ray.run_directory.lease import refusal
 from pocl_ray.run_directory.manifest import StepResult, Steps, step_fingerprint
 from pocl_ray.teacher_cache.writer import FORMAT_VERSION
+from pocl_ray.tracking.results import read_results
+from pocl_ray.tracking.run import TrackedRun, Tracking
+from pocl_ray.tracking.stream import Stream
 from pocl_ray.trainings.judge import judge_task
 from pocl_ray.trainings.pairs import compare_pairs, print_pairs, train_pairs
 from pocl_ray.trainings.process import Job
@@ -282,11 +286,25 @@ class Pipeline:
         def work(_: str) -> StepResult:
             build_report(self.run_dir)
             write_model_card(self.run_dir)
+            self._track_results()
             return StepResult(["report.html", "report.md"], {})
 
         depends = [self.evaluation, self.config.report.model_dump(mode="json")]
         depends += [self.pairs] if self.pairs is not None else []
         return self.steps.run("report", depends, work)
+
+    def _track_results(self) -> None:
+        """Send the results to the trackers' run of the distillation; what they do not take is a warning."""
+        config = self.config
+        if not config.tracking:
+            return
+        tracking = Tracking(config.tracking, config.name, config.model_dump(mode="json"))
+        step = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
+        run = TrackedRun.begin(tracking, self.run_dir, "distill", self.distilled.fingerprint, step)
+        results = read_results(self.run_dir, step, self.inputs.rows.tests, config.report.num_examples)
+        stream = Stream(run, config.tracking, lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"))
+        stream.send_results(results)
+        stream.close()
 
     @property
     def _top_k(self) -> int | None:

@@ -36,6 +36,7 @@ from pocl_ray.ray_cluster.versions import check_same, skew_s, skew_warning, vers
 from pocl_ray.records import Coverage
 from pocl_ray.run_directory.disk import check_free
 from pocl_ray.run_directory.storage import RunDirectory, check_lasts
+from pocl_ray.tracking.run import check_trackers
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable that Ray sets in the environment of a submitted job."""
@@ -61,6 +62,7 @@ def check_inputs(config: Config) -> Coverage | None:
     check_curriculum(config.curriculum, config.difficulty.rescore == "each_stage", moving)
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
+    check_trackers(config.tracking)
     deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)
     check_rescoring(config)
     check_bridging(config)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section, Seeds
 from pocl_ray.config.experiments import ExperimentConfig
@@ -156,6 +156,9 @@ class ReportConfig(Section):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -179,6 +182,9 @@ class Config(Section):
     scaling: ScalingConfig = ScalingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
+    tracking: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",), description="trackers that receive metrics and results (docs/tracking.md)"
+    )
     tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
     experiment: ExperimentConfig | None = Field(default=None, description="the comparison of `pocl-ray experiment`")
 
@@ -206,6 +212,13 @@ class Config(Section):
             return data
         difficulty = data.get("difficulty", {})
         return {**data, "difficulty": {"signals": [GAP], **difficulty}} if isinstance(difficulty, dict) else data
+
+    @field_validator("tracking")
+    @classmethod
+    def _names_each_tracker_once(cls, names: tuple[TrackerName, ...]) -> tuple[TrackerName, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("tracking names a tracker twice")
+        return names
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

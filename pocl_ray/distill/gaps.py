@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pocl_ray.config.training import FrontierConfig
 from pocl_ray.curriculum.frontier import draw_rows, row_weights
+from pocl_ray.curriculum.schedule import bucket_ends
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.chunked import HeadLoss, TeacherTargets
 from pocl_ray.distill.collectives import from_rank_zero
@@ -176,6 +177,17 @@ class FrontierRows:
             return np.arange(num_rows)
         sequence = np.random.SeedSequence([self.seed, stage.index], spawn_key=(3,))
         return np.sort(np.random.Generator(np.random.PCG64(sequence)).permutation(num_rows)[:wanted])
+
+    def gaps_by_bucket(self, ranked: npt.NDArray[np.integer], num_buckets: int) -> list[float]:
+        """Return the mean gap of each bucket, the easiest first; collective.
+
+        Args:
+            ranked: Row ids in the order of the ranking.
+            num_buckets: Number of buckets of the curriculum.
+        """
+        self.gaps.settle()
+        buckets = np.split(ranked, bucket_ends(len(ranked), num_buckets)[:-1])
+        return [float(self.gaps.values_R[ids].mean()) for ids in buckets]
 
     def write(self, directory: Path) -> None:
         """Write gaps and drawn rows into a checkpoint directory; rank 0, after `settle`."""

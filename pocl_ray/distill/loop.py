@@ -297,7 +297,7 @@ class TrainingLoop:
         self.rollouts.observe(figures)
         progress = self.progress
         position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
-        record = {**position, **figures}
+        record = {**position, **figures, **self._gaps()}
         self.progress.metrics.append(record)
         self.hooks.on_step(self.progress, record)
         # Before the best state and the checkpoint that follows: one is on its way at a time.
@@ -305,6 +305,14 @@ class TrainingLoop:
         if self.task.hand_off == "best" and progress.note_best(figures):
             self.progress.best_adam_steps = self.state.num_adam_steps
             write_state(self.state, self._best_kinds(), self._scratch / BEST, self._writer)
+
+    def _gaps(self) -> dict[str, float]:
+        """The mean gap of each bucket with frontier pacing, which knows the gaps of all rows; collective."""
+        if self.frontier is None:
+            return {}
+        num_buckets = 1 + max(bucket for stage in self.task.stages for bucket in stage.buckets)
+        means = self.frontier.gaps_by_bucket(self.orders["rank"], num_buckets)
+        return {f"curriculum/gap_bucket_{bucket}": mean for bucket, mean in enumerate(means)}
 
     def _best_kinds(self) -> tuple[str, ...]:
         """The parts of the best state to keep: weights, and moments only if the next stage continues with them."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pocl_ray.config import (
@@ -22,6 +22,8 @@ from pocl_ray.data.prepare import Rows
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.tracking.run import TrackedRun, Tracking
+from pocl_ray.tracking.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class TrainTask:
         lora: Adapters that are trained in place of the student's weights; None to train the weights.
         rescoring: Settings for ranking the rows again before stages that need it; None if no stage does.
         frontier: Settings for drawing rows by their gaps; None if no stage does that.
+        tracking: Trackers that receive the metric stream.
     """
 
     name: str
@@ -123,6 +126,7 @@ class TrainTask:
     lora: LoraConfig | None = None
     rescoring: Rescoring | None = None
     frontier: FrontierConfig | None = None
+    tracking: Tracking = field(default_factory=Tracking)
 
     @property
     def num_steps(self) -> int:
@@ -179,6 +183,7 @@ def curriculum_task(
         lora=config.student.lora,
         rescoring=Rescoring(config.difficulty, config.seed, f"{folder}{RESCORED}") if rescores else None,
         frontier=config.curriculum.frontier if any(stage.order == FRONTIER for stage in stages) else None,
+        tracking=Tracking(config.tracking, config.name, config.model_dump(mode="json")),
     )
 
 
@@ -253,3 +258,17 @@ def sft_task(
         # What distillation starts from is a plain model, whatever is written in the end.
         lora=lora.model_copy(update={"merge": True}) if role == "student" and lora is not None else None,
     )
+
+
+def open_stream(task: TrainTask, first_step: int, warn: Callable[[str], object]) -> Stream | None:
+    """Return the stream to the trackers of a training, which goes on after `first_step`; None if there are none.
+
+    Args:
+        task: Training task.
+        first_step: Number of optimizer steps that are already done.
+        warn: Function that is called with a warning, from the thread of a tracker.
+    """
+    if not task.tracking.trackers:
+        return None
+    run = TrackedRun.begin(task.tracking, task.run_dir, task.name, task.fingerprint, first_step)
+    return Stream(run, task.tracking.trackers, warn)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import TrainTask, open_stream
 from pocl_ray.errors import DivergedError, UserError
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -37,6 +38,7 @@ from pocl_ray.ray_cluster.versions import check_same, versions
 from pocl_ray.ray_train.checkpoints import copy_checkpoint
 from pocl_ray.ray_train.internals import get_train_context
 from pocl_ray.run_directory.disk import check_free, check_free_at, machine_fault
+from pocl_ray.tracking.stream import Stream
 
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 SAVE_EVERY_S = 30.0
@@ -217,8 +219,9 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
             task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
         )
     reporter.begin(loop.progress, loop.engine.world_size)
-    loop.run()
-    _write_result(task, loop)
+    with closing(reporter):
+        loop.run()
+        _write_result(task, loop)
     if loop.engine.rank == 0:
         ray.get(progress_actor.finish.remote(loop.progress.step, loop.progress.num_tokens))
 
@@ -265,11 +268,20 @@ class _Reporter:
         run = task.run_dir.uri.rstrip("/").rpartition("/")[2]
         self.log = WorkerLog(run, task.name, rank)
         self.gauges = Gauges(run, task.name, task.train.global_batch_rows) if rank == 0 else None
+        self.stream: Stream | None = None
 
     def begin(self, progress: Progress, num_workers: int) -> None:
-        """Write the step of this start to the log."""
+        """Write the step of this start to the log, and open the trackers on the rank that has the metrics."""
         self.log.stage = progress.stage
         self.log.info("step %d of %d, %d workers", progress.step, self.task.num_steps, num_workers)
+        if self.rank == 0:
+            self.stream = open_stream(self.task, progress.step, self.warn)
+
+    def close(self) -> None:
+        """Wait a limited time until the trackers have everything."""
+        if self.stream is not None:
+            beat("closing trackers")
+            self.stream.close()
 
     def node_leaves(self, progress: Progress) -> None:
         """Tell the log and the user that a checkpoint is saved because a node will be taken away."""
@@ -330,7 +342,7 @@ class _Reporter:
         return ray.train.Checkpoint(target, storage.storage_filesystem)
 
     def step(self, progress: Progress, record: dict[str, Any]) -> None:
-        """Send a record to the driver's progress actor, at most a few times per second."""
+        """Send a record to the driver's progress actor, at most a few times per second, and to the trackers."""
         now = time.monotonic()
         is_evaluation = "train/loss" not in record
         self.log.stage = progress.stage
@@ -339,6 +351,8 @@ class _Reporter:
         if self.rank == 0 and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
             self.last_shown = now
             self.progress_actor.show.remote(progress.step, progress.num_tokens, record)
+        if self.stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
+            self.stream.log(record)
 
 
 def _write_metrics(task: TrainTask, progress: Progress) -> None:

@@ -33,6 +33,7 @@ NEUTRAL = (
     "storage_path",
     "scaling",
     "report",
+    "tracking",
     "tune",
     "experiment",
     "distill.chunk_mib",

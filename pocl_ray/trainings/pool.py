@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from rich.markup import escape
 
 from pocl_ray.config import ScalingConfig
+from pocl_ray.console import console
 from pocl_ray.errors import DivergedError, GaveUpError, UserError
 from pocl_ray.ray_cluster.capacity import resources_per_worker, wants_gpu, with_accelerator
 
@@ -85,6 +87,7 @@ class Pool:
             "label_selector": dict(scaling.labels) or None,
         }
         self._idle: list[Any] = []
+        self._told: set[str] = set()
 
     def run(self, jobs: Sequence[Job], on_done: OnDone, on_look: OnLook) -> None:
         """Run all jobs.
@@ -121,9 +124,16 @@ class Pool:
                         raise error.cause from None
                     raise
                 self._idle.append(actor)
+                self._tell(result.pop("warnings", ()))
                 on_done(job.name, result)
             steps = ray.get(self.board.read.remote())
             on_look({job.name: steps.get(job.name, (0, job.task.num_steps)) for _, job in running.values()})
+
+    def _tell(self, warnings: Sequence[str]) -> None:
+        """Print warnings that no job has given before."""
+        for text in (each for each in warnings if each not in self._told):
+            self._told.add(text)
+            console.print(f"[yellow]warning:[/] {escape(text)}")
 
     def close(self) -> None:
         """End the processes."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import set_up_loop
-from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.task import TrainTask, open_stream
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.trainings.judge import Judge, JudgeTask
 
@@ -62,14 +62,15 @@ class TrainingProcess:
 
         Returns:
             `figures` by set, `curve` (dev figures at each evaluation), `losses` (thinned), `num_steps`, `num_tokens`,
-            `seconds` and `train_seconds`.
+            `seconds`, `train_seconds`, and `warnings` for the user.
 
         Raises:
             UserError: A model, a cache or the rows do not fit.
             DivergedError: Loss or gradient are not finite in several consecutive steps.
         """
         started = time.monotonic()
-        loop = self._train(job, on_progress)
+        warnings: list[str] = []
+        loop = self._train(job, on_progress, warnings.append)
         train_seconds = time.monotonic() - started
         figures = self._judge_of(job.judged).judge(loop.dev.student.current())
         metrics, progress = loop.progress.metrics, loop.progress
@@ -81,18 +82,27 @@ class TrainingProcess:
             "num_tokens": progress.num_tokens,
             "train_seconds": round(train_seconds, 2),
             "seconds": round(time.monotonic() - started, 2),
+            "warnings": warnings,
         }
         loop.engine.deepspeed.destroy()
         del loop
         gc.collect()
         return result
 
-    def _train(self, job: Job, on_progress: OnProgress) -> TrainingLoop:
+    def _train(self, job: Job, on_progress: OnProgress, warn: Callable[[str], object]) -> TrainingLoop:
+        stream = open_stream(job.task, 0, warn)
+
         def on_step(progress: Progress, record: dict[str, Any]) -> None:
             on_progress(progress.step, progress.num_tokens)
+            if stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
+                stream.log(record)
 
-        loop = set_up_loop(job.task, self.device, LoopHooks(on_checkpoint=_discard, on_step=on_step))
-        loop.run()
+        try:
+            loop = set_up_loop(job.task, self.device, LoopHooks(on_checkpoint=_discard, on_step=on_step))
+            loop.run()
+        finally:
+            if stream is not None:
+                stream.close()
         return loop
 
     def _judge_of(self, task: JudgeTask) -> Judge:

@@ -43,6 +43,8 @@ def test_a_run_leaves_everything_that_the_design_lists(full_run: FullRun) -> Non
     assert all(len(step["fingerprint"]) == 64 and step["seconds"] >= 0 for step in steps.values())
     assert json.loads((run / "environment.json").read_text())["nodes"]
     assert not list(run.rglob("*.tmp"))
+    assert len(list((run / "tensorboard" / "distill").iterdir())) == 2, "from the first worker, and with the report"
+    assert list((run / "tensorboard" / "control").iterdir()) and list((run / "tracking").glob("control-*.json"))
 
 
 def test_evaluation_has_the_four_models(full_run: FullRun) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
         "records",
         "run_directory",
     },
-    {"curriculum", "data", "models", "answers", "teacher_cache"},
+    {"curriculum", "data", "models", "answers", "teacher_cache", "tracking"},
     {"difficulty", "distill", "evaluation", "ray_train", "responses", "trainings"},
     {
         "advice",

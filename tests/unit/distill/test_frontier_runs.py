@@ -187,6 +187,18 @@ def test_rollouts_leave_the_gap_of_the_data_s_responses_alone(alone: dict[str, A
         assert np.array_equal(after, before) is (source == "student")
 
 
+def test_each_evaluation_records_the_mean_gap_of_each_bucket(alone: dict[str, Any]) -> None:
+    task, outcome = alone["whole"]
+    (num_buckets,) = {len(stage.buckets) for stage in task.stages}
+    records = [record for record in outcome.metrics if "train/loss" not in record]
+    first, last = first_gaps(task), kept(outcome.checkpoints[-1])["gaps"]
+    for gaps, record in ((first, records[0]), (last, records[-1])):
+        found = [record[f"curriculum/gap_bucket_{bucket}"] for bucket in range(num_buckets)]
+        size = len(gaps) // num_buckets
+        assert found[0] == pytest.approx(gaps[:size].mean())  # the ranks of these rows are those of the file
+        assert found[-1] == pytest.approx(gaps[size * (num_buckets - 1) :].mean())
+
+
 def test_a_checkpoint_vouches_for_its_gaps(alone: dict[str, Any]) -> None:
     progress = json.loads((alone["whole"][1].checkpoints[0] / "progress.json").read_text())
     assert FRONTIER_FILE in progress["sha256"]

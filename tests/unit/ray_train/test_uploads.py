@@ -164,3 +164,18 @@ def test_a_snapshot_of_progress_stays_as_it_was(tmp_path: Path) -> None:
     progress.metrics.append({"step": 4})
     progress.rollout["history"].append(2)
     assert taken == replace(progress, step=3, metrics=[{"step": 3}], rollout={"threshold": 0.5, "history": [1]})
+
+
+def test_trackers_receive_what_the_metric_stream_keeps_and_nothing_else(train: Train, tmp_path: Path) -> None:
+    made, _ = reporter(tmp_path)
+    sent: list[int] = []
+    made.stream = SimpleNamespace(log=lambda record: sent.append(record["step"]))  # type: ignore[assignment]
+    made.gauges, made.last_shown = None, float("inf")
+    made.progress_actor.show = SimpleNamespace(remote=lambda *_: None)
+    progress = Progress()
+    for step in range(1, 5):
+        record = {"step": step, "train/loss": 1.0}
+        if step % 2 == 0:  # as train.log_every_steps 2 does
+            progress.metrics.append(record)
+        made.step(progress, record)
+    assert sent == [2, 4]

@@ -1,0 +1,141 @@
+"""A training as trackers know it: its name and group, an id that a resumed training keeps, and the figures of a record.
+
+All trackers receive one stream, that of `metrics.jsonl`. The process that holds the metrics sends it: the first
+training worker. The results, which are written later, are sent by the driver to the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pocl_ray.errors import ConfigError
+from pocl_ray.run_directory.storage import RunDirectory
+
+FOLDER = "tracking"
+"""The folder of the ids, and of files that trackers write on this machine."""
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+"""Each tracker, by its name in the config, and the module that it needs."""
+
+PROJECTS = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "trackio": "TRACKIO_PROJECT"}
+"""The environment variable that names the project of each tracker that has projects."""
+
+GIB = 2**30
+
+
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """Check that the packages of the trackers are installed.
+
+    Raises:
+        ConfigError: A package is missing; the message names the extra that brings it.
+    """
+    for name in trackers:
+        if find_spec(PACKAGES[name]) is None:
+            extra = "" if name == "tensorboard" else f"[{name}]"  # TensorBoard's writer comes with pocl-ray itself
+            raise ConfigError(
+                f"tracking: {name} needs the package {PACKAGES[name]}, which is not installed; run "
+                f"pip install 'pocl-ray{extra}', or leave {name} out"
+            )
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The part of a config that tracking needs.
+
+    Attributes:
+        trackers: Names of the trackers.
+        group: Group of the trackers' runs: the name of the run, of the search or of the experiment.
+        settings: Config of the training as a tree.
+    """
+
+    trackers: tuple[str, ...] = ()
+    group: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One training in the trackers. Its stages are one run, and a resumed training goes on in it.
+
+    Attributes:
+        run_dir: Run directory.
+        name: Name of the training, such as `distill`, `control`, a trial or an arm with its seed.
+        id: Id of the run in the trackers, which the run directory keeps.
+        group: Group of the run.
+        settings: Config of the training as a tree.
+        first_step: Number of optimizer steps that are already done; the stream goes on after them.
+    """
+
+    run_dir: RunDirectory
+    name: str
+    id: str
+    group: str
+    settings: Mapping[str, Any]
+    first_step: int = 0
+
+    @classmethod
+    def begin(
+        cls, tracking: Tracking, run_dir: RunDirectory, name: str, fingerprint: str, first_step: int
+    ) -> TrackedRun:
+        """Return the run of a training; its id is the one of an earlier start, or a new one.
+
+        Args:
+            tracking: Group and config.
+            run_dir: Run directory, which keeps the id.
+            name: Name of the training.
+            fingerprint: Fingerprint of everything that the training depends on; with another one it is another run.
+            first_step: Number of optimizer steps that are already done.
+        """
+        place = f"{FOLDER}/{name}-{fingerprint[:12]}.json"
+        if run_dir.exists(place):
+            own_id = str(run_dir.read_json(place)["id"])
+        else:
+            own_id = uuid.uuid4().hex[:12]
+            run_dir.write_json(place, {"id": own_id})
+        return cls(run_dir, name, own_id, tracking.group, tracking.settings, first_step)
+
+    @property
+    def title(self) -> str:
+        """The name that a tracker shows."""
+        return f"{self.group}/{self.name}"
+
+    def project(self, tracker: str) -> str:
+        """Return the project of a tracker: the one that its environment variable names, or `pocl-ray`."""
+        return os.environ.get(PROJECTS[tracker]) or "pocl-ray"
+
+    def local_folder(self) -> Path | None:
+        """Return the folder for files of trackers, or None if the run directory is on an object store."""
+        return Path(self.run_dir.uri) / FOLDER if "://" not in self.run_dir.uri else None
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a record of the metric stream, with tokens per second and memory."""
+    figures = {
+        key: float(value)
+        for key, value in record.items()
+        if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    if figures.get("step_s"):
+        figures["train/tokens_per_s"] = figures["num_response_tokens"] / figures["step_s"]
+    return {**figures, **_memory()}
+
+
+def _memory() -> dict[str, float]:
+    """The memory that this process holds, that its machine has left, and that its GPU has held at most, in GiB."""
+    figures = {
+        "system/process_memory_gib": psutil.Process().memory_info().rss / GIB,
+        "system/free_memory_gib": psutil.virtual_memory().available / GIB,
+    }
+    torch = sys.modules.get("torch")  # a process without torch holds no GPU
+    if torch is not None and torch.cuda.is_initialized():
+        figures["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return figures

@@ -1,0 +1,116 @@
+"""The metric stream on its way to the trackers: one thread for each, so that none of them can hold training up.
+
+A tracker that is down, has no key or breaks is one warning. Training goes on, and the other trackers too.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pocl_ray.plugins import reason
+from pocl_ray.tracking.results import Results
+from pocl_ray.tracking.run import TrackedRun, figures_of
+from pocl_ray.tracking.trackers import Point, Tracker, open_tracker
+
+MAX_WAITING = 10_000
+"""The records that may wait for one tracker. A tracker that falls further behind is given up."""
+
+CLOSE_S = 60.0
+"""The seconds that the end of a training waits for trackers."""
+
+Open = Callable[[str, TrackedRun], Tracker]
+
+
+class Stream:
+    """Sends figures and results to all trackers of a run."""
+
+    def __init__(
+        self, run: TrackedRun, trackers: tuple[str, ...], warn: Callable[[str], object], opens: Open = open_tracker
+    ) -> None:
+        """Start one thread for each tracker; it opens its tracker first.
+
+        Args:
+            run: Run that the trackers show.
+            trackers: Names of the trackers.
+            warn: Function that is called with a warning, from the thread of the tracker.
+            opens: Function that opens a tracker.
+        """
+        self._senders = [_Sender(name, run, warn, opens) for name in trackers]
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a record of the metric stream; this returns at once."""
+        if self._senders:
+            point = (int(record["step"]), figures_of(record))
+            for sender in self._senders:
+                sender.put(point)
+
+    def send_results(self, results: Results) -> None:
+        """Send the results of a run; this returns at once."""
+        for sender in self._senders:
+            sender.put(results)
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Wait until everything is sent, but no longer than `timeout_s` for all trackers together."""
+        for sender in self._senders:
+            sender.put(None)
+        deadline = time.monotonic() + timeout_s
+        for sender in self._senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+            if sender.is_alive():
+                sender.give_up(f"it has not taken everything {timeout_s:g} s after the end; the rest is not sent")
+
+
+class _Sender(threading.Thread):
+    """The thread of one tracker."""
+
+    def __init__(self, name: str, run: TrackedRun, warn: Callable[[str], object], opens: Open) -> None:
+        super().__init__(name=f"tracker {name}", daemon=True)  # a tracker that hangs must not keep the process
+        self._tracker, self._run, self._warn, self._opens = name, run, warn, opens
+        self._queue: queue.Queue[Point | Results | None] = queue.Queue(MAX_WAITING)
+        self._has_failed = threading.Event()
+        self.start()
+
+    def put(self, item: Point | Results | None) -> None:
+        """Hand an item to the thread; None is the end."""
+        if self._has_failed.is_set():
+            return
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            self.give_up(f"{MAX_WAITING:,} records wait for it")
+
+    def give_up(self, why: str) -> None:
+        """Warn once, and take nothing more."""
+        if not self._has_failed.is_set():
+            self._has_failed.set()
+            self._warn(f"tracking: {self._tracker}: {why}; the run goes on without it")
+
+    def run(self) -> None:
+        """Open the tracker, and send what comes until the end."""
+        try:
+            tracker = self._opens(self._tracker, self._run)
+            while self._send(tracker, self._queue.get()):
+                pass
+            tracker.close()
+        except Exception as error:  # code of a tracker, and a network, may fail in any way
+            self.give_up(reason(error))
+
+    def _send(self, tracker: Tracker, item: Point | Results | None) -> bool:
+        """Send an item, and with a point all points that wait behind it; return whether more may come."""
+        points: list[Point] = []
+        while isinstance(item, tuple):
+            points.append(item)
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                tracker.log(points)
+                return not self._has_failed.is_set()
+        if points:
+            tracker.log(points)
+        if isinstance(item, Results):
+            tracker.log_results(item)
+        return item is not None and not self._has_failed.is_set()

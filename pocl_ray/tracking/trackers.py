@@ -1,0 +1,306 @@
+"""The four trackers. Each is opened for one run, takes points and results, and is closed; errors are the caller's.
+
+Their packages are imported here alone, when a run opens one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pocl_ray.tracking.results import Results, as_json, as_markdown
+from pocl_ray.tracking.run import TrackedRun
+
+Point = tuple[int, dict[str, float]]
+"""An optimizer step, and figures by name."""
+
+FLUSH_S = 10
+"""The seconds of a training that a killed process may lose."""
+
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
+MLFLOW_ID = "pocl_ray.id"
+MAX_BATCH = 1000  # metrics in one request to MLflow
+MAX_PARAMS = 100  # parameters in one request to MLflow
+MAX_PARAM_CHARS = 6000
+
+# The streams of a training: a record of a step has the first key, one of an evaluation the second.
+KINDS = ("train/loss", "eval/dev/ce_loss")
+
+
+class Tracker(Protocol):
+    """One tracker, open for one run."""
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Take points of the metric stream, in order."""
+
+    def log_results(self, results: Results) -> None:
+        """Take the results of the run."""
+
+    def close(self) -> None:
+        """Send everything, and end the run in the tracker."""
+
+
+def open_tracker(name: str, run: TrackedRun) -> Tracker:
+    """Open a tracker for a run, which goes on in the tracker if it is there already.
+
+    Raises:
+        Exception: The tracker's package is missing, has no key, or does not reach its server.
+    """
+    return _TRACKERS[name](run)
+
+
+class TensorBoard:
+    """Event files in `tensorboard/<name of the training>` of the run directory."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._run_dir, self._rel = run.run_dir, f"tensorboard/{run.name}"
+        is_local = run.local_folder() is not None
+        self._folder = Path(run.run_dir.uri) / self._rel if is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
+        self._is_local = is_local
+        # Steps after a checkpoint are taken again, and TensorBoard is told to forget those of the earlier start.
+        purge = run.first_step + 1 if run.first_step else None
+        # Two starts in one second would otherwise write to one file; files are read in the order of their names.
+        suffix = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=FLUSH_S, filename_suffix=suffix)
+        self._writer.add_text("config", f"```json\n{json.dumps(run.settings, indent=2)}\n```", run.first_step)
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Write points."""
+        for step, figures in points:
+            for key, value in figures.items():
+                self._writer.add_scalar(key, value, step)
+        if any(KINDS[0] not in figures for _, figures in points):
+            self._publish()
+
+    def log_results(self, results: Results) -> None:
+        """Write final figures as scalars, tables as text, and plots as images."""
+        import numpy as np
+        from PIL import Image
+
+        for key, value in results.figures.items():
+            self._writer.add_scalar(key, value, results.step)
+        self._writer.add_text("final", as_markdown(results.table), results.step)
+        self._writer.add_text("answers", as_markdown(results.answers), results.step)
+        for name, path in results.plots.items():
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(f"plots/{name}", pixels, results.step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+        self._publish()
+        if not self._is_local:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _publish(self) -> None:
+        self._writer.flush()
+        if not self._is_local:
+            for path in self._folder.iterdir():
+                self._run_dir.write_bytes(f"{self._rel}/{path.name}", path.read_bytes())
+
+
+class Wandb:
+    """A run of Weights & Biases; with WANDB_MODE=offline its files are in the run directory, for `wandb sync`."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self._wandb = wandb
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("there is no API key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
+        folder = run.local_folder()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=run.project("wandb"),
+            group=run.group,
+            name=run.title,
+            id=run.id,
+            resume="allow",
+            config=dict(run.settings),
+            dir=None if "WANDB_DIR" in os.environ or folder is None else str(folder),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Log points under their own steps: W&B leaves out those that it has, such as after a resumption."""
+        for step, figures in points:
+            self._run.log(figures, step=step)
+
+    def log_results(self, results: Results) -> None:
+        """Log final figures as the summary, tables, plots, and files as one artifact."""
+        tables = {"final/table": results.table, "final/answers": results.answers}
+        media: dict[str, Any] = {key: self._table(table) for key, table in tables.items() if table}
+        media |= {f"plots/{name}": self._wandb.Image(str(path)) for name, path in results.plots.items()}
+        self._run.log(media)
+        self._run.summary.update(dict(results.figures))
+        artifact = self._wandb.Artifact(f"results-{self._run.id}", type="results")
+        for name, path in results.files.items():
+            artifact.add_file(str(path), name=name)
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+    def _table(self, table: list[dict[str, Any]]) -> Any:
+        names: list[str | int] = list(dict.fromkeys(key for row in table for key in row))
+        return self._wandb.Table(columns=names, data=[[row.get(str(name)) for name in names] for row in table])
+
+
+class MLflow:
+    """A run of an MLflow server; a tag holds its group, and another one the id by which a resumed training finds it."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        if not os.environ.get(MLFLOW_URI):
+            raise RuntimeError(f"no server is named; set {MLFLOW_URI}, such as http://HOST:5000")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its default waits for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._client, self._metric = MlflowClient(), Metric
+        experiment = self._experiment(run.project("mlflow"))
+        found = self._client.search_runs([experiment], f"tags.`{MLFLOW_ID}` = '{run.id}'", max_results=1)
+        self._last_steps = dict.fromkeys(KINDS, -1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            for kind in KINDS:
+                history = self._client.get_metric_history(self._id, kind)
+                self._last_steps[kind] = max((metric.step for metric in history), default=-1)
+            return
+        tags = {MLFLOW_ID: run.id, "group": run.group}
+        self._id = self._client.create_run(experiment, run_name=run.title, tags=tags).info.run_id
+        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in flat_settings(run.settings).items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(self._id, params=params[start : start + MAX_PARAMS])
+        self._client.log_dict(self._id, dict(run.settings), "config.json")
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Log points that the run does not have yet."""
+        now = int(time.time() * 1000)
+        metrics = [
+            self._metric(key, value, now, step)
+            for step, figures in points
+            if step > self._last_steps[_kind(figures)]
+            for key, value in figures.items()
+        ]
+        self._send(metrics)
+
+    def log_results(self, results: Results) -> None:
+        """Log final figures as metrics, and everything else as artifacts."""
+        now = int(time.time() * 1000)
+        self._send([self._metric(key, value, now, results.step) for key, value in results.figures.items()])
+        self._client.log_text(self._id, as_json(results.table), "final.json")
+        self._client.log_text(self._id, as_json(results.answers), "answers.json")
+        for folder, files in ((None, results.files), ("plots", results.plots)):
+            for path in files.values():
+                self._client.log_artifact(self._id, str(path), folder)
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._id)
+
+    def _send(self, metrics: Sequence[Any]) -> None:
+        for start in range(0, len(metrics), MAX_BATCH):
+            self._client.log_batch(self._id, metrics=metrics[start : start + MAX_BATCH])
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:  # another run has created it in this moment
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+
+class Trackio:
+    """A run of Trackio, in its local store (TRACKIO_DIR), or where its own variables say."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        self._trackio, self._project = trackio, run.project("trackio")
+        # Trackio finds a run by its name, so the name holds the id.
+        self._name = f"{run.title}-{run.id}"
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
+            self._run = trackio.init(
+                project=self._project,
+                name=self._name,
+                group=run.group,
+                config=dict(run.settings),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        self._last_steps = dict.fromkeys(KINDS, -1)
+        if run.first_step:
+            for record in trackio.SQLiteStorage.get_logs(self._project, self._name):
+                kind = _kind(record)
+                self._last_steps[kind] = max(self._last_steps[kind], int(record["step"]))
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Log points that the local store does not have yet."""
+        for step, figures in points:
+            if step > self._last_steps[_kind(figures)]:
+                self._run.log(figures, step=step)
+
+    def log_results(self, results: Results) -> None:
+        """Log final figures, tables and plots, and files as one artifact."""
+        import pandas as pd
+
+        tables = {"final/table": results.table, "final/answers": results.answers}
+        media: dict[str, Any] = {
+            key: self._trackio.Table(dataframe=pd.DataFrame(table)) for key, table in tables.items() if table
+        }
+        media |= {f"plots/{name}": self._trackio.Image(str(path)) for name, path in results.plots.items()}
+        self._run.log({**results.figures, **media}, step=results.step)
+        artifact = self._trackio.Artifact(f"results-{self._name.replace('/', '-')}", type="results")
+        for path in results.files.values():
+            artifact.add_file(path)
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Finish the run."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+def _kind(figures: Mapping[str, Any]) -> str:
+    return KINDS[0] if KINDS[0] in figures else KINDS[1]
+
+
+def flat_settings(settings: Any, key: str = "") -> dict[str, str]:
+    """Return a config as dotted keys and texts; lists are one value."""
+    if not isinstance(settings, dict):
+        return {key: settings if isinstance(settings, str) else json.dumps(settings)}
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        found |= flat_settings(value, f"{key}.{name}" if key else str(name))
+    return found
+
+
+_TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
