@@ -9,8 +9,9 @@ import json
 import sys
 import traceback
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -41,12 +42,21 @@ Overrides = Annotated[
         help="such as train.learning_rate=1e-3, or a file of keys such as configs/methods/reverse_kl.yaml",
     ),
 ]
+PastRunPlace = Annotated[str, typer.Argument(metavar="RUN", help="directory or URL of a run, such as runs/quickstart")]
 WithChanges = Annotated[
     bool,
     typer.Option(
         "--resume-with-changes", help="go on in a run directory whose config differs; changed steps run again"
     ),
 ]
+
+
+class Pushed(StrEnum):
+    """The parts of a run that `pocl-ray push` can push."""
+
+    STUDENT = "student"
+    ADAPTERS = "adapters"
+    TEACHER_CACHE = "teacher-cache"
 
 
 @app.command()
@@ -95,14 +105,21 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would run, why, and at what cost")] = False,
 ) -> None:
     """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
+    loaded = load_config(config, overrides or [])
     if dry_run:
-        loaded = load_config(config, overrides or [])
         from pocl_ray.advice import dry_run as dry
 
         dry.dry_run(loaded)
         return
+    if loaded.hub is not None:  # hours of training should not end with a name that the Hub does not take
+        from pocl_ray.hub.push import check_repo, check_token
+
+        check_repo(loaded.hub.repo, "hub.repo")
+        check_token("hub")
     run_dir = _run_until("report", config, overrides, resume_with_changes)
     console.print(f"student  {run_dir.uri_of('student')}\nreport   {run_dir.uri_of('report.html')}")
+    if loaded.hub is not None:
+        _push(run_dir.uri, loaded.hub.repo, loaded.hub.private, "student")
 
 
 @app.command()
@@ -209,6 +226,17 @@ def fetch(
 
 
 @app.command()
+def push(
+    run: PastRunPlace,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository; it is made if it is missing")],
+    private: Annotated[bool, typer.Option("--private", help="make a private repository")] = False,
+    what: Annotated[Pushed, typer.Option(help="what is pushed")] = Pushed.STUDENT,
+) -> None:
+    """Push a run's student to the Hugging Face Hub, with a model card, the report and the config."""
+    _push(run, repo, private, what.value)
+
+
+@app.command()
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -235,6 +263,13 @@ def submit(
         raise UserError("submit: no cluster is named; give --address http://HEAD:8265 or set RAY_API_SERVER_ADDRESS")
     submission = Submission(config, overrides or [], address, working_dir, parse_env(env or []), runtime_env)
     sys.exit(submit(submission, wait))
+
+
+def _push(place: str, repo: str, private: bool, what: Literal["student", "adapters", "teacher-cache"]) -> None:
+    from pocl_ray.hub.push import push
+    from pocl_ray.run_directory.opening import open_past_run
+
+    console.print(f"pushed   {push(open_past_run(place), repo, private, what)}")
 
 
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:

@@ -156,6 +156,13 @@ class ReportConfig(Section):
     )
 
 
+class HubConfig(Section):
+    """The repository on the Hugging Face Hub that `pocl-ray run` pushes the student to at its end."""
+
+    repo: str = Field(description="owner/name; it is made if it is missing")
+    private: bool = Field(default=False, description="whether a repository that is made is private")
+
+
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -185,6 +192,7 @@ class Config(Section):
     tracking: tuple[TrackerName, ...] = Field(
         default=("tensorboard",), description="trackers that receive metrics and results (docs/tracking.md)"
     )
+    hub: HubConfig | None = Field(default=None, description="push the student when the run is done (docs/hub.md)")
     tune: TuneConfig | None = Field(default=None, description="the search of `pocl-ray tune`")
     experiment: ExperimentConfig | None = Field(default=None, description="the comparison of `pocl-ray experiment`")
 

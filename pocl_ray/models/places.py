@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -147,11 +147,14 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(ref.path, name, revision=ref.revision))
     except GatedRepoError:
-        raise ModelError(f"{ref.path}: access to this Hub model is restricted; log in with `hf auth login`") from None
+        raise ModelError(
+            f"{ref.path}: access to this Hub model is restricted; ask for it on the model's page, and log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{ref.path}: the Hub has no revision {ref.revision!r} of it") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(f"{ref.path}: neither a directory here nor a model on the Hub") from None
+        raise ModelError(f"{ref.path}: neither a directory here nor a model on the Hub{_login_hint()}") from None
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached and its cache here does not hold it"
         raise HubUnreachableError(f"{ref.path}: no such directory here, and {reason}") from None
@@ -159,6 +162,13 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
         return None
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"{ref.path}: the Hub failed ({_first_line(error)})") from None
+
+
+def _login_hint() -> str:
+    """The remedy for a private model: without access the Hub does not tell it from one that does not exist."""
+    if get_token() is None:
+        return "; if it is private, log in with `hf auth login` or set HF_TOKEN"
+    return "; if it is private, your token has no access to it"
 
 
 def adapter_file(ref: ModelRef, name: str) -> Path | None:

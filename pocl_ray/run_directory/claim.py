@@ -34,6 +34,7 @@ NEUTRAL = (
     "scaling",
     "report",
     "tracking",
+    "hub",
     "tune",
     "experiment",
     "distill.chunk_mib",

@@ -31,6 +31,7 @@ LAYERS = (
         "advice",
         "experiments",
         "fingerprints",
+        "hub",
         "inputs",
         "integrations",
         "pipeline",

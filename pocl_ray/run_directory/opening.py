@@ -1,0 +1,73 @@
+"""A run directory of the past, opened by its place: what is done there, and refusals of what cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pocl_ray.config import Config
+from pocl_ray.errors import StorageError
+from pocl_ray.run_directory.claim import CONFIG
+from pocl_ray.run_directory.manifest import Manifest
+from pocl_ray.run_directory.storage import RunDirectory, is_remote
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run that was started, and perhaps finished.
+
+    Attributes:
+        place: Directory or URL as the user gave it.
+        run_dir: Run directory.
+        config: Config of the run.
+        steps: Steps of the manifest.
+    """
+
+    place: str
+    run_dir: RunDirectory
+    config: Config
+    steps: dict[str, dict[str, Any]]
+
+    def is_done(self, step: str) -> bool:
+        """Return whether a step is done."""
+        return self.steps.get(step, {}).get("status") == "done"
+
+    def require(self, steps: Iterable[str]) -> None:
+        """Check that steps are done.
+
+        Raises:
+            StorageError: Some are not; the message names what there is and what is missing.
+        """
+        missing = [step for step in steps if not self.is_done(step)]
+        if missing:
+            done = ", ".join(step for step in self.steps if self.is_done(step)) or "nothing"
+            raise StorageError(
+                f"{self.place}: the run is not finished: done are {done}; missing: {', '.join(missing)}; go on with "
+                f"`pocl-ray run {self.run_dir.uri_of(CONFIG)}`"
+            )
+
+
+def open_past_run(place: str) -> PastRun:
+    """Open the run directory at a path or URL.
+
+    Raises:
+        StorageError: No run stands there, or another version of pocl-ray wrote it.
+    """
+    uri = place.rstrip("/") if is_remote(place) else str(Path(place.removeprefix("file://")).expanduser().absolute())
+    run_dir = RunDirectory(uri)
+    if not run_dir.exists("manifest.json") or not run_dir.exists(CONFIG):
+        hint = f"{CONFIG} and manifest.json are missing; give the directory <storage_path>/<name> of a run"
+        raise StorageError(f"{place}: no run stands there: {hint}")
+    steps = Manifest(run_dir).steps
+    try:
+        config = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
+    except (ValueError, yaml.YAMLError):
+        raise StorageError(
+            f"{place}: written by another version of pocl-ray ({CONFIG} has other keys); use the version that "
+            "environment.json names"
+        ) from None
+    return PastRun(place, run_dir, config, steps)
