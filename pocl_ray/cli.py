@@ -237,6 +237,42 @@ def push(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN ...", help="directories or URLs of finished runs")],
+    out: Annotated[Path, typer.Option(help="the page")] = Path("comparison.html"),
+) -> None:
+    """Compare finished runs: what differs in their configs, and what came of it on the same rows."""
+    from pocl_ray.comparison.runs import compared_runs
+    from pocl_ray.run_directory.opening import open_past_run
+
+    compared = compared_runs([open_past_run(run) for run in runs])
+    from pocl_ray.comparison.page import figures_table, write_comparison
+
+    write_comparison(compared, out)
+    console.print(figures_table(compared))
+    console.print(f"page     {out.absolute()}")
+
+
+@app.command()
+def chat(
+    run: PastRunPlace,
+    student: Annotated[bool, typer.Option("--student", help="the student alone answers")] = False,
+    prompt: Annotated[str | None, typer.Option(help="answer this one on stdout and end")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of sampling; 0: greedy")] = 0.0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default: that of the run's evaluation")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of sampled answers")] = 0,
+) -> None:
+    """Ask teacher, student before and student of a run the same prompt."""
+    from pocl_ray.run_directory.opening import open_past_run
+
+    past = open_past_run(run)
+    past.require(["distill"])  # before the heavy imports
+    from pocl_ray.chat.terminal import chat
+
+    chat(past, student, prompt, temperature, max_new_tokens, seed)
+
+
+@app.command()
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -6,7 +6,7 @@ Legend: P prompts, D draws of each, B = P x D rows, T tokens, V vocabulary, H hi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -104,12 +104,15 @@ class Batch:
         self.logits_BV: Tensor | None = None
         self.cache: DynamicCache | None = None
 
-    def run(self, choose: Choose, no_repeat_ngram_size: int = 0) -> list[list[np.ndarray]]:
+    def run(
+        self, choose: Choose, no_repeat_ngram_size: int = 0, on_tokens: Callable[[Tensor], object] | None = None
+    ) -> list[list[np.ndarray]]:
         """Return all responses.
 
         Args:
             choose: Function that chooses the tokens of rows that are not greedy.
             no_repeat_ngram_size: Length of n-grams that are not repeated, as in `GenerationSettings`.
+            on_tokens: Function that is called with the new token of each row that is left, shape (B,).
 
         Returns:
             For each draw the responses in the order of the prompts.
@@ -126,7 +129,10 @@ class Batch:
             logits_BV = self._logits(hidden_BH)
             if self.seen_BT is not None:
                 ban_repeats(logits_BV, self.seen_BT[:, : self.num_prompt_tokens + step], no_repeat_ngram_size)
-            self._take(self._chosen(logits_BV, choose, step), step)
+            token_B = self._chosen(logits_BV, choose, step)
+            self._take(token_B, step)
+            if on_tokens is not None:
+                on_tokens(token_B)
             if (step + 1) % look_every == 0 and self._all_left():
                 break
             if step + 1 < longest:

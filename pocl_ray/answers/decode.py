@@ -19,7 +19,7 @@ Legend: P prompts of a batch, B its rows (each draw of each prompt is one), T to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,8 @@ from pocl_ray.answers.families import means_of
 from pocl_ray.answers.sampling import answer_draws, chooser
 from pocl_ray.config import GenerationConfig
 from pocl_ray.models.saving import stop_ids_of
+
+OnTokens = Callable[[torch.Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def generate(
     settings: GenerationSettings,
     seeds: Sequence[int | None],
     keys: Sequence[int] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> list[list[list[int]]]:
     """Return answers to each prompt, one for each seed.
 
@@ -96,6 +99,7 @@ def generate(
         seeds: Seed of each answer to a prompt; None for a greedy answer, whatever the temperature.
         keys: Key of each prompt, such as the row's id: an answer is drawn by (seed, key) alone. Default: the prompt's
             place.
+        on_tokens: Function that is called with the new tokens of the rows of a batch, as they are chosen.
 
     Returns:
         For each seed the token ids of the answers in the order of `prompts`, without the end-of-sequence token. An
@@ -112,7 +116,7 @@ def generate(
         for seed in seeds
     ]
     with _without_dropout(model):
-        answered = decode(model, prompts, limits, draws, sorted(stop_ids), settings)
+        answered = decode(model, prompts, limits, draws, sorted(stop_ids), settings, on_tokens)
     # An end-of-sequence token can only be the last one.
     return [[r[:-1].tolist() if int(r[-1]) in stop_ids else r.tolist() for r in responses] for responses in answered]
 
@@ -124,6 +128,7 @@ def decode(
     draws: Sequence[Draw],
     stop_ids: Sequence[int],
     settings: GenerationSettings,
+    on_tokens: OnTokens | None = None,
 ) -> list[list[np.ndarray]]:
     """Return responses to each prompt, one for each draw.
 
@@ -134,6 +139,7 @@ def decode(
         draws: Numbers that decide the sampling; draws of a prompt share its prefill.
         stop_ids: Tokens that end a response.
         settings: Choice of tokens, and rows of a batch; its limits are not read.
+        on_tokens: Function that is called with the new tokens of the rows of a batch, as they are chosen.
 
     Returns:
         For each draw the token ids of the responses in the order of `prompts`, int32. One that has ended keeps the
@@ -160,7 +166,8 @@ def decode(
         for some in (places[first : first + at_once] for first in range(0, len(places), at_once)):
             drawn = [None if (draw := draws[place]) is None else [draw[row] for row in rows] for place in some]
             with torch.no_grad():  # not inference_mode: the model may keep what it computes, and trains afterwards
-                written = Batch(model, *picked, drawn, stop_ids, means).run(choose, settings.no_repeat_ngram_size)
+                batch = Batch(model, *picked, drawn, stop_ids, means)
+                written = batch.run(choose, settings.no_repeat_ngram_size, on_tokens)
             for place, of_draw in zip(some, written, strict=True):
                 for row, tokens in zip(rows, of_draw, strict=True):
                     responses[place][row] = tokens

@@ -68,7 +68,7 @@ _ROLES_OF_TASK: dict[Task, tuple[str, str]] = {
         "`columns: {{text: ...}}`",
     ),
 }
-_SUMMARIZE = "Summarize the following text."
+SUMMARIZE = "Summarize the following text."
 _OPTIONAL: frozenset[ColumnRole] = frozenset({"input", "system", "topic"})
 _ROLES_OF_CHAT = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -182,7 +182,7 @@ def read_request(values: Mapping[str, Any], columns: Columns) -> Request:
     if "document" in columns:
         document = _text(_field(values, columns["document"]), columns["document"])
         summaries = _references(_field(values, columns["summary"]), columns["summary"])
-        return Request(_SUMMARIZE, document, system, (), summaries, topic)
+        return Request(SUMMARIZE, document, system, (), summaries, topic)
     role: ColumnRole = "instruction" if "instruction" in columns else "prompt"
     instruction = _text(_field(values, columns[role]), columns[role])
     references = _references(_field(values, columns["output"]), columns["output"])

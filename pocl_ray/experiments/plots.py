@@ -63,7 +63,7 @@ def learning_curves(records: Mapping[str, Sequence[TrainingRecord]], figure: str
     """
     drawing = new_figure(3.0)
     ax = drawing.add_subplot()
-    for (arm, own), (colour, style) in zip(records.items(), _styles(), strict=False):
+    for (arm, own), (colour, style) in zip(records.items(), line_styles(), strict=False):
         values: dict[int, list[float]] = {}
         for record in own:
             for point in record.curve:
@@ -79,6 +79,6 @@ def learning_curves(records: Mapping[str, Sequence[TrainingRecord]], figure: str
     return drawing
 
 
-def _styles() -> cycle[tuple[str, str]]:
+def line_styles() -> cycle[tuple[str, str]]:
     """Colours first, then the same ones dashed and dotted."""
     return cycle([(colour, style) for style in ("-", "--", ":") for colour in LINES])

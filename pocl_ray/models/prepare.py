@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pocl_ray.config import ModelConfig, StudentConfig, TeacherConfig
+from pocl_ray.config import Config, ModelConfig, StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError
 from pocl_ray.models.adapter_targets import coverage
 from pocl_ray.models.building import build_model, last_line, model_from_config
@@ -36,7 +36,7 @@ from pocl_ray.models.places import (
     place_on_this_node,
 )
 from pocl_ray.models.saving import save_model
-from pocl_ray.records import Coverage
+from pocl_ray.records import STUDENT, STUDENT_BEFORE, TEACHER, Coverage
 from pocl_ray.run_directory.storage import RunDirectory, local_path
 
 
@@ -169,6 +169,21 @@ def trained_reference(config: StudentConfig, start: ModelRef, path: str) -> Mode
     if config.lora is None or config.lora.merge:
         return reference(config, path)
     return replace(start, adapter=f"{path}/{ADAPTER}", adapter_revision=None)
+
+
+def references_of_run(config: Config, run_dir: RunDirectory) -> dict[str, ModelRef]:
+    """Return the references of a finished run's models, by their names in evaluation.json, without the control."""
+
+    def made(role: str, model: ModelConfig) -> str | None:
+        name = role if model.sft is not None else None if model.path is not None else f"{role}_init"
+        return None if name is None else run_dir.uri_of(f"models/{name}")
+
+    before = reference(config.student, made("student", config.student))
+    return {
+        TEACHER: reference(config.teacher, made("teacher", config.teacher)),
+        STUDENT_BEFORE: before,
+        STUDENT: trained_reference(config.student, before, run_dir.uri_of("student")),
+    }
 
 
 def origin_fingerprint(config: ModelConfig) -> str | dict[str, object]:

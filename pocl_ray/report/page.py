@@ -134,6 +134,11 @@ def render_experiment(context: Mapping[str, Any]) -> str:
     return _environment().get_template("experiment.html.j2").render(context)
 
 
+def render_comparison(context: Mapping[str, Any]) -> str:
+    """Return the page of a comparison of runs; everything that comes from the runs is escaped."""
+    return _environment().get_template("comparison.html.j2").render(context)
+
+
 def render_model_card(context: Mapping[str, Any]) -> str:
     """Return the README.md of the student."""
     return _environment().get_template("model_card.md.j2").render(context)

@@ -6,6 +6,7 @@ training worker. The results, which are written later, are sent by the driver to
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
@@ -139,3 +140,13 @@ def _memory() -> dict[str, float]:
     if torch is not None and torch.cuda.is_initialized():
         figures["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
     return figures
+
+
+def flat_settings(settings: Any, key: str = "") -> dict[str, str]:
+    """Return a config as dotted keys and texts; lists are one value."""
+    if not isinstance(settings, dict):
+        return {key: settings if isinstance(settings, str) else json.dumps(settings)}
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        found |= flat_settings(value, f"{key}.{name}" if key else str(name))
+    return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pocl_ray.tracking.results import Results, as_json, as_markdown
-from pocl_ray.tracking.run import TrackedRun
+from pocl_ray.tracking.run import TrackedRun, flat_settings
 
 Point = tuple[int, dict[str, float]]
 """An optimizer step, and figures by name."""
@@ -286,16 +286,6 @@ class Trackio:
 
 def _kind(figures: Mapping[str, Any]) -> str:
     return KINDS[0] if KINDS[0] in figures else KINDS[1]
-
-
-def flat_settings(settings: Any, key: str = "") -> dict[str, str]:
-    """Return a config as dotted keys and texts; lists are one value."""
-    if not isinstance(settings, dict):
-        return {key: settings if isinstance(settings, str) else json.dumps(settings)}
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        found |= flat_settings(value, f"{key}.{name}" if key else str(name))
-    return found
 
 
 _TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {

@@ -29,6 +29,8 @@ LAYERS = (
     {"difficulty", "distill", "evaluation", "ray_train", "responses", "trainings"},
     {
         "advice",
+        "chat",
+        "comparison",
         "experiments",
         "fingerprints",
         "hub",

@@ -1,0 +1,1 @@
+"""Compares finished runs: what differs in their configs, and what came of it on the same rows."""
