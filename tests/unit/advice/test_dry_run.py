@@ -81,7 +81,7 @@ def test_what_is_done_stays_done_and_what_has_changed_names_the_keys() -> None:
     why = dry.steps_to_run(config_of())
     assert why["tokenizer"] == why["rows"] == dry.DONE
     assert why["plan"] == "not done yet" and why["teacher"] == "not done yet"
-    assert why["distill"].startswith("rests on ")
+    assert why["distill"] == "not done yet" and why["evaluation"] == "rests on distill"
     changed = dry.steps_to_run(config_of(data={**TREE["data"], "max_tokens": 120}))
     assert changed["tokenizer"] == dry.DONE
     assert changed["rows"] == "what it depends on has changed: data.max_tokens: 128 -> 120"
@@ -89,6 +89,26 @@ def test_what_is_done_stays_done_and_what_has_changed_names_the_keys() -> None:
     assert dry.steps_to_run(config_of())["rows"] == "what it wrote is gone: rejects.jsonl"
     left = {path: path.read_bytes() for path in Path(run_dir.uri).rglob("*") if path.is_file()}
     assert left == {path: content for path, content in before.items() if path.name != "rejects.jsonl"}
+
+
+class _DoneAtOnce(Steps):
+    """Steps after the rows do nothing and are done."""
+
+    def run(self, name: str, depends: Any, work: Any, trains: bool = False) -> str:
+        is_early = name in ("tokenizer", "rows")
+        return self.manifest.run(name, depends, work if is_early else lambda _: StepResult([], {}))[0]
+
+
+def test_a_change_of_the_curriculum_keeps_scores_and_ranking() -> None:
+    config = config_of()
+    run_dir = RunDirectory.open(config.storage_path, config.name)
+    run_dir.write_text(CONFIG, dump_config(config))
+    _ = dry._Unclaimed(config, _DoneAtOnce(run_dir, lambda: None)).report
+    assert set(dry.steps_to_run(config).values()) == {dry.DONE}
+    why = dry.steps_to_run(config_of(curriculum={"num_steps": 900}))
+    runs = [name for name, reason in why.items() if reason != dry.DONE]
+    assert runs == ["plan", "distill", "evaluation", "report"]
+    assert "curriculum.num_steps: None -> 900" in why["distill"] and why["report"] == "rests on distill"
 
 
 def test_a_step_that_was_interrupted_goes_on(tmp_path: Path) -> None:
