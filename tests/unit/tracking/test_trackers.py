@@ -124,7 +124,8 @@ def records_of(path: Path) -> Iterator[Any]:
 
 
 def test_wandb_writes_offline_and_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb.teardown()  # a test before may have used it with another environment, which it remembers
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     run = track("wandb", tmp_path)
