@@ -267,8 +267,12 @@ class Feed:
                 yield _with_teacher_outputs(ahead.result(), teachers, respond)
 
     def batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
-        """Return the rows of these ids as one micro-batch, with the part of these teachers."""
-        return teachers.teach(self._micro_batch(ids, teachers))
+        """Return the rows of these ids as one micro-batch, with the part of these teachers.
+
+        It is padded, as the first scoring pads: packed rows would change the last digits of signals that the ranks of
+        the two are compared by.
+        """
+        return teachers.teach(self._micro_batch(ids, teachers, replace(self.layout, is_packed=False)))
 
     def evaluation(self, ids: np.ndarray | None = None, stage: int | None = None) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield this worker's micro-batches of the set, and whether each of them counts.
@@ -302,8 +306,8 @@ class Feed:
             ids,
         )
 
-    def _micro_batch(self, ids: np.ndarray, teachers: Teachers) -> MicroBatch:
-        batch = self.layout.collate(*self.rows.tokens(ids))
+    def _micro_batch(self, ids: np.ndarray, teachers: Teachers, layout: Layout | None = None) -> MicroBatch:
+        batch = (layout or self.layout).collate(*self.rows.tokens(ids))
         lengths_R = self.rows.response_lengths[ids]
         return replace(
             batch,

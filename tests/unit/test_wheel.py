@@ -51,7 +51,10 @@ def command_of(environment: Path, wheel: Path, *options: str) -> Path:
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *options, str(wheel)]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=1700)
+    bare = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # pip takes what lies there as installed
+    done = subprocess.run(install, env=bare, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
     return environment / "bin" / "pocl-ray"
 

@@ -120,7 +120,7 @@ def test_a_plan_needs_no_storage(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def unreachable(*_: Any, **__: Any) -> Any:
         raise StorageError("s3://my-bucket: cannot be opened (no network)")
 
-    monkeypatch.setattr(preview, "_prepared", unreachable)
+    monkeypatch.setattr(preview, "prepared_sets", unreachable)
     config = load_config(Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml", [])
     preview.print_plan(config, 4000)
     printed = capsys.readouterr().out
