@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -16,6 +13,8 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.servers import server_on_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,26 +61,10 @@ def shared() -> Path:
 def s3_server() -> Iterator[str]:
     """The address of a real S3 server process on loopback."""
     pytest.importorskip("moto.server", reason="the S3 server of the dev extra is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the S3 server ended"
-                assert time.monotonic() < deadline, "the S3 server does not answer"
-                time.sleep(0.1)
+    with server_on_loopback(
+        lambda port: [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], "/moto-api/"
+    ) as url:
         yield url
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture

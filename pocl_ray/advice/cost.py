@@ -21,8 +21,8 @@ from pocl_ray.advice.model_shape import ModelShape
 from pocl_ray.config import Config
 from pocl_ray.experiments.flops import FlopsCounter
 from pocl_ray.records import RowsSummary, Stage
+from pocl_ray.run_directory.disk import GIB
 
-GIB = float(1 << 30)
 BYTES_AN_ACTIVATION = 17.0  # times the bytes of a number: 34 in bfloat16
 CHUNKS = 3  # of logits that a loss holds at once: both models', and a gradient
 FIXED_BYTES = 1.0 * GIB  # of a process: libraries, CUDA's context, buffers

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,6 @@ from pocl_ray.run_directory.storage import check_bucket, is_remote, reason, reso
 
 State = Literal["ok", "note", "stop"]
 
-PYTHONS = SpecifierSet(">=3.11,<3.15")
 DISTRIBUTION = "pocl-ray"
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 FEWEST_FILES, FEW_FILES = 1024, 65_536
@@ -99,10 +98,10 @@ def doctor(config: Config | None) -> bool:
 
 def python() -> Finding:
     """Look at the version of Python."""
-    here = platform.python_version()
-    if here in PYTHONS:
+    here, promised = platform.python_version(), metadata(DISTRIBUTION)["Requires-Python"]
+    if here in SpecifierSet(promised):
         return Finding("Python", "ok", f"{here}, {sys.executable}")
-    return Finding("Python", "stop", here, "make an environment with Python 3.11 to 3.14")
+    return Finding("Python", "stop", here, f"make an environment with Python {promised}")
 
 
 def packages() -> Finding:

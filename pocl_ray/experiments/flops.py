@@ -23,13 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pocl_ray.config import Config
 from pocl_ray.config.sources import FIXED_SIGNALS
+from pocl_ray.config.training import FRONTIER
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.fingerprints import reads_teacher
 from pocl_ray.models.heads import split_model
 from pocl_ray.models.places import ModelRef, on_this_node
-from pocl_ray.records import RowsSummary, Stage
-
-FRONTIER, GAP = "frontier", "teacher_student_kl"
+from pocl_ray.records import GAP, RowsSummary, Stage
 
 
 @dataclass(frozen=True)

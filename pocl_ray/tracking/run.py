@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from pocl_ray.errors import ConfigError
+from pocl_ray.run_directory.disk import GIB
 from pocl_ray.run_directory.storage import RunDirectory
 
 FOLDER = "tracking"
@@ -29,8 +30,6 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow",
 
 PROJECTS = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "trackio": "TRACKIO_PROJECT"}
 """The environment variable that names the project of each tracker that has projects."""
-
-GIB = 2**30
 
 
 def check_trackers(trackers: tuple[str, ...]) -> None:

@@ -32,6 +32,9 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_packages_and_pins_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.python().state == "ok"
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.14")
+    found = doctor.python()
+    assert found.state == "stop" and ">=3.11" in found.remedy
     monkeypatch.setattr(doctor, "requires", lambda _: ["ray[data]>=99", "torch>=1", "nothing-such; extra == 'dev'"])
     found = doctor.packages()
     assert found.state == "stop" and "needed: >=99" in found.what and "nothing-such" not in found.what

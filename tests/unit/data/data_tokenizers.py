@@ -37,3 +37,11 @@ def tiny_tokenizer(
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def templated_tokenizer(template: str, special_tokens: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer with a chat template and the special tokens that it writes."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    tokenizer.chat_template = template
+    return tokenizer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_tokenizers import tiny_tokenizer
+from data_tokenizers import templated_tokenizer
 from transformers import AutoTokenizer
 
 from pocl_ray.config import Config
@@ -45,12 +45,8 @@ CHAT = [
 
 
 def made_for(template: str) -> Any:
-    tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
-    tokenizer.chat_template = template.replace(
-        "{{ eos_token }}" + ASK, "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}" + ASK
-    )
-    return tokenizer
+    closed = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    return templated_tokenizer(template.replace("{{ eos_token }}" + ASK, closed + ASK), [END])
 
 
 def rows_of(tokenizer: Any, values: dict[str, Any], **settings: Any) -> tuple[Any, list[dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_tokenizers import tiny_tokenizer
+from data_tokenizers import templated_tokenizer
 
 from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.chat_turns import end_as_the_template
@@ -112,9 +112,7 @@ CHAT = [
 
 
 def made_for(template: str) -> Any:
-    tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    tokenizer.chat_template = template
+    tokenizer = templated_tokenizer(template, SPECIAL)
     end_as_the_template(tokenizer)
     return tokenizer
 

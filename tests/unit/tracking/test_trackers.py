@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tracking.results import Results
 from pocl_ray.tracking.run import TrackedRun, Tracking
 from pocl_ray.tracking.stream import Stream
+from tests.servers import server_on_loopback
 
 SETTINGS = {"name": "run", "train": {"learning_rate": 1e-3, "betas": [0.9, 0.95]}}
 ANSWER = {"set": "held_out", "row": 0, "prompt": "a | b <b>", "reference": "c", "student": "d"}
@@ -186,28 +184,16 @@ def test_mlflow_logs_to_a_server_process(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     if "POCL_MLFLOW" not in os.environ:
         pytest.skip("POCL_MLFLOW does not name the `mlflow` command of an environment with the whole of MLflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--artifacts-destination", str(tmp_path)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    server = subprocess.Popen([os.environ["POCL_MLFLOW"], *arguments, *store], env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the server does not answer"
-                time.sleep(0.5)
+
+    def command(port: int) -> list[str]:
+        place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        return [os.environ["POCL_MLFLOW"], "server", *place, *store]
+
+    with server_on_loopback(command, "/health", 240, environment) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         check_mlflow(track("mlflow", tmp_path), uri)
-    finally:
-        os.killpg(server.pid, 9)  # it starts processes of its own
-        server.wait()
 
 
 def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path) -> None:
