@@ -70,6 +70,7 @@ def compared_runs(runs: Sequence[PastRun]) -> list[ComparedRun]:
     for run in runs:
         run.require(["distill", "evaluation"])
     compared = [ComparedRun(label, run, read_run(run.run_dir)) for label, run in zip(_labels(runs), runs, strict=True)]
+    _check_sets(compared)
     for one, other in pairwise(compared):
         _check_metric(one, other)
         _check_rows(one, other)
@@ -92,12 +93,19 @@ def _check_metric(one: ComparedRun, other: ComparedRun) -> None:
         )
 
 
+def _check_sets(runs: Sequence[ComparedRun]) -> None:
+    """Refuse runs without a set that all of them have: two by two they may share some, and the page would be empty."""
+    if not _common_sets(runs):
+        told = "; ".join(f"{run.label} has {', '.join(sorted(run.data.evaluation))}" for run in runs)
+        raise UserError(f"compare: no set is common to all runs: {told}")
+
+
+def _common_sets(runs: Sequence[ComparedRun]) -> list[str]:
+    return [name for name in runs[0].data.evaluation if all(name in run.data.evaluation for run in runs)]
+
+
 def _check_rows(one: ComparedRun, other: ComparedRun) -> None:
-    sets = [set(run.data.evaluation) for run in (one, other)]
-    if not sets[0] & sets[1]:
-        told = " and ".join(f"{run.label} on {', '.join(sorted(run.data.evaluation))}" for run in (one, other))
-        raise UserError(f"compare: no set is common to both runs: {told}")
-    for name in sorted(sets[0] & sets[1]):
+    for name in _common_sets((one, other)):
         counts, digests = zip(*(_rows_of(run, name) for run in (one, other)), strict=True)
         if digests[0] != digests[1]:
             raise UserError(
@@ -141,9 +149,8 @@ def config_differences(runs: Sequence[ComparedRun]) -> list[tuple[str, tuple[str
 
 def figure_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     """Return the figures of all models on the sets that all runs have, the students first."""
-    sets = [name for name in runs[0].data.evaluation if all(name in run.data.evaluation for run in runs)]
     rows = []
-    for name in sets:
+    for name in _common_sets(runs):
         found = [run.data.evaluation[name] for run in runs]
         models = dict.fromkeys([STUDENT, *(model for models in found for model in models)])
         for model in models:

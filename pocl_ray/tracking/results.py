@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.records import ID, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.tracking.run import leaves
 
 FILES = ("config.yaml", "environment.json", "plan.json", "evaluation.json", "pairs.json", "report.html", "report.md")
 PREDICTIONS = "predictions.parquet"
@@ -74,15 +75,13 @@ def read_results(run_dir: RunDirectory, step: int, sets: Mapping[str, RowsSummar
     )
 
 
-def flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flat(found: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an entry of evaluation.json by dotted name, without those of single seeds."""
-    numbers: dict[str, float] = {}
-    for key, value in found.items():
-        if isinstance(value, Mapping) and key != "by_seed":
-            numbers |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            numbers[f"{prefix}{key}"] = float(value)
-    return numbers
+    return {
+        key: float(value)
+        for key, value in leaves(found)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "by_seed" not in key.split(".")
+    }
 
 
 def as_markdown(table: Table) -> str:

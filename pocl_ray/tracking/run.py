@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,11 +141,15 @@ def _memory() -> dict[str, float]:
     return figures
 
 
-def flat_settings(settings: Any, key: str = "") -> dict[str, str]:
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of everything in a tree of mappings that is no mapping itself."""
+    if not isinstance(tree, Mapping):
+        yield key, tree
+        return
+    for name, value in tree.items():
+        yield from leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def flat_settings(settings: Any) -> dict[str, str]:
     """Return a config as dotted keys and texts; lists are one value."""
-    if not isinstance(settings, dict):
-        return {key: settings if isinstance(settings, str) else json.dumps(settings)}
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        found |= flat_settings(value, f"{key}.{name}" if key else str(name))
-    return found
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(settings)}

@@ -107,7 +107,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> 
         ({"references": ("a", "c")}, "other rows: their sets dev have 2 and 2 rows with other references"),
         ({"references": ("a", "b", "c")}, "other rows: their sets dev have 2 and 3 rows"),
         ({"evaluation": {"dev": {"student": {"perplexity": 3.0, "ce_loss": 1.1}}}}, "which is another metric"),
-        ({"evaluation": {"other": {"student": figures(1)}}}, "no set is common to both runs"),
+        ({"evaluation": {"other": {"student": figures(1)}}}, "no set is common to all runs"),
         ({"evaluation__generation": {"max_new_tokens": 7}}, "other settings: evaluation.generation.max_new_tokens"),
         ({"evaluation__seeds": [1]}, "evaluation.seeds is [10, 20, 30, 40, 50] in one and [1] in two"),
         ({"without": ("evaluation", "report")}, "done are rows, scores, distill; missing: evaluation; go on with"),
@@ -118,6 +118,16 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, seco
     with pytest.raises(UserError) as refused:
         compared_runs([open_past_run(place) for place in places])
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_runs_that_share_sets_only_two_by_two_are_refused(tmp_path: Path) -> None:
+    sets = {"a": ["dev"], "b": ["dev", "other"], "c": ["other"]}
+    places = [
+        make_run(tmp_path / name, 20.0, name=name, evaluation={one: {"student": figures(20)} for one in own})
+        for name, own in sets.items()
+    ]
+    with pytest.raises(UserError, match="no set is common to all runs: a has dev; b has dev, other; c has other"):
+        compared_runs([open_past_run(place) for place in places])
 
 
 def test_one_run_alone_or_twice_is_refused(tmp_path: Path) -> None:
