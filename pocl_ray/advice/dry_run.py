@@ -237,7 +237,7 @@ def _cost_lines(config: Config) -> list[str]:
     disk = cost.checkpoint_bytes + (cached or 0)
     cache = "an unknown part of it" if cached is None else f"{cached / GIB:.2f} GiB of it"
     return [
-        f"time    about {duration(cost.total_s)}, within a factor of two or so: scoring {duration(cost.scoring_s)}, "
+        f"time    about {duration(cost.total_s)}, roughly: scoring {duration(cost.scoring_s)}, "
         f"training {duration(cost.training_s)}, evaluation {duration(cost.evaluation_s)}, starts "
         f"{duration(cost.start_s)}; from FLOPs, the speed of this machine and {known.source}",
         f"memory  about {memory / GIB:.1f} GiB in each training worker",
