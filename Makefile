@@ -11,7 +11,7 @@ ROWS   := ../shared/data
 ARGS   ?=
 
 BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py \
-    benchmarks/answer_speed.py benchmarks/packing.py
+    benchmarks/answer_speed.py benchmarks/packing.py benchmarks/gap_cost.py
 FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_hangs.py test_node_lost_on_s3.py \
     test_rollout_kills.py test_autoscaling.py test_tune_on_two_nodes.py test_tune.py)
 # The tools that build the package, pinned in constraints.txt like all the rest.

@@ -160,6 +160,11 @@ METRICS, STATE, BEST = "metrics.jsonl", "state", "best"
 SHARD_BYTES = 1 << 30
 
 
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Return whether a record of the metric stream holds dev figures."""
+    return any(key.startswith("eval/") for key in record)
+
+
 class DamagedCheckpointError(StorageError):
     """A checkpoint that is not as it was written."""
 

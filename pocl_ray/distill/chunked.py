@@ -42,10 +42,29 @@ TeacherLogits = Callable[[slice], "Tensor | TeacherTargets"]
 class GapMeter(Protocol):
     """Measures the gap between student and teacher at each token, from the same logits as the loss."""
 
-    def measure(
-        self, rows: slice, kd_C: Tensor, student_logits_CV: Tensor, teacher: Tensor | TeacherTargets, loss: HeadLoss
-    ) -> None:
-        """Take the tokens of a chunk: their divergence in the loss, and the logits that it comes from."""
+    def measure(self, rows: slice, chunk: ChunkValues, teacher: Tensor | TeacherTargets, loss: HeadLoss) -> None:
+        """Take the tokens of a chunk: what the loss has made of them, and the teacher's side of it."""
+
+
+@dataclass(frozen=True)
+class ChunkValues:
+    """The values of a chunk in the loss, without gradients.
+
+    Attributes:
+        student_logits_CV: Logits of the student.
+        ce_C: Cross-entropy of each token.
+        kd_C: Divergence of each token in the loss; a single sum where a fused kernel made it.
+        targets_C: Ids of the tokens to predict.
+    """
+
+    student_logits_CV: Tensor
+    ce_C: Tensor
+    kd_C: Tensor
+    targets_C: Tensor
+
+    def log_norms(self) -> Tensor:
+        """Return the student's logarithm Z of the sum of exponentials, shape (C,): ce = Z - s[target]."""
+        return self.ce_C + self.student_logits_CV.gather(-1, self.targets_C[:, None]).squeeze(-1)
 
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
@@ -102,8 +121,9 @@ class HeadLoss:
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         # At kd_ratio 1 the cross-entropy is logged but not trained on: its gradient would be an array of (C, V) for 0.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio < 1.0):
+            ce_C = F.cross_entropy(logits_CV, self.targets_N[rows], reduction="none")
             # A sum: the engine divides by the response tokens of the whole step, which no chunk knows.
-            ce = F.cross_entropy(logits_CV, self.targets_N[rows], reduction="sum")
+            ce = ce_C.sum()
         if self.kd is None or self.teacher_logits is None or self.kd_ratio == 0.0:
             return ce, ce, torch.zeros_like(ce)
         with torch.no_grad():
@@ -114,7 +134,8 @@ class HeadLoss:
             kd_C = teacher.divergence(self.kd, logits_CV, self.kd_temperature)
         if self.gap_meter is not None:
             with torch.no_grad():
-                self.gap_meter.measure(rows, kd_C.detach(), logits_CV.detach(), teacher, self)
+                chunk = ChunkValues(logits_CV.detach(), ce_C.detach(), kd_C.detach(), self.targets_N[rows])
+                self.gap_meter.measure(rows, chunk, teacher, self)
         kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher)).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd

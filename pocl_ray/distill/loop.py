@@ -189,6 +189,8 @@ class TrainingLoop:
         assert self.frontier is not None, "the task says how rows are drawn"
         if self.progress.num_samples == 0:
             self.frontier.begin(stage)
+            position = {"step": self.progress.step, "curriculum/stage": stage.index}
+            self.progress.metrics.append({**position, **self.frontier.figures()})
         return self.frontier.drawn
 
     def _is_over(self, stage: Stage, steps_done: int) -> bool:

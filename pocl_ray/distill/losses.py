@@ -215,24 +215,6 @@ def uld(student_logits_NV: Tensor, teacher_logits_NW: Tensor, temperature: float
     return ((p_NW[..., :shared] - q_NV[..., :shared]).abs().sum(-1) + rest_N).float()
 
 
-@torch.no_grad()
-def plain_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p||q) without a gradient, which makes it cheaper than `forward_kl`; shape (N,), float32.
-
-    With s the student's logits and Z their logarithm of the sum of exponentials, KL(p||q) = sum p log p - sum p s + Z:
-    two dot products, for which no (N, V) difference has to be made.
-    """
-    num_shared = min(student_logits_NV.shape[-1], teacher_logits_NV.shape[-1])
-    dtype = torch.promote_types(student_logits_NV.dtype, torch.float32)
-    student_NV = student_logits_NV[..., :num_shared].to(dtype)
-    if temperature != 1.0:
-        student_NV = student_NV / temperature
-    logp_NV = _log_softmax(teacher_logits_NV[..., :num_shared], temperature).to(dtype)
-    p_NV = logp_NV.exp()
-    cross_N = (logp_NV.mul_(p_NV)).sum(-1) - torch.linalg.vecdot(p_NV, student_NV)
-    return (cross_N + student_NV.logsumexp(-1)).float()
-
-
 def log_probs(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return (log q, log p) over the shared vocabulary: embeddings are padded at their end, to sizes that differ."""
     if not temperature > 0.0:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from pocl_ray.answers.families import means_of
+from pocl_ray.curriculum.schedule import bucket_ends
 from pocl_ray.data.batching import Layout, random_order
 from pocl_ray.data.dealing import check_budget
 from pocl_ray.data.row_store import RowStore
@@ -140,7 +141,10 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
     if task.frontier is None:
         return None
     assert task.scores is not None, "the first scoring measures the gaps of the first stage"
-    first_R = pq.read_table(task.run_dir.local(task.scores), columns=[GAP])[GAP].to_numpy()
+    scores = pq.read_table(task.run_dir.local(task.scores), columns=[GAP, RANK])
+    first_R, rank_R = scores[GAP].to_numpy(), scores[RANK].to_numpy()
+    ends = bucket_ends(len(rank_R), len(task.stages[0].buckets))
+    buckets_R = np.searchsorted(ends, rank_R - 1, side="right")
     gaps = RowGaps(first_R, feed.rows.response_lengths, engine.device)
     plain = resolve_loss("forward_kl")
 
@@ -150,7 +154,7 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
             engine.evaluate(batch, StepSettings(1.0, 1.0, plain, gap_meter=meter))
             gaps.end_step(0)
 
-    return FrontierRows(task.frontier, gaps, task.train.global_batch_rows, task.seed, measure)
+    return FrontierRows(task.frontier, gaps, buckets_R, task.train.global_batch_rows, task.seed, measure)
 
 
 class StoredCheckpoint(Protocol):

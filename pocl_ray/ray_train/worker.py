@@ -23,7 +23,7 @@ from ray.train import CheckpointUploadMode, PreemptionInfo
 from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
-from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, is_evaluation
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
@@ -214,7 +214,7 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
         _check_disk(task, loop, len(kept))
     resume(loop, kept, ray.train.collective.broadcast_from_rank_zero, progress_actor.warn.remote)
     if loop.engine.rank == 0:
-        evaluations = [record for record in loop.progress.metrics if "train/loss" not in record]
+        evaluations = [record for record in loop.progress.metrics if is_evaluation(record)]
         progress_actor.begin.remote(
             task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
         )

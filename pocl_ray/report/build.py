@@ -25,6 +25,7 @@ from pocl_ray.report.difficulty import (
 )
 from pocl_ray.report.figures import compare_with_control, is_of_text, perplexities, perplexity_sentences, set_results
 from pocl_ray.report.files import RunData, RunFiles, is_done, read_run, reject_lines, step_times, total_seconds
+from pocl_ray.report.frontier import FrontierGaps, frontier_gaps
 from pocl_ray.report.headline import (
     adapter_sentences,
     model_names,
@@ -89,7 +90,8 @@ def build_report(files: RunFiles) -> str:
     answered = {name: models for name, models in run.evaluation.items() if not is_of_text(models)}
     results, texts = set_results(answered), perplexities(run.evaluation)
     names = model_names(run.config)
-    plots = list(_plots(run))
+    drawn = _drawn(run)
+    plots = [*_plots(run), *_plots_of_draws(drawn)]
     difficulty = _difficulty(run)
     context = {
         "name": run.config.name if run.config else "run",
@@ -111,6 +113,7 @@ def build_report(files: RunFiles) -> str:
         "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,
+        "drawn": drawn,
         "reranked": reranked(run.rescored, run.plan) if run.plan else [],
         "plots": {plot.name: plot for plot in plots},
         "steps": step_times(run.steps),
@@ -156,6 +159,19 @@ def _plots(run: RunData) -> Iterator[Plot]:
             if curves := _curves(run, kind, key):
                 figure = plots.curves_over_steps(curves, names, label, ends, raw=kind == "train")
                 yield plots.render(key.replace("eval/", "").replace("/", "_"), label, figure)
+
+
+def _drawn(run: RunData) -> FrontierGaps | None:
+    return frontier_gaps(run.metrics.frontier, run.plan.bucket_ends) if run.metrics and run.plan else None
+
+
+def _plots_of_draws(drawn: FrontierGaps | None) -> Iterator[Plot]:
+    if drawn is None:
+        return
+    from pocl_ray.report import plots  # see _plots
+
+    yield plots.render("frontier_gaps", "Gap of each bucket over the stages", plots.gaps_by_stage(drawn))
+    yield plots.render("frontier_draws", "Share of draws by bucket over the stages", plots.draws_by_stage(drawn))
 
 
 def _curves(run: RunData, kind: str, key: str) -> dict[str, Curve]:

@@ -68,10 +68,12 @@ class Metrics:
     Attributes:
         train: Mapping of column names to float64 arrays with one value for each logged optimizer step.
         evals: Same mapping for the lines of dev evaluations.
+        frontier: Same mapping for the lines of stages that draw their rows; empty for other rules.
     """
 
     train: dict[str, np.ndarray]
     evals: dict[str, np.ndarray]
+    frontier: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _read_metrics(files: RunFiles, rel: str) -> Metrics | None:
     if not files.exists(rel):
         return None
     lines = _json_lines(files, rel)
-    return Metrics(train=_columns(lines, "train/"), evals=_columns(lines, "eval/"))
+    return Metrics(_columns(lines, "train/"), _columns(lines, "eval/"), _columns(lines, "frontier/"))
 
 
 def _columns(lines: list[dict[str, Any]], prefix: str) -> dict[str, np.ndarray]:

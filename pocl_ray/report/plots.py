@@ -24,6 +24,7 @@ from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.curves import Curve, best_of_stages, padded, smooth, thin, without_spikes
 from pocl_ray.report.difficulty import SignalSpread, TopicTable
 from pocl_ray.report.figures import SetResult
+from pocl_ray.report.frontier import FrontierGaps
 
 
 def inline_svg(svg: str, *, prefix: str, label: str, css_colours: Mapping[str, str]) -> str:
@@ -201,6 +202,46 @@ def stage_rows(stages: Sequence[Stage], lr: Curve | None) -> Figure:
         axes[1].set_ylim(*padded(lr.values, zero=True))
         axes[1].set_ylabel("learning rate")
     _finish_stacked(figure, axes, stages)
+    return figure
+
+
+@styled
+def gaps_by_stage(found: FrontierGaps) -> Figure:
+    """Return a plot of the gap of each bucket over the stages: the mean, and the middle half of the rows."""
+    figure = new_figure(2.9)
+    ax = figure.add_subplot()
+    for bucket in range(found.num_buckets):
+        shade = 0.35 + 0.65 * (bucket + 1) / found.num_buckets
+        ax.fill_between(
+            found.stages, found.quantiles[:, bucket, 1], found.quantiles[:, bucket, 3],
+            color=COLOURS[STUDENT], alpha=0.12, linewidth=0,
+        )  # fmt: skip
+        colour = to_rgba(COLOURS[STUDENT], shade)
+        ax.plot(found.stages, found.gaps[:, bucket], color=colour, marker="o", markersize=3, linewidth=1.6)
+        ax.annotate(f" {bucket}", (found.stages[-1], found.gaps[-1, bucket]), fontsize=7.5, color=MUTED, va="center")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("stage (the numbers at the right are buckets, 0 the easiest)")
+    ax.set_ylabel("gap (nats/token)")
+    return figure
+
+
+@styled
+def draws_by_stage(found: FrontierGaps) -> Figure:
+    """Return a plot of each bucket's share of the draws over the stages, stacked from the easiest up."""
+    figure = new_figure(2.9)
+    ax = figure.add_subplot()
+    bottom = np.zeros(len(found.stages))
+    for bucket in range(found.num_buckets):
+        colour = to_rgba(COLOURS[STUDENT], 0.15 + 0.7 * bucket / max(1, found.num_buckets - 1))
+        ax.bar(found.stages, found.draws[:, bucket], bottom=bottom, color=colour, width=0.8, linewidth=0)
+        bottom = bottom + found.draws[:, bucket]
+    for end in np.cumsum(found.rows)[:-1]:
+        ax.axhline(end, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    ax.set_ylim(0, 1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("stage")
+    ax.set_ylabel("share of draws")
+    ax.grid(visible=False)
     return figure
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
+from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, is_evaluation
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.task import TrainTask, open_stream
@@ -76,7 +76,7 @@ class TrainingProcess:
         metrics, progress = loop.progress.metrics, loop.progress
         result = {
             "figures": figures,
-            "curve": [_dev_figures(record) for record in metrics if "train/loss" not in record],
+            "curve": [_dev_figures(record) for record in metrics if is_evaluation(record)],
             "losses": _thinned([record for record in metrics if "train/loss" in record]),
             "num_steps": progress.step,
             "num_tokens": progress.num_tokens,
