@@ -2,7 +2,7 @@
 
 It is made from a finished run of pocl-ray (`from_run`), from signals in memory (`from_signals`), or from ranks
 (`from_ranks`). Everything in it is a function of the optimizer step, so an interrupted training needs no stored state
-to go on.
+to go on. Frontier pacing alone depends on what training sees: `integrations.frontier` has that side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from pocl_ray.config import CurriculumConfig, load_config
-from pocl_ray.config.training import FRONTIER
+from pocl_ray.config.training import FRONTIER, FrontierConfig
 from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches, random_order
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.ranking import Easy, rank_rows
 from pocl_ray.errors import ConfigError, DataError
-from pocl_ray.records import RANK, Stage
+from pocl_ray.records import GAP, RANK, Stage
 from pocl_ray.run_directory.storage import RunDirectory
 
 IntArray = npt.NDArray[np.int64]
@@ -65,6 +65,8 @@ class Curriculum:
         dataset_rows: Place of each row id in the training data set, shape (rows,).
         global_batch_rows: Rows of an optimizer step, over all processes and accumulated batches.
         seed: Seed of the order of rows within each epoch.
+        frontier: How rows are drawn by their gaps; None for rules that take slices of the ranking.
+        gaps: Gap of each row before training, in nats per token, shape (rows,); None without `frontier`.
     """
 
     stages: tuple[Stage, ...]
@@ -72,6 +74,8 @@ class Curriculum:
     dataset_rows: IntArray
     global_batch_rows: int
     seed: int
+    frontier: FrontierConfig | None = None
+    gaps: npt.NDArray[np.float64] | None = None
 
     @classmethod
     def from_ranks(
@@ -94,8 +98,24 @@ class Curriculum:
         Raises:
             DataError: The ranks are not each number from 1 to the number of rows once.
             ConfigError: The plan is not possible with this number of rows, or it ends stages on a dev figure,
-                or draws rows by their gaps.
+                or draws rows by their gaps, which a ranking does not hold.
         """
+        if curriculum.pacing == FRONTIER:
+            raise ConfigError(
+                "curriculum.pacing frontier draws rows by their gaps, which a ranking does not hold; give "
+                f"Curriculum.from_signals the signal {GAP}, which is the mean KL(teacher || student) of each row"
+            )
+        return cls._planned(rank, curriculum, global_batch_rows, seed, dataset_rows)
+
+    @classmethod
+    def _planned(
+        cls,
+        rank: npt.ArrayLike,
+        curriculum: CurriculumConfig,
+        global_batch_rows: int,
+        seed: int,
+        dataset_rows: npt.ArrayLike | None = None,
+    ) -> Curriculum:
         ranks = np.asarray(rank, dtype=np.int64)
         if not np.array_equal(np.sort(ranks), np.arange(1, ranks.size + 1)):
             raise DataError(f"rank must hold each of 1 to {ranks.size} once, 1 for the easiest row")
@@ -103,11 +123,6 @@ class Curriculum:
             raise ConfigError(
                 "curriculum.advance plateau leaves the length of a stage open, which a trainer's sampler must know; "
                 "set it to interval"
-            )
-        if curriculum.pacing == FRONTIER:
-            raise ConfigError(
-                "curriculum.pacing frontier draws rows by what training has seen of the teacher, which only pocl-ray's "
-                "own trainer measures; give Curriculum a CurriculumConfig with another rule, such as baby_step"
             )
         stages = plan_curriculum(curriculum, ranks.size, global_batch_rows)
         places = np.arange(ranks.size) if dataset_rows is None else np.asarray(dataset_rows, dtype=np.int64)
@@ -120,6 +135,7 @@ class Curriculum:
         curriculum: CurriculumConfig,
         global_batch_rows: int,
         seed: int = 42,
+        pacing: str | None = None,
         weights: Mapping[str, float] | None = None,
         easy: Mapping[str, Easy] | None = None,
         rrf_k: float = 60.0,
@@ -130,6 +146,7 @@ class Curriculum:
         Args:
             signals: Mapping of signal names to the values of the data set's rows, in their order.
             curriculum: Config of the curriculum, as in `from_ranks`; so are `global_batch_rows` and `seed`.
+            pacing: Rule in place of the config's, such as `frontier`, which needs the signal `teacher_student_kl`.
             weights: Mapping of signal names to weights in the fusion; a signal left out has weight 1.
             easy: Values of an easy row, `high` or `low`, for signals that pocl-ray does not know.
             rrf_k: Constant of reciprocal rank fusion.
@@ -138,8 +155,12 @@ class Curriculum:
         Raises:
             UserError: A signal is unknown, or NaN for some row; or as in `from_ranks`.
         """
+        if pacing is not None:  # what is not set takes the defaults of the new rule
+            given = curriculum.model_dump(exclude_unset=True)
+            curriculum = CurriculumConfig.model_validate({**given, "pacing": pacing})
         _, rank = rank_rows(signals, rrf_k, tie_break, seed, weights=weights, easy=easy)
-        return cls.from_ranks(rank, curriculum, global_batch_rows, seed)
+        planned = cls._planned(rank, curriculum, global_batch_rows, seed)
+        return planned._with_gaps(curriculum, signals.get(GAP))
 
     @classmethod
     def from_run(
@@ -169,12 +190,13 @@ class Curriculum:
             if not run_dir.exists(needed):
                 raise DataError(f"{run_dir.uri_of(needed)}: no such file; run `pocl-ray score` with its config first")
         config = load_config(run_dir.local("config.yaml"))
+        chosen = curriculum or config.curriculum
         if config.data.responses == "teacher":
             raise ConfigError(
                 f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set "
                 "holds; put them into your data set and rank it with Curriculum.from_ranks"
             )
-        rank = pq.read_table(run_dir.local("scores.parquet"), columns=[RANK])[RANK].to_numpy()
+        scores = pq.read_table(run_dir.local("scores.parquet"))
         rows = RowStore.open(run_dir.local("rows/train.arrow"))
         places = np.asarray(rows.source_rows(np.arange(len(rows))), dtype=np.int64) - 1
         if len(np.unique(places)) < len(places):
@@ -185,7 +207,27 @@ class Curriculum:
             )
         seed = config.seed if config.train.seed is None else config.train.seed
         batch_rows = global_batch_rows or config.train.global_batch_rows
-        return cls.from_ranks(rank, curriculum or config.curriculum, batch_rows, seed, places)
+        planned = cls._planned(scores[RANK].to_numpy(), chosen, batch_rows, seed, places)
+        return planned._with_gaps(chosen, scores[GAP].to_numpy() if GAP in scores.column_names else None)
+
+    def _with_gaps(self, curriculum: CurriculumConfig, gaps: npt.ArrayLike | None) -> Curriculum:
+        """The curriculum with the gaps that frontier pacing starts from; itself for other rules."""
+        if curriculum.pacing != FRONTIER:
+            return self
+        if gaps is None:
+            raise ConfigError(
+                f"curriculum.pacing frontier draws rows by their gaps: give the signal {GAP} as well, which is the "
+                "mean KL(teacher || student) of each row's response tokens before training"
+            )
+        if curriculum.frontier.refresh != "training":
+            raise ConfigError(
+                "curriculum.frontier.refresh rescore reads rows between stages, which other trainers do not; set it to "
+                "training"
+            )
+        values = np.asarray(gaps, dtype=np.float64)
+        if values.shape != self.dataset_rows.shape or not np.isfinite(values).all():
+            raise DataError(f"{GAP} must hold one finite number for each of {len(self.dataset_rows)} rows")
+        return replace(self, frontier=curriculum.frontier, gaps=values)
 
     @property
     def num_steps(self) -> int:
@@ -207,6 +249,7 @@ class Curriculum:
 
     def batches(self) -> Iterator[IntArray]:
         """Yield the indices of the data set's rows for each optimizer step, shape (global_batch_rows,)."""
+        assert self.frontier is None, "rows that are drawn by gaps are not known beforehand"
         orders = {"rank": self.ranked, "random": random_order(len(self.ranked), self.seed)}
         for stage in self.stages:
             rows = orders[stage.order][stage.first_rank : stage.end_rank]
@@ -244,6 +287,8 @@ class Curriculum:
         content = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
         for array in (self.ranked, self.dataset_rows):
             content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        if self.frontier is not None and self.gaps is not None:
+            content.update(self.frontier.model_dump_json().encode() + self.gaps.tobytes())
         return content.hexdigest()
 
     @cached_property

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocl_ray.distill.losses import resolve_loss
+from pocl_ray.errors import ConfigError
 from pocl_ray.integrations.huggingface import DistillationMixin
 
 try:
@@ -54,5 +55,10 @@ class CurriculumGKDTrainer(DistillationMixin, GKDTrainer):
         super().__init__(
             *args, loss=loss or "generalized_jsd", loss_args=loss_args, scale_by_t_squared=scale_by_t_squared, **kwargs
         )
+        if self.curriculum.frontier is not None and (self.lmbda >= 1.0 or self.seq_kd):
+            raise ConfigError(
+                "curriculum.pacing frontier needs steps on the data's responses, whose gaps it draws rows by, and with "
+                "lmbda 1 or seq_kd there is none; lower lmbda and set seq_kd to false"
+            )
         if loss is None and not loss_args:
             self.divergence = resolve_loss("generalized_jsd", {"beta": self.beta}, scale_by_t_squared)

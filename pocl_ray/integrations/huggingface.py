@@ -14,13 +14,14 @@ Axes: B rows, T tokens, V vocabulary, N response tokens of a batch in one flat a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -30,13 +31,16 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from pocl_ray.config import DistillConfig, RolloutConfig
 from pocl_ray.config.loading import describe
 from pocl_ray.curriculum.schedule import loss_schedules, with_loss_ramps
+from pocl_ray.distill.gaps import plain_kl
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError, DataError, UserError
-from pocl_ray.integrations.curriculum import Curriculum, CurriculumSampler, Point
+from pocl_ray.integrations.curriculum import Curriculum, Point
+from pocl_ray.integrations.frontier import FrontierSampler
 
 _STATE_KEY = "pocl_ray.curriculum"
 _FEATURES = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -88,6 +92,19 @@ class CurriculumCallback(TrainerCallback):
             self.on_point(point)
 
 
+class FrontierCallback(TrainerCallback):
+    """A callback that writes the gaps of rows, and the rows drawn by them, into each checkpoint."""
+
+    def __init__(self, trainer: CurriculumMixin) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write them; every process takes part."""
+        sampler = self.trainer.frontier_sampler
+        assert sampler is not None and args.output_dir is not None, "rows are drawn before a step can be saved"
+        sampler.write(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.should_save)
+
+
 class CurriculumMixin(_Trainer):
     """A mixin that trains through the stages of a curriculum; it comes before the trainer class.
 
@@ -109,18 +126,48 @@ class CurriculumMixin(_Trainer):
         if self.args.max_steps < 0:
             self.args.max_steps = curriculum.num_steps
         self.add_callback(CurriculumCallback(curriculum))
+        self.frontier_sampler: FrontierSampler | None = None
+        self._resumed_from: str | None = None
+        if curriculum.frontier is not None:
+            self.add_callback(FrontierCallback(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does, from a checkpoint with the gaps that are in it.
+
+        Args:
+            resume_from_checkpoint: Directory of a checkpoint; True: the newest one.
+            args: Further arguments of the trainer.
+            kwargs: Further arguments of the trainer.
+        """
+        place = resume_from_checkpoint
+        if place is True:
+            place = get_last_checkpoint(str(self.args.output_dir))
+        self._resumed_from = place or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def point(self) -> Point:
         """The place of the current optimizer step in the curriculum."""
         return self.curriculum.at(self.state.global_step)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if not hasattr(dataset, "__len__"):
             raise DataError("a curriculum needs a data set whose rows have numbers; a streamed one has not")
         self.curriculum.check(len(dataset), self.get_total_train_batch_size(self.args))
-        return self.curriculum.sampler()
+        if self.curriculum.frontier is None:
+            return self.curriculum.sampler()
+        if getattr(self, "teacher_model", None) is None or not isinstance(self, DistillationMixin):
+            raise ConfigError(
+                "curriculum.pacing frontier draws rows by KL(teacher || student), and the loss of "
+                f"{type(self).__name__} reads no teacher (the cross-entropy of a row is no "
+                "substitute); give teacher_model, or another pacing"
+            )
+        self.frontier_sampler = FrontierSampler(self.curriculum, self.args.device)
+        if self._resumed_from is not None:
+            state = TrainerState.load_from_json(str(Path(self._resumed_from) / "trainer_state.json"))
+            self.frontier_sampler.restore(Path(self._resumed_from), state.global_step)
+        return self.frontier_sampler
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the trainer's own data loader over the rows of the curriculum.
@@ -193,11 +240,33 @@ class DistillationMixin(CurriculumMixin):
     ) -> None:
         settings = _distill_config(loss, loss_args)
         self.divergence = resolve_loss(loss, settings.loss_args, scale_by_t_squared)
+        self._batch_of_step = (-1, 0)
+        self._labels_of_data: Tensor | None = None
         super().__init__(*args, **kwargs)
         self._stages = with_loss_ramps(self.curriculum.stages, loss_schedules(settings, RolloutConfig()))
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ConfigError("compute_loss_func and label_smoothing_factor do not go with the distillation loss")
         self.model_accepts_loss_kwargs = True  # otherwise the trainer would not count the response tokens of a step
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a batch; its place among the batches of the step tells which rows it holds."""
+        step, place = self._batch_of_step
+        self._batch_of_step = (self.state.global_step, place + 1 if step == self.state.global_step else 0)
+        # A trainer may replace the responses by answers of the student; the gap is that of the data's.
+        self._labels_of_data = inputs.get("labels")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _measure_gaps(self, labels_BT: Tensor, student_NV: Tensor, teacher_NV: Tensor) -> None:
+        sampler, of_data_BT = self.frontier_sampler, self._labels_of_data
+        if sampler is None or of_data_BT is None:
+            return
+        if of_data_BT.shape != labels_BT.shape or not torch.equal(of_data_BT.to(labels_BT.device), labels_BT):
+            return
+        step, batch = self._batch_of_step
+        place = batch * self.accelerator.num_processes + self.accelerator.process_index
+        lengths_B = (labels_BT[:, 1:] != -100).sum(1).cpu().numpy()
+        sampler.visit(step, place, lengths_B, plain_kl(student_NV, teacher_NV))
 
     def compute_loss(
         self,
@@ -219,6 +288,8 @@ class DistillationMixin(CurriculumMixin):
         self.teacher_model.eval()
         with torch.no_grad():
             teacher_NV = self.teacher_model(**features).logits[:, :-1][is_response_BT]
+        if model.training:
+            self._measure_gaps(inputs["labels"], student_NV.detach(), teacher_NV)
         point = self.point if model.training else Point(0, 0, kd_temperature=1.0, kd_ratio=1.0)
         loss = self._summed_loss(point, student_NV, teacher_NV, targets_N, model.training)
         loss = loss / self._normaliser(num_items_in_batch, targets_N)
@@ -285,6 +356,11 @@ def _check_arguments(trainer: Trainer, curriculum: Curriculum) -> None:
         wrong = ConfigError(f"max_steps {args.max_steps} is beyond the curriculum's {num_steps} steps; leave it out")
     elif args.ignore_data_skip:
         wrong = ConfigError("ignore_data_skip would start the curriculum again after a resume; leave it out")
+    elif curriculum.frontier is not None and args.dataloader_num_workers > 0:
+        wrong = ConfigError(
+            "dataloader_num_workers reads rows ahead, and curriculum.pacing frontier draws them by what training has "
+            "seen until then; set it to 0"
+        )
     elif getattr(args.accelerator_config, "split_batches", False):
         wrong = ConfigError("accelerator_config.split_batches changes the rows of a step; leave it out")
     elif args.n_gpu > 1:

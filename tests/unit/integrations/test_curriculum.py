@@ -150,11 +150,28 @@ def test_stages_of_open_length_are_refused() -> None:
         plan(advance="plateau")
 
 
-def test_rows_that_are_drawn_during_training_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"pacing frontier draws rows .* another rule, such as baby_step"):
+def test_a_ranking_alone_has_no_gaps_to_draw_rows_by() -> None:
+    with pytest.raises(ConfigError, match=r"give Curriculum\.from_signals the signal teacher_student_kl"):
         Curriculum.from_ranks(np.arange(1, 13), CurriculumConfig(pacing="frontier"), BATCH_ROWS)
-    with pytest.raises(ConfigError, match="pacing frontier"):
+    with pytest.raises(ConfigError, match="give the signal teacher_student_kl as well"):
         Curriculum.from_signals({"ce_loss": np.arange(12.0)}, CurriculumConfig(pacing="frontier"), BATCH_ROWS)
+
+
+def test_gaps_that_cannot_be_drawn_by_are_refused() -> None:
+    signals = {"ce_loss": np.arange(12.0), "teacher_student_kl": np.ones(12)}
+    rescore = CurriculumConfig.model_validate({"pacing": "frontier", "frontier": {"refresh": "rescore"}})
+    with pytest.raises(ConfigError, match="refresh rescore reads rows between stages, which other trainers do not"):
+        Curriculum.from_signals(signals, rescore, BATCH_ROWS)
+
+
+def test_frontier_pacing_takes_its_own_defaults_where_nothing_is_set() -> None:
+    config = CurriculumConfig.model_validate({"num_steps": 24, "frontier": {"num_stages": 3}})
+    made = Curriculum.from_signals({"teacher_student_kl": np.ones(12)}, config, BATCH_ROWS, pacing="frontier")
+    assert [stage.num_steps for stage in made.stages] == [8, 8, 8]
+    assert not made.restarts
+    assert (made.at(0).kd_temperature, made.at(23).kd_temperature, made.at(0).kd_ratio) == (1.0, 2.0, 1.0)
+    other = Curriculum.from_signals({"teacher_student_kl": np.full(12, 2.0)}, config, BATCH_ROWS, pacing="frontier")
+    assert made.digest != other.digest
 
 
 def test_another_data_set_or_batch_is_refused() -> None:

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from trainings import NUM_ROWS, VOCAB, Recording, StopAt, arguments, byte_tokenizer, plan, tiny_model
+from trainings import BATCH_ROWS, NUM_ROWS, VOCAB, Recording, StopAt, arguments, byte_tokenizer, plan, tiny_model
 
+from pocl_ray.config import CurriculumConfig
 from pocl_ray.distill.losses import generalized_jsd
+from pocl_ray.errors import ConfigError
 from pocl_ray.integrations.curriculum import Curriculum
 
 trl_gkd = pytest.importorskip("trl.experimental.gkd", reason="TRL is not installed (extra trl)")
@@ -124,6 +127,36 @@ def test_it_trains_on_the_students_own_answers(tmp_path: Path) -> None:
     assert trainer.divergence.name == "skewed_reverse_kl"
     assert trainer.state.global_step == 8
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def drawn_by_gaps() -> Curriculum:
+    config = CurriculumConfig.model_validate({"num_steps": 8, "frontier": {"num_stages": 4, "power": 4.0}})
+    gaps = np.linspace(0.1, 2.0, NUM_ROWS)
+    return Curriculum.from_signals({"teacher_student_kl": gaps}, config, BATCH_ROWS, pacing="frontier")
+
+
+def test_rows_are_drawn_by_the_gaps_that_the_loss_sees(tmp_path: Path) -> None:
+    undisturbed = a_trainer(tmp_path / "a", drawn_by_gaps())
+    undisturbed.train()
+    sampler = undisturbed.frontier_sampler
+    sampler.gaps.settle()
+    seen = {row for rows in undisturbed.rows_by_step() for row in rows}
+    assert set(np.flatnonzero(sampler.gaps.values_R != drawn_by_gaps().gaps)) == seen
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first = a_trainer(tmp_path / "b", drawn_by_gaps(), [StopAt(4)], **saving)
+    first.train()
+    second = a_trainer(tmp_path / "b", drawn_by_gaps(), **saving)
+    second.train(resume_from_checkpoint=True)
+    assert first.rows_by_step() + second.rows_by_step() == undisturbed.rows_by_step()
+
+
+def test_answers_of_the_student_leave_the_gaps_of_the_data_alone(tmp_path: Path) -> None:
+    trainer = a_trainer(tmp_path, drawn_by_gaps(), lmbda=0.999999)
+    trainer.train()
+    trainer.frontier_sampler.gaps.settle()
+    assert np.array_equal(trainer.frontier_sampler.gaps.values_R, drawn_by_gaps().gaps)
+    with pytest.raises(ConfigError, match="lmbda 1 or seq_kd"):
+        a_trainer(tmp_path, drawn_by_gaps(), lmbda=1.0)
 
 
 def test_the_example_trains_from_files(
