@@ -31,7 +31,7 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         student,
         [stage.to_json() for stage in stages],
         train,
-        config.distill.model_dump(mode="json", include=LOSS_KEYS),
+        _loss(config),
         config.evaluation.model_dump(mode="json", include={"dev_generation", "max_dev_rows"}),
         config.curriculum.hand_off,
         config.curriculum.plateau.model_dump(mode="json") if config.curriculum.advance == "plateau" else None,
@@ -40,6 +40,12 @@ def distill_dependencies(config: Config, ranking: str, student: str, stages: Seq
         *([config.curriculum.frontier.model_dump(mode="json")] if config.curriculum.pacing == FRONTIER else []),
         *([config.rollout.model_dump(mode="json")] if config.rollout.is_on else []),
     ]
+
+
+def _loss(config: Config) -> dict[str, Any]:
+    """The keys of the loss. A newer key counts only if it is used."""
+    newer = {"token_keep"} if config.distill.token_keep is not None else set()
+    return config.distill.model_dump(mode="json", include=LOSS_KEYS | newer)
 
 
 def _teaching(config: Config, num_stages: int) -> list[Any]:

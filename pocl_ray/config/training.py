@@ -10,7 +10,9 @@ from pocl_ray.config.base import Number, Section
 from pocl_ray.config.schedules import LossArg, ScheduleConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-TokenScore = Literal["teacher_entropy", "teacher_certainty"]
+TokenScore = Literal["teacher_entropy", "teacher_certainty", "student_entropy", "divergence", "hellinger", "tip"]
+STUDENT_SCORES = ("student_entropy", "divergence", "hellinger", "tip")
+"""The scores of tokens that depend on the student."""
 FRONTIER = "frontier"
 """The pacing rule that draws rows by their gaps."""
 
@@ -165,10 +167,18 @@ class DistillConfig(Section):
     scale_by_t_squared: bool | None = Field(
         default=None, description="multiply by kd_temperature squared; null: as the authors do for this loss"
     )
-    token_weight: Literal["none", "teacher_entropy", "teacher_certainty"] = Field(
+    token_weight: Literal["none", TokenScore] = Field(
         default="none",
         description="response tokens that count more in kd_loss: those where the teacher is unsure (entropy) or sure "
-        "(certainty); the mean weight of a step is 1",
+        "(certainty), where the student is unsure, where the two are far apart (KL or Hellinger), or either (tip); the "
+        "mean weight of a step is 1; those of the student cost one more forward pass of a step's rows",
+    )
+    token_keep: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of a step's response tokens, those with the highest token_weight, that alone count in "
+        "kd_loss, all alike; null: all count, by their weight",
     )
     token_weight_strength: float = Field(
         default=1.0,
@@ -192,6 +202,12 @@ class DistillConfig(Section):
         default="auto",
         description="kernel of the divergence; auto: Liger's on CUDA if it is installed and covers the loss",
     )
+
+    @model_validator(mode="after")
+    def _keeps_by_a_score(self) -> DistillConfig:
+        if self.token_keep is not None and self.token_weight == "none":
+            raise ValueError("token_keep keeps the tokens of the highest token_weight, which is none; set it")
+        return self
 
     @model_validator(mode="after")
     def _cache(self) -> DistillConfig:

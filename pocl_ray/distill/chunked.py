@@ -88,8 +88,8 @@ class HeadLoss:
             where kd_ratio is 0.
         transform: Transform of the student's family after the head.
         chunk_bytes: Size of the float32 logits of one chunk; the loss holds a few such arrays at once.
-        token_weight: Function from the result of `teacher_logits` to each token's weight in the divergence; None: all
-            weigh 1.
+        token_weight: Function from the result of `teacher_logits` and the student's logits to each token's weight in
+            the divergence; None: all weigh 1.
         gap_meter: Meter that is called with every chunk if the teacher is used; None: no gaps are measured.
     """
 
@@ -100,7 +100,7 @@ class HeadLoss:
     teacher_logits: TeacherLogits | None = None
     transform: LogitsFunction | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    token_weight: Callable[[Tensor | TeacherTargets], Tensor] | None = None
+    token_weight: Callable[[Tensor | TeacherTargets, Tensor], Tensor] | None = None
     gap_meter: GapMeter | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class HeadLoss:
             with torch.no_grad():
                 chunk = ChunkValues(logits_CV.detach(), ce_C.detach(), kd_C.detach(), self.targets_N[rows])
                 self.gap_meter.measure(rows, chunk, teacher, self)
-        kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher)).sum()
+        kd = (kd_C if self.token_weight is None else kd_C * self.token_weight(teacher, logits_CV.detach())).sum()
         # Not 0 * ce: a target that the student masks has an infinite ce, and 0 * inf is no number.
         return (kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd), ce, kd
 

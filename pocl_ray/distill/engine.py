@@ -23,6 +23,7 @@ from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.gaps import RowGaps
 from pocl_ray.distill.step import DistillationModule, StepSettings
+from pocl_ray.distill.token_weights import ScoreMeter, no_divergence
 from pocl_ray.errors import ConfigError
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.lora import adapters_of_parameters, add_same_adapters
@@ -224,7 +225,7 @@ class Engine:
         # Set and not scheduled: the rate is a function of the step, so a resumed run needs no state of a scheduler.
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        settings = self._with_mean_score(micro_batches, settings)
+        settings = self._with_token_weights(micro_batches, settings)
         self.deepspeed.train()
         # What is wanted is sum(loss) / num_response_tokens over all workers and micro-batches. DeepSpeed divides each
         # loss by the micro-batches and the summed gradient by the workers, so both are multiplied back in. A mean of
@@ -264,22 +265,42 @@ class Engine:
         if self.train.zero_stage > 0:  # which has read it once; with it an offloaded gradient's norm is that of all
             self.deepspeed.optimizer.gradient_accumulation_steps = num_micro_batches
 
-    def _with_mean_score(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
-        """Give the weights of tokens their mean over the whole step, over all workers; collective where they have one.
+    def _with_token_weights(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepSettings:
+        """Fit the weights of tokens to the scores of the whole step, over all workers; collective where there are any.
 
-        The teacher's head runs once more for it: the sum over the step must be known before its first gradient.
+        The teacher's head runs once more for it, and for a score of the student all of the student, without a gradient
+        and without dropout: the scores of the step must be known before its first gradient.
         """
         weight = settings.token_weight
         if weight is None:
             return settings
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            if settings.of(batch).kd_ratio > 0.0:
-                totals[0] += self.module.token_score_sum(batch.to(self.device), settings)
-                totals[1] += batch.num_response_tokens
-        dist.all_reduce(totals)  # a mean of each worker's own tokens would depend on the number of workers
-        score_sum, num_tokens = totals.tolist()
-        return replace(settings, token_weight=weight.with_mean(score_sum / num_tokens)) if num_tokens else settings
+        used = [batch for batch in micro_batches if settings.of(batch).kd_ratio > 0.0]
+        scores = self._student_scores if weight.needs_student else self.module.teacher_scores
+        parts_MP = self._gathered([scores(batch.to(self.device), settings) for batch in used], weight.num_parts)
+        return replace(settings, token_weight=weight.fitted(parts_MP)) if len(parts_MP) else settings
+
+    @torch.no_grad()
+    def _student_scores(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:
+        """The parts of the student's scores of a micro-batch's tokens, shape (N, P)."""
+        weight = settings.token_weight
+        assert weight is not None
+        parts_NP = torch.empty(batch.num_response_tokens, weight.num_parts, device=self.device)
+        alone = StepSettings(1.0, 1.0, no_divergence, gap_meter=ScoreMeter(weight, parts_NP))
+        self.evaluate(batch, alone)
+        return parts_NP
+
+    def _gathered(self, parts: list[torch.Tensor], num_parts: int) -> torch.Tensor:
+        """The rows of all micro-batches of all workers; values of one worker would depend on the number of workers."""
+        own = torch.cat([torch.empty(0, num_parts, device=self.device), *parts])
+        if self.world_size == 1:
+            return own
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        most = max(int(size) for size in sizes)
+        padded = torch.cat([own, own.new_zeros(most - len(own), num_parts)])
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return torch.cat([values[: int(size)] for values, size in zip(found, sizes, strict=True)])
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm of the gradient under ZeRO-0, where DeepSpeed does not report it; call it before the step."""

@@ -40,8 +40,8 @@ from pocl_ray.distill.rescoring import Rescorer, shared_order, write_order
 from pocl_ray.distill.rollouts import Rollouts
 from pocl_ray.distill.state import KINDS, WEIGHT, TrainingState
 from pocl_ray.distill.step import RolloutSettings, StepSettings
-from pocl_ray.distill.targets import TokenWeight
 from pocl_ray.distill.task import TrainTask
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.errors import DivergedError
 from pocl_ray.records import Order, Stage
 from pocl_ray.run_directory.disk import GIB

@@ -26,7 +26,8 @@ from pocl_ray.distill.chunked import (
     chunked_head_loss,
     token_chunks,
 )
-from pocl_ray.distill.targets import TokenWeight, teacher_logits
+from pocl_ray.distill.targets import teacher_logits
+from pocl_ray.distill.token_weights import TokenWeight
 from pocl_ray.models.heads import HeadWeights, LogitTransform, split_model
 
 
@@ -142,17 +143,18 @@ class DistillationModule(nn.Module):
         )
 
     @torch.no_grad()
-    def token_score_sum(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
-        """Return the sum of the scores that weigh the response tokens of the batch, a float64 scalar."""
+    def teacher_scores(self, batch: MicroBatch, settings: StepSettings) -> Tensor:
+        """Return the parts of the teacher's scores that weigh the response tokens of the batch, shape (N, P)."""
         teacher = self._teacher_logits(batch, settings.of(batch))
-        assert settings.token_weight is not None and teacher is not None
-        total = torch.zeros((), dtype=torch.float64, device=batch.targets_N.device)
+        weight = settings.token_weight
+        assert weight is not None and teacher is not None
+        parts_NP = torch.empty(batch.num_response_tokens, weight.num_parts, device=batch.targets_N.device)
         # In chunks, as in the loss: the teacher's logits of all tokens are never held.
         for rows in token_chunks(
             batch.num_response_tokens, self.student.config.get_text_config().vocab_size, self.chunk_bytes
         ):
-            total += settings.token_weight.scores(teacher(rows)).double().sum()
-        return total
+            parts_NP[rows] = weight.parts(teacher(rows))
+        return parts_NP
 
     def _chunk_bytes(self, batch: MicroBatch) -> int:
         """Size of the student's logits of a chunk; less where those of a teacher with another tokenizer are larger."""

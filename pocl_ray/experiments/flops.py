@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pocl_ray.config import Config
 from pocl_ray.config.sources import FIXED_SIGNALS
-from pocl_ray.config.training import FRONTIER
+from pocl_ray.config.training import FRONTIER, STUDENT_SCORES
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.fingerprints import reads_teacher
 from pocl_ray.models.heads import split_model
@@ -131,6 +131,10 @@ class FlopsCounter:
         training = 3 * self.student.forward(num_tokens, num_response_tokens, self.row_tokens)
         if reads_teacher(config, stages):
             training += self._teacher_in_steps(config, num_tokens, num_response_tokens)
+            if config.distill.token_weight in STUDENT_SCORES:  # the student reads the rows of a step once more
+                training += self.student.forward(num_tokens, num_response_tokens, self.row_tokens)
+            if config.distill.token_weight != "none" and config.distill.teacher_cache != "topk":
+                training += self.teacher.head(num_response_tokens)
         if config.rollout.is_on:
             share = config.rollout.mix_probability if config.rollout.mode == "mixed" else 1.0
             training += share * self.student.forward(num_tokens, num_response_tokens, self.row_tokens)

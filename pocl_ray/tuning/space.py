@@ -26,6 +26,7 @@ SEARCHABLE_KEYS = (
     "distill.loss",
     "distill.loss_args",
     "distill.scale_by_t_squared",
+    *(f"distill.{key}" for key in ("token_weight", "token_weight_strength", "token_keep")),
     "difficulty.signals",
     "difficulty.rrf_k",
     "difficulty.tie_break",
