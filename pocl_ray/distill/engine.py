@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
+from pocl_ray.distill.collectives import from_all_ranks
 from pocl_ray.distill.gaps import RowGaps
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.token_weights import ScoreMeter, no_divergence
@@ -276,7 +277,9 @@ class Engine:
             return settings
         used = [batch for batch in micro_batches if settings.of(batch).kd_ratio > 0.0]
         scores = self._student_scores if weight.needs_student else self.module.teacher_scores
-        parts_MP = self._gathered([scores(batch.to(self.device), settings) for batch in used], weight.num_parts)
+        own = [torch.empty(0, weight.num_parts, device=self.device)]
+        own += [scores(batch.to(self.device), settings) for batch in used]
+        parts_MP = from_all_ranks(torch.cat(own))  # values of one worker would depend on the number of workers
         return replace(settings, token_weight=weight.fitted(parts_MP)) if len(parts_MP) else settings
 
     @torch.no_grad()
@@ -288,19 +291,6 @@ class Engine:
         alone = StepSettings(1.0, 1.0, no_divergence, gap_meter=ScoreMeter(weight, parts_NP))
         self.evaluate(batch, alone)
         return parts_NP
-
-    def _gathered(self, parts: list[torch.Tensor], num_parts: int) -> torch.Tensor:
-        """The rows of all micro-batches of all workers; values of one worker would depend on the number of workers."""
-        own = torch.cat([torch.empty(0, num_parts, device=self.device), *parts])
-        if self.world_size == 1:
-            return own
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
-        most = max(int(size) for size in sizes)
-        padded = torch.cat([own, own.new_zeros(most - len(own), num_parts)])
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded)
-        return torch.cat([values[: int(size)] for values, size in zip(found, sizes, strict=True)])
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm of the gradient under ZeRO-0, where DeepSpeed does not report it; call it before the step."""

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "pocl_ray"
 # The file names that stand in several rooms, and the one kind of thing that each of them means.
 SHARED_NAMES = {
     "__init__.py": "the package",
+    "frontier.py": "frontier pacing: its rule, and what the report shows of it",
     "internals.py": "the names that Ray does not promise to keep",
     "loading.py": "loads the thing of the room from files: a config, a model",
     "page.py": "writes an HTML page",
