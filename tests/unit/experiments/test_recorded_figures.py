@@ -66,7 +66,7 @@ def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_th
     recorded: dict[str, dict[int, dict[str, float]]],
 ) -> None:
     run = re.search(
-        r"before [\d.]+/(?P<before>[\d.]+), .* teacher [\d.]+/(?P<teacher>[\d.]+)", " ".join(SECTION.split())
+        r"before [\d.]+/(?P<before>\d+\.\d+), .* teacher [\d.]+/(?P<teacher>\d+\.\d+)", " ".join(SECTION.split())
     )
     assert run is not None, "the section tells the quickstart's own figures, greedy/sampled"
     distilled, tuned = (mean(recorded, arm, "sampled_rouge_l") for arm in ("frontier-temperature", "sft"))
