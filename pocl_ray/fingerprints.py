@@ -72,6 +72,9 @@ def _train(config: Config) -> dict[str, Any]:
     train: dict[str, Any] = neutral_free(config)["train"]
     if config.train.lr_schedule != "wsd":
         del train["decay_ratio"]
+    used = {"none": set[str](), "ema": {"average", "average_decay"}, "last_k": {"average", "average_last"}}
+    for key in {"average", "average_decay", "average_last"} - used[config.train.average]:
+        del train[key]
     return train
 
 

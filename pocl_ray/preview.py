@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pocl_ray.config import Config, DistillConfig, TeacherConfig
+from pocl_ray.config import Config, DistillConfig, TeacherConfig, TrainConfig
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_counts import told_cuts
@@ -56,6 +56,8 @@ def print_plan(config: Config, num_rows: int | None) -> None:
     rescored = [str(stage.index) for stage in stages if stage.rescore]
     if rescored:
         console.print(f"the current student ranks the rows again before stage {', '.join(rescored)}")
+    if config.train.average != "none":
+        console.print(average_note(config.train))
     for line in frontier_notes(config, stages):
         console.print(line)
     if config.data.task == "text" and not prepared:
@@ -75,6 +77,15 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         console.print(f"{name}: {_cache_size(config, teacher, for_teacher)}")
     if config.rollout.is_on:
         console.print(f"rollouts: mode {config.rollout.mode}, the student writes responses during training")
+
+
+def average_note(train: TrainConfig) -> str:
+    """Return what is averaged, for a run that keeps an average of the weights."""
+    of = {
+        "ema": f"the exponential average of the weights, decay {train.average_decay:g}",
+        "last_k": f"the mean of the weights at the last {train.average_last} evaluations of a stage",
+    }
+    return f"dev figures and the trained student are of {of[train.average]}"
 
 
 def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:

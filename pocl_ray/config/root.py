@@ -345,4 +345,5 @@ class Config(Section):
         sizes = ("micro_batch_rows", "micro_batch_tokens")
         if any(key in own for key in sizes):  # the one takes the place of the other
             merged.update({key: own.get(key) for key in sizes})
+        merged["average"] = "none"
         return TrainConfig.model_validate(merged)

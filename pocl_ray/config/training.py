@@ -284,6 +284,21 @@ class TrainConfig(Section):
         "waits for all of it",
     )
     log_every_steps: int = Field(default=1, ge=1)
+    average: Literal["none", "ema", "last_k"] = Field(
+        default="none",
+        description="weights that dev figures and the trained student are of; ema: their exponential average over the "
+        "steps; last_k: the mean of those at the last evaluations; none: the weights of the last step; not for "
+        "supervised fine-tuning",
+    )
+    average_decay: float = Field(
+        default=0.999,
+        gt=0,
+        lt=1,
+        description="with average ema: decay of a step, which rises to this as (1 + t) / (10 + t)",
+    )
+    average_last: int = Field(
+        default=4, ge=2, description="with average last_k: number of evaluations (see eval_every_epochs)"
+    )
     max_nonfinite_steps: int = Field(
         default=3,
         ge=1,

@@ -6,6 +6,7 @@ A checkpoint is a directory:
     metrics.jsonl        every metric of the run so far
     state/*.safetensors  fp32 weights and moments by parameter name
     rollouts.safetensors the replay buffer, where `rollout.mode` is `adaptive`
+    average/*/*.safetensors  averages of the weights, where `train.average` keeps any (distill/averaging.py)
     best/*.safetensors   the same for the best evaluation of this stage, where `hand_off` is `best`
     order.safetensors    the order of rows that the stage is a slice of, where rows are scored again between stages
 
@@ -187,6 +188,8 @@ class Progress:
         rollout: State of the adaptive rollouts.
         is_packed: Whether rows are packed. A run keeps what it began with: losses are equal up to rounding only, and
             checkpoints of older versions are of padded rows.
+        average: Numbers of the averages of the weights.
+        best_average: The same at the best evaluation.
         metrics: Metric stream, with one record for each logged step.
     """
 
@@ -201,6 +204,8 @@ class Progress:
     loss_scaler: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
     is_packed: bool = False
+    average: dict[str, int] = field(default_factory=dict)
+    best_average: dict[str, int] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def note_best(self, figures: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pocl_ray.curriculum.hand_off import has_converged
+from pocl_ray.distill.averaging import WeightAverage
 from pocl_ray.distill.checkpoint import (
     BEST,
     STATE,
@@ -103,6 +104,7 @@ class TrainingLoop:
         self.rollouts, self.rescorer, self.frontier = rollouts, rescorer, frontier
         self.hooks = hooks
         self.state = TrainingState(engine)
+        self.average = WeightAverage(self.state, task.train)
         self.progress = Progress(is_packed=feed.layout.is_packed)
         self._num_nonfinite = 0  # steps up to this one, in a row, that were skipped
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
@@ -118,6 +120,7 @@ class TrainingLoop:
         if self.feed.layout.is_packed and not progress.is_packed:
             self.hooks.warn(f"{self.task.name}: goes on with padded rows, which it began with")
         progress.is_packed = self.feed.layout.is_packed = progress.is_packed and self.feed.layout.is_packed
+        self.average.restore(progress.average, source)
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
         self.rollouts.restore(progress.rollout, source)
@@ -212,6 +215,8 @@ class TrainingLoop:
         # The progress moves after the step and in one piece: a checkpoint never stands between the two.
         if gaps is not None:
             gaps.end_step(progress.step)
+        if not losses.is_skipped:
+            self.average.see_step()
         progress.num_samples += batch.num_rows
         progress.step += 1
         progress.num_tokens += batch.num_response_tokens
@@ -295,18 +300,27 @@ class TrainingLoop:
         return (every is not None and self.progress.step % every == 0) or self.hooks.asks_for_checkpoint(self.progress)
 
     def _evaluate(self) -> None:
-        figures = self.dev.evaluate()
-        self.rollouts.observe(figures)
-        progress = self.progress
-        position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
-        record = {**position, **figures, **self._gaps()}
-        self.progress.metrics.append(record)
-        self.hooks.on_step(self.progress, record)
-        # Before the best state and the checkpoint that follows: one is on its way at a time.
-        self._settle()
-        if self.task.hand_off == "best" and progress.note_best(figures):
+        """Evaluate the student, or the average of its weights where one is kept, and note the best of the stage."""
+        if self.progress.step > 0:
+            self.average.see_evaluation()
+        with self.average.applied():
+            figures = self.dev.evaluate()
+            self.rollouts.observe(figures)
+            progress = self.progress
+            position = {"step": progress.step, "curriculum/stage": progress.stage, "num_tokens": progress.num_tokens}
+            record = {**position, **figures, **self._gaps()}
+            self.progress.metrics.append(record)
+            self.hooks.on_step(self.progress, record)
+            # Before the best state and the checkpoint that follows: one is on its way at a time.
+            self._settle()
+            is_best = self.task.hand_off == "best" and progress.note_best(figures)
+            if is_best and not self._goes_on:
+                write_state(self.state, (WEIGHT,), self._scratch / BEST, self._writer)
+        if is_best and self._goes_on:
             self.progress.best_adam_steps = self.state.num_adam_steps
-            write_state(self.state, self._best_kinds(), self._scratch / BEST, self._writer)
+            self.progress.best_average = self.average.numbers()
+            write_state(self.state, KINDS, self._scratch / BEST, self._writer)
+            self.average.write(self._scratch / BEST, self._writer)
 
     def _gaps(self) -> dict[str, float]:
         """The mean gap of each bucket with frontier pacing, which knows the gaps of all rows; collective."""
@@ -316,9 +330,10 @@ class TrainingLoop:
         means = self.frontier.gaps_by_bucket(self.orders["rank"], num_buckets)
         return {f"curriculum/gap_bucket_{bucket}": mean for bucket, mean in enumerate(means)}
 
-    def _best_kinds(self) -> tuple[str, ...]:
-        """The parts of the best state to keep: weights, and moments only if the next stage continues with them."""
-        return (WEIGHT,) if all(s.restart_optimizer for s in self.task.stages) else KINDS
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a stage goes on with the moments of the one before, and not from its weights alone."""
+        return not all(stage.restart_optimizer for stage in self.task.stages)
 
     def _checkpoint(self) -> None:
         """Gather a checkpoint and have it written; nothing else may be on its way, but the best state before it.
@@ -330,11 +345,13 @@ class TrainingLoop:
         self.progress.num_adam_steps = self.state.num_adam_steps
         self.progress.loss_scaler = self.state.loss_scaler()
         self.progress.rollout = self.rollouts.state()
+        self.progress.average = self.average.numbers()
         # A copy: the writer's thread stores it while steps go on and change the progress.
         progress, written = self.progress.snapshot(), None
         directory = Path(tempfile.mkdtemp(dir=self._scratch)) if self.engine.rank == 0 else None
         # All workers gather, as a partitioned parameter needs each of them; only rank 0 has a directory and writes.
         write_state(self.state, KINDS, (directory or self._scratch) / STATE, self._writer)
+        self.average.write(directory or self._scratch, self._writer)
         if self.frontier is not None:
             self.frontier.gaps.settle()  # collective: each worker has seen the gaps of its own rows
         if directory is not None:
@@ -350,13 +367,18 @@ class TrainingLoop:
 
     def _hand_off(self) -> None:
         if self.task.hand_off == "best" and self.progress.best_figure is not None:
-            reads = self.engine.rank == 0
-            kinds = self._best_kinds()
-            steps = None if kinds == (WEIGHT,) else self.progress.best_adam_steps
+            best = self._scratch / BEST if self.engine.rank == 0 else None
             # The files must be written before they are read, and the others wait without a limit while rank 0 writes.
             self._writer.join()
             self.hooks.meet()
-            self.state.load(state_reader(self._scratch / BEST if reads else None), kinds, steps)
+            if self._goes_on:
+                self.average.restore(self.progress.best_average, best)
+                self.state.load(state_reader(best), KINDS, self.progress.best_adam_steps)
+            else:  # these are the averaged weights, where an average is kept
+                self.state.load(state_reader(best), (WEIGHT,), None)
+                self.average.reset()
+        if not self._goes_on or self.progress.stage + 1 == len(self.task.stages):
+            self.average.settle()
         self._reset_best()  # figures of two stages are not compared: a harder stage may well begin below the last one
         self.progress.stage += 1
         self.progress.num_samples = 0

@@ -103,6 +103,28 @@ class TrainingState:
         if self.stage == 3:
             self.wrapper.checkpoint_event_epilogue()
 
+    def weights(self) -> list[torch.Tensor]:
+        """Return this worker's part of the fp32 weights, as the engine holds them."""
+        return [partition.detach() for partition in self._partitions()]
+
+    def exchange(self, other: list[torch.Tensor]) -> None:
+        """Let the fp32 weights of this worker and `other` change places; `refresh` shows the model its new ones."""
+        for own, theirs in zip(self.weights(), other, strict=True):
+            before = own.clone()
+            own.copy_(theirs)
+            theirs.copy_(before)
+
+    def refresh(self) -> None:
+        """Give the model the fp32 weights, in its own precision; collective."""
+        if self.stage in (1, 2):
+            self.wrapper.update_lp_params()
+        elif self.stage == 3:
+            self.wrapper.checkpoint_event_prologue()
+            for _, parameter in self.parameters:
+                part = self._fp32_part(parameter)
+                parameter.ds_tensor.data.view(-1)[: part.numel()].copy_(part)
+            self.wrapper.checkpoint_event_epilogue()
+
     def loss_scaler(self) -> dict[str, Any]:
         """Return the numbers of the fp16 loss scaler; empty if there is none."""
         scaler = getattr(self.wrapper, "loss_scaler", None)
@@ -144,11 +166,14 @@ class TrainingState:
         else:
             self._set_partition(parameter, kind, value)
 
+    def _fp32_part(self, parameter: Any, key: str | None = None) -> torch.Tensor:
+        """This worker's part of a ZeRO-3 parameter, or of its moment `key`."""
+        part, _ = self.wrapper._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        return part
+
     def _set_partition(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
         """Set this worker's part of a ZeRO-3 parameter, whose last part is padded."""
-        part, _ = self.wrapper._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=None if kind == WEIGHT else kind
-        )
+        part = self._fp32_part(parameter, None if kind == WEIGHT else kind)
         padded = torch.zeros(part.numel() * self.engine.world_size, dtype=value.dtype, device=value.device)
         padded[: value.numel()] = value.flatten()
         mine = padded.narrow(0, part.numel() * self.engine.rank, part.numel())

@@ -243,10 +243,11 @@ def _checkpoints(rank: int) -> list[ray.train.Checkpoint]:
 
 
 def _check_disk(task: TrainTask, loop: TrainingLoop, num_kept: int) -> None:
-    """Check that later checkpoints fit the disk: float32 weights and both moments, for this and for the best state."""
+    """Check that later checkpoints fit the disk: float32 weights, averages and moments, here and in the best state."""
     parameters = [p for p in loop.engine.module.student.parameters() if p.requires_grad]  # all, or adapters
     num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # under ZeRO-3 each worker has a part
-    each = num_weights * 4 * (2 * len(KINDS) if task.hand_off == "best" else len(KINDS))
+    num_kinds = len(KINDS) + loop.average.most_copies
+    each = num_weights * 4 * (2 * num_kinds if task.hand_off == "best" else num_kinds)
     missing = max(0, task.train.num_checkpoints - num_kept) + 1  # the oldest is deleted when the newest is complete
     remedy = "make room, lower train.num_checkpoints, or choose another storage_path"
     check_free(task.run_dir, missing * each, f"{missing} checkpoints", remedy)

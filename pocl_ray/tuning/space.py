@@ -31,6 +31,7 @@ SEARCHABLE_KEYS = (
     "difficulty.rrf_k",
     "difficulty.tie_break",
     *(f"train.{key}" for key in TrainOverrides.model_fields),
+    *(f"train.{key}" for key in ("average", "average_decay", "average_last")),
 )
 BUDGET_KEY = "curriculum.num_steps"
 
