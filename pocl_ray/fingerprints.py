@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
+from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.records import Stage
@@ -100,7 +101,7 @@ def reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
 
 
 def any_training_reads_teacher(config: Config, stages: Sequence[Stage]) -> bool:
-    """Return whether anything that a config trains reads the teacher: curriculum, control, search or experiment."""
+    """Return whether anything that a config trains reads the teacher: curriculum, control, search, experiment, race."""
     has_control = config.control is not None and config.control.kd_ratio > 0
-    has_others = config.tune is not None or config.experiment is not None
+    has_others = config.tune is not None or config.experiment is not None or config.curriculum.pacing == RACE
     return has_control or has_others or reads_teacher(config, stages)

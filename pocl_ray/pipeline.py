@@ -12,6 +12,7 @@ work, the steps that it depends on, the files that it writes, and whether it nee
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.markup import escape
 
+from pocl_ray.arms import Arm, Race, plan_race
 from pocl_ray.config import Config
+from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
@@ -29,7 +32,7 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import choose_signals, rank_table
 from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
 from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
-from pocl_ray.distill.task import cache_folder, curriculum_task
+from pocl_ray.distill.task import TrainTask, cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
 from pocl_ray.evaluation.perplexity import measure_perplexity
 from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, ranking_dependencies, reads_teacher
@@ -49,12 +52,13 @@ from pocl_ray.teacher_cache.writer import FORMAT_VERSION
 from pocl_ray.tracking.results import read_results
 from pocl_ray.tracking.run import TrackedRun, Tracking
 from pocl_ray.tracking.stream import Stream
+from pocl_ray.trainings.heats import run_race
 from pocl_ray.trainings.judge import judge_task
 from pocl_ray.trainings.pairs import compare_pairs, print_pairs, train_pairs
 from pocl_ray.trainings.process import Job
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
-PAIRS = "pairs.json"
+PAIRS, RACED = "pairs.json", "race.json"
 
 
 class Pipeline:
@@ -113,6 +117,8 @@ class Pipeline:
         plan_stages(
             config, num_prepared
         )  # check before a teacher is trained to write responses, some of which may be empty
+        if config.curriculum.pacing == RACE:
+            plan_race(config, num_prepared)
         check_settings(config, num_prepared, self.inputs.load_tokenizer(), self.inputs.load_teacher_tokenizer())
         check_budgets(config, self.run_dir, self.inputs.prepared)
         num_rows = self.inputs.rows.train.num_rows
@@ -144,7 +150,8 @@ class Pipeline:
         folder = CACHE if distils and config.distill.teacher_cache != "none" else None
         # A search, or an arm of an experiment, may choose any signal, so all are measured.
         is_compared = config.tune is not None or config.experiment is not None
-        draws = config.curriculum.pacing == FRONTIER
+        races = () if self.race is None else self.race.arms.values()
+        draws = FRONTIER in {config.curriculum.pacing, *(arm.config.curriculum.pacing for arm in races)}
         is_read = folder is not None or chosen.reads_teacher or draws or is_compared
         answers = not draws or "rouge_l" in config.difficulty.signals or is_compared
         teacher = inputs.teacher if distils or is_read else None
@@ -203,9 +210,42 @@ class Pipeline:
         return self.steps.run("ranking", ranking_dependencies(self.config, self.signals), work)
 
     @cached_property
+    def race(self) -> Race | None:
+        """The arms and rungs of a race; None for another pacing. It is read early, as a check."""
+        config = self.config
+        return plan_race(config, self.inputs.rows.train.num_rows) if config.curriculum.pacing == RACE else None
+
+    @cached_property
+    def raced(self) -> tuple[TrainTask, list[Any]] | None:
+        """The training of the arm that a race hands out, and what it depends on; None for another pacing."""
+        race, config = self.race, self.config
+        if race is None:
+            return None
+        inputs, ranking = self.inputs, self.ranking
+        depends = {
+            name: distill_dependencies(arm.config, ranking, inputs.student.fingerprint, arm.stages)
+            for name, arm in race.arms.items()
+        }
+        tasks = {name: self._race_task(arm, depends[name]) for name, arm in race.arms.items()}
+
+        def work(_: str) -> StepResult:
+            content = run_race(self.run_dir, tasks, race.plan, race.figure, config.scaling)
+            content["stages"] = [stage.to_json() for stage in race.arms[content["winner"]].stages]
+            self.run_dir.write_json(RACED, content)
+            return StepResult([RACED], {"num_steps": content["num_steps"]})
+
+        fingerprint = self.steps.run("race", [depends, race.plan.to_json(), race.figure], work)
+        winner = self.run_dir.read_json(RACED)["winner"]
+        return tasks[winner], [fingerprint, depends[winner]]
+
+    @cached_property
     def distilled(self) -> FingerprintedModel:
-        """The student after the whole curriculum."""
-        return self._distill("distill", self.stages, "student")
+        """The student after the whole curriculum; after a race, of the arm that it hands out."""
+        if self.raced is None:
+            return self._distill("distill", self.stages, "student")
+        paused, depends = self.raced
+        task = replace(paused, output="student", metrics="metrics.jsonl")  # goes on from its last checkpoint
+        return self._trained("distill", depends, lambda _: task)
 
     @cached_property
     def control(self) -> FingerprintedModel | None:
@@ -337,25 +377,43 @@ class Pipeline:
         config, inputs, ranking = self.config, self.inputs, self.ranking
         student, teachers = inputs.student, inputs.teachers if reads_teacher(config, stages) else ()
 
-        def work(fingerprint: str) -> StepResult:
-            task = curriculum_task(
-                config,
-                name=name,
-                fingerprint=fingerprint,
-                run_dir=self.run_dir,
-                stages=stages,
-                student=student.ref,
-                teachers=teachers,
-                rows=inputs.rows,
-                output=output,
-            )
-            counts = train_counted(task, config.scaling) | ({} if self._adapted is None else self._adapted.counts())
-            return StepResult([task.output, task.metrics], counts)
+        def task(fingerprint: str) -> TrainTask:
+            return self._task(config, name, fingerprint, stages, teachers, output)
 
-        depends = distill_dependencies(config, ranking, student.fingerprint, stages)
+        return self._trained(name, distill_dependencies(config, ranking, student.fingerprint, stages), task)
+
+    def _trained(self, name: str, depends: Any, task_of: Callable[[str], TrainTask]) -> FingerprintedModel:
+        """Run a step that trains a student, by the task of its fingerprint."""
+        output = task_of("").output
+
+        def work(fingerprint: str) -> StepResult:
+            task = task_of(fingerprint)
+            counts = train_counted(task, self.config.scaling)
+            adapted = {} if self._adapted is None else self._adapted.counts()
+            return StepResult([task.output, task.metrics], counts | adapted)
+
         fingerprint = self.steps.run(name, depends, work)
-        return FingerprintedModel(
-            trained_reference(config.student, student.ref, self.run_dir.uri_of(output)), fingerprint
+        ref = trained_reference(self.config.student, self.inputs.student.ref, self.run_dir.uri_of(output))
+        return FingerprintedModel(ref, fingerprint)
+
+    def _race_task(self, arm: Arm, depends: list[Any]) -> TrainTask:
+        fingerprint = step_fingerprint("race", depends)
+        output = f"race/{arm.name}-{fingerprint[:8]}/student"
+        return self._task(arm.config, f"race_{arm.name}", fingerprint, arm.stages, self.inputs.teachers, output)
+
+    def _task(
+        self, config: Config, name: str, fingerprint: str, stages: tuple[Stage, ...], teachers: Any, output: str
+    ) -> TrainTask:
+        return curriculum_task(
+            config,
+            name=name,
+            fingerprint=fingerprint,
+            run_dir=self.run_dir,
+            stages=stages,
+            student=self.inputs.student.ref,
+            teachers=teachers,
+            rows=self.inputs.rows,
+            output=output,
         )
 
     def _pair_depends(self, stages: tuple[Stage, ...], seed: int) -> list[Any]:

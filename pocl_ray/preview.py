@@ -8,7 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pocl_ray.arms import Race, plan_race
 from pocl_ray.config import Config, DistillConfig, TeacherConfig, TrainConfig
+from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_counts import told_cuts
@@ -60,6 +62,9 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         console.print(average_note(config.train))
     for line in frontier_notes(config, stages):
         console.print(line)
+    if config.curriculum.pacing == RACE:
+        for line in race_notes(plan_race(config, num_rows)):
+            console.print(line)
     if config.data.task == "text" and not prepared:
         console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
@@ -108,6 +113,28 @@ def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
         notes.append(f"loss {config.distill.loss} is a plug-in's: gaps stay KL(teacher || student)")
     if config.distill.teacher_cache == "topk":
         notes.append("the teacher's cache holds its top k alone: gaps in training are lower bounds of the KL")
+    return notes
+
+
+def race_notes(race: Race) -> list[str]:
+    """Return the arms, rungs and cost of a race, in lines."""
+    plan, notes = race.plan, []
+    for arm in race.arms.values():
+        keys = ", ".join(f"{key} {value}" for key, value in arm.overrides.items()) or "plain distillation, as above"
+        notes.append(f"arm {arm.name}: {keys}")
+    running = plan.num_arms
+    for rung in plan.rungs:
+        last = "the last one is handed out" if rung.num_left == 1 else f"at most {rung.num_left} go on"
+        notes.append(f"rung at step {rung.step} ({rung.step / plan.num_steps:.0%}): at most {running} arms, {last}")
+        running = rung.num_left
+    most, least = plan.most_steps / plan.num_steps, plan.least_steps / plan.num_steps
+    notes.append(
+        f"race: at most {plan.most_steps:,} optimizer steps, {most:.2f} times a plain run, and as many FLOPs of "
+        f"training; {plan.least_steps:,} ({least:.2f}) if the first rung leaves plain distillation alone; scored once"
+    )
+    for arm in race.arms.values():
+        refreshes = frontier_notes(arm.config, arm.stages)
+        notes += [f"{arm.name}: {note}" for note in refreshes if "forward passes" in note]
     return notes
 
 

@@ -274,9 +274,16 @@ STEPS = {
         ),
         Step("ranking", "signals fused into one order", ("scores",), ("scores.parquet",)),
         Step(
+            "race",
+            "plain distillation against curricula, until one is left",
+            ("plan", "ranking", "teacher", "student"),
+            ("race.json", "race/"),
+            "always",
+        ),
+        Step(
             "distill",
             "distillation, all stages",
-            ("plan", "ranking", "teacher", "student"),
+            ("plan", "ranking", "race", "teacher", "student"),
             ("student/", "metrics.jsonl", "scores/stages/"),
             "always",
         ),

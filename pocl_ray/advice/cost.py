@@ -18,7 +18,9 @@ from typing import Literal
 import torch
 
 from pocl_ray.advice.model_shape import ModelShape
+from pocl_ray.arms import plan_race
 from pocl_ray.config import Config
+from pocl_ray.config.race import RACE
 from pocl_ray.experiments.flops import FlopsCounter
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.disk import GIB
@@ -123,8 +125,9 @@ def estimate(
     workers = config.scaling.max_workers
     num_steps = sum(stage.num_steps for stage in stages)
     training = (parts.training + parts.refreshing) / (flops * workers) + num_steps * STEP_S
-    if config.control is not None:
-        training *= 2 + 2 * len(config.control.seeds)
+    sides = 1 if config.control is None else 2 + 2 * len(config.control.seeds)
+    raced = plan_race(config, rows.num_rows).plan.most_steps / num_steps - 1 if config.curriculum.pacing == RACE else 0
+    training *= sides + raced
     evaluation = config.evaluation
     answers = len(evaluation.seeds) + int(evaluation.greedy)
     models = [student, *([student] if evaluation.student_before else []), *([teacher] if evaluation.teacher else [])]

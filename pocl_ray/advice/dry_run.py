@@ -22,6 +22,7 @@ from pocl_ray.advice.cost import CPU_SHARE, GIB, WorkerMemory, duration, estimat
 from pocl_ray.advice.first_rows import count_all, measure, read_first
 from pocl_ray.advice.model_shape import look_at, tokenizer_if_reachable
 from pocl_ray.config import Config
+from pocl_ray.config.race import RACE
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.errors import UserError
 from pocl_ray.inputs import Inputs
@@ -143,6 +144,7 @@ def steps_to_run(config: Config) -> dict[str, str]:
         "plan": lambda: pipeline.stages,
         "scores": lambda: pipeline.signals,
         "ranking": lambda: pipeline.ranking,
+        "race": lambda: pipeline.raced,
         "distill": lambda: pipeline.distilled,
         "control": lambda: pipeline.control,
         "evaluation": lambda: pipeline.evaluation,
@@ -165,6 +167,7 @@ def steps_to_run(config: Config) -> dict[str, str]:
 def _left_out(config: Config) -> set[str]:
     """The steps that a config does not have."""
     left_out = set() if config.data.responses == "teacher" else {"responses"}
+    left_out |= set() if config.curriculum.pacing == RACE else {"race"}
     if config.control is None:
         left_out |= {"control", "pairs"}
     elif not config.control.seeds:

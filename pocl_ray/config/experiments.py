@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +12,17 @@ from pydantic import Field, field_validator, model_validator
 from pocl_ray.config.base import Section, Seeds
 
 ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def dotted_keys(overrides: Mapping[str, Any], above: str = "") -> list[str]:
+    """Return every dotted key of a mapping that may be dotted, nested, or both."""
+    keys: list[str] = []
+    for key, value in overrides.items():
+        own = f"{above}{key}"
+        keys.append(own)
+        if isinstance(value, Mapping):
+            keys += dotted_keys(value, f"{own}.")
+    return keys
 
 
 class ScreenConfig(Section):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pocl_ray.config.base import Section, Seeds
 from pocl_ray.config.experiments import ExperimentConfig
+from pocl_ray.config.race import RACE, RaceConfig
 from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.sources import (
     DataConfig,
@@ -214,9 +215,15 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _signal_of_frontier(cls, data: Any) -> Any:
-        """Rank rows by the gap if frontier pacing draws by it and no signal is named, since nothing else is read."""
+        """Rank rows by the gap if frontier pacing draws by it and no signal is named, since nothing else is read.
+
+        In a race an arm may draw by it; over two tokenizers none can.
+        """
         curriculum = data.get("curriculum") if isinstance(data, dict) else None
-        if not isinstance(curriculum, dict) or curriculum.get("pacing") != FRONTIER:
+        if not isinstance(curriculum, dict) or curriculum.get("pacing") not in (FRONTIER, RACE):
+            return data
+        teacher = data.get("teacher")
+        if curriculum["pacing"] == RACE and isinstance(teacher, dict) and teacher.get("cross_tokenizer") is not None:
             return data
         difficulty = data.get("difficulty", {})
         return {**data, "difficulty": {"signals": [GAP], **difficulty}} if isinstance(difficulty, dict) else data
@@ -241,6 +248,8 @@ class Config(Section):
             raise ValueError("a teacher made from an architecture brings no tokenizer: set tokenizer.train_vocab_size")
         if self.curriculum.pacing == FRONTIER:
             self._check_frontier()
+        if self.curriculum.pacing == RACE:
+            self._check_race()
         self._check_tokenizers()
         if self.data.task == "text":
             self._check_text()
@@ -278,6 +287,25 @@ class Config(Section):
             raise ValueError(
                 "curriculum.frontier.refresh training: with rollout.mode on no step reads a response of the data, so "
                 "no gap would ever be measured; set refresh to rescore, or rollout.beside_data to true"
+            )
+
+    def _check_race(self) -> None:
+        for section in ("tune", "experiment"):
+            if getattr(self, section) is not None:
+                raise ValueError(
+                    f"curriculum.pacing race trains several arms itself, and so does {section}; remove {section}, or "
+                    "set curriculum.pacing to another"
+                )
+        if self.control is not None and self.control.seeds:
+            raise ValueError(
+                "control.seeds trains the curriculum again, and which that is only the race decides; remove the seeds, "
+                "or compare its arms with pocl-ray experiment"
+            )
+        race = self.curriculum.race or RaceConfig()
+        if race.figure == "kl" and self.teacher.cross_tokenizer is not None:
+            raise ValueError(
+                "curriculum.race.figure kl has no meaning over two tokenizers (teacher.cross_tokenizer); set it to "
+                "ce_loss"
             )
 
     def _check_tokenizers(self) -> None:

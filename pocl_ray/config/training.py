@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pocl_ray.config.base import Number, Section
+from pocl_ray.config.race import RACE, RaceConfig
 from pocl_ray.config.schedules import LossArg, ScheduleConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -73,10 +74,12 @@ class CurriculumConfig(Section):
     pacing: str = Field(
         default="baby_step",
         description="baby_step, one_pass, competence, anti, random, frontier, none (plain distillation), or a "
-        "plug-in's; frontier has defaults of its own: optimizer continuous, hand_off last, kd_ratio 1, and "
-        "kd_temperature from 1 to 2 by step",
+        "plug-in's; race: plain distillation and the curricula of `race.arms`, of which the best is handed out; "
+        "frontier and race have defaults of their own: optimizer continuous, hand_off last, kd_ratio 1, and "
+        "kd_temperature from 1 to 2 by step, for race 1",
     )
     frontier: FrontierConfig = FrontierConfig()
+    race: RaceConfig | None = Field(default=None, description="the arms of pacing race; null: the default ones")
     pacing_args: dict[str, Number] = Field(
         default_factory=dict, description="parameters of the rule; competence: root, start, num_stages"
     )
@@ -107,11 +110,22 @@ class CurriculumConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_frontier(cls, data: Any) -> Any:
-        """Set the defaults that frontier pacing was found to win with; its stages are parts of one run."""
-        if not isinstance(data, dict) or data.get("pacing") != FRONTIER:
+        """Set the defaults that frontier pacing was found to win with; its stages are parts of one run.
+
+        A race has them too, but for the temperature, which is that of plain distillation.
+        """
+        if not isinstance(data, dict) or data.get("pacing") not in (FRONTIER, RACE):
             return data
-        ramp = {"start": 1.0, "end": 2.0, "by": "step"}
-        return {"optimizer": "continuous", "hand_off": "last", "kd_ratio": 1.0, "kd_temperature": ramp, **data}
+        temperature = {"start": 1.0, "end": 2.0, "by": "step"} if data["pacing"] == FRONTIER else 1.0
+        return {"optimizer": "continuous", "hand_off": "last", "kd_ratio": 1.0, "kd_temperature": temperature, **data}
+
+    @model_validator(mode="after")
+    def _race(self) -> CurriculumConfig:
+        if self.pacing == RACE and self.advance == "plateau":
+            raise ValueError("advance plateau: the arms of pacing race take equal steps; set it to interval")
+        if self.pacing == RACE and self.pacing_args:
+            raise ValueError("pacing_args: pacing race takes its parameters under curriculum.race; move them")
+        return self
 
     @model_validator(mode="after")
     def _frontier(self) -> CurriculumConfig:

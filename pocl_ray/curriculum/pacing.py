@@ -116,6 +116,7 @@ PACINGS: dict[str, Pacing] = {
     "random": Pacing(baby_step, order="random"),
     "frontier": Pacing(frontier, order="frontier", steps_of=baby_step),
     "none": Pacing(none, steps_of=baby_step),
+    "race": Pacing(none, steps_of=baby_step),  # of plain distillation, which the other arms keep to
 }
 
 

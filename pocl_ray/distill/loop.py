@@ -132,8 +132,17 @@ class TrainingLoop:
         if self.frontier is not None:
             self.frontier.restore(source)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether training has come to the step at which the task lets it pause."""
+        return self.progress.step == self.task.until
+
     def run(self) -> None:
-        """Train all stages, from wherever the progress stands; the student then holds the result."""
+        """Train all stages, from wherever the progress stands; the student then holds the result.
+
+        A task with `until` ends there instead, with a checkpoint. The same task with another `until` goes on from it,
+        and ends with the bits of a run that never paused.
+        """
         try:
             if self.progress.step == 0 and self.progress.num_samples == 0:
                 if self.rescorer is not None:
@@ -141,7 +150,8 @@ class TrainingLoop:
                 self._evaluate()  # the figures of the untrained student, which the report compares with
                 self._reset_best()  # but no stage hands them on: the best is that of what the stage trained
             for stage in self.task.stages[self.progress.stage :]:
-                self._run_stage(stage)
+                if not self.is_paused:
+                    self._run_stage(stage)
             self._settle()
         finally:
             self._writer.close()
@@ -172,7 +182,7 @@ class TrainingLoop:
         respond = self._respond if self.task.rollout.is_on else None
         # Closed here, as a stage that has converged leaves while the feed's thread still reads ahead.
         with closing(self.feed.stage(stage, rows, batch_rows, self.task.seed, step, respond)) as batches:
-            while not self._is_over(stage, step):
+            while not self.is_paused and not self._is_over(stage, step):
                 started = self._step(stage, step, next(batches), started)
                 step += 1
                 if self._evaluation_is_due(stage, step):
@@ -183,7 +193,8 @@ class TrainingLoop:
                     self._settle()  # one checkpoint is on its way at a time; `_evaluate` has settled above
                     self._checkpoint()
                     started = time.monotonic()
-        self._hand_off()
+        if not self.is_paused:  # at a stage's end the hand-off is the first that comes when training goes on
+            self._hand_off()
 
     def _rows(self, stage: Stage) -> np.ndarray:
         """The row ids of a stage; with frontier pacing the rows drawn when it began, which checkpoints hold."""
@@ -297,7 +308,8 @@ class TrainingLoop:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.task.train.checkpoint_every_steps
-        return (every is not None and self.progress.step % every == 0) or self.hooks.asks_for_checkpoint(self.progress)
+        is_due = self.is_paused or (every is not None and self.progress.step % every == 0)
+        return is_due or self.hooks.asks_for_checkpoint(self.progress)
 
     def _evaluate(self) -> None:
         """Evaluate the student, or the average of its weights where one is kept, and note the best of the stage."""

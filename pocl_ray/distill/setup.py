@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +21,12 @@ from pocl_ray.data.batching import Layout, random_order
 from pocl_ray.data.dealing import check_budget
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
-from pocl_ray.distill.dev import DevEvaluator
+from pocl_ray.distill.dev import DevEvaluator, measure_gaps
 from pocl_ray.distill.engine import Engine, InferenceStudent
 from pocl_ray.distill.feed import Feed, LoadedTeacher, load_teachers, teachers_of
 from pocl_ray.distill.gaps import FrontierRows, RowGaps
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
-from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.rescoring import Rescorer
 from pocl_ray.distill.rollout_writers import RolloutWriter, TransformersWriter, VllmWriter
 from pocl_ray.distill.rollouts import Rollouts
@@ -146,14 +146,7 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
     ends = bucket_ends(len(rank_R), len(task.stages[0].buckets))
     buckets_R = np.searchsorted(ends, rank_R - 1, side="right")
     gaps = RowGaps(first_R, feed.rows.response_lengths, engine.device)
-    plain = resolve_loss("forward_kl")
-
-    def measure(gaps: RowGaps, ids: np.ndarray, stage: int) -> None:
-        for batch, counts in feed.evaluation(ids, stage):
-            meter = gaps.meter(batch, engine.device) if counts else None
-            engine.evaluate(batch, StepSettings(1.0, 1.0, plain, gap_meter=meter))
-            gaps.end_step(0)
-
+    measure = partial(measure_gaps, engine, feed)
     return FrontierRows(task.frontier, gaps, buckets_R, task.train.global_batch_rows, task.seed, measure)
 
 

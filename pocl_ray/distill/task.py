@@ -98,6 +98,7 @@ class TrainTask:
         rescoring: Settings for ranking the rows again before stages that need it; None if no stage does.
         frontier: Settings for drawing rows by their gaps; None if no stage does that.
         tracking: Trackers that receive the metric stream.
+        until: Optimizer step at which training pauses with a checkpoint, before its result; None: it goes to its end.
     """
 
     name: str
@@ -127,11 +128,22 @@ class TrainTask:
     rescoring: Rescoring | None = None
     frontier: FrontierConfig | None = None
     tracking: Tracking = field(default_factory=Tracking)
+    until: int | None = None
 
     @property
     def num_steps(self) -> int:
         """The number of optimizer steps of all stages; the maximum if a stage ends on convergence."""
         return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which training pauses or ends."""
+        return self.num_steps if self.until is None else self.until
+
+    @property
+    def dev_rows_file(self) -> str:
+        """The file of the losses of dev rows at the pause."""
+        return f"{self.metrics.rpartition('/')[0]}/dev_rows-{self.until}.parquet"
 
 
 RESCORED = "scores/stages"

@@ -13,11 +13,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from pocl_ray.arms import Arm
 from pocl_ray.config import Config, ScreenConfig
 from pocl_ray.console import console
 from pocl_ray.data.prepare import count_rows
 from pocl_ray.errors import ConfigError, UserError
-from pocl_ray.experiments.arms import Arm, by_scoring, notes, plan_arms, with_steps
+from pocl_ray.experiments.arms import by_scoring, notes, plan_arms, with_steps
 from pocl_ray.experiments.flops import equal_steps
 from pocl_ray.experiments.page import write_page
 from pocl_ray.experiments.results import Budget, Outcome, Phase, TrainingRecord, compare, read_record, write_tables
@@ -160,7 +161,7 @@ class Experiment:
         if "failure" in result:
             return TrainingRecord(name, phase, arm.name, seed, failure=str(result["failure"]))
         flops = self.starts[arm.name][seed].measured_flops(arm, result)
-        fields = ("num_steps", "num_tokens", "seconds", "figures", "curve", "losses")
+        fields = ("num_steps", "num_tokens", "seconds", "figures", "curve", "losses", "row_losses")
         return TrainingRecord(
             name,
             phase,

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_ray.experiments.arms import Arm
+from pocl_ray.arms import Arm
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.trainings.statistics import FIGURES, PairedDifference, paired_difference
 
 FOLDER = "experiment"
 TRAININGS, COMPARISONS, CURVES = f"{FOLDER}/trainings", f"{FOLDER}/comparisons", f"{FOLDER}/curves"
+DEV_ROWS = f"{FOLDER}/dev_rows.parquet"
 
 Phase = Literal["screen", "confirm"]
 Budget = Literal["steps", "flops"]
@@ -39,6 +40,7 @@ class TrainingRecord:
         figures: Set -> figure -> value.
         curve: Dev figures at each evaluation.
         losses: Training loss, thinned.
+        row_losses: `ce_loss`, and with a teacher `kl` -> step -> that loss of each dev row.
         failure: Reason why there are no figures; empty if there are.
     """
 
@@ -53,6 +55,7 @@ class TrainingRecord:
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
+    row_losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failure: str = ""
 
     def write(self, run_dir: RunDirectory) -> None:
@@ -202,18 +205,48 @@ def curve_rows(records: Sequence[TrainingRecord]) -> list[dict[str, Any]]:
     ]
 
 
+def dev_row_table(records: Sequence[TrainingRecord]) -> pa.Table:
+    """Return one row for each dev row, training and measured step, with `ce_loss` and, if a teacher was read, `kl`."""
+    parts = []
+    for record in records:
+        for step, ce_losses in record.row_losses.get("ce_loss", {}).items():
+            num_rows = len(ce_losses)
+            kl = record.row_losses.get("kl", {}).get(step)
+            parts.append(
+                pa.table(
+                    {
+                        "phase": [record.phase] * num_rows,
+                        "arm": [record.arm] * num_rows,
+                        "seed": pa.array([record.seed] * num_rows, pa.int64()),
+                        "step": pa.array([int(step)] * num_rows, pa.int64()),
+                        "row": pa.array(range(num_rows), pa.int64()),
+                        "ce_loss": pa.array(ce_losses, pa.float64()),
+                        "kl": pa.nulls(num_rows, pa.float64()) if kl is None else pa.array(kl, pa.float64()),
+                    }
+                )
+            )
+    return pa.concat_tables(parts) if parts else pa.table({})
+
+
 def write_tables(run_dir: RunDirectory, records: Sequence[TrainingRecord], comparisons: Sequence[Comparison]) -> None:
-    """Write trainings, comparisons and learning curves, each as Parquet and as CSV."""
+    """Write trainings, comparisons and learning curves, each as Parquet and as CSV, and dev rows as Parquet."""
+    dev_rows = dev_row_table(records)
+    if dev_rows.num_rows:
+        _write_parquet(run_dir, DEV_ROWS, dev_rows)
     tables = {TRAININGS: training_rows(records), COMPARISONS: comparison_rows(comparisons), CURVES: curve_rows(records)}
     for place, rows in tables.items():
         if rows:
             _write_table(run_dir, place, rows)
 
 
-def _write_table(run_dir: RunDirectory, place: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_parquet(run_dir: RunDirectory, place: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), sink)
-    run_dir.write_bytes(f"{place}.parquet", sink.getvalue().to_pybytes())
+    pq.write_table(table, sink)
+    run_dir.write_bytes(place, sink.getvalue().to_pybytes())
+
+
+def _write_table(run_dir: RunDirectory, place: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    _write_parquet(run_dir, f"{place}.parquet", pa.Table.from_pylist([dict(row) for row in rows]))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pocl_ray.arms import Arm
 from pocl_ray.config import Config
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import rank_table
 from pocl_ray.distill.task import TrainTask, curriculum_task
-from pocl_ray.experiments.arms import Arm
 from pocl_ray.experiments.flops import ArmFlops, FlopsCounter, model_size
 from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies, reads_teacher
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
@@ -67,6 +67,7 @@ class ScoredRun:
             name,
             self._task(own, arm, name, fingerprint, ranking),
             judge_task(config, self.run_dir, sets, self.teacher.ref),
+            row_steps=tuple(sorted({max(1, arm.num_steps * part // 10) for part in range(1, 11)})),
         )
 
     def _task(self, config: Config, arm: Arm, name: str, fingerprint: str, ranking: str) -> TrainTask:

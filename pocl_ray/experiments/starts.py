@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from pocl_ray.arms import Arm
 from pocl_ray.config import Config
-from pocl_ray.experiments.arms import Arm, by_scoring
+from pocl_ray.experiments.arms import by_scoring
 from pocl_ray.experiments.scored import ScoredRun
 from pocl_ray.inputs import FingerprintedModel
 from pocl_ray.pipeline import Pipeline

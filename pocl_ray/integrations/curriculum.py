@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from pocl_ray.config import CurriculumConfig, load_config
+from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER, FrontierConfig
 from pocl_ray.curriculum.schedule import plan_curriculum
 from pocl_ray.data.batching import global_batches, random_order
@@ -123,6 +124,11 @@ class Curriculum:
             raise ConfigError(
                 "curriculum.advance plateau leaves the length of a stage open, which a trainer's sampler must know; "
                 "set it to interval"
+            )
+        if curriculum.pacing == RACE:
+            raise ConfigError(
+                "curriculum.pacing race trains several students and drops all but one, which pocl-ray's own trainer "
+                "does; give Curriculum a CurriculumConfig with another rule, such as baby_step"
             )
         stages = plan_curriculum(curriculum, ranks.size, global_batch_rows)
         places = np.arange(ranks.size) if dataset_rows is None else np.asarray(dataset_rows, dtype=np.int64)

@@ -82,7 +82,7 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
         GaveUpError: The workers failed more often than `scaling.max_failures` allows.
         DivergedError: Loss or gradient are not finite in several consecutive steps.
     """
-    with progress_bar(task.name, task.num_steps, "steps") as bar:
+    with progress_bar(task.name, task.last_step, "steps") as bar:
         return train_watched(task, scaling, _show_on(bar))
 
 

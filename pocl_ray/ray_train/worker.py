@@ -24,6 +24,7 @@ from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, is_evaluation
+from pocl_ray.distill.dev import write_row_losses
 from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
@@ -216,11 +217,14 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if is_evaluation(record)]
         progress_actor.begin.remote(
-            task.num_steps, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
+            task.last_step, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
         )
     reporter.begin(loop.progress, loop.engine.world_size)
     with closing(reporter):
         loop.run()
+    if loop.is_paused:
+        _write_dev_rows(task, loop)
+    else:
         _write_result(task, loop)
     if loop.engine.rank == 0:
         ray.get(progress_actor.finish.remote(loop.progress.step, loop.progress.num_tokens))
@@ -359,6 +363,14 @@ class _Reporter:
 def _write_metrics(task: TrainTask, progress: Progress) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in progress.metrics)
     task.run_dir.write_text(task.metrics, lines)
+
+
+def _write_dev_rows(task: TrainTask, loop: TrainingLoop) -> None:
+    """Write the losses of the dev rows at the pause, from which a race is decided; measuring is collective."""
+    losses = loop.dev.row_losses()
+    if loop.engine.rank == 0:
+        _write_metrics(task, loop.progress)
+        write_row_losses(task.run_dir, task.dev_rows_file, losses)
 
 
 def _write_result(task: TrainTask, loop: TrainingLoop) -> None:

@@ -30,6 +30,7 @@ from pocl_ray.report.headline import (
     adapter_sentences,
     model_names,
     pair_sentences,
+    race_sentences,
     result_sentences,
     run_sentence,
     tiles,
@@ -100,6 +101,7 @@ def build_report(files: RunFiles) -> str:
         "intro": run_sentence(run, done=is_done(run.steps, "distill")),
         "sentences": [
             *adapter_sentences(run),
+            *race_sentences(run),
             *result_sentences(run, results),
             *pair_sentences(run),
             *weak_teacher_sentences(results),

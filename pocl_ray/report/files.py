@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pocl_ray.config import Config
+from pocl_ray.config.race import RACE
 from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.errors import StorageError
 from pocl_ray.records import STEPS, RowsSummary, Stage
@@ -109,6 +110,7 @@ class RunData:
     rescored: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     cuts: list[str] = field(default_factory=list)
     pairs: dict[str, Any] = field(default_factory=dict)
+    race: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -120,7 +122,8 @@ def read_run(files: RunFiles) -> RunData:
     config_text = _text(files, "config.yaml")
     config = _read_config(config_text)
     metrics = _read_metrics(files, "metrics.jsonl")
-    plan = _read_plan(files)
+    race = _json(files, "race.json") if config is not None and config.curriculum.pacing == RACE else {}
+    plan = _read_plan(files, race)
     return RunData(
         config=config,
         config_text=config_text,
@@ -136,6 +139,7 @@ def read_run(files: RunFiles) -> RunData:
         rescored=_read_rescored(files, plan),
         cuts=_read_cuts(files),
         pairs=_json(files, "pairs.json"),
+        race=race,
     )
 
 
@@ -205,7 +209,7 @@ def _read_rows(files: RunFiles, rel: str) -> pa.Table | None:
         raise _broken(rel, error) from None
 
 
-def _read_plan(files: RunFiles) -> Plan | None:
+def _read_plan(files: RunFiles, race: Mapping[str, Any]) -> Plan | None:
     data = _json(files, "plan.json")
     if not data:
         return None
@@ -214,7 +218,8 @@ def _read_plan(files: RunFiles) -> Plan | None:
             num_rows=int(data["num_rows"]),
             bucket_ends=tuple(int(end) for end in data["bucket_ends"]),
             global_batch_rows=int(data["global_batch_rows"]),
-            stages=tuple(Stage.from_json(stage) for stage in data["stages"]),
+            # After a race those of the arm that it handed out.
+            stages=tuple(Stage.from_json(stage) for stage in race.get("stages", data["stages"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _broken("plan.json", f"{type(error).__name__}: {error}") from None

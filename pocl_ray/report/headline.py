@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocl_ray.config import Config
+from pocl_ray.config.race import PLAIN, RACE
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Coverage
 from pocl_ray.report.figures import Comparison, ModelResult, SetResult, compare_with_control
@@ -31,6 +32,8 @@ _WAYS = {
     "anti": "from hard to easy",
     "random": "in random order",
     "frontier": "of rows drawn by what is left to learn from them",
+    "rank": "from easy to hard",
+    "race": "of the curriculum that won a race",
 }
 
 
@@ -82,6 +85,9 @@ def run_sentence(run: RunData, *, done: bool) -> str:
     pacing = run.config.curriculum.pacing
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
     stages = f"{len(run.plan.stages)} stages" if run.plan else "stages"
+    if pacing == RACE:
+        taken = run.plan.stages if run.plan and run.race else ()
+        pacing = RACE if not taken else "none" if len(taken) == 1 else taken[0].order
     way = _WAYS.get(pacing, f"by the pacing rule {pacing}")
     how = "in one stage, without a curriculum" if pacing == "none" else f"in {stages} {way}"
     verb = "was distilled" if done else "is to be distilled"
@@ -100,6 +106,22 @@ def result_sentences(run: RunData, results: Sequence[SetResult]) -> list[str]:
     if len(results) <= _MAX_SENTENCE_SETS:
         return [text for result in results if (text := _set_sentence(result, names))]
     return [text for text in (_set_sentence(results[0], names), _tally(results, names)) if text]
+
+
+def race_sentences(run: RunData) -> list[str]:
+    """Return what a race handed out and why, in one sentence; none where no race was run."""
+    if not run.race:
+        return []
+    plan, winner, decisions = run.race["plan"], run.race["winner"], run.race["decisions"]
+    last = decisions[-1]
+    cost = (run.race["num_steps"] + plan["num_steps"] - last["rung"]["step"]) / plan["num_steps"]
+    arms = ", ".join(standing["arm"] for standing in decisions[0]["standings"] if standing["arm"] != PLAIN)
+    why = next(standing["why"] for standing in last["standings"] if standing["arm"] == winner)
+    handed_out = "plain distillation, as none was ahead by more than chance" if winner == PLAIN else f"{winner}, {why}"
+    return [
+        f"A race of plain distillation against {arms} handed out {handed_out} (dev rows at step "
+        f"{last['rung']['step']:,} of {plan['num_steps']:,}); it took {cost:.2f} times the optimizer steps of one run."
+    ]
 
 
 def pair_sentences(run: RunData) -> list[str]:

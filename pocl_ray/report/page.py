@@ -35,6 +35,11 @@ def signed(value: float, places: int = 2) -> str:
     return f"+{shown}" if math.isfinite(value) and round(value, places) > 0 else shown
 
 
+def number(value: float | None, places: int = 2) -> str:
+    """Return a number with a fixed number of decimal places, or a dash where there is none."""
+    return fixed(math.nan if value is None else value, places)
+
+
 def percent(share: float) -> str:
     """Return a share as percentage, or a dash if it is not finite."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%".replace("-", _MINUS) if math.isfinite(share) else NOTHING
@@ -98,6 +103,7 @@ def _environment() -> Environment:
     environment.filters.update(
         fixed=fixed,
         correlation=correlation,
+        number=number,
         signed=signed,
         percent=percent,
         count=count,

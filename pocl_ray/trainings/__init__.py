@@ -1,1 +1,1 @@
-"""Many short trainings in a few processes, judged and compared in pairs."""
+"""Many short trainings in a few processes, judged and compared in pairs; and races, which drop arms of one run."""

@@ -28,6 +28,8 @@ from pocl_ray.trainings.judge import Judge, JudgeTask
 
 OnProgress = Callable[[int, int], object]
 """A function that receives the number of steps done and of tokens trained on."""
+RowLosses = dict[str, dict[str, list[float]]]
+"""`ce_loss`, and with a teacher `kl` -> step -> that loss of each dev row."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Job:
         name: Name of the record of its result.
         task: Training task.
         judged: Sets on which its student is judged.
+        row_steps: Steps after which the loss of each dev row is measured.
     """
 
     name: str
     task: TrainTask
     judged: JudgeTask
+    row_steps: tuple[int, ...] = ()
 
 
 class TrainingProcess:
@@ -61,8 +65,9 @@ class TrainingProcess:
         """Train and judge.
 
         Returns:
-            `figures` by set, `curve` (dev figures at each evaluation), `losses` (thinned), `num_steps`, `num_tokens`,
-            `seconds`, `train_seconds`, and `warnings` for the user.
+            `figures` by set, `curve` (dev figures at each evaluation), `losses` (thinned), `row_losses` (figure ->
+            step -> dev rows), `num_steps`, `num_tokens`, `seconds`, `train_seconds`, and
+            `warnings` for the user.
 
         Raises:
             UserError: A model, a cache or the rows do not fit.
@@ -70,7 +75,8 @@ class TrainingProcess:
         """
         started = time.monotonic()
         warnings: list[str] = []
-        loop = self._train(job, on_progress, warnings.append)
+        row_losses: RowLosses = {}
+        loop = self._train(job, on_progress, row_losses, warnings.append)
         train_seconds = time.monotonic() - started
         figures = self._judge_of(job.judged).judge(loop.dev.student.current())
         metrics, progress = loop.progress.metrics, loop.progress
@@ -78,6 +84,7 @@ class TrainingProcess:
             "figures": figures,
             "curve": [_dev_figures(record) for record in metrics if is_evaluation(record)],
             "losses": _thinned([record for record in metrics if "train/loss" in record]),
+            "row_losses": row_losses,
             "num_steps": progress.step,
             "num_tokens": progress.num_tokens,
             "train_seconds": round(train_seconds, 2),
@@ -89,13 +96,18 @@ class TrainingProcess:
         gc.collect()
         return result
 
-    def _train(self, job: Job, on_progress: OnProgress, warn: Callable[[str], object]) -> TrainingLoop:
+    def _train(
+        self, job: Job, on_progress: OnProgress, row_losses: RowLosses, warn: Callable[[str], object]
+    ) -> TrainingLoop:
         stream = open_stream(job.task, 0, warn)
 
         def on_step(progress: Progress, record: dict[str, Any]) -> None:
             on_progress(progress.step, progress.num_tokens)
             if stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
                 stream.log(record)
+            if progress.step in job.row_steps and "train/loss" in record:
+                for figure, losses_R in loop.dev.row_losses().items():
+                    row_losses.setdefault(figure, {})[str(progress.step)] = losses_R.round(6).tolist()
 
         try:
             loop = set_up_loop(job.task, self.device, LoopHooks(on_checkpoint=_discard, on_step=on_step))

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from pocl_ray.arms import sft_pins
 from pocl_ray.config import Config, ControlConfig, TrainConfig
 from pocl_ray.config.loading import describe
-from pocl_ray.config.training import TrainOverrides
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
@@ -169,28 +169,11 @@ class Planner:
         return {BUDGET_KEY: budget.samples // train.global_batch_rows}
 
 
-def sft_pins(base: Config, train: TrainConfig) -> Settings:
-    """Return the settings that keep supervised fine-tuning as it is in the base config.
-
-    Args:
-        base: The base config.
-        train: The section of a config that differs, whose keys supervised fine-tuning would take over.
-    """
-    pins: Settings = {}
-    for role in ("teacher", "student"):
-        sft = getattr(base, role).sft
-        if sft is None:
-            continue
-        merged = base.sft_train(sft)
-        for key in TrainOverrides.model_fields:
-            if getattr(train, key) != getattr(base.train, key):
-                pins[f"{role}.sft.train.{key}"] = getattr(merged, key)
-    return pins
-
-
 def search_fingerprint(config: Config, origins: TrialOrigins) -> str:
     """Return the fingerprint of a search: another space or scheduler is another search over the same rows."""
     assert config.tune is not None
     tune = config.tune.model_dump(mode="json", exclude={"max_concurrent", "confirm"})
     shared = {"curriculum", "distill", "train", "difficulty", "evaluation", "control", "seed", "other_teachers"}
-    return fingerprint([tune, config.model_dump(mode="json", include=shared), asdict(origins)])
+    tree = config.model_dump(mode="json", include=shared)
+    del tree["curriculum"]["race"]  # no part of a search
+    return fingerprint([tune, tree, asdict(origins)])

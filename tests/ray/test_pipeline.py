@@ -109,3 +109,21 @@ def test_another_number_of_buckets_needs_no_new_scores(full_run: FullRun, cluste
     assert Pipeline(config, resume_with_changes=True).distilled
     assert changed_steps(before, manifest(run)) == {"plan", "distill"}
     assert {record["curriculum/stage"] for record in metrics(run / "metrics.jsonl")} == {0, 1, 2}
+
+
+def test_a_race_rests_on_the_scores_and_hands_one_arm_out(full_run: FullRun, cluster: None, tmp_path: Path) -> None:
+    race = {"arms": {"hot": {"curriculum.kd_temperature": 2.0}}, "rungs": [0.5]}
+    curriculum = {"pacing": "race", "num_steps": 6, "race": race}
+    config, run = full_run.copy(tmp_path, curriculum=curriculum, scaling__num_workers=1)
+    before = manifest(run)
+    assert Pipeline(config, resume_with_changes=True).distilled
+    assert changed_steps(before, manifest(run)) == {"plan", "ranking", "race", "distill"}
+    decided = json.loads((run / "race.json").read_text())
+    assert decided["winner"] in ("plain", "hot") and decided["num_steps"] == 6
+    taken = [record for record in metrics(run / "metrics.jsonl") if "train/loss" in record]
+    assert [record["step"] for record in taken] == list(range(1, 7))
+    (paused,) = run.glob(f"race/{decided['winner']}-*/metrics.jsonl")
+    before_pause = [record for record in metrics(paused) if "train/loss" in record]
+    assert before_pause == taken[:3], "it went on from the rung: even the seconds of its first steps are the same"
+    folders = {path.name.split("-")[0] for path in (run / "checkpoints").glob("race_*")}
+    assert folders == {f"race_{decided['winner']}"}

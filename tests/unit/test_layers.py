@@ -29,6 +29,7 @@ LAYERS = (
     {"difficulty", "distill", "evaluation", "ray_train", "responses", "trainings"},
     {
         "advice",
+        "arms",
         "chat",
         "comparison",
         "experiments",
@@ -54,6 +55,7 @@ NEVER_IMPORTS = {
     "distill": {"ray"},
     "distill/rollout_schedule.py": {"torch", "ray"},
     "trainings/statistics.py": {"torch", "ray"},
+    "trainings/race.py": {"torch", "ray"},
     "ray_train/progress.py": {"torch", "transformers", "deepspeed"},
 }
 

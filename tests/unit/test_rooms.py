@@ -13,12 +13,14 @@ PACKAGE = ROOT / "pocl_ray"
 # The file names that stand in several rooms, and the one kind of thing that each of them means.
 SHARED_NAMES = {
     "__init__.py": "the package",
+    "arms.py": "configs that differ by some keys, which are compared",
     "frontier.py": "frontier pacing: its rule, and what the report shows of it",
     "internals.py": "the names that Ray does not promise to keep",
     "loading.py": "loads the thing of the room from files: a config, a model",
     "page.py": "writes an HTML page",
     "plots.py": "draws the plots of a page",
     "prepare.py": "makes the things of the room ready in the run directory: rows, models",
+    "race.py": "the race of curricula with plain distillation: its config, its policy",
     "results.py": "the records of many trainings, and the table of them",
     "shipped.py": "finds what comes with the package: configs, models",
     "sources.py": "the sources of rows: their config, and how they are read",

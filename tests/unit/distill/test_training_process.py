@@ -21,7 +21,7 @@ def job(task: TrainTask, name: str, **changes: Any) -> Job:
     evaluation = EvaluationConfig.model_validate({"seeds": [3, 4], "generation": {"max_new_tokens": 6}})
     teacher = task.teachers[0].ref
     judged = JudgeTask(task.run_dir, {"test": task.dev_rows.path}, teacher, "tokenizer", evaluation, task.max_tokens)
-    return Job(name, replace(task, **changes), judged)
+    return Job(name, replace(task, **changes), judged, row_steps=(3, task.num_steps))
 
 
 def _worker(_: int, task: TrainTask, target: Path) -> None:
@@ -42,9 +42,12 @@ def test_trainings_share_a_process_and_nothing_else(tmp_path: Path) -> None:
     assert set(first["figures"]["test"]) == {
         "rouge_l", "exact_match", "sampled_rouge_l", "sampled_exact_match", "kl", "ce_loss",
     }  # fmt: skip
-    for key in ("figures", "curve", "losses", "num_steps", "num_tokens"):
+    for key in ("figures", "curve", "losses", "row_losses", "num_steps", "num_tokens"):
         assert first[key] == again[key]
     assert first["num_steps"] == task.num_steps
+    rows = first["row_losses"]
+    assert set(rows) == {"kl", "ce_loss"} and set(rows["kl"]) == {"3", str(task.num_steps)}
+    assert len(rows["kl"]["3"]) == task.dev_rows.num_rows and rows["kl"]["3"] != rows["kl"][str(task.num_steps)]
     assert other["figures"] != first["figures"]
     assert "in a row that are not finite" in bad["failure"]
     assert max(told) == task.num_steps

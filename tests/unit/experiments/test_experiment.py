@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from arms_config import NUM_ROWS, experiment_config
 
+from pocl_ray.arms import Arm
 from pocl_ray.config import Config
-from pocl_ray.experiments.arms import Arm, plan_arms
+from pocl_ray.experiments.arms import plan_arms
 from pocl_ray.experiments.experiment import Experiment
 from pocl_ray.experiments.flops import ArmFlops
 from pocl_ray.experiments.results import Outcome
@@ -53,7 +54,7 @@ class FakePool:
             gain = GAIN.get(job.arm.name, 0.5)
             figures = {"rouge_l": 60 + job.seed + gain + 0.1 * (job.seed % 2), "ce_loss": 1.0}
             on_done(job.name, {"figures": {job.sets[0]: figures}, "num_steps": 24, "num_tokens": 9, "seconds": 1.0,
-                               "curve": [], "losses": []})  # fmt: skip
+                               "curve": [], "losses": [], "row_losses": {}})  # fmt: skip
 
 
 def conduct(folder: Path, pool: FakePool, **keys: Any) -> Outcome:

@@ -17,6 +17,7 @@ from pocl_ray.experiments.page import PAGE, TABLE, headline, write_page
 from pocl_ray.experiments.results import (
     COMPARISONS,
     CURVES,
+    DEV_ROWS,
     TRAININGS,
     Outcome,
     TrainingRecord,
@@ -92,6 +93,20 @@ def test_tables_are_parquet_and_csv(tmp_path: Path, outcome: Outcome) -> None:
         rows = list(csv.DictReader(io.StringIO(run_dir.read_text(f"{place}.csv"))))
         assert list(rows[0]) == table.column_names
         assert len(rows) == num_rows
+
+
+def test_losses_of_dev_rows_are_a_table_of_their_own(tmp_path: Path) -> None:
+    run_dir, losses = RunDirectory.open(str(tmp_path), "run"), {"ce_loss": {"2": [0.5, 0.25], "24": [0.5, 0.125]}}
+    records = [
+        record("plain", 1, 60, row_losses={**losses, "kl": losses["ce_loss"]}),
+        record("sft", 1, 60, row_losses=losses),
+        record("old", 1, 60),
+    ]
+    write_tables(run_dir, records, [])
+    table = pq.read_table(Path(run_dir.uri) / DEV_ROWS)
+    assert table["arm"].to_pylist() == ["plain"] * 4 + ["sft"] * 4 and table["row"].to_pylist() == [0, 1] * 4
+    assert table["step"].to_pylist()[:4] == [2, 2, 24, 24]
+    assert table["kl"].to_pylist() == [0.5, 0.25, 0.5, 0.125, None, None, None, None]
 
 
 def test_the_page_shows_intervals_and_what_each_arm_costs(tmp_path: Path, outcome: Outcome) -> None:
