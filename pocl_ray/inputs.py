@@ -24,7 +24,7 @@ from pocl_ray.data.prepare import (
     read_summary,
     training_texts,
 )
-from pocl_ray.data.row_counts import told_cuts
+from pocl_ray.data.row_counts import told_cuts, told_rejects
 from pocl_ray.data.row_store import describe_pairing
 from pocl_ray.data.rows import row_tokenizer
 from pocl_ray.data.tokenization import train_tokenizer
@@ -225,7 +225,7 @@ class Inputs:
         depends = [self.tokenizer, data_fingerprint(config.data), config.seed, *([numbers] if numbers else [])]
         self.steps.run("rows", depends, work)
         rows = read_summary(self.run_dir)
-        for is_warning, line in told_cuts(rows):
+        for is_warning, line in (*told_rejects(rows), *told_cuts(rows)):
             console.print(f"[yellow]{'warning' if is_warning else 'note'}:[/] {line}")
         for name, num_leaks in rows.leaks.items():
             if num_leaks:

@@ -13,7 +13,7 @@ from pocl_ray.config import Config, DistillConfig, TeacherConfig, TrainConfig
 from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
-from pocl_ray.data.row_counts import told_cuts
+from pocl_ray.data.row_counts import told_cuts, told_rejects
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.losses import LOSSES
@@ -51,7 +51,7 @@ def print_plan(config: Config, num_rows: int | None) -> None:
         f"{config.curriculum.pacing}: {num_rows} rows {order}, {at_most}{num_steps} optimizer steps of "
         f"{config.train.global_batch_rows} rows"
     )
-    for is_warning, line in told_cuts(prepared.values()):
+    for is_warning, line in (*told_rejects(prepared.values()), *told_cuts(prepared.values())):
         console.print(f"{'warning' if is_warning else 'note'}: {line}")
     if adapted := _adapted(config):
         console.print(adapted)

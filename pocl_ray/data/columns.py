@@ -80,7 +80,10 @@ _ROLES_OF_CHAT = {
 }
 
 
-_UNLEARNT_COLUMNS = ("tools", "functions")
+_UNLEARNT_COLUMNS = {
+    **dict.fromkeys(("tools", "functions"), "chats with tools are not supported"),
+    "chat_template_kwargs": "switches of the template are set for all rows, in data.template_args",
+}
 _UNLEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields of a turn that the template would have to write. A chat would be another one without them."""
 
@@ -278,9 +281,9 @@ def _read_chat(values: Mapping[str, Any], column: str, system: str, topic: str |
     turns = _field(values, column)
     if not isinstance(turns, (list, tuple)):
         raise UnusableRowError(f"{column} is {type(turns).__name__}, not a list of turns")
-    for name in _UNLEARNT_COLUMNS:
+    for name, reason in _UNLEARNT_COLUMNS.items():
         if column != name and not _is_nothing(values.get(name)):
-            raise UnusableRowError(f"{name} would be left out of the prompt: chats with tools are not supported")
+            raise UnusableRowError(f"{name} would be left out of the prompt: {reason}")
     messages = [
         _read_turn(turn, f"{column}[{position}]") for position, turn in enumerate(turns) if not _says_nothing(turn)
     ]

@@ -1,4 +1,4 @@
-"""Counts of tokens that rows lose when they are cut to length, and of rows with special tokens in their text."""
+"""Counts of tokens that rows lose when they are cut to length, of rows with special tokens, and of rows left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from pocl_ray.records import RowsSummary
 
-WARNED_SHARE = 0.05  # of cut rows in all
+WARNED_SHARE = 0.05  # of cut rows in all, and of rows that are left out
 
 
 @dataclass
@@ -59,4 +59,15 @@ def told_cuts(sets: Iterable[RowsSummary]) -> list[tuple[bool, str]]:
                 "text; data.special_tokens: keep reads them as the tokens"
             )
             told.append((False, line))
+    return told
+
+
+def told_rejects(sets: Iterable[RowsSummary]) -> list[tuple[bool, str]]:
+    """Return a line about each set of which rows were left out, and whether it is a warning."""
+    told = []
+    for rows in sets:
+        if rows.num_rejected:
+            share = rows.num_rejected / (rows.num_rejected + rows.num_rows)
+            line = f"{rows.name}: {rows.num_rejected:,} rows were left out; rejects.jsonl gives the reasons"
+            told.append((share >= WARNED_SHARE, line))
     return told

@@ -56,7 +56,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     assert isinstance(pad_id, int)
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
-    check_split(student)
+    check_split(student, task.student.path)
     layout = Layout(pad_id, train.rows_at_once, train.micro_batch_tokens, _packs(task, student, device, hooks))
     for teacher in teachers:
         _let_pack(task, teacher, layout, hooks)

@@ -35,7 +35,7 @@ class LiveTeacher:
 
     def __init__(self, ref: ModelRef, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
         self.model = load_model(ref, device=device, dtype=dtype).requires_grad_(False)
-        check_split(self.model)
+        check_split(self.model, ref.path)
         self._parts = split_model(self.model)
         self.head: HeadWeights = head_of(self.model)
 
@@ -138,7 +138,7 @@ class ShardedTeacher:
         self._engine, *_ = deepspeed.initialize(model=_Body(model), config=config, dist_init_required=False)
         self._engine.eval()
         self.device = device
-        self._check_split(type(model).__name__, model.config.get_text_config().vocab_size)
+        self._check_split(f"{ref.path}: {type(model).__name__}", model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def hidden(
@@ -174,13 +174,13 @@ class ShardedTeacher:
         return obstacle
 
     @torch.no_grad()
-    def _check_split(self, family: str, vocab_size: int) -> None:
+    def _check_split(self, name: str, vocab_size: int) -> None:
         ids_BT = torch.arange(4).unsqueeze(0) % vocab_size
         ids_BT, index_N = ids_BT.to(self.device), torch.arange(4, device=self.device)
         mask_BT = torch.ones_like(ids_BT)
         expected_NV = self._engine(ids_BT, mask_BT, index_N, whole=True).float()
         found_NV = self.head.logits(self.hidden(ids_BT, mask_BT, index_N)).float()
-        compare_logits(family, found_NV, expected_NV)
+        compare_logits(name, found_NV, expected_NV, self.head.weight_VH.dtype)
 
 
 def _dtype_of(ref: ModelRef) -> torch.dtype:

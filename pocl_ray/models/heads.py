@@ -217,10 +217,14 @@ def head_of(model: PreTrainedModel) -> HeadWeights:
 
 
 @torch.no_grad()
-def check_split(model: PreTrainedModel) -> None:
+def check_split(model: PreTrainedModel, place: str = "") -> None:
     """Check on a few tokens that body and head together give the model's logits.
 
     A family with a transform that `LogitTransform` does not know must not be silently distilled with wrong logits.
+
+    Args:
+        model: Causal language model.
+        place: Path of the model for the message.
 
     Raises:
         ModelError: Body and head give other logits than the model.
@@ -237,23 +241,30 @@ def check_split(model: PreTrainedModel) -> None:
         found_NV = parts.logits(parts.response_hidden(ids_BT, mask_BT, index_N)).float()
     finally:
         model.train(was_training)
-    compare_logits(type(model).__name__, found_NV, expected_NV)
+    name = type(model).__name__
+    compare_logits(f"{place}: {name}" if place else name, found_NV, expected_NV, model.dtype)
 
 
-def compare_logits(family: str, found_NV: Tensor, expected_NV: Tensor) -> None:
+def compare_logits(name: str, found_NV: Tensor, expected_NV: Tensor, dtype: torch.dtype) -> None:
     """Compare the logits of head and hidden states with the model's own.
+
+    Args:
+        name: Place and family of the model for the message.
+        found_NV: Logits of head and hidden states.
+        expected_NV: The model's own logits.
+        dtype: Dtype of the model's weights.
 
     Raises:
         ModelError: The model's logits are not finite, or the others differ from them by more than rounding.
     """
     if not bool(torch.isfinite(expected_NV).all()):
         raise ModelError(
-            f"{family}: its own logits are not finite; load it in bfloat16 or float32 (teacher.dtype, student.dtype), "
-            "or look at its weights"
+            f"{name}: its own logits are not finite in {str(dtype).removeprefix('torch.')}; load it in bfloat16 or "
+            "float32 (teacher.dtype, student.dtype), or look at its weights"
         )
     scale = max(1.0, float(expected_NV.abs().max()))
     if not torch.allclose(found_NV, expected_NV, atol=1e-2 * scale, rtol=0.0):
-        raise ModelError(f"{family}: its logits are not head(hidden states); this family cannot be split")
+        raise ModelError(f"{name}: its logits are not head(hidden states); this family cannot be split")
 
 
 @dataclass(frozen=True)

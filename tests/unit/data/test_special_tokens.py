@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from data_tokenizers import EOS, tiny_tokenizer
 from pocl_ray.config.sources import DataConfig, SourceConfig
 from pocl_ray.data.prepare import data_fingerprint
 from pocl_ray.data.readers import SourceRow
-from pocl_ray.data.row_counts import told_cuts
+from pocl_ray.data.row_counts import told_cuts, told_rejects
 from pocl_ray.data.rows import Preparation
 from pocl_ray.records import RowsSummary
 
@@ -126,3 +127,10 @@ def test_a_plan_needs_no_storage(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     printed = capsys.readouterr().out
     assert "planned without the rows of the run directory" in printed
     assert "optimizer steps" in printed
+
+
+def test_rows_left_out_are_a_note_and_from_a_twentieth_on_a_warning() -> None:
+    assert told_rejects([summary()]) == []
+    told = told_rejects([replace(summary(), num_rejected=4), replace(summary(), num_rejected=6)])
+    assert told[0] == (False, "train: 4 rows were left out; rejects.jsonl gives the reasons")
+    assert told[1][0]

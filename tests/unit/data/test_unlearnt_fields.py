@@ -26,6 +26,11 @@ def read(*turns: dict[str, Any], **columns: Any) -> Any:
         ((ASK, {**SAY, "weight": 0}), {}, "the last turn of the assistant weight 0, not 1"),
         ((ASK, {**SAY, "weight": 0.5}), {}, "weight 0.5, not 1"),
         ((ASK, SAY), {"tools": CALL}, "tools would be left out of the prompt"),
+        (
+            (ASK, SAY),
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            r"chat_template_kwargs .* data.template_args",
+        ),
     ],
 )
 def test_a_field_that_would_vanish_rejects_the_row(turns: Any, columns: Any, reason: str) -> None:
@@ -41,6 +46,7 @@ def test_empty_fields_and_weights_of_the_history_change_nothing() -> None:
     assert read({"role": "system", "content": ""}, ASK, SAY, ASK, {**SAY, "weight": 1}) == plain
 
 
-def test_the_column_of_tools_is_read_with_chats_alone() -> None:
-    assert wanted_columns({}, "instruction")(["messages", "tools", "other"]) == {"messages", "tools"}
-    assert wanted_columns({}, "instruction")(["prompt", "response", "tools"]) == {"prompt", "response"}
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_the_column_of_tools_or_switches_is_read_with_chats_alone(name: str) -> None:
+    assert wanted_columns({}, "instruction")(["messages", name, "other"]) == {"messages", name}
+    assert wanted_columns({}, "instruction")(["prompt", "response", name]) == {"prompt", "response"}
