@@ -10,12 +10,11 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from pocl_ray.errors import ResourceError, StorageError, UserError
-from pocl_ray.run_directory.storage import RunDirectory, clock_is_off, reason
+from pocl_ray.run_directory.storage import DISK_FULL, RunDirectory, clock_is_off, reason
 
 GIB = float(1 << 30)
 MARGIN = 1.05
 """The factor on the estimate, since indexes, file systems and other files need some space too."""
-_SIGNS = ("No space left on device", "os error 28", "Errno 28", "Disk quota exceeded", "os error 122")
 
 
 def check_free(run_dir: RunDirectory, num_bytes: int, what: str, remedy: str) -> None:
@@ -43,16 +42,18 @@ def check_free_at(directory: Path, num_bytes: int, what: str, remedy: str) -> No
     place = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if num_bytes * MARGIN > free:
-        raise ResourceError(
-            f"{directory}: {what} need {num_bytes / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; {remedy}"
-        )
+        raise ResourceError(f"{directory}: {what} need {_amount(num_bytes)} and {_amount(free)} are free; {remedy}")
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= 0.01 * GIB else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def disk_full(error: BaseException) -> bool:
     """Return whether a full disk is the cause of an error; libraries in C++ and Rust say so only in the text."""
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
-        or any(sign in str(link) for sign in _SIGNS)
+        or any(sign in str(link) for sign in DISK_FULL)
         for link in _chain(error)
     )
 

@@ -8,6 +8,7 @@ module renames files. A directory is finished when the manifest says so. Readers
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -112,10 +113,15 @@ def reason(error: BaseException) -> str:
     """Return the first line of an error, without the store's request id."""
     if clock_is_off(error):
         return "the clock of this machine is off by more than the store allows: synchronise it (NTP)"
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of a directory: (from, to, reason) each
+        text = str(error.args[0][0][-1])
+    else:
+        text = str(error)
+    line = (text.splitlines() or [type(error).__name__])[0]
     return line.partition(" (Request ID:")[0]
 
 
+DISK_FULL = ("No space left on device", "os error 28", "Errno 28", "Disk quota exceeded", "os error 122")
 _LOCAL = pafs.LocalFileSystem()
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
@@ -288,7 +294,7 @@ class RunDirectory:
         try:
             write_whole(self.filesystem, self.fs_path(rel), data)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
+            raise _not_written(self.uri_of(rel), error) from None
 
     def write_text(self, rel: str, text: str) -> None:
         """Write a UTF-8 file, completely or not at all."""
@@ -317,7 +323,7 @@ class RunDirectory:
             self.delete(rel)
             pafs.copy_files(str(local), target, source_filesystem=_LOCAL, destination_filesystem=filesystem)
         except OSError as error:
-            raise StorageError(f"{self.uri_of(rel)}: cannot be written ({reason(error)})") from None
+            raise _not_written(self.uri_of(rel), error) from None
 
     def delete(self, rel: str) -> None:
         """Delete a file, or a directory with its content; a missing one is ignored.
@@ -341,6 +347,15 @@ def _info(filesystem: pafs.FileSystem, path: str, uri: str) -> pafs.FileInfo:
         return filesystem.get_file_info(path)
     except OSError as error:
         raise StorageError(f"{uri}: cannot be reached ({reason(error)})") from None
+
+
+def _not_written(uri: str, error: BaseException) -> StorageError:
+    text, remedy = reason(error), ""
+    if any(sign in text for sign in DISK_FULL):
+        remedy = "; make room, or take another storage_path, and give the same command again"
+    elif os.strerror(errno.EROFS) in text:
+        remedy = "; take another storage_path, or have it mounted for writing, and give the same command again"
+    return StorageError(f"{uri}: cannot be written ({text}){remedy}")
 
 
 def _remove(path: Path) -> None:

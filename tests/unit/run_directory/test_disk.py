@@ -27,6 +27,12 @@ def test_too_little_room_is_said_with_both_figures_and_a_remedy(one_gib_free: No
         check_free(run_dir, 2 << 30, "checkpoints", "make room")
 
 
+def test_small_sizes_are_told_in_mib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 18))
+    with pytest.raises(ResourceError, match=r"checkpoints need 3\.00 MiB and 0\.25 MiB are free"):
+        check_free_at(tmp_path, 3 << 20, "checkpoints", "make room")
+
+
 def test_a_directory_to_be_made_is_looked_at_where_it_will_lie(one_gib_free: None, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="not/yet there"):
         check_free_at(tmp_path / "not" / "yet there", 2 << 30, "files", "make room")

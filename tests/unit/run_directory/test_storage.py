@@ -192,8 +192,22 @@ def test_a_directory_half_copied_when_the_disk_fills_is_cleared_away(
     monkeypatch.setattr(storage.shutil.copytree, "__defaults__", (False, None, fills_up, False, False))
     with pytest.raises(StorageError) as error:
         run_dir.publish(made, "out")
-    assert_one_line(error, f"{run_dir.uri}/out", "No space left on device")
+    assert str(error.value) == (
+        f"{run_dir.uri}/out: cannot be written ([Errno 28] No space left on device); make room, or take another "
+        "storage_path, and give the same command again"
+    )
     assert tree(Path(run_dir.uri)) == {}
+
+
+def test_a_read_only_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run_dir = RunDirectory.open(str(tmp_path), "run")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError) as error:
+        run_dir.write_text("a", "new")
+    assert_one_line(error, f"{run_dir.uri}/a: cannot be written", "Read-only file system", "mounted for writing")
 
 
 def test_open_makes_the_directory_only_where_asked_to(tmp_path: Path) -> None:
