@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -295,14 +296,29 @@ def _read_jsonl(file: SourceFile, wanted: Wanted) -> Iterator[SourceRow | Reject
                 yield _parse_json_row(file.uri, number, line, wanted)
 
 
+class DoubledKeyError(ValueError):
+    """A JSON object that gives a key twice: which of the values is meant cannot be known."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise DoubledKeyError(f"the key {name!r} stands twice in one object")
+    return values
+
+
 def _parse_json_row(uri: str, number: int, line: bytes, wanted: Wanted) -> SourceRow | Reject:
     try:
-        value, broken = json.loads(line.decode("utf-8")), None
+        value, broken = json.loads(line.decode("utf-8"), object_pairs_hook=_unique), None
     except UnicodeDecodeError as error:
         try:
-            value, broken = json.loads(line.decode("utf-8", errors="surrogateescape")), error
+            text = line.decode("utf-8", errors="surrogateescape")
+            value, broken = json.loads(text, object_pairs_hook=_unique), error
         except (ValueError, RecursionError):
             return Reject(uri, number, f"not UTF-8 (byte {error.start + 1} of the line)")
+    except DoubledKeyError as error:
+        return Reject(uri, number, str(error))
     except (ValueError, RecursionError) as error:
         return Reject(uri, number, f"not JSON ({error})")
     row = _object_row(uri, number, value)
@@ -331,7 +347,7 @@ def _object_row(uri: str, number: int, value: Any) -> SourceRow | Reject:
 
 def _read_json_array(file: SourceFile, content: bytes) -> Iterator[SourceRow | Reject]:
     try:
-        values = json.loads(content.decode("utf-8-sig"))
+        values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file.uri}: not valid JSON ({error})") from None
     for number, value in enumerate(values, start=1):

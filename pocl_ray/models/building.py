@@ -56,6 +56,7 @@ def build_model(
     tokens = {"vocab_size": vocab_size, "eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": None}
     try:
         config = AutoConfig.for_model(model_type, **keys, **tokens)
+        _check_depth(model_type, config)
         model = model_from_config(config, seed)
     except (StrictDataclassError, ArithmeticError, LookupError, ValueError, TypeError, RuntimeError) as error:
         unknown = " is no value that it knows" if isinstance(error, LookupError) else ""
@@ -76,6 +77,15 @@ def model_from_config(config: PreTrainedConfig, seed: int, **options: Any) -> Pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **{"dtype": torch.float32, **options})
+
+
+def _check_depth(model_type: str, config: PreTrainedConfig) -> None:
+    """Refuse a model without layers, which transformers builds from embedding and head alone."""
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)
+    if isinstance(depth, int) and depth < 1:
+        name = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        raise ModelError(f"architecture.{name}: {depth} layers make no {model_type!r} model; set it to 1 or more")
 
 
 def _check_keys(model_type: str, keys: Mapping[str, Any]) -> None:

@@ -40,6 +40,14 @@ def test_absurdly_nested_json_is_a_reject(tmp_path: Path) -> None:
     assert isinstance(item, Reject) and item.reason.startswith("not JSON")
 
 
+def test_a_row_that_gives_a_key_twice_is_rejected_with_the_key(tmp_path: Path) -> None:
+    doubled = b'{"a": 1, "b": [{"c": 1, "c": 2}]}\n{"a": 1, "b": [{"c": 1}, {"c": 2}]}\n'
+    reason = "the key 'c' stands twice in one object"
+    assert outcome(read(tmp_path / "rows.jsonl", doubled)) == [(1, reason), (2, {"a": 1, "b": [{"c": 1}, {"c": 2}]})]
+    with pytest.raises(DataError, match=reason):
+        read(tmp_path / "rows.json", b'[{"a": 1, "c": 1, "c": 1}]')
+
+
 def test_compressed_files_are_read(tmp_path: Path) -> None:
     assert outcome(read(tmp_path / "rows.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))) == [
         (1, {"a": 1}),

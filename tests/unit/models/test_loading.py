@@ -296,6 +296,12 @@ def test_a_model_directory_is_found_from_any_working_directory(tmp_path, monkeyp
     assert reference(TeacherConfig(path="owner/small")).path == "owner/small"
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_an_architecture_without_layers_is_refused(model_type, name):
+    with pytest.raises(ModelError, match=rf"^architecture\.{name}: 0 layers make no '{model_type}' model; set it to 1"):
+        build_model({"model_type": model_type, name: 0}, 40, 0, None, 0)
+
+
 def test_a_student_that_fails_on_its_first_tokens_is_refused_when_it_is_made(new_tokenizer, tmp_path):
     student = StudentConfig(architecture={**LLAMA, "num_key_value_heads": 3})
     with pytest.raises(ModelError, match=r"^architecture: the model fails on its first tokens: ") as caught:
