@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pocl_ray.errors import ModelError
+from pocl_ray.models.building import last_line
 from pocl_ray.models.packing import packed_inputs
 from pocl_ray.run_directory.storage import replacing
 
@@ -227,22 +228,40 @@ def check_split(model: PreTrainedModel, place: str = "") -> None:
         place: Path of the model for the message.
 
     Raises:
-        ModelError: Body and head give other logits than the model.
+        ModelError: Body and head give other logits than the model, or it cannot compute in its dtype.
     """
     was_training = model.training
+    name = f"{place}: {type(model).__name__}" if place else type(model).__name__
     model.eval()
     try:
-        embedding: Any = model.get_input_embeddings()  # not the config, in which the size may be nested
-        ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % embedding.weight.shape[0]
-        mask_BT = torch.ones_like(ids_BT)
-        expected_NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0].float()
-        parts = split_model(model)
-        index_N = torch.arange(4, device=model.device)
-        found_NV = parts.logits(parts.response_hidden(ids_BT, mask_BT, index_N)).float()
+        found_NV, expected_NV = _first_logits(model)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a dtype that a family's code cannot compute with, as Mamba's bfloat16 on CPUs
+        if model.dtype == torch.float32:
+            raise
+        raise ModelError(
+            f"{name}: fails on its first tokens in {_plain(model.dtype)} ({last_line(error)}); load it in float32 "
+            "(teacher.dtype, student.dtype)"
+        ) from error
     finally:
         model.train(was_training)
-    name = type(model).__name__
-    compare_logits(f"{place}: {name}" if place else name, found_NV, expected_NV, model.dtype)
+    compare_logits(name, found_NV, expected_NV, model.dtype)
+
+
+def _first_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The logits of a few tokens: those of head and body, and the model's own."""
+    embedding: Any = model.get_input_embeddings()  # not the config, in which the size may be nested
+    ids_BT = torch.arange(4, device=model.device).unsqueeze(0) % embedding.weight.shape[0]
+    mask_BT = torch.ones_like(ids_BT)
+    expected_NV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[0].float()
+    parts = split_model(model)
+    index_N = torch.arange(4, device=model.device)
+    return parts.logits(parts.response_hidden(ids_BT, mask_BT, index_N)).float(), expected_NV
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def compare_logits(name: str, found_NV: Tensor, expected_NV: Tensor, dtype: torch.dtype) -> None:
@@ -259,7 +278,7 @@ def compare_logits(name: str, found_NV: Tensor, expected_NV: Tensor, dtype: torc
     """
     if not bool(torch.isfinite(expected_NV).all()):
         raise ModelError(
-            f"{name}: its own logits are not finite in {str(dtype).removeprefix('torch.')}; load it in bfloat16 or "
+            f"{name}: its own logits are not finite in {_plain(dtype)}; load it in bfloat16 or "
             "float32 (teacher.dtype, student.dtype), or look at its weights"
         )
     scale = max(1.0, float(expected_NV.abs().max()))

@@ -5,6 +5,7 @@ The same for the head: what is read from disk makes the model's own logits, or t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def alone(model: PreTrainedModel, prompt: np.ndarray, limit: int, stop_ids: list
 
 def test_there_are_enough_families() -> None:
     assert len(set(FAMILIES)) == len(FAMILIES) >= 40
+
+
+def test_the_documentation_lists_the_families() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
+    section = page.partition("### Families that were tried")[2].partition("\n## ")[0]
+    assert f"These {len({*FAMILIES} - {*REFUSED})} families" in section
+    assert {*FAMILIES} <= {*re.findall(r"`([^`]+)`", section)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

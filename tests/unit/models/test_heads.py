@@ -178,3 +178,16 @@ def test_a_model_whose_logits_are_not_finite_is_told_so_and_not_that_it_cannot_b
         model.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(ModelError, match=r"^here: Qwen2ForCausalLM: its own logits are not finite in float32; load"):
         check_split(model, "here")
+
+
+def test_a_dtype_that_a_family_cannot_compute_with_is_one_line(new_model, monkeypatch):
+    model = new_model("llama_tied").to(torch.bfloat16)
+
+    def fail(*args, **options):
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(ModelError, match=r"^here: LlamaForCausalLM: fails on its first tokens in bfloat16 \(expected"):
+        check_split(model, "here")
+    with pytest.raises(RuntimeError, match="expected m1"):
+        check_split(model.float(), "here")
