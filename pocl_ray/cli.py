@@ -327,8 +327,10 @@ def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_c
         except UserError:
             pipeline.withdraw()
             raise
-        except OSError as error:
-            if fault := machine_fault(error, f"step {step} writes"):
+        except GaveUpError:
+            raise
+        except Exception as error:  # libraries in Rust report a full disk as an error of their own
+            if fault := machine_fault(error, "the run writes"):
                 raise fault from None
             raise
         except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pocl_ray.errors import ResourceError, StorageError, UserError
 from pocl_ray.run_directory.storage import DISK_FULL, RunDirectory, clock_is_off, reason
 
 GIB = float(1 << 30)
+_NOTHING = 1 << 18  # bytes; a disk that is full may still have a block or two
 MARGIN = 1.05
 """The factor on the estimate, since indexes, file systems and other files need some space too."""
 
@@ -72,9 +74,14 @@ def full_disk_error(error: BaseException, what: str) -> ResourceError:
     detail = next(reversed(str(error).strip().splitlines()), "")[
         :200
     ]  # the last line of a remote error follows its traceback
+    scratch = Path(tempfile.gettempdir())
+    if shutil.disk_usage(scratch).free < _NOTHING:
+        full, remedy = f"the disk of {scratch}, for scratch files,", "set TMPDIR to a directory with room"
+    else:
+        full, remedy = "the disk", "move the run to another storage_path"
     return ResourceError(
-        f"the disk is full while {what} ({detail}); what was finished before is kept: make room, or move the run to "
-        "another storage_path, and give the same command again"
+        f"{full} is full while {what} ({detail}); what was finished before is kept: make room, or {remedy}, and give "
+        "the same command again"
     )
 
 

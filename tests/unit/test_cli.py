@@ -128,10 +128,8 @@ def test_wrong_usage_exits_with_2(call: Call, config: str, arguments: list[str])
     assert code == 2 and "Traceback" not in err and err
 
 
-def test_an_interrupted_run_says_how_to_go_on(call: Call, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocl_ray import pipeline
-
-    class Interrupted:
+def pipeline_that_raises(error: BaseException) -> type:
+    class Failing:
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
 
@@ -140,11 +138,31 @@ def test_an_interrupted_run_says_how_to_go_on(call: Call, config: str, monkeypat
 
         @property
         def ranking(self) -> str:
-            raise KeyboardInterrupt
+            raise error
 
-    monkeypatch.setattr(pipeline, "Pipeline", Interrupted)
+    return Failing
+
+
+def test_an_interrupted_run_says_how_to_go_on(call: Call, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocl_ray import pipeline
+
+    monkeypatch.setattr(pipeline, "Pipeline", pipeline_that_raises(KeyboardInterrupt()))
     code, _, err = call("score", config)
     assert code == 1 and err == "interrupted; the same command goes on from the last checkpoint\n"
+
+
+def test_a_full_disk_that_a_library_reports_as_an_error_of_its_own_is_one_line(
+    call: Call, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocl_ray import pipeline
+
+    error = Exception("No space left on device (os error 28)")  # as `tokenizers` says it
+    monkeypatch.setattr(pipeline, "Pipeline", pipeline_that_raises(error))
+    code, _, err = call("score", config)
+    assert code == 2 and err.startswith("error: the disk is full while the run writes (No space left on device")
+    monkeypatch.setattr(pipeline, "Pipeline", pipeline_that_raises(ZeroDivisionError("another")))
+    with pytest.raises(ZeroDivisionError):
+        call("score", config)
 
 
 def test_what_failed_too_often_ends_with_its_traceback_and_one_line_that_says_so(

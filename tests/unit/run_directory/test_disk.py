@@ -61,3 +61,13 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, tmp_path / "no" / "such" / "folder.safetensors")
     assert not disk_full(missing.value)
     assert not disk_full(ValueError("a value"))
+
+
+def test_a_full_disk_of_scratch_files_is_named_with_the_variable_that_moves_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert "set TMPDIR to a directory with room" in str(full_disk_error(error, "writing"))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    assert "move the run to another storage_path" in str(full_disk_error(error, "writing"))
