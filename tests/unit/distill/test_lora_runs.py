@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 from pocl_ray.config import LoraConfig
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.models.loading import load_model
+from pocl_ray.models.building import build_model
+from pocl_ray.models.loading import load_model, load_tokenizer
+from pocl_ray.models.places import ModelRef
+from pocl_ray.models.saving import save_model
 
 pytest.importorskip("peft", reason="peft, of the extra `lora`, is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,6 +31,10 @@ GOES_ON = (
 )
 WITHIN_EPOCH, STAGE_END = 3, 4
 RESUMED = [("plain", WITHIN_EPOCH), ("dropout", WITHIN_EPOCH), ("zero_3_best", STAGE_END), ("bf16", WITHIN_EPOCH)]
+RESUMED += [("experts", WITHIN_EPOCH)]
+EXPERTS = LoraConfig(
+    rank=2, alpha=4.0, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj")
+)
 PAIRS = ["plain", "zero_3"]
 
 Runs = dict[Any, Outcome]
@@ -55,7 +62,34 @@ def variants(task: TrainTask) -> dict[str, TrainTask]:
         "targets": replace(plain, lora=LoraConfig(rank=2, alpha=4.0, target_modules=("q_proj",))),
         "bf16": made(precision="bf16"),
         "whole": replace(plain, lora=None),
+        "experts": replace(plain, student=mixtral(task), lora=EXPERTS),
+        "experts_zero_3": replace(made(zero_stage=3), student=mixtral(task), lora=EXPERTS),
     }
+
+
+def mixtral(task: TrainTask) -> ModelRef:
+    """A student with fused experts, for the same tokenizer."""
+    place = Path(task.run_dir.uri) / "models" / "mixtral"
+    if not place.exists():
+        tokenizer = load_tokenizer(str(task.run_dir.local(task.tokenizer)))
+        model = build_model(
+            {
+                "model_type": "mixtral",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "num_local_experts": 3,
+                "num_experts_per_tok": 2,
+            },
+            len(tokenizer),
+            tokenizer.eos_token_id,
+            None,
+            3,
+        )
+        save_model(model, tokenizer, place)
+    return ModelRef(str(place))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +146,12 @@ def test_a_resumed_run_is_bit_identical(alone: Runs, name: str, step: int) -> No
     got, expected = alone[name, step], alone[name]
     assert got.losses == expected.losses and got.grad_norms == expected.grad_norms
     assert all(torch.equal(got.weights[key], tensor) for key, tensor in expected.weights.items())
+
+
+def test_fused_experts_have_adapters_in_the_checkpoint_and_learn_alike_under_zero_3(alone: Runs) -> None:
+    stored = set(load_file(alone["experts"].checkpoints[-1] / "state" / "00000.safetensors"))
+    assert sum("experts" in name for name in stored) == 3 * 2 * 2 * 2, "of A and B, both weights and layers"
+    assert_close(alone["experts_zero_3"], alone["experts"])
 
 
 def test_the_first_step_is_that_of_the_whole_student_as_adapters_start_at_nothing(alone: Runs) -> None:
