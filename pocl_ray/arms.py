@@ -162,6 +162,11 @@ def plan_race(config: Config, num_rows: int) -> Race:
     for name, keys in race.arms.items():
         place = f"curriculum.race.arms.{name}"
         arm = make_arm(base, place, name, keys, SHARED_BY_RACE, num_rows)
+        if arm.config == plain.config:
+            raise ConfigError(
+                f"{place}: nothing in it differs from plain distillation, which has the keys beside it as well; give "
+                "what only this arm is to have under its name alone, or leave the arm out of curriculum.race.arms"
+            )
         if arm.config.curriculum.advance == "plateau":
             raise ConfigError(f"{place}: curriculum.advance plateau leaves its steps open; set it to interval")
         if arm.num_steps != plain.num_steps:

@@ -98,6 +98,12 @@ def test_arms_that_cannot_be_compared_are_named(keys: dict[str, Any], words: str
         plan_race(config_of({"arms": {"odd": keys}}), NUM_ROWS)
 
 
+def test_an_arm_that_is_plain_distillation_is_named() -> None:
+    ramp = {"start": 1.0, "end": 2.0, "by": "step"}
+    with pytest.raises(ConfigError, match=r"race\.arms\.temperature: nothing in it differs from plain distillation"):
+        plan_race(config_of(curriculum={"kd_temperature": ramp}), NUM_ROWS)
+
+
 def test_another_learning_rate_keeps_the_student() -> None:
     race = plan_race(config_of({"arms": {"fast": {"train.learning_rate": 1e-3}}}), NUM_ROWS)
     assert race.arms["fast"].scoring == race.arms["plain"].scoring
