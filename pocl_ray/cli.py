@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from pocl_ray.completion import complete_config
+from pocl_ray.completion import complete_config, complete_run
 from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, UserError
@@ -42,7 +42,12 @@ Overrides = Annotated[
         help="such as train.learning_rate=1e-3, or a file of keys such as configs/methods/reverse_kl.yaml",
     ),
 ]
-PastRunPlace = Annotated[str, typer.Argument(metavar="RUN", help="directory or URL of a run, such as runs/quickstart")]
+PastRunPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="directory or URL of a run, such as runs/quickstart", autocompletion=complete_run
+    ),
+]
 WithChanges = Annotated[
     bool,
     typer.Option(
@@ -238,7 +243,10 @@ def push(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN ...", help="directories or URLs of finished runs")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN ...", help="directories or URLs of finished runs", autocompletion=complete_run),
+    ],
     out: Annotated[Path, typer.Option(help="the page")] = Path("comparison.html"),
 ) -> None:
     """Compare finished runs: what differs in their configs, and what came of it on the same rows."""

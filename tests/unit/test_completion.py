@@ -39,7 +39,16 @@ def test_runs_have_a_manifest() -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")
-def test_bash_completes_a_config(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("plan qui", "quickstart"),
+        ("push runs/a", "runs/a runs/a/"),
+        ("chat runs/a", "runs/a runs/a/"),
+        ("compare runs/a runs/a", "runs/a runs/a/"),
+    ],
+)
+def test_bash_completes_configs_and_runs(folder: Path, words: str, found: str) -> None:
     program = folder / "bin" / "pocl-ray"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\nfrom pocl_ray.cli import main\nmain()\n", encoding="utf-8")
@@ -50,8 +59,8 @@ def test_bash_completes_a_config(folder: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     script = (
-        f"{shown.stdout}\nCOMP_WORDS=(pocl-ray plan qui); COMP_CWORD=2\n"
+        f"{shown.stdout}\nCOMP_WORDS=(pocl-ray {words}); COMP_CWORD={len(words.split())}\n"
         '_pocl_ray_completion pocl-ray\necho "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["quickstart"], done.stderr
+    assert done.stdout.strip() == found, done.stderr
