@@ -340,10 +340,10 @@ class Pipeline:
             return
         tracking = Tracking(config.tracking, config.name, config.model_dump(mode="json"))
         step = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
-        run = TrackedRun.begin(tracking, self.run_dir, "distill", self.distilled.fingerprint, step)
-        results = read_results(self.run_dir, step, self.inputs.rows.tests, config.report.num_examples)
+        trained = ("distill", self.distilled.fingerprint) if self.raced is None else self.raced[0].identity
+        run = TrackedRun.begin(tracking, self.run_dir, *trained, step)
         stream = Stream(run, config.tracking, lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"))
-        stream.send_results(results)
+        stream.send_results(read_results(self.run_dir, step, self.inputs.rows.tests, config.report.num_examples))
         stream.close()
 
     @property

@@ -131,6 +131,11 @@ class TrainTask:
     until: int | None = None
 
     @property
+    def identity(self) -> tuple[str, str]:
+        """Name and fingerprint, under which checkpoints and the trackers' runs are found again."""
+        return self.name, self.fingerprint
+
+    @property
     def num_steps(self) -> int:
         """The number of optimizer steps of all stages; the maximum if a stage ends on convergence."""
         return sum(stage.num_steps for stage in self.stages)
