@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,48 +14,89 @@ from pocl_ray.trainings.statistics import FIGURES, paired_difference
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 TEXT = (DOCS / "experiments.md").read_text(encoding="utf-8")
-SECTION = TEXT.split("## Curricula on the quickstart's rows, eight paired seeds")[1].split("\n## ")[0]
 COLUMNS = {"rouge_l": 2, "sampled_rouge_l": 2, "sampled_exact_match": 2, "kl": 3}
 """Figures of the table's columns, and their decimal places."""
-ARMS = {
-    "frontier and temperature 1 to 2 by step": "frontier-temperature",
-    "frontier alone": "frontier",
-    "temperature 1 to 2 by step alone": "temperature",
-    "SFT on the references": "sft",
-    "POCL as published": "pocl",
-}
+Recorded = dict[str, dict[int, dict[str, float]]]
+"""Figures of trainings: arm, seed, figure."""
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, dict[int, dict[str, float]]]:
-    """The trainings of the experiment's table: arm, seed, figure."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    with (DOCS / "figures/experiment-quickstart.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            figures = {name: float(row[name]) for name in COLUMNS}
-            found.setdefault(row["arm"], {})[int(row["seed"])] = figures
-    return found
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment in docs/experiments.md: its file of figures, heading and seeds, and arms by names in its table."""
+
+    file: str
+    heading: str
+    num_seeds: int
+    arms: dict[str, str]
+
+    @property
+    def section(self) -> str:
+        """The text under the heading."""
+        return TEXT.split(f"## {self.heading}\n")[1].split("\n## ")[0]
+
+    def table(self) -> dict[str, list[str]]:
+        """The cells of the section's table by the name of the arm."""
+        lines = [line.strip("| ").split(" | ") for line in self.section.splitlines() if line.startswith("| ")]
+        return {name: [cell.replace("*", "") for cell in cells] for name, *cells in lines[1:]}
+
+    def recorded(self) -> Recorded:
+        """The figures of its trainings."""
+        found: Recorded = {}
+        with (DOCS / "figures" / self.file).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["arm"], {})[int(row["seed"])] = {name: float(row[name]) for name in COLUMNS}
+        return found
 
 
-def mean(recorded: dict[str, dict[int, dict[str, float]]], arm: str, figure: str) -> float:
+QUICKSTART = Experiment(
+    "experiment-quickstart.csv",
+    "Curricula on the quickstart's rows, eight paired seeds",
+    8,
+    {
+        "frontier and temperature 1 to 2 by step": "frontier-temperature",
+        "frontier alone": "frontier",
+        "temperature 1 to 2 by step alone": "temperature",
+        "SFT on the references": "sft",
+        "POCL as published": "pocl",
+    },
+)
+STUDENTS = Experiment(
+    "experiment-students.csv",
+    "Curricula over six students, new test rows",
+    6,
+    {
+        "frontier and temperature 1 to 2 by step": "frontier-temperature",
+        "the same, decay_ratio 0.7": "frontier-temperature-decay",
+        "the same, decay_ratio 0.7 and 16 stages": "stages-16-decay",
+        "the same, decay_ratio 0.7, 16 stages, saturation 0.3": "bounded-stages-16-decay",
+        "temperature 1 to 2 by step alone": "temperature",
+        "the same, decay_ratio 0.7 alone": "temperature-decay",
+        "plain KD, decay_ratio 0.7": "plain-decay",
+        "SFT on the references": "sft",
+        "POCL as published": "pocl",
+    },
+)
+CASES = [(experiment, name) for experiment in (QUICKSTART, STUDENTS) for name in experiment.arms]
+
+
+def mean(recorded: Recorded, arm: str, figure: str) -> float:
     return statistics.fmean(figures[figure] for figures in recorded[arm].values())
 
 
-def table() -> dict[str, list[str]]:
-    lines = [line.strip("| ").split(" | ") for line in SECTION.splitlines() if line.startswith("| ")]
-    return {name: [cell.replace("*", "") for cell in cells] for name, *cells in lines[1:]}
-
-
-def test_the_table_shows_the_means_of_the_baseline(recorded: dict[str, dict[int, dict[str, float]]]) -> None:
+@pytest.mark.parametrize("experiment", [QUICKSTART, STUDENTS], ids=lambda experiment: experiment.file)
+def test_the_table_shows_the_means_of_the_baseline_and_every_arm(experiment: Experiment) -> None:
+    recorded = experiment.recorded()
     expected = [f"{mean(recorded, 'plain', figure):.{places}f}" for figure, places in COLUMNS.items()]
-    assert table()["plain KD, temperature 1"] == expected
+    assert experiment.table()["plain KD, temperature 1"] == expected
+    assert set(experiment.table()) == {"plain KD, temperature 1", *experiment.arms}
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_the_table_shows_paired_differences(recorded: dict[str, dict[int, dict[str, float]]], name: str) -> None:
-    ours, plain = recorded[ARMS[name]], recorded["plain"]
-    assert len(ours) >= 8 and set(ours) == set(plain)
-    for cell, (figure, places) in zip(table()[name], COLUMNS.items(), strict=True):
+@pytest.mark.parametrize(("experiment", "name"), CASES)
+def test_the_table_shows_paired_differences(experiment: Experiment, name: str) -> None:
+    recorded = experiment.recorded()
+    ours, plain = recorded[experiment.arms[name]], recorded["plain"]
+    assert len(ours) == experiment.num_seeds and set(ours) == set(plain)
+    for cell, (figure, places) in zip(experiment.table()[name], COLUMNS.items(), strict=True):
         values = [[of[seed][figure] for seed in ours] for of in (ours, plain)]
         found = paired_difference(values[0], values[1], FIGURES[figure])
         assert cell.startswith(f"{found.mean:+.{places}f} ± {found.half_width:.{places}f}"), figure
@@ -62,11 +104,11 @@ def test_the_table_shows_paired_differences(recorded: dict[str, dict[int, dict[s
         assert wins is None or wins.groups() == (str(found.num_wins), str(found.num_seeds))
 
 
-def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_the_student_before(
-    recorded: dict[str, dict[int, dict[str, float]]],
-) -> None:
+def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_the_student_before() -> None:
+    recorded = QUICKSTART.recorded()
     run = re.search(
-        r"before [\d.]+/(?P<before>\d+\.\d+), .* teacher [\d.]+/(?P<teacher>\d+\.\d+)", " ".join(SECTION.split())
+        r"before [\d.]+/(?P<before>\d+\.\d+), .* teacher [\d.]+/(?P<teacher>\d+\.\d+)",
+        " ".join(QUICKSTART.section.split()),
     )
     assert run is not None, "the section tells the quickstart's own figures, greedy/sampled"
     distilled, tuned = (mean(recorded, arm, "sampled_rouge_l") for arm in ("frontier-temperature", "sft"))
