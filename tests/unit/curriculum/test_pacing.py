@@ -88,8 +88,8 @@ def test_none_is_plain_distillation_at_the_steps_of_baby_step() -> None:
 @pytest.mark.parametrize("advance", ["interval", "plateau"])
 @pytest.mark.parametrize("name", PACINGS)
 def test_every_rule_gives_stages_that_can_be_trained(name: str, advance: str) -> None:
-    if name == "frontier" and advance == "plateau":
-        pytest.skip("its stages are of equal length; a test of the config holds that this is refused")
+    if name in ("frontier", "race") and advance == "plateau":
+        pytest.skip("its steps are fixed beforehand; a test of the config holds that this is refused")
     stages = stages_of(pacing=name, advance=advance)
     assert all(0 <= s.first_rank < s.end_rank <= 103 and s.num_steps > 0 for s in stages)
     assert [s.index for s in stages] == list(range(len(stages)))
