@@ -57,6 +57,7 @@ def test_plain_distillation_is_handed_out_where_none_is_ahead(files: LocalFiles)
         assert "plain distillation, as none was ahead by more than chance" in page
         assert "its dev losses are not finite" in page and "not ahead by more than chance" in page
         assert "1.60 times the optimizer steps of one run" in page
+        assert "– to –" not in page  # plain distillation has no interval
 
 
 def test_the_arm_that_won_is_named_with_its_interval(files: LocalFiles) -> None:
