@@ -1,9 +1,9 @@
 """The regret of racing, replayed over an experiment: python benchmarks/race_regret.py RUN_DIRECTORY [--arms A,B].
 
-`pocl-ray experiment` records the loss of each dev row at every tenth of a training. A race over some of its arms is
-what `trainings.race.decide` says of those rows, at the last tenths before its rungs. It hands out an arm, whose final
-test figures the experiment holds. Printed are, over the seeds, the race less plain distillation and the race less the
-arm that is best on average, with 95 % t intervals, what was handed out, and the steps that it took.
+With `experiment.record_dev_rows: true` the loss of each dev row is recorded at every tenth of a training. A race over
+some of the arms is what `trainings.race.decide` says of those rows, at the last tenths before its rungs. It hands out
+an arm, whose final test figures the experiment holds. Printed are, over the seeds, the race less plain distillation and
+the race less the arm that is best on average, with 95 % t intervals, what was handed out, and the steps that it took.
 
 The last line races plain distillation against its own training on another seed: there is nothing to win, and how often
 the other one is handed out says how much of a difference on dev rows is the seed's.
@@ -35,7 +35,9 @@ def read_records(run_dir: Path, baseline: str) -> Records:
         if not record["failure"] and record.get("row_losses"):
             found[PLAIN if record["arm"] == baseline else record["arm"]][record["seed"]] = record
     if PLAIN not in found:
-        raise SystemExit(f"{run_dir}: no training of {baseline} with losses of dev rows; run the experiment again")
+        raise SystemExit(
+            f"{run_dir}: no training of {baseline} with losses of dev rows; set experiment.record_dev_rows, and run it"
+        )
     return dict(found)
 
 

@@ -226,7 +226,7 @@ class Pipeline:
             name: distill_dependencies(arm.config, ranking, inputs.student.fingerprint, arm.stages)
             for name, arm in race.arms.items()
         }
-        tasks = {name: self._race_task(arm, depends[name]) for name, arm in race.arms.items()}
+        tasks = {name: self._race_task(arm, [depends[name], race.plan.steps]) for name, arm in race.arms.items()}
 
         def work(_: str) -> StepResult:
             content = run_race(self.run_dir, tasks, race.plan, race.figure, config.scaling)

@@ -56,6 +56,11 @@ class ExperimentConfig(Section):
         description="also train the baseline for as many steps as an arm's FLOPs pay for, scoring and refreshing "
         "counted, and compare with that",
     )
+    record_dev_rows: bool = Field(
+        default=False,
+        description="also measure the losses of every dev row at each tenth of a training, for "
+        "benchmarks/race_regret.py; two forward passes over the dev rows each time",
+    )
     max_concurrent: int | None = Field(
         default=None, ge=1, description="trainings at once; null: as many as the cluster has room for"
     )

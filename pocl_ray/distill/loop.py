@@ -137,6 +137,11 @@ class TrainingLoop:
         """Whether training has come to the step at which the task lets it pause."""
         return self.progress.step == self.task.until
 
+    def dev_row_losses(self) -> dict[str, np.ndarray]:
+        """Return the losses of each dev row, of the average of the weights where one is kept; collective."""
+        with self.average.applied():
+            return self.dev.row_losses()
+
     def run(self) -> None:
         """Train all stages, from wherever the progress stands; the student then holds the result.
 

@@ -287,5 +287,5 @@ def open_stream(task: TrainTask, first_step: int, warn: Callable[[str], object])
     """
     if not task.tracking.trackers:
         return None
-    run = TrackedRun.begin(task.tracking, task.run_dir, task.name, task.fingerprint, first_step)
+    run = TrackedRun.begin(task.tracking, task.run_dir, *task.identity, first_step)
     return Stream(run, task.tracking.trackers, warn)

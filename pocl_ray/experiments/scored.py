@@ -63,11 +63,13 @@ class ScoredRun:
         depends = [distill_dependencies(own, ranking, self.student.fingerprint, arm.stages), judged]
         fingerprint = step_fingerprint("experiment", depends)
         name = f"{arm.name}-seed-{seed}-{fingerprint[:8]}"
+        records_rows = config.experiment is not None and config.experiment.record_dev_rows
+        tenths = sorted({max(1, arm.num_steps * part // 10) for part in range(1, 11)})
         return Job(
             name,
             self._task(own, arm, name, fingerprint, ranking),
             judge_task(config, self.run_dir, sets, self.teacher.ref),
-            row_steps=tuple(sorted({max(1, arm.num_steps * part // 10) for part in range(1, 11)})),
+            row_steps=tuple(tenths) if records_rows else (),
         )
 
     def _task(self, config: Config, arm: Arm, name: str, fingerprint: str, ranking: str) -> TrainTask:

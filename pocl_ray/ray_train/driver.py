@@ -165,9 +165,10 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
-    """Run `run_training` and return its counts for the manifest."""
-    training_status = run_training(task, scaling)
-    return {"num_steps": training_status.step, "num_tokens": training_status.num_tokens}
+    """Run `run_training` and return its counts for the manifest; what was done before it is told apart."""
+    status = run_training(task, scaling)
+    earlier = {"earlier_steps": status.earlier_steps, "earlier_tokens": status.earlier_tokens}
+    return {"num_steps": status.step, "num_tokens": status.num_tokens, **(earlier if status.earlier_steps else {})}
 
 
 class _Trainer(DataParallelTrainer):

@@ -22,6 +22,8 @@ class TrainingStatus:
     Attributes:
         num_steps: Number of optimizer steps of the whole run; None before the workers have started.
         first_step: Step from which this start continued.
+        earlier_steps: Steps that were done before the first start of this run, by an earlier one or in a race.
+        earlier_tokens: Response tokens of those steps.
         step: Number of steps done.
         num_tokens: Number of response tokens trained on.
         train: Last training record.
@@ -37,6 +39,8 @@ class TrainingStatus:
 
     num_steps: int | None = None
     first_step: int = 0
+    earlier_steps: int = 0
+    earlier_tokens: int = 0
     step: int = 0
     num_tokens: int = 0
     train: dict[str, Any] = field(default_factory=dict)
@@ -59,8 +63,12 @@ class ProgressActor:
         self.controller: Any = None
         self.group: PlacementGroup | None = None
 
-    def begin(self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "") -> None:
-        """Record that workers have started, the first on `node`, at `first_step` and after these evaluations."""
+    def begin(
+        self, num_steps: int, first_step: int, evaluations: list[dict[str, Any]], node: str = "", num_tokens: int = 0
+    ) -> None:
+        """Record that workers have started, the first on `node`, at `first_step` and after so many tokens."""
+        if self.training_status.num_starts == 0:
+            self.training_status.earlier_steps, self.training_status.earlier_tokens = first_step, num_tokens
         self.training_status.node = node
         self.training_status.num_steps, self.training_status.first_step, self.training_status.step = (
             num_steps,

@@ -217,7 +217,11 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
     if loop.engine.rank == 0:
         evaluations = [record for record in loop.progress.metrics if is_evaluation(record)]
         progress_actor.begin.remote(
-            task.last_step, loop.progress.step, evaluations, ray.get_runtime_context().get_node_id()
+            task.last_step,
+            loop.progress.step,
+            evaluations,
+            ray.get_runtime_context().get_node_id(),
+            loop.progress.num_tokens,
         )
     reporter.begin(loop.progress, loop.engine.world_size)
     with closing(reporter):
@@ -367,7 +371,7 @@ def _write_metrics(task: TrainTask, progress: Progress) -> None:
 
 def _write_dev_rows(task: TrainTask, loop: TrainingLoop) -> None:
     """Write the losses of the dev rows at the pause, from which a race is decided; measuring is collective."""
-    losses = loop.dev.row_losses()
+    losses = loop.dev_row_losses()
     if loop.engine.rank == 0:
         _write_metrics(task, loop.progress)
         write_row_losses(task.run_dir, task.dev_rows_file, losses)

@@ -302,8 +302,9 @@ class StepTime:
         seconds: Wall time.
         share_of_longest: Time relative to the longest step, 0 to 1.
         num_rows: Number of rows that the step handled.
-        num_steps: Number of optimizer steps that the step took.
-        num_tokens: Number of tokens that the step handled; in training only response tokens count.
+        num_steps: Number of optimizer steps that it took in these seconds; those of an earlier start, or of the race
+            before it, are not among them.
+        num_tokens: Number of tokens that it handled in them; in training only response tokens count.
     """
 
     name: str
@@ -326,6 +327,7 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
     names = [name for name in STEPS if name in steps] + [name for name in steps if name not in STEPS]
     seconds = {name: as_float(steps[name].get("seconds")) for name in names}
     longest = max((s for name, s in seconds.items() if name != "report" and math.isfinite(s)), default=0.0)
+    counts = {name: steps[name].get("counts") or {} for name in names}
     return [
         StepTime(
             name=name,
@@ -333,9 +335,10 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
             status=str(steps[name].get("status", "")),
             seconds=seconds[name],
             share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,
-            num_rows=as_float((steps[name].get("counts") or {}).get("num_rows")),
-            num_steps=as_float((steps[name].get("counts") or {}).get("num_steps")),
-            num_tokens=as_float((steps[name].get("counts") or {}).get("num_tokens")),
+            num_rows=as_float(counts[name].get("num_rows")),
+            # The seconds are those of the last start, so steps and tokens are as well.
+            num_steps=as_float(counts[name].get("num_steps")) - counts[name].get("earlier_steps", 0),
+            num_tokens=as_float(counts[name].get("num_tokens")) - counts[name].get("earlier_tokens", 0),
         )
         for name in names
         if name != "report"

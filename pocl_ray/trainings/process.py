@@ -106,7 +106,7 @@ class TrainingProcess:
             if stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
                 stream.log(record)
             if progress.step in job.row_steps and "train/loss" in record:
-                for figure, losses_R in loop.dev.row_losses().items():
+                for figure, losses_R in loop.dev_row_losses().items():
                     row_losses.setdefault(figure, {})[str(progress.step)] = losses_R.round(6).tolist()
 
         try:

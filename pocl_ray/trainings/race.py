@@ -63,6 +63,11 @@ class RacePlan:
     margin: float
 
     @property
+    def steps(self) -> list[int]:
+        """The steps of the rungs."""
+        return [rung.step for rung in self.rungs]
+
+    @property
     def level(self) -> float:
         """The error that one test on one side may make."""
         return (1 - self.confidence) / (len(self.rungs) * (self.num_arms - 1))

@@ -71,7 +71,7 @@ class Trainer:
             loop.restore(read_progress(kept[-1]), kept[-1])
         loop.run()
         if loop.is_paused:
-            write_row_losses(task.run_dir, task.dev_rows_file, loop.dev.row_losses())
+            write_row_losses(task.run_dir, task.dev_rows_file, loop.dev_row_losses())
         else:
             weights = {name: tensor.clone() for _, name, tensor in loop.state.gather(("weight",))}
             save_file(weights, f"{task.run_dir.uri}/{task.output}.safetensors")
@@ -162,20 +162,30 @@ def _measure(rank: int, task: TrainTask, num_workers: int, port_file: str, targe
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=num_workers)
     loop = set_up_loop(replace(task, until=5), torch.device("cpu"), LoopHooks())
     loop.run()
-    losses = loop.dev.row_losses()
+    losses = loop.dev_row_losses()
+    with loop.average.applied():
+        mean = loop.dev.evaluate()["eval/dev/ce_loss"]
     if rank == 0:
-        np.savez(target, **losses)
+        np.savez(target, **losses, mean=mean, lengths=loop.dev.feed.rows.response_lengths)
     dist.barrier()
 
 
-def test_two_workers_measure_the_same_dev_rows(raced: Any, tmp_path: Path) -> None:
+def test_the_losses_of_dev_rows_are_those_of_dev_figures_for_any_workers_and_packing(
+    raced: Any, tmp_path: Path
+) -> None:
     task = arms_of(raced[1]["alone"])["fast"]
+    padded = replace(task, train=task.train.model_copy(update={"packing": "off"}))
+    averaged = replace(task, train=task.train.model_copy(update={"average": "ema", "average_decay": 0.9}))
     found = []
-    for number in (1, 2):
-        target = str(tmp_path / f"{number}.npz")
-        arguments = (task, number, str(tmp_path / f"port{number}"), target)
-        mp.start_processes(_measure, arguments, number, start_method="forkserver")
+    for place, (one, num_workers) in enumerate(((task, 1), (task, 2), (padded, 1), (averaged, 1))):
+        target = str(tmp_path / f"{place}.npz")
+        arguments = (one, num_workers, str(tmp_path / f"port{place}"), target)
+        mp.start_processes(_measure, arguments, num_workers, start_method="forkserver")
         found.append(np.load(target))
     for figure in ("kl", "ce_loss"):
         assert found[0][figure].shape == (9,) and (found[0][figure] > 0).all()
-        np.testing.assert_allclose(found[0][figure], found[1][figure], rtol=1e-4)
+        for other in found[1:3]:
+            np.testing.assert_allclose(found[0][figure], other[figure], rtol=1e-4)
+    assert abs(found[3]["ce_loss"] / found[0]["ce_loss"] - 1).max() > 1e-3
+    for one in found:  # dev figures are means over tokens, of the average where one is kept
+        np.testing.assert_allclose(np.average(one["ce_loss"], weights=one["lengths"]), one["mean"], rtol=1e-5)

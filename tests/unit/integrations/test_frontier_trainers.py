@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from trainings import BATCH_ROWS, NUM_ROWS, VOCAB, Recording, StopAt, arguments, collate_rows, tiny_model, token_rows
 from transformers import Trainer, TrainingArguments
+from two_processes import run_as_two
 
 from pocl_ray.config import CurriculumConfig
 from pocl_ray.curriculum.frontier import draw_rows, row_weights
@@ -131,15 +129,10 @@ def test_rows_that_are_read_ahead_are_refused(tmp_path: Path) -> None:
         a_trainer(tmp_path, frontier(), dataloader_num_workers=1)
 
 
-def _train_as_one_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-        MASTER_PORT=str(port),
-    )
-    trainer = a_trainer(Path(folder), frontier(), ddp_backend="gloo", gradient_accumulation_steps=1, **PLAIN_SGD)
+def _train_as_one_of_two(rank: int, folder: Path) -> None:
+    trainer = a_trainer(folder, frontier(), ddp_backend="gloo", gradient_accumulation_steps=1, **PLAIN_SGD)
     trainer.train()
-    torch.save(trainer.rows_by_step(), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(trainer.rows_by_step(), folder / f"rank{rank}.pt")
 
 
 PLAIN_SGD: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.3}
@@ -147,10 +140,7 @@ PLAIN_SGD: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rat
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same_rows_as_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_train_as_one_of_two, (port, str(tmp_path)), 2, start_method="forkserver")
+    run_as_two(_train_as_one_of_two, tmp_path)
     halves = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     alone = a_trainer(tmp_path, frontier(), **PLAIN_SGD)
     alone.train()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from trainings import BATCH_ROWS, VOCAB, Recording, StopAt, arguments, collate_rows, plan, tiny_model, token_rows
 from transformers import Trainer, TrainingArguments
+from two_processes import run_as_two
 
 from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.integrations.curriculum import Curriculum
@@ -240,15 +238,10 @@ def test_schedules_are_finite_for_every_step(tmp_path: Path) -> None:
     assert all(math.isfinite(rate) and rate >= 0 for rate in logged(trainer, "learning_rate"))
 
 
-def _train_as_one_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-        MASTER_PORT=str(port),
-    )
-    trainer = a_trainer(Path(folder), plan(), ddp_backend="gloo", gradient_accumulation_steps=1, **PLAIN_SGD)
+def _train_as_one_of_two(rank: int, folder: Path) -> None:
+    trainer = a_trainer(folder, plan(), ddp_backend="gloo", gradient_accumulation_steps=1, **PLAIN_SGD)
     trainer.train()
-    torch.save({"weights": weights(trainer), "seen": trainer.rows_by_step()}, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save({"weights": weights(trainer), "seen": trainer.rows_by_step()}, folder / f"rank{rank}.pt")
 
 
 PLAIN_SGD: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.3}
@@ -256,10 +249,7 @@ PLAIN_SGD: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rat
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_train_as_one_of_two, (port, str(tmp_path)), 2, start_method="forkserver")
+    run_as_two(_train_as_one_of_two, tmp_path)
     halves = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     alone = a_trainer(tmp_path, plan(), **PLAIN_SGD)
     alone.train()

@@ -124,3 +124,11 @@ def test_the_user_is_told_of_each_failure_once_and_that_the_run_goes_on() -> Non
     ]
     assert training_status.warnings[0] == f"failure 1: {boom}; going on from the last checkpoint"
     assert len(training_status.warnings) == 2
+
+
+def test_what_was_done_before_the_first_start_is_kept_apart_from_what_a_failure_repeats() -> None:
+    board = ProgressActor.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+    board.begin(240, 96, [], num_tokens=19_200)
+    board.begin(240, 120, [], num_tokens=24_000)  # after a failure of the workers
+    status = board.read()
+    assert (status.first_step, status.earlier_steps, status.earlier_tokens) == (120, 96, 19_200)

@@ -21,7 +21,7 @@ from pocl_ray.report.difficulty import (
     topics_of_rows,
 )
 from pocl_ray.report.figures import compare_with_control, set_results
-from pocl_ray.report.files import Metrics, _columns
+from pocl_ray.report.files import Metrics, _columns, step_times
 from pocl_ray.report.headline import weak_teacher_sentences
 
 
@@ -113,6 +113,14 @@ def test_step_that_a_resumed_run_logs_again_counts_once() -> None:
     lines = [{"step": 1, "train/loss": 5.0}, {"step": 2, "train/loss": 9.0}, {"step": 2, "train/loss": 4.0}]
     metrics = Metrics(_columns([*lines, {"step": 2, "eval/dev/rouge_l": 1.0}], "train/"), {})
     assert metrics.train["train/loss"].tolist() == [5.0, 4.0]
+
+
+def test_steps_of_an_earlier_start_are_not_counted_in_the_seconds_of_the_last_one() -> None:
+    counts = {"num_steps": 240, "num_tokens": 48_000, "earlier_steps": 96, "earlier_tokens": 19_200}
+    (whole,) = step_times({"distill": {"seconds": 10.0, "counts": {"num_steps": 240, "num_tokens": 48_000}}})
+    (rest,) = step_times({"distill": {"seconds": 10.0, "counts": counts}})
+    assert (whole.num_steps, whole.tokens_per_s) == (240, 4_800)
+    assert (rest.num_steps, rest.tokens_per_s) == (144, 2_880)
 
 
 def _result(**figures: tuple[float, float]) -> dict[str, object]:
