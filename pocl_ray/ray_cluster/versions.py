@@ -44,14 +44,14 @@ def _digest(package: Path) -> str:
 
 
 def _digest_now(package: Path) -> str:
-    """The hash of the files now, or an empty string if one of them is just being replaced."""
-    digest = hashlib.sha256()
+    """The hash of the files now, or an empty string if they are just being replaced: one of them, or all of them."""
+    digest, paths = hashlib.sha256(), sorted(package.rglob("*.py"))
     try:
-        for path in sorted(package.rglob("*.py")):
+        for path in paths:
             digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     except FileNotFoundError:
         return ""
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:12] if paths else ""
 
 
 def check_same(driver: Mapping[str, str], other: Mapping[str, str], place: str) -> None:

@@ -46,3 +46,19 @@ def test_files_that_never_stand_still_are_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(versions_module, "_digest_now", lambda _: "")
     with pytest.raises(ResourceError, match="keep changing"):
         versions_module._digest(tmp_path)
+
+
+def test_a_folder_that_is_empty_for_a_moment_has_no_digest_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "later").write_text(
+        "x = 1", encoding="utf-8"
+    )  # no file of Python's, as while Ray unpacks a job's files
+    looks = []
+
+    def unpack(_: float) -> None:
+        looks.append(versions_module._digest_now(tmp_path))
+        if len(looks) == 3:
+            (tmp_path / "later").rename(tmp_path / "module.py")
+
+    monkeypatch.setattr(versions_module.time, "sleep", unpack)
+    assert versions_module._digest(tmp_path) == versions_module._digest_now(tmp_path)
+    assert looks[:3] == ["", "", ""]
