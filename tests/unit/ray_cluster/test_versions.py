@@ -49,9 +49,7 @@ def test_files_that_never_stand_still_are_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_folder_that_is_empty_for_a_moment_has_no_digest_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "later").write_text(
-        "x = 1", encoding="utf-8"
-    )  # no file of Python's, as while Ray unpacks a job's files
+    (tmp_path / "later").write_text("x = 1", encoding="utf-8")  # as while Ray unpacks a job's files
     looks = []
 
     def unpack(_: float) -> None:
