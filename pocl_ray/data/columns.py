@@ -84,7 +84,7 @@ _UNLEARNT_COLUMNS = {
     **dict.fromkeys(("tools", "functions"), "chats with tools are not supported"),
     "chat_template_kwargs": "switches of the template are set for all rows, in data.template_args",
 }
-_UNLEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_UNLEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
 """Fields of a turn that the template would have to write. A chat would be another one without them."""
 
 

@@ -23,6 +23,7 @@ def read(*turns: dict[str, Any], **columns: Any) -> Any:
         ((ASK, {**SAY, "tool_calls": CALL}), {}, r"messages\[1\].tool_calls would be left out"),
         ((ASK, {**SAY, "tool_calls": CALL}, ASK, SAY), {}, r"messages\[1\].tool_calls would be left out"),
         ((ASK, {**SAY, "reasoning_content": "Clouds."}), {}, r"messages\[1\].reasoning_content would be left out"),
+        (({**ASK, "name": "Ada"}, SAY), {}, r"messages\[0\].name would be left out"),
         ((ASK, {**SAY, "weight": 0}), {}, "the last turn of the assistant weight 0, not 1"),
         ((ASK, {**SAY, "weight": 0.5}), {}, "weight 0.5, not 1"),
         ((ASK, SAY), {"tools": CALL}, "tools would be left out of the prompt"),
@@ -40,7 +41,7 @@ def test_a_field_that_would_vanish_rejects_the_row(turns: Any, columns: Any, rea
 
 def test_empty_fields_and_weights_of_the_history_change_nothing() -> None:
     plain = read(ASK, SAY, ASK, SAY)
-    empty = {"tool_calls": None, "reasoning_content": ""}
+    empty = {"tool_calls": None, "reasoning_content": "", "name": None}
     assert read(ASK, {**SAY, "weight": 0}, ASK, {**SAY, **empty, "weight": 1}, tools=[]) == plain
     assert read({**ASK, "tool_calls": []}, SAY, ASK, SAY, tools="[]") == plain
     assert read({"role": "system", "content": ""}, ASK, SAY, ASK, {**SAY, "weight": 1}) == plain
