@@ -164,7 +164,7 @@ def plan_race(config: Config, num_rows: int) -> Race:
         arm = make_arm(base, place, name, keys, SHARED_BY_RACE, num_rows)
         if arm.config == plain.config:
             raise ConfigError(
-                f"{place}: nothing in it differs from plain distillation, which has the keys beside it as well; give "
+                f"{place}: nothing in it differs from plain distillation, which has the keys next to it as well; give "
                 "what only this arm is to have under its name alone, or leave the arm out of curriculum.race.arms"
             )
         if arm.config.curriculum.advance == "plateau":

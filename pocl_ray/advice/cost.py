@@ -30,7 +30,7 @@ CHUNKS = 3  # of logits that a loss holds at once: both models', and a gradient
 FIXED_BYTES = 1.0 * GIB  # of a process: libraries, CUDA's context, buffers
 ASSUMED_GPU_FLOPS = 1e14  # of an A100 in bfloat16 at a third of its peak
 CPU_SHARE, DECODE_SHARE = 0.5, 0.05  # of the rate of a large product: training, and answers token by token
-STEP_S, START_S = 0.03, 12.0  # of an optimizer step beside its products; of the start of workers or actors
+STEP_S, START_S = 0.03, 12.0  # of an optimizer step besides its products; of the start of workers or actors
 
 
 @dataclass(frozen=True)

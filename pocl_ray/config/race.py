@@ -60,7 +60,7 @@ class RaceConfig(Section):
     @classmethod
     def _arms(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if not arms:
-            raise ValueError("a race needs an arm beside plain distillation; name one, or leave arms out")
+            raise ValueError("a race needs an arm besides plain distillation; name one, or leave arms out")
         for name, keys in arms.items():
             if name == PLAIN:
                 raise ValueError(

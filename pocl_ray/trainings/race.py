@@ -6,7 +6,7 @@ mean +- t s / sqrt(rows). An arm whose interval lies above zero is dropped; so a
 are left as the rung lets on. Those go on to the next rung. Plain distillation is compared at every rung. At the last
 one it is handed out unless an arm's interval lies below zero, and by `margin` of plain's loss at that.
 
-The error that may be made over the whole race, 1 - `confidence`, is shared evenly by all tests: (rungs) x (arms beside
+The error that may be made over the whole race, 1 - `confidence`, is shared evenly by all tests: (rungs) x (arms besides
 plain), each on one side. So an arm that is no better is handed out with a probability below it.
 
 With n arms, rungs at equal distances x, and k_i arms on the way to rung i, a race takes 1 + x sum (k_i - 1) times the

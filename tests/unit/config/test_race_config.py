@@ -61,7 +61,7 @@ def test_the_plan_tells_arms_rungs_and_cost(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("race", "more", "words"),
     [
-        ({"arms": {}}, {}, "a race needs an arm beside plain distillation"),
+        ({"arms": {}}, {}, "a race needs an arm besides plain distillation"),
         ({"arms": {"plain": {"curriculum.kd_temperature": 2}}}, {}, "'plain' is plain distillation, which every race"),
         ({"arms": {"same": {}}}, {}, "arm 'same' changes no key"),
         ({"arms": {"a b": {"curriculum.kd_temperature": 2}}}, {}, "names hold letters"),
