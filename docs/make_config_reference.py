@@ -20,8 +20,8 @@ from pydantic_core import PydanticUndefined
 
 from pocl_ray.config import Config
 from pocl_ray.config.base import Section
+from pocl_ray.config.neutral import NEUTRAL
 from pocl_ray.config.training import TrainOverrides
-from pocl_ray.run_directory.claim import NEUTRAL
 
 TARGET = Path(__file__).resolve().parent / "config.md"
 

@@ -17,11 +17,11 @@ from pocl_ray.config.race import PLAIN, RACE, RaceConfig
 from pocl_ray.config.training import TrainOverrides
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.difficulty.choice import choose_signals
-from pocl_ray.distill.kernels import divergences
+from pocl_ray.distill.loss_table import check_losses
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.records import Stage
-from pocl_ray.run_directory.storage import fingerprint
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.trainings.race import RacePlan, plan_rungs
 
 # Keys that belong to a race as a whole: arms that differed in them could not be compared, or have not one start.
@@ -92,7 +92,7 @@ def make_arm(
         if own.curriculum.pacing == RACE:
             raise ConfigError("curriculum.pacing race trains arms of its own; name these arms here, each by its keys")
         choose_signals(own.difficulty)
-        divergences(own.distill, own.rollout)
+        check_losses(own.distill, own.rollout)
         return Arm(name, overrides, own, plan_stages(own, num_rows), scoring_fingerprint(own))
     except UserError as error:
         raise ConfigError(f"{place}: {error}") from None

@@ -11,7 +11,7 @@ import traceback
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -19,7 +19,9 @@ from pocl_ray.completion import complete_config, complete_run
 from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, UserError
-from pocl_ray.run_directory.storage import RunDirectory
+
+if TYPE_CHECKING:
+    from pocl_ray.run_directory.storage import RunDirectory
 
 app = typer.Typer(
     help="Distil large language models into small ones by progressive overload, on Ray.",
@@ -208,6 +210,7 @@ def experiment(config: ConfigPath, overrides: Overrides = None, resume_with_chan
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report again from the files of the run directory."""
     from pocl_ray.report.build import build_report
+    from pocl_ray.run_directory.storage import RunDirectory
 
     loaded = load_config(config, overrides or [])
     run_dir = RunDirectory.open(loaded.storage_path, loaded.name, create=False)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pocl_ray.config import Config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.config.race import RACE
 from pocl_ray.config.training import FRONTIER
 from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.records import Stage
-from pocl_ray.run_directory.claim import neutral_free
 
 LOSS_KEYS = {"loss", "loss_args", "scale_by_t_squared", "token_weight", "token_weight_strength"}
 

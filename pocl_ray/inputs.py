@@ -53,8 +53,8 @@ from pocl_ray.responses.replace import (
 )
 from pocl_ray.responses.replace import SUMMARY as RESPONSES_SUMMARY
 from pocl_ray.responses.writing import PARTS, STOPPED, WritingTask, write_answers
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.run_directory.manifest import StepResult, Steps
-from pocl_ray.run_directory.storage import fingerprint
 
 TOKENIZER, TEACHER_TOKENIZER = "tokenizer", "teacher_tokenizer"
 

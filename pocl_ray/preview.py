@@ -1,4 +1,8 @@
-"""The command `pocl-ray plan`: the stages and the size of the teacher cache, before anything is started."""
+"""The command `pocl-ray plan`: the stages and the size of the teacher cache, before anything is started.
+
+It answers at once, so it loads no torch, Ray or network library, and it opens no object store: of a run directory it
+reads what lies on this machine. What few configs need is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +19,32 @@ from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_counts import told_cuts, told_rejects
 from pocl_ray.difficulty.choice import choose_signals
-from pocl_ray.distill.kernels import divergences
-from pocl_ray.distill.losses import LOSSES
+from pocl_ray.distill.loss_table import KNOWN, check_losses
 from pocl_ray.errors import ModelError, StorageError
 from pocl_ray.fingerprints import any_training_reads_teacher
 from pocl_ray.models.shipped import shipped_directory
 from pocl_ray.records import RowsSummary, Stage
-from pocl_ray.run_directory.storage import RunDirectory, local_path
-from pocl_ray.teacher_cache.writer import DTYPES, Layout, estimate_bytes
+from pocl_ray.run_directory.paths import is_remote, local_path
+from pocl_ray.teacher_cache.layout import ITEM_BYTES, Layout, estimate_bytes
+
+ROWS = "rows/summary.json"
 
 
-def print_plan(config: Config, num_rows: int | None) -> None:
+def print_plan(config: Config, num_rows: int | None, opens_storage: bool = False) -> None:
     """Print the curriculum for the given number of training rows.
 
     Args:
         config: Config of the run.
         num_rows: Number of training rows; None takes the rows that the run has prepared, or else counts the source's.
+        opens_storage: Whether a run directory on an object store is read as well.
 
     Raises:
         UserError: The loss, a signal or the curriculum is unknown or cannot work, or there are no rows to count.
     """
     choose_signals(config.difficulty)
-    divergences(config.distill, config.rollout)
+    check_losses(config.distill, config.rollout)
     console = Console(highlight=False, soft_wrap=True)
-    prepared = _prepared_if_reachable(config, console)
+    prepared = _prepared_if_reachable(config, console, opens_storage)
     if num_rows is None:
         num_rows = prepared["train"].num_rows if "train" in prepared else _count(config)
     stages = plan_stages(config, num_rows)
@@ -109,7 +115,7 @@ def frontier_notes(config: Config, stages: Sequence[Stage]) -> list[str]:
             f"gaps are refreshed by {read:,} forward passes of rows before stages 1 to {len(stages) - 1}: about "
             f"{read / (3 * trained):.0%} of the FLOPs of training, and about as much of its time"
         )
-    if config.distill.loss not in LOSSES:
+    if config.distill.loss not in KNOWN:
         notes.append(f"loss {config.distill.loss} is a plug-in's: gaps stay KL(teacher || student)")
     if config.distill.teacher_cache == "topk":
         notes.append("the teacher's cache holds its top k alone: gaps in training are lower bounds of the KL")
@@ -165,8 +171,14 @@ def _moving(first: float, last: float) -> str:
     return f"{first:g}" if first == last else f"{first:.3g}..{last:.3g}"
 
 
-def _prepared_if_reachable(config: Config, console: Console) -> dict[str, RowsSummary]:
+def _prepared_if_reachable(config: Config, console: Console, opens_storage: bool) -> dict[str, RowsSummary]:
     """The sets that the run has prepared; none where its storage cannot be reached, which a plan does not need."""
+    if is_remote(config.storage_path) and not opens_storage:
+        console.print(
+            f"note: planned without the rows of the run directory, since plan does not open {config.storage_path}; "
+            "pocl-ray run --dry-run reads them"
+        )
+        return {}
     try:
         return prepared_sets(config)
     except StorageError as error:
@@ -184,10 +196,15 @@ def prepared_sets(config: Config, for_teacher: bool = False) -> dict[str, RowsSu
     Raises:
         StorageError: The storage cannot be reached.
     """
-    run_dir = RunDirectory.open(config.storage_path, config.name, create=False)
-    if not run_dir.exists("rows/summary.json"):
+    storage = config.storage_path
+    if not is_remote(storage) and not (local_path(storage) / config.name / ROWS).exists():
         return {}
-    content = run_dir.read_json("rows/summary.json")
+    from pocl_ray.run_directory.storage import RunDirectory
+
+    run_dir = RunDirectory.open(storage, config.name, create=False)
+    if not run_dir.exists(ROWS):
+        return {}
+    content = run_dir.read_json(ROWS)
     sets, answered = content["sets"], "responses/summary.json"
     if for_teacher and "for_teacher" in content:
         sets, answered = content["for_teacher"], "responses/for_teacher/summary.json"
@@ -208,7 +225,7 @@ def _adapted(config: Config) -> str | None:
 
 
 def _count(config: Config) -> int:
-    from pocl_ray.data.prepare import count_rows
+    from pocl_ray.data.sources import count_rows
 
     return count_rows(config.data)
 
@@ -225,7 +242,7 @@ def _cache_size(config: Config, teacher: TeacherConfig, prepared: dict[str, Rows
         return f"{layout.row_bytes:,} bytes a response token; its size is known once the teacher has written"
     num_tokens = sum(prepared[name].num_response_tokens for name in ("train", "dev"))
     gib = estimate_bytes(num_tokens, layout) / 2**30
-    what = f"{layout.width} x {DTYPES[layout.dtype].itemsize} bytes" if layout.kind == "hidden" else str(layout)
+    what = f"{layout.width} x {ITEM_BYTES[layout.dtype]} bytes" if layout.kind == "hidden" else str(layout)
     return f"{gib:.2f} GiB for {num_tokens:,} response tokens of {what}"
 
 

@@ -28,7 +28,8 @@ from rich.markup import escape
 from pocl_ray.config import Config
 from pocl_ray.errors import UserError
 from pocl_ray.run_directory.disk import GIB
-from pocl_ray.run_directory.storage import check_bucket, is_remote, reason, resolve, write_whole
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import check_bucket, reason, resolve, write_whole
 
 State = Literal["ok", "note", "stop"]
 

@@ -22,6 +22,7 @@ from pocl_ray.advice.cost import CPU_SHARE, GIB, WorkerMemory, duration, estimat
 from pocl_ray.advice.first_rows import count_all, measure, read_first
 from pocl_ray.advice.model_shape import look_at, tokenizer_if_reachable
 from pocl_ray.config import Config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.config.race import RACE
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.errors import UserError
@@ -30,7 +31,7 @@ from pocl_ray.pipeline import Pipeline
 from pocl_ray.preflight import check_inputs
 from pocl_ray.preview import cache_bytes, prepared_sets, print_plan
 from pocl_ray.records import STEPS, RowsSummary
-from pocl_ray.run_directory.claim import CONFIG, COSTLY, differences, neutral_free
+from pocl_ray.run_directory.claim import CONFIG, COSTLY, differences
 from pocl_ray.run_directory.manifest import Manifest, StepResult, Steps, step_fingerprint
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -267,7 +268,7 @@ def dry_run(config: Config) -> None:
     place = RunDirectory.open(config.storage_path, config.name, create=False)
     if changed_keys(config, place) and any(map(place.exists, COSTLY)):
         console.print(f"note: {place.uri} has another config: a run needs --resume-with-changes, or another name")
-    print_plan(config, None)
+    print_plan(config, None, opens_storage=True)
     if all(reason == DONE for reason in why.values()):
         console.print("nothing would run: every step is done")
         return

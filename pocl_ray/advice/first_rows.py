@@ -13,10 +13,9 @@ import numpy as np
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.config.sources import ColumnRole, Task
 from pocl_ray.data.columns import UnusableRowError, read_request, read_text, resolve_columns
-from pocl_ray.data.prepare import count_rows
 from pocl_ray.data.readers import Reject, SourceRow
-from pocl_ray.data.rows import Preparation, default_split
-from pocl_ray.data.sources import read_source
+from pocl_ray.data.rows import Preparation
+from pocl_ray.data.sources import count_rows, default_split, read_source
 from pocl_ray.errors import DataError
 from pocl_ray.records import PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.errors import StorageError, UserError
 from pocl_ray.records import REFERENCES, STUDENT
 from pocl_ray.report.figures import is_of_text
 from pocl_ray.report.files import RunData, read_run
-from pocl_ray.run_directory.claim import neutral_free
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.run_directory.opening import PastRun
-from pocl_ray.run_directory.storage import fingerprint
 from pocl_ray.tracking.run import flat_settings
 
 # What a run is called and what it sends where changes nothing that a reader would compare.

@@ -10,21 +10,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.config import DataConfig, SourceConfig
-from pocl_ray.data.columns import wanted_columns
 from pocl_ray.data.prompts import Example, PromptTemplate, read_examples
 from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_counts import COUNTS
 from pocl_ray.data.row_store import RowStore, pairing_figures, shared_prompts
-from pocl_ray.data.rows import (
-    TeacherTokens,
-    default_split,
-    hold_out,
-    named_errors,
-    prepare_rows,
-    summarize_rows,
-    write_rejects,
-)
-from pocl_ray.data.sources import read_source, source_fingerprint
+from pocl_ray.data.rows import TeacherTokens, hold_out, named_errors, prepare_rows, summarize_rows, write_rejects
+from pocl_ray.data.sources import default_split, source_fingerprint
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -176,13 +167,6 @@ def read_summary(run_dir: RunDirectory) -> Rows:
     )
     tests = {name: made for name, made in sets.items() if name not in ("train", "dev")}
     return Rows(sets["train"], sets["dev"], tests or {"dev": sets["dev"]}, content["leaks"], for_teacher)
-
-
-def count_rows(config: DataConfig) -> int:
-    """Return the number of readable training rows, without a tokenizer; a few may turn out unusable later."""
-    wanted = wanted_columns(config.train.columns, config.task)
-    total = sum(1 for row in read_source(config.train, default_split("train"), wanted) if not isinstance(row, Reject))
-    return total - config.holdout_rows
 
 
 def _sources(config: DataConfig) -> list[tuple[str, SourceConfig]]:

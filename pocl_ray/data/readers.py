@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from pocl_ray.config.sources import SourceConfig
 from pocl_ray.errors import DataError
-from pocl_ray.run_directory.storage import is_remote, resolve
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import resolve
 
 Format = Literal["jsonl", "parquet", "csv", "dataset", "hub", "samples"]
 FileFormat = Literal["jsonl", "parquet", "csv"]

@@ -24,12 +24,13 @@ from pocl_ray.data.prompts import CHUNK_ROWS, Example, ExampleReader, Fit, Promp
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.row_counts import RowCounts
 from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore, rows_schema
-from pocl_ray.data.sources import read_source
+from pocl_ray.data.sources import default_split, read_source
 from pocl_ray.data.special_tokens import SpecialTokensAsText
 from pocl_ray.data.tokenization import PreparedRow, RowTokenizer, TextTokenizer
 from pocl_ray.errors import ConfigError, DataError
 from pocl_ray.records import ID, PROMPT, PROMPT_IDS, REFERENCES, RESPONSE_IDS, SOURCE_ROW, TOPIC, RowsSummary
-from pocl_ray.run_directory.storage import file_digest, replacing
+from pocl_ray.run_directory.digests import file_digest
+from pocl_ray.run_directory.storage import replacing
 
 Outcome = list[PreparedRow] | Reject
 """The outcome of a row of the source: one row, several rows of a long text, or a reject."""
@@ -224,11 +225,6 @@ class TeacherTokens:
 
     tokenizer: Any
     destination: Path
-
-
-def default_split(name: str) -> str:
-    """Return the split of the shipped samples for a set of this name, if the config names none."""
-    return name if name in ("train", "dev") else "test"
 
 
 def prepare_rows(

@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pocl_ray.config.sources import SourceConfig
+from pocl_ray.config.sources import DataConfig, SourceConfig
+from pocl_ray.data.columns import wanted_columns
 from pocl_ray.data.readers import (
     Location,
     Reject,
@@ -27,7 +28,9 @@ from pocl_ray.data.readers import (
     read_file,
 )
 from pocl_ray.errors import DataError
-from pocl_ray.run_directory.storage import file_digest, fingerprint, is_remote, localize
+from pocl_ray.run_directory.digests import file_digest, fingerprint
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import localize
 
 _BATCH_ROWS = 1024
 # Errors that decoders of features raise; an ImportError if the library for audio or images is not installed.
@@ -54,6 +57,18 @@ def read_source(
     location = locate(source)
     rows = _stream(source, location, default_split, wanted)
     return _refuse_empty(source, islice(rows, source.max_rows))
+
+
+def default_split(name: str) -> str:
+    """Return the split of the shipped samples for a set of this name, if the config names none."""
+    return name if name in ("train", "dev") else "test"
+
+
+def count_rows(config: DataConfig) -> int:
+    """Return the number of readable training rows, without a tokenizer; a few may turn out unusable later."""
+    wanted = wanted_columns(config.train.columns, config.task)
+    total = sum(1 for row in read_source(config.train, default_split("train"), wanted) if not isinstance(row, Reject))
+    return total - config.holdout_rows
 
 
 def source_fingerprint(source: SourceConfig, default_split: str = "train") -> str:

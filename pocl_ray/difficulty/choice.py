@@ -4,7 +4,7 @@ A plug-in is registered in the entry-point group `pocl_ray.signals`. It is a fun
 response tokens and of these tokens, and returns one value for each token. A row's signal is their mean. The plug-in is
 called once on random logits before anything is scored, so that a mistake shows early and names the plug-in.
 
-Torch is imported only where a plug-in is called, because `plan` reads this file and needs no torch.
+Torch and Arrow are imported only where they are used, because `plan` reads this file and needs neither.
 
 Legend: N response tokens in one flat axis, V vocabulary.
 """
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
 from pocl_ray import plugins
 from pocl_ray.config import DifficultyConfig
-from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.ranking import SIGNALS, TEACHER_SIGNALS, Easy, rank_rows, unknown_signal
 from pocl_ray.errors import UserError
 from pocl_ray.records import COLUMN, ID, RANK, RRF_SCORE
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
+
+    from pocl_ray.data.row_store import RowStore
 
 GROUP = "pocl_ray.signals"
 _TAKEN = (ID, RANK, RRF_SCORE, "answer_stopped")
@@ -100,6 +100,8 @@ def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, se
     Returns:
         The table with the user's columns, `rrf_score` and `rank` appended.
     """
+    import pyarrow as pa
+
     for name in difficulty.columns:
         table = table.append_column(f"{COLUMN}{name}", pa.array(rows.numbers(name)))
     rrf_score, rank = rank_rows(

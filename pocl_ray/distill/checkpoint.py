@@ -41,8 +41,9 @@ from pocl_ray.curriculum.hand_off import hand_off_figure
 from pocl_ray.distill.state import TrainingState
 from pocl_ray.errors import StorageError
 from pocl_ray.records import PROGRESS
+from pocl_ray.run_directory.digests import file_digest, fingerprint
 from pocl_ray.run_directory.lease import machine, started_after_boot_s
-from pocl_ray.run_directory.storage import file_digest, fingerprint, write_whole
+from pocl_ray.run_directory.storage import write_whole
 
 T = TypeVar("T")
 

@@ -13,13 +13,13 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocl_ray.config import DistillConfig, RolloutConfig, ScheduleConfig
-from pocl_ray.distill.losses import LOSSES, ResolvedLoss, log_probs, resolve_loss
+from pocl_ray.config import DistillConfig, RolloutConfig
+from pocl_ray.distill.loss_table import check_liger, fixed_beta
+from pocl_ray.distill.losses import ResolvedLoss, log_probs, resolve_loss
 from pocl_ray.errors import ConfigError, UserError
 
 # Liger's mixture leaves log space, where both probabilities may be 0 and their logarithm infinite. e^-80 times any beta
@@ -42,11 +42,10 @@ def resolve_divergence(
         UserError: A plug-in cannot be loaded or breaks the contract of a loss.
     """
     loss = _resolved(distill, key)
-    # Liger compiles its kernel for a beta: one that moves would be compiled at every step.
-    moves = any(isinstance(value, ScheduleConfig) for value in distill.loss_args.values())
-    beta = None if moves else jsd_beta(loss)
+    beta = fixed_beta(distill.loss, distill.loss_args)
     if distill.kernel == "liger":
-        _check_liger(distill, beta, device)
+        check_liger(distill, beta)
+        _check_device(device)
     wanted = distill.kernel == "liger" or (distill.kernel == "auto" and _fits(distill, device))
     return LigerLoss(loss, beta) if wanted and beta is not None else loss
 
@@ -68,20 +67,6 @@ def divergences(
         return on_data, on_data
     own = distill.model_copy(update={"loss": rollout.loss, "loss_args": rollout.loss_args})
     return on_data, resolve_divergence(own, device, "rollout.loss")
-
-
-def jsd_beta(loss: ResolvedLoss) -> float | None:
-    """Return the beta for which a loss is a generalized JSD; None if there is no such beta."""
-    if loss.name not in LOSSES:
-        return None
-    of_loss: Mapping[str, Any] = {
-        "forward_kl": 0.0,
-        "reverse_kl": 1.0,
-        "generalized_jsd": loss.params.get("beta", 0.5),
-        "js_distance": 1.0 - loss.params.get("lam", 0.9),
-    }
-    beta = of_loss.get(loss.name)
-    return None if beta is not None and 0.0 < min(beta, 1.0 - beta) < 1e-3 else beta
 
 
 @dataclass(frozen=True)
@@ -111,14 +96,7 @@ def _fits(distill: DistillConfig, device: torch.device | None) -> bool:
     return on_cuda and distill.token_weight == "none" and _is_installed()
 
 
-def _check_liger(distill: DistillConfig, beta: float | None, device: torch.device | None) -> None:
-    if beta is None:
-        raise ConfigError(
-            f"distill.kernel: liger does not cover {distill.loss} with these arguments; it covers forward_kl, "
-            "reverse_kl, js_distance and generalized_jsd, with parameters that do not move. Set kernel to auto"
-        )
-    if distill.token_weight != "none":
-        raise ConfigError("distill.kernel: liger gives no value per token, which token_weight needs; set it to auto")
+def _check_device(device: torch.device | None) -> None:
     if device is None:
         return
     if device.type != "cuda":

@@ -14,7 +14,6 @@ Legend: N response tokens in one flat axis, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,12 +24,9 @@ from torch import Tensor
 
 from pocl_ray import plugins
 from pocl_ray.config import ScheduleConfig
-from pocl_ray.errors import ConfigError, UserError
+from pocl_ray.distill.loss_table import GROUP, KNOWN, Range, check_params, unknown_loss
+from pocl_ray.errors import UserError
 from pocl_ray.plugins import reason
-
-GROUP = "pocl_ray.losses"
-"""The entry points of losses from other packages: functions with the signature of those below, or a `Loss`, which also
-names its parameters and whether T^2 applies."""
 
 
 def probe(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
@@ -264,31 +260,6 @@ def _jensen_shannon(logp_NV: Tensor, logq_NV: Tensor, teacher_weight: float) -> 
 
 
 @dataclass(frozen=True)
-class Range:
-    """The values a parameter may take: between `low` and `high`, ends included unless marked open."""
-
-    low: float
-    high: float
-    low_open: bool = False
-    high_open: bool = False
-    integer: bool = False
-
-    def holds(self, value: object) -> bool:
-        """Whether `value` is a number of the right kind inside the range."""
-        if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
-            return False
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return above and below
-
-    def __str__(self) -> str:
-        if self.integer:
-            return f"a whole number from {self.low:.0f} to {self.high:.0f}"
-        brackets = ("(" if self.low_open else "[") + "{}" + (")" if self.high_open else "]")
-        return "a number in " + brackets.format(f"{self.low:g}, {self.high:g}")
-
-
-@dataclass(frozen=True)
 class Loss:
     """One entry of the registry.
 
@@ -305,24 +276,24 @@ class Loss:
     moving: LossFunction | None = None
 
 
-_INSIDE = Range(0.0, 1.0, low_open=True, high_open=True)
-_SKEW = Range(0.0, 1.0, high_open=True)
-_CLOSED = Range(0.0, 1.0)
+_FUNCTIONS: dict[str, LossFunction] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "js_distance": js_distance,
+    "tv_distance": tv_distance,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "generalized_jsd": generalized_jsd,
+    "symmetric_kl": symmetric_kl,
+    "adaptive_kl": adaptive_kl,
+    "top_k_kl": top_k_kl,
+    "uld": uld,
+}
+_MOVING: dict[str, LossFunction] = {"generalized_jsd": even_jsd}
 
-# T^2 as in the authors' code for the first six, as TRL does (not at all) for generalized_jsd, and no T in the paper of
-# uld. The three between are made of KLs with the gradient of forward_kl, which shrinks with 1/T^2, and follow it.
 LOSSES: dict[str, Loss] = {
-    "forward_kl": Loss(forward_kl, scale_by_t_squared=True),
-    "reverse_kl": Loss(reverse_kl, scale_by_t_squared=False),
-    "js_distance": Loss(js_distance, scale_by_t_squared=True, parameters={"lam": _INSIDE}),
-    "tv_distance": Loss(tv_distance, scale_by_t_squared=False),
-    "skewed_forward_kl": Loss(skewed_forward_kl, scale_by_t_squared=False, parameters={"alpha": _SKEW}),
-    "skewed_reverse_kl": Loss(skewed_reverse_kl, scale_by_t_squared=True, parameters={"alpha": _SKEW}),
-    "generalized_jsd": Loss(generalized_jsd, scale_by_t_squared=False, parameters={"beta": _CLOSED}, moving=even_jsd),
-    "symmetric_kl": Loss(symmetric_kl, scale_by_t_squared=True, parameters={"lam": _CLOSED}),
-    "adaptive_kl": Loss(adaptive_kl, scale_by_t_squared=True, parameters={"head_mass": _INSIDE}),
-    "top_k_kl": Loss(top_k_kl, scale_by_t_squared=True, parameters={"k": Range(1, 2**20, integer=True)}),
-    "uld": Loss(uld, scale_by_t_squared=False),
+    name: Loss(_FUNCTIONS[name], facts.scale_by_t_squared, facts.parameters, _MOVING.get(name))
+    for name, facts in KNOWN.items()
 }
 
 
@@ -371,17 +342,17 @@ def resolve_loss(
     given = dict(params or {})
     if name in LOSSES:
         loss = LOSSES[name]
-        _check_params(name, given, loss.parameters)
+        check_params(name, given, loss.parameters)
     elif name in (installed := plugins.installed(GROUP)):
         found = plugins.load("loss", installed[name])
         loss = found if isinstance(found, Loss) else Loss(found, scale_by_t_squared=False)
         if loss.parameters:
-            _check_params(name, given, loss.parameters)
+            check_params(name, given, loss.parameters)
         probe(name, loss.function, _bound(given, loss.parameters, lambda schedule: schedule.bounds()[0]))
         if any(isinstance(value, ScheduleConfig) for value in given.values()):
             probe(name, loss.function, _bound(given, loss.parameters, lambda schedule: schedule.bounds()[1]))
     else:
-        raise ConfigError(f"loss '{name}' is unknown; {_nearest(name, [*LOSSES, *installed])}")
+        raise unknown_loss(name, installed)
     scaled = loss.scale_by_t_squared if scale_by_t_squared is None else scale_by_t_squared
     return ResolvedLoss(name, loss.function, _bound(given, loss.parameters, lambda s: s.last), scaled, loss.moving)
 
@@ -392,27 +363,3 @@ def _bound(
     """The parameters as numbers: of a schedule the value that `value_of` takes."""
     numbers = {key: value_of(value) if isinstance(value, ScheduleConfig) else value for key, value in params.items()}
     return {key: int(value) if key in known and known[key].integer else value for key, value in numbers.items()}
-
-
-def _check_params(name: str, params: Mapping[str, Any], known: Mapping[str, Range]) -> None:
-    for key, value in params.items():
-        if key not in known:
-            raise ConfigError(f"loss '{name}' has no parameter '{key}'; {_nearest(key, list(known))}")
-        if isinstance(value, ScheduleConfig):
-            _check_moving(name, key, value, known[key])
-        elif not known[key].holds(value):
-            raise ConfigError(f"loss '{name}': {key} must be {known[key]}, not {value!r}")
-
-
-def _check_moving(name: str, key: str, schedule: ScheduleConfig, known: Range) -> None:
-    """Refuse a schedule that leaves the range: between its ends every value is taken, and the range has no hole."""
-    for value in schedule.bounds():
-        if not known.holds(int(value) if known.integer and value.is_integer() else value):
-            raise ConfigError(f"loss '{name}': {key} must be {known} at every step, and its schedule reaches {value:g}")
-
-
-def _nearest(wrong: str, known: list[str]) -> str:
-    if not known:
-        return "it takes none"
-    close = difflib.get_close_matches(wrong, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pocl_ray.arms import Arm
 from pocl_ray.config import Config, ScreenConfig
 from pocl_ray.console import console
-from pocl_ray.data.prepare import count_rows
+from pocl_ray.data.sources import count_rows
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.experiments.arms import by_scoring, notes, plan_arms, with_steps
 from pocl_ray.experiments.flops import equal_steps

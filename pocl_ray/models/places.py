@@ -23,7 +23,8 @@ from transformers import CONFIG_MAPPING
 
 from pocl_ray.errors import HubUnreachableError, ModelError
 from pocl_ray.models.shipped import shipped_directory
-from pocl_ray.run_directory.storage import local_path, localize
+from pocl_ray.run_directory.paths import local_path
+from pocl_ray.run_directory.storage import localize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]

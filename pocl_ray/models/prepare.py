@@ -37,7 +37,8 @@ from pocl_ray.models.places import (
 )
 from pocl_ray.models.saving import save_model
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, TEACHER, Coverage
-from pocl_ray.run_directory.storage import RunDirectory, local_path
+from pocl_ray.run_directory.paths import local_path
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 def evenly_spaced(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:

@@ -17,53 +17,18 @@ import yaml
 
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import lease
-from pocl_ray.run_directory.storage import RunDirectory, is_remote
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import RunDirectory
 
 CONFIG = "config.yaml"
 PACKAGES = ("pocl-ray", "ray", "torch", "deepspeed", "transformers", "datasets", "pyarrow", "numpy")
 
 SIGNALS = "difficulty.signals"
 COSTLY = ("checkpoints", "responses", "scores", "scores.parquet", "teacher_cache")
-
-# Keys that change the speed of a run or its machines, and not its results. The same run may go on with another value.
-NEUTRAL = (
-    "storage_path",
-    "scaling",
-    "report",
-    "tracking",
-    "hub",
-    "tune",
-    "experiment",
-    "distill.chunk_mib",
-    "teacher.sharded",
-    "distill.kernel",
-    "difficulty.batch_tokens",
-    "train.micro_batch_rows",
-    "train.micro_batch_tokens",
-    "train.packing",
-    "train.zero_stage",
-    "train.offload_optimizer",
-    "train.num_checkpoints",
-    "train.checkpoint_every_steps",
-    "train.checkpoint_buffer_gib",
-    "train.log_every_steps",
-    "train.max_nonfinite_steps",
-)
-
-
-def neutral_free(config: Config) -> dict[str, Any]:
-    """Return the config as a tree, without the keys that do not change the result."""
-    tree = config.model_dump(mode="json")
-    for key in NEUTRAL:
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node.pop(leaf)
-    return tree
 
 
 class Claim:

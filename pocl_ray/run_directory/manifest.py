@@ -15,7 +15,8 @@ from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.records import STEPS
 from pocl_ray.run_directory.claim import environment
-from pocl_ray.run_directory.storage import RunDirectory, fingerprint
+from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.storage import RunDirectory
 
 FILE = "manifest.json"
 VERSION = 1

@@ -13,7 +13,8 @@ from pocl_ray.config import Config
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory.claim import CONFIG
 from pocl_ray.run_directory.manifest import Manifest
-from pocl_ray.run_directory.storage import RunDirectory, is_remote
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import RunDirectory
 
 
 @dataclass(frozen=True)

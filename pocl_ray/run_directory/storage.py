@@ -9,7 +9,6 @@ module renames files. A directory is finished when the manifest says so. Readers
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -27,25 +26,8 @@ import pyarrow.fs as pafs
 from filelock import FileLock
 
 from pocl_ray.errors import StorageError
-
-
-def is_remote(path: str) -> bool:
-    """Return whether the path names an object store and not a local file."""
-    return "://" in path and not path.startswith("file://")
-
-
-def local_path(path: str) -> Path:
-    """Return the absolute path of a local file or directory, with `~` and `file://` resolved.
-
-    Raises:
-        StorageError: It begins with the home of a user who has none, or holds a character that no path may hold.
-    """
-    if "\0" in path:
-        raise StorageError(f"{path!r}: a path holds no NUL character")
-    try:
-        return Path(path.removeprefix("file://")).expanduser().absolute()
-    except RuntimeError:
-        raise StorageError(f"{path}: there is no such home directory; write the path in full") from None
+from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.paths import is_remote, local_path
 
 
 def check_lasts(storage_path: str) -> None:
@@ -181,21 +163,6 @@ def write_whole(filesystem: pafs.FileSystem, target: str, data: bytes | pa.Buffe
         with filesystem.open_output_stream(new_path, compression=None) as stream:
             stream.write(data)
         filesystem.move(new_path, target)
-
-
-def fingerprint(value: Any) -> str:
-    """Return the sha256 of a JSON-like value, independent of the order of keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a local file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

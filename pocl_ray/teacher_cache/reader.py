@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pocl_ray.errors import StorageError
 from pocl_ray.models.heads import HeadSample, HeadWeights
+from pocl_ray.teacher_cache.layout import Layout
 from pocl_ray.teacher_cache.top_k import TopK
 from pocl_ray.teacher_cache.writer import (
     DTYPES,
@@ -31,7 +32,6 @@ from pocl_ray.teacher_cache.writer import (
     META_NAME,
     SAMPLE,
     CacheMeta,
-    Layout,
     ShardInfo,
     listed,
 )

@@ -28,11 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-INVERSE_TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 2.0)
-"""The points at which the tail's curve is stored. It is exact at temperatures 4, 2, 4/3, 1 and 1/2."""
-
-NUM_CURVE = 1 + 2 * len(INVERSE_TEMPERATURES)
-"""The length of a curve: the slope at b = 0, then value and slope at each of `INVERSE_TEMPERATURES`."""
+from pocl_ray.teacher_cache.layout import INVERSE_TEMPERATURES, NUM_CURVE
 
 LOG_ZERO = math.log(torch.finfo(torch.float32).tiny)
 """The value that stands for the logarithm of a probability of 0, as in the losses."""

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,49 +34,14 @@ import torch
 from torch import Tensor
 
 from pocl_ray.run_directory.storage import write_whole
-from pocl_ray.teacher_cache.top_k import NUM_CURVE, TopK
+from pocl_ray.teacher_cache.layout import Layout
+from pocl_ray.teacher_cache.top_k import TopK
 
 FORMAT_VERSION = 2
 META_NAME = "meta.json"
 INDEX_NAME = "index.arrow"
 SAMPLE = "head_sample"  # in the metadata of a shard's schema
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The layout of a token's record.
-
-    Attributes:
-        kind: `hidden` for a hidden state; `topk` for ids (int32), log-probabilities, and the curve of the tail
-            (float32).
-        dtype: Dtype of the hidden state or of the log-probabilities: float32, bfloat16 or float16.
-        width: Hidden size, or number of tokens that are kept.
-        vocab_size: Number of tokens of the distribution for `topk`; 0 for hidden states.
-    """
-
-    kind: Literal["hidden", "topk"]
-    dtype: str
-    width: int
-    vocab_size: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        """The number R of bytes of a record."""
-        itemsize = DTYPES[self.dtype].itemsize
-        return self.width * itemsize if self.kind == "hidden" else self.width * (4 + itemsize) + 4 * NUM_CURVE
-
-    @staticmethod
-    def of(tokens: Tensor | TopK) -> Layout:
-        """Return the layout of these outputs."""
-        if isinstance(tokens, TopK):
-            return Layout("topk", dtype_name(tokens.logp_NK.dtype), tokens.top_k, tokens.vocab_size)
-        return Layout("hidden", dtype_name(tokens.dtype), tokens.shape[1])
-
-    def __str__(self) -> str:
-        if self.kind == "hidden":
-            return f"hidden states of {self.width} x {self.dtype}"
-        return f"the {self.width} likeliest tokens in {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -122,9 +87,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return names[0]
 
 
-def estimate_bytes(num_tokens: int, layout: Layout) -> int:
-    """Return the size in bytes of a cache of `num_tokens` response tokens (the index adds 28 bytes for each row)."""
-    return num_tokens * layout.row_bytes
+def layout_of(tokens: Tensor | TopK) -> Layout:
+    """Return the layout of these outputs."""
+    if isinstance(tokens, TopK):
+        return Layout("topk", dtype_name(tokens.logp_NK.dtype), tokens.top_k, tokens.vocab_size)
+    return Layout("hidden", dtype_name(tokens.dtype), tokens.shape[1])
 
 
 def write_shard(
@@ -152,7 +119,7 @@ def write_shard(
         raise ValueError(f"{len(ids)} ids and {len(tokens)} rows: give as many, and at least one")
     if bad := [int(row) for row, output in zip(ids, tokens, strict=True) if not is_finite(output)]:
         raise ValueError(f"the outputs for {listed(bad)} (counted from 0) are not finite")
-    layouts = {Layout.of(row) for row in tokens}
+    layouts = {layout_of(row) for row in tokens}
     if len(layouts) != 1:
         raise ValueError("the rows of a shard need one dtype and one hidden size or number of tokens kept")
     lengths = np.array([len(row) for row in tokens], dtype=np.int32)

@@ -16,8 +16,8 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.errors import ConfigError
 from pocl_ray.fingerprints import distill_dependencies, ranking_dependencies
 from pocl_ray.records import Stage
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.run_directory.manifest import step_fingerprint
-from pocl_ray.run_directory.storage import fingerprint
 from pocl_ray.tuning.space import BUDGET_KEY, Constraint, Settings, apply_settings
 
 Kind = Literal["trial", "control", "confirm"]

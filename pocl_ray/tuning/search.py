@@ -18,13 +18,15 @@ from ray import tune
 
 from pocl_ray.config import Config
 from pocl_ray.console import console
-from pocl_ray.data.prepare import count_rows
+from pocl_ray.data.sources import count_rows
 from pocl_ray.errors import ConfigError, UserError
 from pocl_ray.pipeline import SCORES, SIGNALS, Pipeline
 from pocl_ray.ray_cluster.capacity import wait_for_trials
 from pocl_ray.ray_cluster.session import ray_session
 from pocl_ray.ray_train.driver import ONE_MACHINE_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
-from pocl_ray.run_directory.storage import RunDirectory, fingerprint, is_remote
+from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins, search_fingerprint
 from pocl_ray.tuning.drawing import Drawing, check_drawable
 from pocl_ray.tuning.page import headline, write_page

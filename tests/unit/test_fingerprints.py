@@ -9,7 +9,7 @@ import pytest
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, reads_teacher, sft_dependencies
-from pocl_ray.run_directory.storage import fingerprint
+from pocl_ray.run_directory.digests import fingerprint
 
 TREE: dict[str, Any] = {
     "name": "run",

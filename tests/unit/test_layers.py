@@ -192,3 +192,38 @@ def test_the_process_of_ray_trains_controller_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+HEAVY = {"torch", "transformers", "tokenizers", "deepspeed", "ray", "pandas", "datasets", "huggingface_hub", "fsspec"}
+NETWORK = {"requests", "urllib3", "httpx", "aiohttp", "boto3", "http.client", "urllib.request"}
+
+
+def loaded_by(*command: str) -> tuple[set[str], str]:
+    """The modules that are loaded after a command of the shell, and what it printed."""
+    code = f"import sys; sys.argv = {['pocl-ray', *command]!r}\n"
+    code += "from pocl_ray.cli import main\ntry: main()\n"
+    code += "finally: print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    printed, _, modules = done.stdout.partition("LOADED ")
+    assert done.returncode == 0, done.stderr
+    return set(modules.split()), printed + done.stderr
+
+
+@pytest.mark.parametrize(
+    "config", [("quickstart",), ("quickstart", "storage_path=s3://no-such-bucket/runs"), ("quickstart", "paced.yaml")]
+)
+def test_a_plan_loads_nothing_heavy_and_no_network_library(config: tuple[str, ...], tmp_path: Path) -> None:
+    race = tmp_path / "paced.yaml"
+    constant = "kd_temperature: {start: 1.0, end: 1.0}"
+    race.write_text(f"curriculum: {{pacing: race, {constant}}}\ncontrol: {{seeds: []}}\n", encoding="utf-8")
+    given = [str(race) if key == race.name else key for key in config]
+    loaded, printed = loaded_by("plan", *given)
+    assert not loaded & (HEAVY | NETWORK)
+    assert "optimizer steps" in printed and "teacher cache" in printed
+    assert ("does not open s3://no-such-bucket/runs" in printed) == any("s3://" in key for key in config)
+
+
+def test_help_and_the_shells_completion_load_no_arrays() -> None:
+    loaded, printed = loaded_by("--help")
+    assert "Distil large language models" in printed
+    assert not loaded & (HEAVY | NETWORK | {"pyarrow", "numpy"})

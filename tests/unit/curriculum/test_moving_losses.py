@@ -18,7 +18,7 @@ from pocl_ray.preview import print_plan
 from pocl_ray.records import Stage
 from pocl_ray.report.page import argument, setting
 from pocl_ray.report.plots import stage_settings
-from pocl_ray.run_directory.storage import fingerprint
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.tuning.space import apply_settings
 
 RISING = {"start": 0, "end": 0.5, "by": "step"}

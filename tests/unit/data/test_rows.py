@@ -11,7 +11,7 @@ from pocl_ray.data.readers import Reject
 from pocl_ray.data.row_store import RowStore, shared_prompts
 from pocl_ray.data.rows import hold_out, prepare_rows, write_rejects
 from pocl_ray.errors import DataError
-from pocl_ray.run_directory.storage import file_digest
+from pocl_ray.run_directory.digests import file_digest
 
 TOKENIZER = tiny_tokenizer()
 GOOD = [{"instruction": f"Say {i}", "output": [f"{i}", "x"], "topic": f"t{i % 2}"} for i in range(20)]

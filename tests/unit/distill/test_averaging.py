@@ -13,7 +13,7 @@ from pocl_ray.distill.averaging import WeightAverage, ema_decay
 from pocl_ray.distill.state import TrainingState
 from pocl_ray.fingerprints import distill_dependencies, sft_dependencies
 from pocl_ray.preview import average_note
-from pocl_ray.run_directory.storage import fingerprint
+from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.tuning.space import SEARCHABLE_KEYS
 
 NUM_STEPS = 30

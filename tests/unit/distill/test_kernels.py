@@ -20,7 +20,8 @@ from torch import Tensor
 from pocl_ray.config import DistillConfig
 from pocl_ray.distill import kernels
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
-from pocl_ray.distill.kernels import LigerLoss, jsd_beta, resolve_divergence
+from pocl_ray.distill.kernels import LigerLoss, resolve_divergence
+from pocl_ray.distill.loss_table import jsd_beta
 from pocl_ray.distill.losses import LOSSES, ResolvedLoss, resolve_loss
 from pocl_ray.errors import ConfigError
 from pocl_ray.models.heads import HeadWeights
@@ -96,11 +97,11 @@ def test_the_covered_losses_are_generalized_jsds_of_that_beta() -> None:
     student_NV, teacher_NV = (3 * torch.randn(5, 20, generator=generator) for _ in range(2))
     for name, params in COVERED.items():
         loss = resolve_loss(name, params, scale_by_t_squared=False)
-        jsd = resolve_loss("generalized_jsd", {"beta": jsd_beta(loss)})
+        jsd = resolve_loss("generalized_jsd", {"beta": jsd_beta(name, loss.params)})
         torch.testing.assert_close(loss(student_NV, teacher_NV, 1.5), jsd(student_NV, teacher_NV, 1.5))
     for name in set(LOSSES) - set(COVERED):
-        assert jsd_beta(resolve_loss(name)) is None
-    assert jsd_beta(resolve_loss("generalized_jsd", {"beta": 1e-5})) is None, "its float32 mixture would underflow"
+        assert jsd_beta(name, {}) is None
+    assert jsd_beta("generalized_jsd", {"beta": 1e-5}) is None, "its float32 mixture would underflow"
 
 
 # The values
@@ -131,7 +132,7 @@ def head_loss(kd: Any, device: torch.device, chunk_tokens: int, scale: float = 3
 
 def assert_equal(name: str, device: torch.device, scale: float) -> None:
     kd = resolve_loss(name, COVERED[name])
-    beta = jsd_beta(kd)
+    beta = jsd_beta(name, kd.params)
     assert beta is not None
     expected = head_loss(kd, device, 1000, scale)
     for chunk_tokens in (7, 1000):

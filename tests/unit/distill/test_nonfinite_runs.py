@@ -17,12 +17,12 @@ import torch.multiprocessing as mp
 from runs import TRAIN, prepare
 
 from pocl_ray.config import Config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import set_up_loop
 from pocl_ray.distill.task import TrainTask
 from pocl_ray.errors import DivergedError, GaveUpError, UserError
-from pocl_ray.run_directory.claim import neutral_free
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_WORKERS = 2

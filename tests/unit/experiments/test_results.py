@@ -125,7 +125,7 @@ def test_the_headline_names_the_best_arm_and_how_many_were_screened(outcome: Out
 
 
 def test_a_config_of_a_run_is_the_same_run_with_an_experiment_or_without() -> None:
-    from pocl_ray.run_directory.claim import neutral_free
+    from pocl_ray.config.neutral import neutral_free
 
     config = experiment_config()
     assert neutral_free(config) == neutral_free(Config.model_validate({**config.model_dump(), "experiment": None}))

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from pocl_ray.config import Config
+from pocl_ray.config.neutral import NEUTRAL, neutral_free
 from pocl_ray.errors import StorageError
-from pocl_ray.run_directory.claim import COSTLY, NEUTRAL, Claim, differences, environment, neutral_free
+from pocl_ray.run_directory.claim import COSTLY, Claim, differences, environment
 from pocl_ray.run_directory.storage import RunDirectory
 
 

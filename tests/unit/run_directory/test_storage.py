@@ -16,15 +16,8 @@ import pytest
 
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import storage
-from pocl_ray.run_directory.storage import (
-    RunDirectory,
-    cache_root,
-    file_digest,
-    fingerprint,
-    localize,
-    replacing,
-    resolve,
-)
+from pocl_ray.run_directory.digests import file_digest, fingerprint
+from pocl_ray.run_directory.storage import RunDirectory, cache_root, localize, replacing, resolve
 
 BUCKET = "s3://bucket"
 

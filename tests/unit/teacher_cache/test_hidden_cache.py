@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pocl_ray.errors import StorageError
+from pocl_ray.teacher_cache.layout import Layout, estimate_bytes
 from pocl_ray.teacher_cache.reader import HiddenCache
-from pocl_ray.teacher_cache.writer import Layout, estimate_bytes, write_index, write_shard
+from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 K = 16
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pocl_ray.errors import StorageError
+from pocl_ray.teacher_cache.layout import estimate_bytes
 from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
 from pocl_ray.teacher_cache.top_k import INVERSE_TEMPERATURES, LOG_ZERO, TopK, concatenate, top_k_of
-from pocl_ray.teacher_cache.writer import estimate_bytes, write_index, write_shard
+from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 N, V = 12, 500
 STORED = tuple(1.0 / inverse for inverse in INVERSE_TEMPERATURES)

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_ray.config import Config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.errors import ConfigError
 from pocl_ray.preflight import check_inputs
 from pocl_ray.records import RowsSummary
-from pocl_ray.run_directory.claim import neutral_free
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tracking import run as run_module
 from pocl_ray.tracking.results import Results, as_markdown, read_results

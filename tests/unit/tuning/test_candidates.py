@@ -6,10 +6,10 @@ import pytest
 from searches import NUM_ROWS, search_config
 
 from pocl_ray.config.loading import dump_config, load_config
+from pocl_ray.config.neutral import neutral_free
 from pocl_ray.curriculum.schedule import plan_stages
 from pocl_ray.errors import ConfigError
 from pocl_ray.fingerprints import sft_dependencies
-from pocl_ray.run_directory.claim import neutral_free
 from pocl_ray.tuning.candidates import Candidate, Planner, TrialOrigins
 from pocl_ray.tuning.results import best_config
 

@@ -49,6 +49,6 @@ def test_the_name_of_a_metric_stands_for_an_objective(tmp_path: Path) -> None:
 
 
 def test_a_search_does_not_make_another_run_of_its_config() -> None:
-    from pocl_ray.run_directory.claim import neutral_free
+    from pocl_ray.config.neutral import neutral_free
 
     assert neutral_free(search_config()) == neutral_free(search_config(num_trials=2))
