@@ -25,12 +25,12 @@ from rich.markup import escape
 from pocl_ray.arms import Arm, Race, plan_race
 from pocl_ray.config import Config
 from pocl_ray.config.race import RACE
-from pocl_ray.config.training import FRONTIER
 from pocl_ray.console import console
 from pocl_ray.curriculum.schedule import bucket_ends, plan_control, plan_stages
 from pocl_ray.data.row_store import RowStore
-from pocl_ray.difficulty.choice import choose_signals, rank_table
+from pocl_ray.difficulty.choice import origins_of, rank_table
 from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
+from pocl_ray.difficulty.measured import at_least, passes_of
 from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
 from pocl_ray.distill.task import TrainTask, cache_folder, curriculum_task
 from pocl_ray.evaluation.evaluate import evaluate_models
@@ -146,15 +146,10 @@ class Pipeline:
         """The fingerprint of the signals of all training rows, and of the teacher cache from the same pass."""
         config, inputs = self.config, self.inputs
         distils = any_training_reads_teacher(config, self.stages)
-        chosen = choose_signals(config.difficulty)
         folder = CACHE if distils and config.distill.teacher_cache != "none" else None
-        # A search, or an arm of an experiment, may choose any signal, so all are measured.
-        is_compared = config.tune is not None or config.experiment is not None
         races = () if self.race is None else self.race.arms.values()
-        draws = FRONTIER in {config.curriculum.pacing, *(arm.config.curriculum.pacing for arm in races)}
-        is_read = folder is not None or chosen.reads_teacher or draws or is_compared
-        answers = not draws or "rouge_l" in config.difficulty.signals or is_compared
-        teacher = inputs.teacher if distils or is_read else None
+        passes = passes_of(config, folder is not None, [arm.config for arm in races])
+        teacher = inputs.teacher if distils or passes.teacher else None
         student = inputs.student
 
         def work(_: str) -> StepResult:
@@ -165,15 +160,16 @@ class Pipeline:
                 run_dir=self.run_dir,
                 tokenizer=TOKENIZER,
                 student=student.ref,
-                teacher=teacher.ref if teacher is not None and is_read else None,
+                teacher=teacher.ref if teacher is not None and passes.teacher else None,
                 cache=self._cache_task(folder, teacher.fingerprint) if folder and teacher else None,
                 difficulty=config.difficulty,
                 max_tokens=config.data.max_tokens,
                 seed=config.seed,
-                compare=config.teacher.cross_tokenizer is None,
-                plugins=chosen.plugins,
+                compare=passes.compares,
+                plugins=passes.plugins,
                 teacher_rows=inputs.rows.for_teacher,
-                answers=answers,
+                answers=passes.answers,
+                reads_student=passes.student,
             )
             table, counts = score_rows(scoring, config.scaling)
             self._publish_table(table, SIGNALS)
@@ -184,10 +180,10 @@ class Pipeline:
         kept = None if folder is None else [FORMAT_VERSION, self._top_k]
         models = [student.fingerprint, teacher and teacher.fingerprint, kept, config.distill.cache_dtype]
         models += [other.fingerprint for other in inputs.other_teachers] if distils else []
-        depends = [inputs.rows_fingerprint, models, settings, config.seed, *chosen.origins]
-        depends += [] if is_read else ["without the teacher"]
-        depends += [] if answers else ["without answers"]
-        return self.steps.run("scores", depends, work)
+        depends = [inputs.rows_fingerprint, models, settings, config.seed, *origins_of(passes.plugins)]
+        # A scoring that is done already may have measured more; it is not made again for less.
+        enough = [[*depends, *left_out] for left_out in at_least(passes.left_out)]
+        return self.steps.run("scores", self.steps.manifest.chosen("scores", enough), work)
 
     @cached_property
     def ranking(self) -> str:

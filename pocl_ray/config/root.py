@@ -272,6 +272,11 @@ class Config(Section):
         return self
 
     @property
+    def _measured(self) -> tuple[str, ...]:
+        """The signals that the config names."""
+        return (*self.difficulty.signals, *self.difficulty.also_measure)
+
+    @property
     def student_seed(self) -> int:
         """The seed of a student's weights and of its fine-tuning."""
         return self.seed if self.student.seed is None else self.student.seed
@@ -311,7 +316,7 @@ class Config(Section):
     def _check_tokenizers(self) -> None:
         problem = model_problem(self.teacher, self.other_teachers, self.student, self.tokenizer)
         if problem is None and self.teacher.cross_tokenizer is not None:
-            problem = method_problem(self.distill, self.rollout, self.data.task, self.difficulty.signals)
+            problem = method_problem(self.distill, self.rollout, self.data.task, self._measured)
         control = None if self.control is None else self.control.kd_ratio
         if problem := problem or uld_problem(self.distill, self.rollout, self.curriculum, control):
             raise ValueError(problem)
@@ -340,9 +345,10 @@ class Config(Section):
         if self.rollout.mode != "off":
             raise ValueError(f"rollout.mode: {no_prompts}, which the student could write to; set it to off")
         for signal in ("rouge_l", "num_prompt_tokens"):
-            if signal in self.difficulty.signals:
+            if signal in self._measured:
+                key = "signals" if signal in self.difficulty.signals else "also_measure"
                 raise ValueError(
-                    f"difficulty.signals: {no_prompts}, so there is no {signal}; "
+                    f"difficulty.{key}: {no_prompts}, so there is no {signal}; "
                     "give others, such as [ce_loss, teacher_ce_loss]"
                 )
         if self.rollout.is_on:

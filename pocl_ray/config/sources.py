@@ -43,6 +43,10 @@ class LoraConfig(Section):
 
 
 FIXED_SIGNALS = ("teacher_ce_loss", "teacher_entropy", "num_prompt_tokens", "num_response_tokens")
+MeasuredSignal = Literal[
+    "rouge_l", "ce_loss", "student_confidence", "teacher_ce_loss", "teacher_entropy", "teacher_student_kl"
+]
+"""The signals that a pass of a model measures."""
 SIGNAL_ALIASES = {"response_tokens": "num_response_tokens", "prompt_tokens": "num_prompt_tokens"}
 
 ColumnRole = Literal[
@@ -315,6 +319,11 @@ class DifficultyConfig(Section):
         default="never",
         description="each_stage: before each stage that takes a part of the rows, the current student scores the rows "
         "again, and they are ranked again; the teacher's signals are kept",
+    )
+    also_measure: tuple[MeasuredSignal, ...] = Field(
+        default=(),
+        description="signals to measure besides those that rank the rows, for the report or for a later ranking; those "
+        "that cost no further pass of a model are measured anyway",
     )
     generation: ScoringGenerationConfig = ScoringGenerationConfig()
     batch_tokens: int = Field(default=8192, ge=1, description="padded tokens of a forward pass")

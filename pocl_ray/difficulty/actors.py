@@ -24,7 +24,7 @@ from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
-from pocl_ray.difficulty.signals import LmHead, check_finite, student_signals, teacher_signals
+from pocl_ray.difficulty.signals import LmHead, Signals, check_finite, student_signals, teacher_signals
 from pocl_ray.difficulty.tasks import (
     ANSWER_STOPPED,
     SET,
@@ -145,7 +145,8 @@ class ScoringTask:
             models share a tokenizer.
         batch_tokens: Padded tokens that a teacher with its own tokenizer reads at once, since micro-batches are cut by
             the student's lengths.
-        answers: Whether the student answers the prompts, for `rouge_l`; if not, it only reads the responses.
+        answers: Whether the student answers the prompts, for `rouge_l`.
+        reads_student: Whether the student reads the responses; if not, it only answers.
     """
 
     run_dir: RunDirectory
@@ -166,6 +167,7 @@ class ScoringTask:
     teacher_rows: Mapping[str, str] = field(default_factory=dict)
     batch_tokens: int = 8192
     answers: bool = True
+    reads_student: bool = True
 
     @property
     def device(self) -> str:
@@ -241,17 +243,22 @@ class StudentActor(_Reader):
         # All prompts of the task at once: they are generated in batches of their own, larger than a micro-batch.
         answers = iter(self._answer(name, np.concatenate(batches)) if is_answered else [])
         for ids in batches:
-            read = self.read(self.model, self.rows(name), ids)
-            signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
-            check_finite("student", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals)
+            hidden_NH, signals = self._read_own(name, ids) if self.task.reads_student else (None, {})
             by_row: dict[str, Any] = dict(signals)
             if is_answered:
                 by_row["rouge_l"], by_row[ANSWER_STOPPED] = zip(*(next(answers) for _ in ids), strict=True)
             if self.task.teacher is not None:
-                yield student_unit(name, ids, by_row, read.hidden_NH if self.task.compare else None)
+                yield student_unit(name, ids, by_row, hidden_NH if self.task.compare else None)
             else:
                 scored = row_table(ids, self.lengths(name, ids), {}, student_unit(name, ids, by_row, None), 0, ())
                 yield with_place(scored, name, shard=None)
+
+    def _read_own(self, name: str, ids: IntArray) -> tuple[torch.Tensor, Signals]:
+        """The student's hidden states of a micro-batch, and the signals that it gives alone."""
+        read = self.read(self.model, self.rows(name), ids)
+        signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
+        check_finite("student", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals)
+        return read.hidden_NH, signals
 
     def _answer(self, name: str, ids: IntArray) -> list[tuple[float, bool]]:
         """ROUGE-L of each row's answer, and whether the answer is complete."""

@@ -77,15 +77,19 @@ def choose_signals(difficulty: DifficultyConfig) -> Choice:
     easy: dict[str, Easy] = {f"{COLUMN}{name}": direction for name, direction in difficulty.columns.items()}
     names = tuple(name for name in difficulty.signals if name not in SIGNALS and name not in easy)
     easy.update({name: signal.easy for name, signal in load_signals(names).items()})
-    found = [plugins.installed(GROUP)[name] for name in names]
-    origins = tuple(f"{one.value} {one.dist.version if one.dist is not None else ''}" for one in found)
     return Choice(
         easy,
         names,
-        origins,
+        origins_of(names),
         reads_teacher=bool(names) or not set(TEACHER_SIGNALS).isdisjoint(difficulty.signals),
         compares=bool(names) or "teacher_student_kl" in difficulty.signals,
     )
+
+
+def origins_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return origin and version of each plug-in of these names."""
+    found = [plugins.installed(GROUP)[name] for name in names]
+    return tuple(f"{one.value} {one.dist.version if one.dist is not None else ''}" for one in found)
 
 
 def rank_table(table: pa.Table, rows: RowStore, difficulty: DifficultyConfig, seed: int) -> pa.Table:

@@ -36,7 +36,7 @@ from pocl_ray.difficulty.tasks import (
 from pocl_ray.models.places import ModelRef
 from pocl_ray.ray_cluster.actor_pools import ActorPool, plan_pools, quiet_ray_data, stream
 from pocl_ray.ray_cluster.actor_watch import stall_watch
-from pocl_ray.records import ID, RowsSummary
+from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.writer import write_index
 
@@ -149,6 +149,7 @@ class ScoringInputs:
         teacher_rows: Mapping of each set to the same rows in the teacher's tokens; empty if both models share a
             tokenizer.
         answers: Whether the student answers the prompts, for `rouge_l`.
+        reads_student: Whether the student reads the responses.
     """
 
     rows: RowsSummary
@@ -165,6 +166,12 @@ class ScoringInputs:
     plugins: tuple[str, ...] = ()
     teacher_rows: Mapping[str, RowsSummary] = field(default_factory=dict)
     answers: bool = True
+    reads_student: bool = True
+
+    @property
+    def asks_student(self) -> bool:
+        """Whether the student does anything."""
+        return self.answers or self.reads_student
 
     @property
     def sets(self) -> list[RowsSummary]:
@@ -193,6 +200,7 @@ class ScoringInputs:
             teacher_rows={name: made.path for name, made in self.teacher_rows.items()},
             batch_tokens=self.difficulty.batch_tokens,
             answers=self.answers,
+            reads_student=self.reads_student,
         )
 
 
@@ -212,7 +220,10 @@ def score_rows(inputs: ScoringInputs, scaling: ScalingConfig) -> tuple[pa.Table,
     """
     sets, run_dir = inputs.sets, inputs.run_dir
     tasks = [(made.name, batches) for made in sets for batches in _tasks_of(made, run_dir, inputs.difficulty)]
-    pools = plan_pools(scaling, _actors(scaling, inputs.teacher), len(tasks))
+    if inputs.teacher is None and not inputs.asks_student:
+        table = _lengths(inputs.rows, run_dir)
+        return table, _counts(table, sets)
+    pools = plan_pools(scaling, _actors(scaling, inputs), len(tasks))
     results = _run(inputs.task(pools[0].use_gpu), tasks, pools, sets, scaling)
     if inputs.cache:
         # After all tasks: a cache without its index is not finished, and an interrupted job leaves none.
@@ -275,8 +286,17 @@ def cache_teacher(
     _finish_caches(results, run_dir, cache, sets)
 
 
-def _actors(scaling: ScalingConfig, teacher: ModelRef | None) -> list[int]:
-    return [scaling.student_actors, *([] if teacher is None else [scaling.teacher_actors])]
+def _actors(scaling: ScalingConfig, inputs: ScoringInputs) -> list[int]:
+    """The numbers of actors of the student and of the teacher; a model that is not asked has none."""
+    student = [scaling.student_actors] if inputs.asks_student else []
+    return [*student, *([] if inputs.teacher is None else [scaling.teacher_actors])]
+
+
+def _lengths(rows: RowsSummary, run_dir: RunDirectory) -> pa.Table:
+    """The results of a scoring that asks no model: the lengths of the rows."""
+    store, ids = RowStore.open(run_dir.local(rows.path)), np.arange(rows.num_rows)
+    lengths = store.prompt_lengths.astype(np.int64), store.response_lengths.astype(np.int64)
+    return pa.table({ID: ids, NUM_PROMPT_TOKENS: lengths[0], NUM_RESPONSE_TOKENS: lengths[1]})
 
 
 def _finish_caches(
@@ -299,10 +319,13 @@ def _run(
     results = {made.name: Results(made, keeps_signals=made.name == task.student_set) for made in sets}
     with quiet_ray_data(), stall_watch(scaling, "scores") as watched:
         # `from_arrow` would ask for the size of every block by a remote task.
-        dataset: Dataset = ray.data.from_blocks([unit_table(name, batches) for name, batches in tasks])
-        dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
+        asks_student = task.answers or task.reads_student
+        blocks = unit_table if asks_student else unscored_units
+        dataset: Dataset = ray.data.from_blocks([blocks(name, batches) for name, batches in tasks])
+        if asks_student:
+            dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
-            dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pools[1].options())
+            dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pools[-1].options())
         gather(stream(dataset, "scores", _num_rows(results), "rows"), results)
     return results
 

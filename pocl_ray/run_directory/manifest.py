@@ -66,6 +66,11 @@ class Manifest:
             return False
         return all(self.run_dir.exists(rel) for rel in entry["outputs"])
 
+    def chosen(self, step: str, candidates: Sequence[Any]) -> Any:
+        """Return the first of several dependencies under which the step is done; without one, the first of all."""
+        done = (one for one in candidates if self.is_done(step, step_fingerprint(step, one)))
+        return next(done, candidates[0])
+
     def run(self, step: str, depends_on: Any, work: Callable[[str], StepResult]) -> tuple[str, float | None]:
         """Run a step unless it is done.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from pocl_ray.config import DataConfig, GenerationConfig, SourceConfig
+from pocl_ray.config import DataConfig, DifficultyConfig, GenerationConfig, ScalingConfig, SourceConfig
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenization import train_tokenizer
+from pocl_ray.difficulty import actors
 from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
+from pocl_ray.difficulty.job import ScoringInputs, score_rows
 from pocl_ray.difficulty.tasks import unit_table
 from pocl_ray.errors import ModelError
 from pocl_ray.models.building import build_model
@@ -24,6 +28,7 @@ from pocl_ray.models.heads import HeadWeights
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.places import ModelRef
 from pocl_ray.models.saving import save_model
+from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.teacher_cache.reader import HiddenCache, TopKCache
 from pocl_ray.teacher_cache.top_k import top_k_of
@@ -113,6 +118,66 @@ def test_without_prompts_nothing_is_answered_and_all_else_is_the_same(
     assert table["rouge_l"].null_count == table["answer_stopped"].null_count == NUM_ROWS
     kept = [name for name in full.column_names if name not in ("rouge_l", "answer_stopped", "shard")]
     assert table.select(kept).equals(full.select(kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes", "prompts"),
+    [
+        ({}, {16: 2, 32: 2}, NUM_ROWS),
+        ({"answers": False}, {16: 2, 32: 2}, 0),
+        ({"reads_student": False, "compare": False}, {32: 2}, NUM_ROWS),
+    ],
+)
+def test_each_model_reads_what_is_asked_for_and_answers_only_then(
+    task: ScoringTask,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, object],
+    passes: dict[int, int],
+    prompts: int,
+) -> None:
+    full = run(task)
+    read: Counter[int] = Counter()
+    answered: list[int] = []
+    hidden, answer = LiveTeacher.hidden, actors.score_answers
+
+    def counted_hidden(self: LiveTeacher, *args: torch.Tensor) -> torch.Tensor:
+        hidden_NH = hidden(self, *args)
+        read[hidden_NH.shape[-1]] += 1
+        return hidden_NH
+
+    def counted_answers(model: Any, tokenizer: Any, rows: RowStore, ids: Any, *rest: Any) -> Any:
+        answered.extend(ids.tolist())
+        return answer(model, tokenizer, rows, ids, *rest)
+
+    monkeypatch.setattr(LiveTeacher, "hidden", counted_hidden)
+    monkeypatch.setattr(actors, "score_answers", counted_answers)
+    table = run(changed(task, cache=None, **fields))
+    assert read == passes and len(answered) == prompts
+    measured = [name for name in table.column_names if table[name].null_count == 0]
+    assert table.select(measured).equals(full.select(measured))
+    assert ("rouge_l" in measured) == bool(prompts) and ("ce_loss" in measured) == (16 in passes)
+
+
+def test_a_scoring_that_asks_no_model_gives_the_lengths(task: ScoringTask) -> None:
+    summary = RowsSummary("train", task.rows["train"], NUM_ROWS, 0, 0, 0, 0, "")
+    inputs = ScoringInputs(
+        rows=summary,
+        dev_rows=summary,
+        run_dir=task.run_dir,
+        tokenizer="tokenizer",
+        student=task.student,
+        teacher=None,
+        cache=None,
+        difficulty=DifficultyConfig.model_validate({"signals": ["response_tokens"]}),
+        max_tokens=40,
+        seed=0,
+        answers=False,
+        reads_student=False,
+    )
+    table, counts = score_rows(inputs, ScalingConfig())
+    full = run(changed(task, cache=None))
+    assert table.equals(full.select(table.column_names))
+    assert table.column_names == ["id", "num_prompt_tokens", "num_response_tokens"] and counts["num_rows"] == NUM_ROWS
 
 
 def test_a_set_of_the_teacher_alone_passes_the_student_by(task: ScoringTask) -> None:

@@ -90,6 +90,14 @@ def test_two_steps_on_the_same_ground_have_different_fingerprints(run_dir: RunDi
     assert manifest.run("a", 1, work)[0] != manifest.run("b", 1, work)[0]
 
 
+def test_of_several_grounds_the_first_that_is_done_counts(run_dir: RunDirectory) -> None:
+    manifest = Manifest(run_dir)
+    assert manifest.chosen("rows", [["less"], ["more"]]) == ["less"], "nothing is done yet"
+    manifest.run("rows", ["more"], Work(run_dir))
+    assert manifest.chosen("rows", [["less"], ["more"]]) == ["more"]
+    assert manifest.chosen("rows", [["other"], ["less"]]) == ["other"]
+
+
 def test_a_missing_output_is_made_again(run_dir: RunDirectory) -> None:
     work = Work(run_dir, "rows/a", "rows/b")
     Manifest(run_dir).run("rows", 1, work)
