@@ -175,7 +175,7 @@ def evaluate(
         return
     if config is None or predictions is not None or references is not None:
         raise typer.BadParameter("give either CONFIG, or both --predictions and --references")
-    run_dir = _run_until("evaluation", config, overrides, resume_with_changes)
+    run_dir = _run_until("tasks", config, overrides, resume_with_changes)
     print(run_dir.read_text("evaluation.json"))
 
 

@@ -29,6 +29,7 @@ from pocl_ray.data.row_store import describe_pairing
 from pocl_ray.data.rows import row_tokenizer
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.distill.task import sft_task
+from pocl_ray.evaluation.benchmarks import EvaluatedModel
 from pocl_ray.evaluation.evaluate import OwnTokens
 from pocl_ray.fingerprints import sft_dependencies
 from pocl_ray.models.loading import load_tokenizer
@@ -309,6 +310,11 @@ class Inputs:
             return {}
         sets = self.prepared.as_teacher_reads.tests
         return {TEACHER: OwnTokens(TEACHER_TOKENIZER, {name: summary.path for name, summary in sets.items()})}
+
+    def for_tasks(self, name: str, model: FingerprintedModel) -> EvaluatedModel:
+        """Return a model with the tokenizer that it reads tasks of lm-eval with; `name` is one of `records`."""
+        tokenizer = TEACHER_TOKENIZER if self._is_bridged and name == TEACHER else TOKENIZER
+        return EvaluatedModel(model.ref, [model.fingerprint, self.tokenizer], tokenizer)
 
     @property
     def rows_fingerprint(self) -> list[str]:

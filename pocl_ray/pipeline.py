@@ -14,11 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.markup import escape
 
@@ -33,8 +30,8 @@ from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, sco
 from pocl_ray.difficulty.measured import at_least, passes_of
 from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
 from pocl_ray.distill.task import TrainTask, cache_folder, curriculum_task
-from pocl_ray.evaluation.evaluate import evaluate_models
-from pocl_ray.evaluation.perplexity import measure_perplexity
+from pocl_ray.evaluation.benchmarks import EVALUATION, evaluate_items, plan_items
+from pocl_ray.evaluation.evaluate import evaluate_rows
 from pocl_ray.fingerprints import any_training_reads_teacher, distill_dependencies, ranking_dependencies, reads_teacher
 from pocl_ray.inputs import TOKENIZER, FingerprintedModel, Inputs
 from pocl_ray.models.places import ModelRef
@@ -114,9 +111,8 @@ class Pipeline:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the curriculum, which are written to `plan.json`. Other steps read them early, as a check."""
         config, num_prepared = self.config, self.inputs.prepared.train.num_rows
-        plan_stages(
-            config, num_prepared
-        )  # check before a teacher is trained to write responses, some of which may be empty
+        # Checked before a teacher is trained to write responses, some of which may be empty.
+        plan_stages(config, num_prepared)
         if config.curriculum.pacing == RACE:
             plan_race(config, num_prepared)
         check_settings(config, num_prepared, self.inputs.load_tokenizer(), self.inputs.load_teacher_tokenizer())
@@ -172,7 +168,7 @@ class Pipeline:
                 reads_student=passes.student,
             )
             table, counts = score_rows(scoring, config.scaling)
-            self._publish_table(table, SIGNALS)
+            self.run_dir.write_table(SIGNALS, table)
             caches = self._cache_other_teachers(student.ref) if distils else []
             return StepResult([SIGNALS, *([folder] if folder else []), *caches], counts)
 
@@ -200,7 +196,7 @@ class Pipeline:
                 )
             if warning := weak_teacher({name: table[name].to_numpy() for name in table.column_names}):
                 console.print(f"[yellow]warning:[/] {warning}")
-            self._publish_table(table, SCORES)
+            self.run_dir.write_table(SCORES, table)
             return StepResult([SCORES], {"num_rows": table.num_rows})
 
         return self.steps.run("ranking", ranking_dependencies(self.config, self.signals), work)
@@ -278,42 +274,46 @@ class Pipeline:
         return self.steps.run("pairs", list(depends.values()), work)
 
     @cached_property
+    def evaluated(self) -> dict[str, FingerprintedModel]:
+        """The models that are compared, by their names in `evaluation.json`."""
+        config, models = self.config.evaluation, {STUDENT: self.distilled}
+        if config.student_before:
+            models[STUDENT_BEFORE] = self.inputs.student
+        if self.control is not None:
+            models[STUDENT_KD] = self.control
+        if config.teacher:
+            models[TEACHER] = self.inputs.teacher
+        return models
+
+    @cached_property
     def evaluation(self) -> str:
         """The fingerprint of `evaluation.json`, which compares the student with the untuned student and the teacher."""
         config, inputs = self.config, self.inputs
-        models = {STUDENT: self.distilled}
-        if config.evaluation.student_before:
-            models[STUDENT_BEFORE] = inputs.student
-        if self.control is not None:
-            models[STUDENT_KD] = self.control
-        if config.evaluation.teacher:
-            models[TEACHER] = inputs.teacher
 
-        refs = {name: model.ref for name, model in models.items()}
-
-        def read_texts(_: str) -> StepResult:
-            result, counts = measure_perplexity(refs, inputs.rows.tests, self.run_dir, config.scaling)
-            self.run_dir.write_json("evaluation.json", result)
-            return StepResult(["evaluation.json"], counts)
-
-        def answer_prompts(_: str) -> StepResult:
-            result, counts = evaluate_models(
-                models=refs,
-                sets=inputs.rows.tests,
-                run_dir=self.run_dir,
-                tokenizer=TOKENIZER,
-                evaluation=config.evaluation,
-                max_tokens=config.data.max_tokens,
-                scaling=config.scaling,
-                own_tokens=inputs.own_tokens,
-            )
-            self.run_dir.write_json("evaluation.json", result)
-            return StepResult(["evaluation.json", "predictions.parquet"], counts)
+        def work(_: str) -> StepResult:
+            read = ({name: model.ref for name, model in self.evaluated.items()}, inputs.rows.tests)
+            result, counts, written = evaluate_rows(config, *read, self.run_dir, TOKENIZER, inputs.own_tokens)
+            self.run_dir.write_json(EVALUATION, result)
+            self.steps.forget("tasks")  # their figures are in that file too
+            return StepResult([EVALUATION, *written], counts)
 
         settings = config.evaluation.model_dump(mode="json", include={"seeds", "greedy", "generation"})
-        fingerprints = {name: model.fingerprint for name, model in models.items()}
-        work = read_texts if config.data.task == "text" else answer_prompts
+        fingerprints = {name: model.fingerprint for name, model in self.evaluated.items()}
         return self.steps.run("evaluation", [inputs.rows_fingerprint, fingerprints, settings], work)
+
+    @cached_property
+    def tasks(self) -> str:
+        """The fingerprint of `evaluation.json` with the tasks of lm-eval; of the evaluation if there are none."""
+        config, inputs, evaluation = self.config, self.inputs, self.evaluation
+        if not config.evaluation.tasks:
+            return evaluation
+        items = plan_items(config, {name: inputs.for_tasks(name, model) for name, model in self.evaluated.items()})
+        written = [EVALUATION, *(item.path for item in items)]
+
+        def work(_: str) -> StepResult:
+            return StepResult(written, evaluate_items(items, config, self.run_dir))
+
+        return self.steps.run("tasks", [evaluation, written], work)
 
     @cached_property
     def report(self) -> str:
@@ -325,7 +325,7 @@ class Pipeline:
             self._track_results()
             return StepResult(["report.html", "report.md"], {})
 
-        depends = [self.evaluation, self.config.report.model_dump(mode="json")]
+        depends = [self.tasks, self.config.report.model_dump(mode="json")]
         depends += [self.pairs] if self.pairs is not None else []
         return self.steps.run("report", depends, work)
 
@@ -339,7 +339,8 @@ class Pipeline:
         trained = ("distill", self.distilled.fingerprint) if self.raced is None else self.raced[0].identity
         run = TrackedRun.begin(tracking, self.run_dir, *trained, step)
         stream = Stream(run, config.tracking, lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"))
-        stream.send_results(read_results(self.run_dir, step, self.inputs.rows.tests, config.report.num_examples))
+        sets, tasks = self.inputs.rows.tests, [task.name for task in config.evaluation.tasks]
+        stream.send_results(read_results(self.run_dir, step, sets, config.report.num_examples, tasks))
         stream.close()
 
     @property
@@ -438,9 +439,3 @@ class Pipeline:
 
     def _with_training_seed(self, seed: int) -> Config:
         return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": seed})})
-
-    def _publish_table(self, table: pa.Table, rel: str) -> None:
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch) / "table.parquet"
-            pq.write_table(table, path)
-            self.run_dir.publish(path, rel)

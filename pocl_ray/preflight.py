@@ -27,6 +27,7 @@ from pocl_ray.distill.engine import deepspeed_config
 from pocl_ray.distill.kernels import divergences
 from pocl_ray.distill.rollout_writers import check_backend
 from pocl_ray.errors import ConfigError, UserError
+from pocl_ray.evaluation.harness import check_tasks
 from pocl_ray.models.loading import check_attention, check_int8
 from pocl_ray.models.prepare import check_adapters, check_models, check_other_teacher, origin_fingerprint
 from pocl_ray.preview import cache_bytes
@@ -63,6 +64,8 @@ def check_inputs(config: Config) -> Coverage | None:
     divergences(config.distill, config.rollout)
     check_backend(config.rollout)
     check_trackers(config.tracking)
+    for text in check_tasks(config.evaluation.tasks, config.seed):
+        console.print(f"[yellow]warning:[/] {escape(text)}")
     deepspeed_config(config.train, config.scaling.max_workers, 2 if config.rollout.beside_data else 1)
     check_rescoring(config)
     check_bridging(config)

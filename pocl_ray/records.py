@@ -302,13 +302,20 @@ STEPS = {
             "always",
         ),
         Step(
+            "tasks",
+            "tasks of lm-eval on each model",
+            ("teacher", "student", "distill", "control", "evaluation"),
+            ("evaluation.json", "tasks/"),
+            "always",
+        ),
+        Step(
             "pairs",
             "curriculum and control in pairs, on further seeds",
             ("rows", "plan", "ranking", "teacher", "student"),
             ("pairs.json", "pairs/"),
             "always",
         ),
-        Step("report", "this report", ("evaluation", "pairs"), ("report.html", "report.md", "plots/")),
+        Step("report", "this report", ("evaluation", "tasks", "pairs"), ("report.html", "report.md", "plots/")),
     )
 }
 """Every step by name; a step comes after those that it depends on."""

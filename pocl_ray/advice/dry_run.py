@@ -149,6 +149,7 @@ def steps_to_run(config: Config) -> dict[str, str]:
         "distill": lambda: pipeline.distilled,
         "control": lambda: pipeline.control,
         "evaluation": lambda: pipeline.evaluation,
+        "tasks": lambda: pipeline.tasks,
         "pairs": lambda: pipeline.pairs,
         "report": lambda: pipeline.report,
     }
@@ -169,6 +170,7 @@ def _left_out(config: Config) -> set[str]:
     """The steps that a config does not have."""
     left_out = set() if config.data.responses == "teacher" else {"responses"}
     left_out |= set() if config.curriculum.pacing == RACE else {"race"}
+    left_out |= set() if config.evaluation.tasks else {"tasks"}
     if config.control is None:
         left_out |= {"control", "pairs"}
     elif not config.control.seeds:

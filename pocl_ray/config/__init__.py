@@ -8,7 +8,7 @@ it from a file.
 
 from pocl_ray.config.experiments import ExperimentConfig, ScreenConfig
 from pocl_ray.config.loading import load_config
-from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, ReportConfig
+from pocl_ray.config.root import Config, ControlConfig, EvaluationConfig, EvaluationTaskConfig, ReportConfig
 from pocl_ray.config.scaling import ScalingConfig
 from pocl_ray.config.schedules import ScheduleConfig
 from pocl_ray.config.sources import (
@@ -53,6 +53,7 @@ __all__ = [
     "DistillConfig",
     "DomainConfig",
     "EvaluationConfig",
+    "EvaluationTaskConfig",
     "ExperimentConfig",
     "GenerationConfig",
     "LoraConfig",

@@ -137,6 +137,19 @@ class DevGenerationConfig(GenerationConfig):
     sampling_temperature: float = Field(default=0.0, ge=0, description="0: greedy")
 
 
+class EvaluationTaskConfig(Section):
+    """A task of EleutherAI's lm-evaluation-harness; its name alone stands for `{name: ...}`."""
+
+    name: str = Field(min_length=1, description="task, group or tag that lm-eval knows, or that `path` defines")
+    path: str | None = Field(
+        default=None, description="folder with task YAMLs of your own; their data files are relative to it"
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="examples before each question; default: the number that the task sets"
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first rows of each task; default: all")
+
+
 class EvaluationConfig(Section):
     """Comparison of the distilled student with the untuned student and the teacher (POCL, section 4.1)."""
 
@@ -147,6 +160,26 @@ class EvaluationConfig(Section):
     max_dev_rows: int | None = Field(default=None, ge=1, description="rows of the dev ROUGE-L during training")
     teacher: bool = Field(default=True, description="evaluate the teacher as well")
     student_before: bool = Field(default=True, description="evaluate the student before distillation as well")
+    tasks: tuple[EvaluationTaskConfig, ...] = Field(
+        default=(),
+        description="tasks of lm-eval on which the same models are evaluated, such as `[arc_easy, hellaswag]`; they "
+        "need the extra `lm-eval` (docs/guides/lm_eval.md)",
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named_alone(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, (list, tuple)):
+            return tasks
+        return [{"name": task} if isinstance(task, str) else task for task in tasks]
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, tasks: tuple[EvaluationTaskConfig, ...]) -> tuple[EvaluationTaskConfig, ...]:
+        names = [task.name for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]} stands twice; name each task once")
+        return tasks
 
 
 class ReportConfig(Section):

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 from ray.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pocl_ray.answers.decode import GenerationSettings, generate
 from pocl_ray.answers.rouge import exact_match_batch, rouge_l_batch
-from pocl_ray.config import EvaluationConfig, GenerationConfig, ScalingConfig
+from pocl_ray.config import Config, EvaluationConfig, GenerationConfig, ScalingConfig
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.evaluation.perplexity import measure_perplexity
 from pocl_ray.models.loading import load_model, load_tokenizer
 from pocl_ray.models.places import ModelRef, on_this_node
 from pocl_ray.ray_cluster.actor_pools import collect, plan_pools, quiet_ray_data
@@ -39,6 +39,27 @@ GREEDY = -1
 
 METRICS = ("rouge_l", "exact_match")
 _ORDER = [("model", "ascending"), ("set", "ascending"), ("seed", "ascending"), (ID, "ascending")]
+
+
+def evaluate_rows(
+    config: Config,
+    models: Mapping[str, ModelRef],
+    sets: Mapping[str, RowsSummary],
+    run_dir: RunDirectory,
+    tokenizer: str,
+    own_tokens: Mapping[str, OwnTokens],
+) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """Return the figures of all models: of their answers, or of plain text the perplexity.
+
+    Arguments and errors are those of `evaluate_models`.
+
+    Returns:
+        Content of evaluation.json, counts for the manifest, and the files that are written with it.
+    """
+    if config.data.task == "text":
+        return (*measure_perplexity(models, sets, run_dir, config.scaling), [])
+    settings = (config.evaluation, config.scaling, config.data.max_tokens, own_tokens)
+    return (*evaluate_models(models, sets, run_dir, tokenizer, *settings), [PREDICTIONS])
 
 
 def evaluate_models(
@@ -89,9 +110,7 @@ def evaluate_models(
         answers = collect(dataset, "evaluate", num_answers, "answers").sort_by(_ORDER)
     if answers.num_rows != num_answers:
         raise RuntimeError(f"evaluation gave {answers.num_rows} answers instead of {num_answers}")
-    sink = pa.BufferOutputStream()
-    pq.write_table(answers, sink)
-    run_dir.write_bytes(PREDICTIONS, sink.getvalue().to_pybytes())
+    run_dir.write_table(PREDICTIONS, answers)
     figures = {name: {model: _figures(answers, model, name) for model in models} for name in sets}
     return {"sets": figures}, {"num_rows": num_answers, "num_tokens": pc.sum(answers["num_tokens"]).as_py()}
 

@@ -37,6 +37,7 @@ from pocl_ray.report.headline import (
     weak_teacher_sentences,
 )
 from pocl_ray.report.page import render_html, render_markdown
+from pocl_ray.report.task_figures import task_table
 
 if TYPE_CHECKING:
     from pocl_ray.report.plots import Plot
@@ -112,6 +113,7 @@ def build_report(files: RunFiles) -> str:
         "warnings": _warnings(run),
         "results": results,
         "perplexities": texts,
+        "tasks": task_table(run.tasks),
         "any_unstopped": any(m.unstopped_share >= 0 for result in results for m in result.models),
         "comparisons": [(result.name, compare_with_control(result)) for result in results],
         "difficulty": difficulty,

@@ -111,6 +111,7 @@ class RunData:
     cuts: list[str] = field(default_factory=list)
     pairs: dict[str, Any] = field(default_factory=dict)
     race: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(files: RunFiles) -> RunData:
@@ -124,6 +125,7 @@ def read_run(files: RunFiles) -> RunData:
     metrics = _read_metrics(files, "metrics.jsonl")
     race = _json(files, "race.json") if config is not None and config.curriculum.pacing == RACE else {}
     plan = _read_plan(files, race)
+    evaluation = _json(files, "evaluation.json")
     return RunData(
         config=config,
         config_text=config_text,
@@ -134,13 +136,21 @@ def read_run(files: RunFiles) -> RunData:
         plan=_as_taken(plan, metrics),
         metrics=metrics,
         control=_read_metrics(files, "control/metrics.jsonl"),
-        evaluation=dict(_json(files, "evaluation.json").get("sets") or {}),
+        evaluation=dict(evaluation.get("sets") or {}),
         rejects=_read_rejects(files),
         rescored=_read_rescored(files, plan),
         cuts=_read_cuts(files),
         pairs=_json(files, "pairs.json"),
         race=race,
+        tasks=_tasks(evaluation, config),
     )
+
+
+def _tasks(evaluation: dict[str, Any], config: Config | None) -> dict[str, Any]:
+    """The tasks of evaluation.json that the config names; those of an earlier one may stand there too."""
+    found = evaluation.get("tasks") or {}
+    named = found if config is None else [task.name for task in config.evaluation.tasks]
+    return {name: found[name] for name in named if name in found}
 
 
 def as_float(value: Any) -> float:

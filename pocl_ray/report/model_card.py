@@ -7,6 +7,7 @@ import os.path
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from pocl_ray.report.figures import SetResult, is_of_text, perplexities, set_res
 from pocl_ray.report.files import RunData, RunFiles, read_run
 from pocl_ray.report.headline import describe_models, model_names, run_sentence
 from pocl_ray.report.page import render_model_card
+from pocl_ray.report.task_figures import TaskTable, task_table
 
 MODEL_CARD = "student/README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -74,8 +76,11 @@ def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
     template = run.config.data.prompt_template if run.config is not None and has_prompts else ""
     lora = run.config.student.lora if run.config else None
     results = set_results({name: found for name, found in run.evaluation.items() if not is_of_text(found)})
+    tasks = task_table(run.tasks)
     context = {
-        "front_matter": yaml.safe_dump(_front_matter(run, results, origins), sort_keys=False, allow_unicode=True),
+        "front_matter": yaml.safe_dump(
+            _front_matter(run, results, tasks, origins), sort_keys=False, allow_unicode=True
+        ),
         "origins": origins,
         "name": run.config.name if run.config else "student",
         "intro": run_sentence(run, done=True),
@@ -85,13 +90,16 @@ def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
         "names": names,
         "results": results,
         "perplexities": perplexities(run.evaluation),
+        "tasks": tasks,
         "known_template": _TEMPLATES.get(template, ""),
         "own_template": "" if template in _TEMPLATES else template,
     }
     return render_model_card(context)
 
 
-def _front_matter(run: RunData, results: Sequence[SetResult], origins: Sequence[Origin]) -> dict[str, Any]:
+def _front_matter(
+    run: RunData, results: Sequence[SetResult], tasks: TaskTable | None, origins: Sequence[Origin]
+) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     matter["tags"] = ["distillation", "pocl", "pocl-ray"]
     licences = {origin.licence for origin in origins}
@@ -109,8 +117,10 @@ def _front_matter(run: RunData, results: Sequence[SetResult], origins: Sequence[
         matter = {"base_model": base, "base_model_relation": relation, **matter}
     if rows := hub_id(config.data.train.path):
         matter["datasets"] = [rows]
-    if found := list(_results_by_set(config, results)):
-        matter["metrics"] = ["rouge", "exact_match"]
+    metrics = ["rouge", "exact_match"] if results else []
+    metrics += sorted({row.metric.partition(",")[0] for row in tasks.rows} - set(metrics)) if tasks else []
+    if found := [*_results_by_set(config, results), *_results_by_task(tasks)]:
+        matter["metrics"] = metrics
         matter["model-index"] = [{"name": config.name, "results": found}]
     return matter
 
@@ -135,6 +145,21 @@ def _results_by_set(config: Config, results: Sequence[SetResult]) -> Iterator[di
         ]
         # The Hub wants an id here. For rows of one machine it is the name of the set.
         dataset = {"type": hub_id(source.path) or re.sub(r"[^\w.-]", "-", result.name), "name": result.name}
+        if metrics:
+            yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+
+
+def _results_by_task(tasks: TaskTable | None) -> Iterator[dict[str, Any]]:
+    """The student's figures on lm-eval's tasks in the same form, with their standard errors beside them."""
+    for (task, _), rows in groupby(tasks.rows if tasks else (), key=lambda row: (row.task, row.num_fewshot)):
+        metrics: list[dict[str, Any]] = []
+        for row in rows:
+            measured = row.by_model.get(STUDENT)
+            if measured is not None and math.isfinite(measured.value):
+                named = {"type": row.metric.partition(",")[0], "name": row.metric, "value": round(measured.value, 4)}
+                has_error = math.isfinite(measured.stderr)
+                metrics.append({**named, **({"args": {"stderr": round(measured.stderr, 4)}} if has_error else {})})
+        dataset = {"type": re.sub(r"[^\w.-]", "-", task), "name": task}
         if metrics:
             yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
 

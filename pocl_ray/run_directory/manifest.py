@@ -107,6 +107,10 @@ class Manifest:
         self._save(step, entry)
         return own, entry["seconds"]
 
+    def forget(self, step: str) -> None:
+        """Drop a step, so that it runs again; the manifest is written with the next change of another step."""
+        self.steps.pop(step, None)
+
     def _save(self, step: str, entry: dict[str, Any]) -> None:
         self.steps[step] = entry
         self.run_dir.write_json(FILE, {"version": VERSION, "steps": self.steps})
@@ -161,3 +165,7 @@ class Steps:
         fingerprint, seconds = self.manifest.run(name, depends, announced)
         console.print(f"  [dim]{name} is done already[/]" if seconds is None else f"  [dim]{seconds:.1f} s[/]")
         return fingerprint
+
+    def forget(self, name: str) -> None:
+        """Have a step run again, since the step that is running writes a file that the other one had added to."""
+        self.manifest.forget(name)

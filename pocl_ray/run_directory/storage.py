@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from filelock import FileLock
 
 from pocl_ray.errors import StorageError
@@ -270,6 +271,12 @@ class RunDirectory:
     def write_json(self, rel: str, value: Any) -> None:
         """Write a JSON file, completely or not at all."""
         self.write_text(rel, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def write_table(self, rel: str, table: pa.Table) -> None:
+        """Write a table as a Parquet file, completely or not at all."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(rel, sink.getvalue().to_pybytes())
 
     def local(self, rel: str) -> Path:
         """Return a local path of a file or directory: the path itself, or this node's copy of a remote one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,13 @@ class Results:
     plots: Mapping[str, Path]
 
 
-def read_results(run_dir: RunDirectory, step: int, sets: Mapping[str, RowsSummary], num_answers: int) -> Results:
+def read_results(
+    run_dir: RunDirectory,
+    step: int,
+    sets: Mapping[str, RowsSummary],
+    num_answers: int,
+    tasks: Collection[str] = (),
+) -> Results:
     """Return the results that stand in a run directory.
 
     Args:
@@ -51,8 +57,10 @@ def read_results(run_dir: RunDirectory, step: int, sets: Mapping[str, RowsSummar
         step: Number of optimizer steps of the training.
         sets: Evaluation sets by name.
         num_answers: Number of sample prompts of each set.
+        tasks: Entries of `evaluation.tasks`, whose figures stand next to those of the sets.
     """
-    evaluation = run_dir.read_json("evaluation.json")["sets"]
+    content = run_dir.read_json("evaluation.json")
+    evaluation = {**content["sets"], **_by_task(content.get("tasks", {}), tasks)}
     table = [
         {"set": name, "model": model, **flat(found)}
         for name, models in evaluation.items()
@@ -73,6 +81,16 @@ def read_results(run_dir: RunDirectory, step: int, sets: Mapping[str, RowsSummar
         files={name: run_dir.local(name) for name in FILES if run_dir.exists(name)},
         plots={path.stem: path for path in sorted(plots.glob("*.png"))} if plots is not None else {},
     )
+
+
+def _by_task(entries: Mapping[str, Any], named: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The figures of each task by model; that of an entry's own name has that name alone."""
+    return {
+        name if name == entry else f"{entry}/{name}": {model: found["metrics"] for model, found in models.items()}
+        for entry, tasks in entries.items()
+        if entry in named
+        for name, models in tasks.items()
+    }
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from tiny import NUM_ROWS, FullRun, cli_here, manifest, metrics, refused, tree_digest
 
 from pocl_ray.pipeline import Pipeline
@@ -99,6 +100,34 @@ def test_a_changed_evaluation_reruns_evaluation_and_report_alone(
         "10",
         "20",
     }
+
+
+def test_tasks_of_lm_eval_are_added_to_an_evaluation_and_survive_another_one(
+    full_run: FullRun, cluster: None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test"}
+    asked = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    content = {"task": "pick", "output_type": "multiple_choice", **data, **asked}
+    (folder / "pick.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    rows = [{"question": "Copy apple =>", "choices": ["apple", "river"], "answer": number % 2} for number in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = {"evaluation__tasks": [{"name": "pick", "path": str(folder)}], "scaling__evaluation_actors": 1}
+    config, run = full_run.copy(tmp_path / "copied", **changes)
+    before = manifest(run)
+    assert Pipeline(config, resume_with_changes=True).report
+    assert changed_steps(before, manifest(run)) == {"tasks", "report"}
+    found = json.loads((run / "evaluation.json").read_text())
+    assert set(found["tasks"]["pick"]["pick"]) == {"student", "student_before", "student_kd", "teacher"}
+    assert {one["metrics"]["acc"]["value"] for one in found["tasks"]["pick"]["pick"].values()} == {0.5}
+    assert 'id="tasks"' in (run / "report.html").read_text()
+    written = {path: path.stat().st_mtime_ns for path in run.glob("tasks/*/pick-*.json")}
+    assert len(written) == 4
+    (run / "predictions.parquet").unlink()  # the evaluation writes its file again, without the tasks
+    assert Pipeline(config).report
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    assert written == {path: path.stat().st_mtime_ns for path in run.glob("tasks/*/pick-*.json")}
 
 
 def test_another_number_of_buckets_needs_no_new_scores(full_run: FullRun, cluster: None, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_every_extra_that_is_named_is_declared(folder: str, ending: str) -> None
     assert named <= set(EXTRAS)
 
 
-@pytest.mark.parametrize("extra", ["lora", "trl", "liger", "vllm"])
+@pytest.mark.parametrize("extra", ["lora", "trl", "liger", "vllm", "lm-eval"])
 def test_where_a_package_is_missing_the_message_names_its_extra(extra: str) -> None:
     assert extra in named_in("pocl_ray", "py")
     assert EXTRAS[extra]

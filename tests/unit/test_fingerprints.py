@@ -92,6 +92,14 @@ def test_keys_that_came_later_leave_the_fingerprints_of_older_runs_alone(
     assert fingerprint(sft_dependencies(config, "student")) == trained
 
 
+def test_tasks_of_lm_eval_leave_every_training_alone() -> None:
+    def distilled(**more: Any) -> str:
+        config = config_of({}, **more)
+        return fingerprint(distill_dependencies(config, "r", "s", plan_stages(config, 1000)))
+
+    assert distilled(evaluation={"tasks": ["arc_easy"]}) == distilled()
+
+
 def test_adapters_of_before_are_trained_again_only_for_targets_that_are_named() -> None:
     def distilled(lora: dict[str, Any]) -> str:
         config = config_of({}, student={"path": "student", "lora": lora})
