@@ -10,8 +10,7 @@ DOCS   := $(VENV)/.installed-for-docs
 ROWS   := ../shared/data
 ARGS   ?=
 
-BENCHMARKS := benchmarks/step_speed.py benchmarks/step_memory.py benchmarks/loss_memory.py benchmarks/rollout_speed.py \
-    benchmarks/answer_speed.py benchmarks/packing.py benchmarks/gap_cost.py
+MODEL  := models/smollm2
 FAULTS := $(addprefix tests/ray/,test_kills.py test_nodes.py test_fault_matrix.py test_giving_up.py test_hangs.py test_node_lost_on_s3.py \
     test_rollout_kills.py test_autoscaling.py test_tune_on_two_nodes.py test_tune.py)
 # The tools that build the package, pinned in constraints.txt like all the rest.
@@ -105,8 +104,10 @@ docs: $(DOCS)  ## build the documentation site into site/; a warning fails
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-benchmark: $(STAMP)  ## speed and memory of a step, memory of the losses, speed of rollouts beside TRL's
-	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script $(ARGS); done
+# With the real model and the real rows where they are (`pocl-ray fetch smollm2`), else random ones of their shape.
+benchmark: $(STAMP)  ## one table of speed and memory beside TRL and the authors' way; exit status 1 below a bar
+	@$(BIN)/python benchmarks/table.py --json runs/benchmark.json $(if $(wildcard $(MODEL)/config.json),--teacher $(MODEL)) \
+	    $(if $(wildcard $(ROWS)/s_ni_train.jsonl),--rows $(ROWS)/s_ni_train.jsonl) $(ARGS)
 
 clean:  ## remove .venv and the caches; runs stay
 	@rm -rf site $(VENV) $(VERSIONS:%=.venv-%) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -17,7 +17,8 @@ import time
 
 import torch
 import torch.nn.functional as F
-from step_memory import MIB, peak_bytes, resident_bytes
+from measuring import Bar, Measurement, add_json_option, conclude, peak_bytes, resident_bytes
+from step_memory import MIB
 from torch import Tensor
 
 from pocl_ray.distill.chunked import HeadLoss, chunked_head_loss
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    add_json_option(parser)
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -87,8 +89,9 @@ def main() -> int:
         ours, seconds = measure_apart("ours", name, args.tokens, args.vocabulary, args.hidden)
         worst = max(worst, ours)
         print(f"{name:>18} {naive / MIB:10.0f} {ours / MIB:9.0f} {naive / ours:6.1f} {seconds:8.1f}", flush=True)
-    print(f"most: {worst / 1e9:.2f} GB of the {LIMIT_BYTES / 1e9} GB that are allowed")
-    return int(worst > LIMIT_BYTES)
+    setting = f"{args.tokens} response tokens x {args.vocabulary} entries, float32, {' and '.join(args.losses)}"
+    bar = Bar("GB at the peak of the largest", worst / 1e9, LIMIT_BYTES / 1e9, at_least=False)
+    return conclude([Measurement("memory of a loss", "all logits at once", setting, (bar,))], args.json)
 
 
 if __name__ == "__main__":

@@ -21,35 +21,41 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else workers give way 
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
-from step_sides import Row, random_model, random_rows, smollm2_shape, student_of
+from measuring import (
+    Agreement,
+    Bar,
+    Measurement,
+    SideRun,
+    add_json_option,
+    conclude,
+    peak_bytes,
+    ratio_of,
+    report_side,
+    run_sides,
+    summarize,
+)
+from step_sides import random_model, random_rows, smollm2_shape, student_of
+from training_inputs import loop_of, one_stage, write_task
 
-from pocl_ray.config import DistillConfig, GenerationConfig, PlateauConfig, RolloutConfig, TrainConfig
-from pocl_ray.data.batching import Layout
-from pocl_ray.data.row_store import ROWS_SCHEMA, RowStore
-from pocl_ray.data.rows import arrow_writer, summarize_rows
+from pocl_ray.config import TrainConfig
+from pocl_ray.data.batching import Layout, global_batches
+from pocl_ray.data.row_store import RowStore
 from pocl_ray.data.tokenization import train_tokenizer
-from pocl_ray.distill.task import TeacherTask, TrainTask
-from pocl_ray.models.heads import response_hidden
+from pocl_ray.distill.loop import LoopHooks
+from pocl_ray.distill.task import TrainTask
 from pocl_ray.models.loading import load_tokenizer
-from pocl_ray.models.places import ModelRef
-from pocl_ray.models.saving import save_model
-from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.teacher_cache.writer import write_index, write_shard
 
 BAR, SAME_LOSS = 1.05, 1e-4
 BATCH_ROWS, MICRO_BATCH_ROWS = 8, 4
-VOCABULARY, TEACHER = 16384, "the teacher"
+VOCABULARY = 16384
 WARM_STEPS = 2  # that allocate moments and buffers
 SIDES = ("ours", "plain")
 
@@ -60,66 +66,15 @@ def make_task(folder: Path, hidden: int, layers: int, num_steps: int, zero_stage
     train_tokenizer(["one two three four five six"] * 9, 270, run_dir.local("tokenizer"))
     tokenizer = load_tokenizer(str(run_dir.local("tokenizer")))
     teacher = random_model(smollm2_shape(2 * layers, VOCABULARY, hidden), seed=0).eval()
-    refs = {}
-    for name, model in {"teacher": teacher, "student": student_of(teacher, layers)}.items():
-        refs[name] = ModelRef(str(save_model(model, tokenizer, run_dir.local(f"models/{name}"))))
-    made = {}
-    for seed, (name, num_rows) in enumerate({"train": BATCH_ROWS * num_steps, "dev": 1}.items()):
-        rows = random_rows(num_rows, VOCABULARY, seed)
-        made[name] = _write_rows(run_dir, name, rows)
-        _write_cache(run_dir, teacher, rows, made[name])
-    return TrainTask(
-        name="distill",
-        fingerprint="orchestration",
-        run_dir=run_dir,
-        stages=(Stage(0, (0,), 0, BATCH_ROWS * num_steps, 1, num_steps, 2.0, 0.8, True, 0, num_steps),),
-        student=refs["student"],
-        teachers=(TeacherTask(refs["teacher"], cache="cache", fingerprint=TEACHER),),
-        tokenizer="tokenizer",
-        rows=made["train"],
-        dev_rows=made["dev"],
-        scores=None,
-        train=TrainConfig(
-            global_batch_rows=BATCH_ROWS, micro_batch_rows=MICRO_BATCH_ROWS, precision="fp32", zero_stage=zero_stage
-        ),
-        distill=DistillConfig(),
-        rollout=RolloutConfig(),
-        hand_off="last",
-        plateau=PlateauConfig(),
-        dev_generation=GenerationConfig(sampling_temperature=0.0, max_new_tokens=1),
-        max_dev_rows=1,
-        max_tokens=1024,
-        gradient_checkpointing=False,
-        seed=0,
-        collective_timeout_s=60.0,
-        output="out",
-        metrics="metrics.jsonl",
+    num_rows = BATCH_ROWS * num_steps
+    rows = {
+        name: random_rows(many, VOCABULARY, seed) for seed, (name, many) in enumerate((("train", num_rows), ("dev", 1)))
+    }
+    train = TrainConfig(
+        global_batch_rows=BATCH_ROWS, micro_batch_rows=MICRO_BATCH_ROWS, precision="fp32", zero_stage=zero_stage
     )
-
-
-def _write_rows(run_dir: RunDirectory, name: str, rows: list[Row]) -> RowsSummary:
-    """Write random rows as the file of prepared rows that the feed reads."""
-    prompts = [row.ids_T[: row.num_prompt_tokens].tolist() for row in rows]
-    responses = [row.ids_T[row.num_prompt_tokens :].tolist() for row in rows]
-    numbers, texts = np.arange(len(rows)), ["random"] * len(rows)
-    columns = [numbers, numbers + 1, [None] * len(rows), texts, [[text] for text in texts], prompts, responses]
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ROWS_SCHEMA, strict=True)]
-    path = run_dir.local(f"rows/{name}.arrow")
-    with arrow_writer(path, ROWS_SCHEMA) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=ROWS_SCHEMA))
-    return summarize_rows(name, path, 0)
-
-
-@torch.no_grad()
-def _write_cache(run_dir: RunDirectory, teacher: torch.nn.Module, rows: list[Row], made: RowsSummary) -> None:
-    hidden = []
-    for row in rows:
-        ids_BT = row.ids_T[None]
-        index_N = torch.arange(row.num_prompt_tokens - 1, len(row.ids_T) - 1)
-        hidden.append(response_hidden(teacher, ids_BT, torch.ones_like(ids_BT), index_N))  # type: ignore[arg-type]
-    directory = run_dir.local(f"cache/{made.name}")
-    shard = write_shard(directory, np.arange(len(rows)), hidden)
-    write_index(directory, [shard.name], TEACHER, made.fingerprint)
+    models = {"teacher": teacher, "student": student_of(teacher, layers)}
+    return write_task(run_dir, models, tokenizer, rows, one_stage(num_rows, num_steps, 2.0, 0.8), train)
 
 
 def plain_losses(task: TrainTask) -> list[tuple[float, float]]:
@@ -168,17 +123,18 @@ def our_losses(task: TrainTask, with_ray: bool) -> list[tuple[float, float]]:
         run_training(task, ScalingConfig())
         records = [json.loads(line) for line in task.run_dir.local(task.metrics).read_text().splitlines()]
     else:
-        import torch.distributed as dist
-
-        from pocl_ray.distill.loop import LoopHooks
-        from pocl_ray.distill.setup import set_up_loop
-
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks for it
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        loop = set_up_loop(task, torch.device("cpu"), LoopHooks())
+        loop = loop_of(task, LoopHooks())
         loop.run()
         records = loop.progress.metrics
     return [(record["step_s"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+def num_tokens(options: argparse.Namespace) -> int:
+    """The tokens of the counted steps."""
+    rows = random_rows(BATCH_ROWS * options.steps, VOCABULARY, 0)
+    stage = one_stage(len(rows), options.steps, 2.0, 0.8)
+    drawn = [*global_batches(stage, np.arange(len(rows)), BATCH_ROWS, 0)][WARM_STEPS:]
+    return sum(len(rows[row].ids_T) for batch in drawn for row in batch)
 
 
 def run_side(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -195,13 +151,6 @@ def run_side(options: argparse.Namespace) -> list[tuple[float, float]]:
             return our_losses(task, with_ray=True)
 
 
-def run_apart(side: str) -> list[tuple[float, float]]:
-    """One run of a side in a process of its own, with this program's options."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [(seconds, loss) for seconds, loss in json.loads(out.splitlines()[-1])]
-
-
 def main() -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,31 +160,40 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--without-ray", action="store_true", help="our loop and DeepSpeed, but not Ray")
+    add_json_option(parser)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(run_side(options)))
+        taken = run_side(options)
+        seconds = [one for one, _ in taken][WARM_STEPS:]
+        report_side(SideRun(seconds, num_tokens(options), peak_bytes(), [loss for _, loss in taken]))
         return 0
 
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    worst = 0.0
-    print(f"{'round':>5} {'ours ms':>9} {'plain ms':>9} {'ratio':>6}   medians of {options.steps - WARM_STEPS} steps")
-    for index in range(options.rounds):
-        runs = {side: run_apart(side) for side in (SIDES if index % 2 == 0 else SIDES[::-1])}
-        worst = max(worst, *(abs(ours / plain - 1) for (_, ours), (_, plain) in zip(*runs.values(), strict=True)))
-        medians = {}
-        for side in SIDES:
-            counted = [taken for taken, _ in runs[side]][WARM_STEPS:]
-            seconds[side] += counted
-            medians[side] = statistics.median(counted)
-        ours, plain = medians["ours"], medians["plain"]
-        print(f"{index + 1:5d} {1000 * ours:9.1f} {1000 * plain:9.1f} {ours / plain:6.3f}", flush=True)
-    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["plain"])
+    runs = run_sides(__file__, SIDES, options.rounds, sys.argv[1:])
+    ours, plain = (summarize(side, runs[side]) for side in SIDES)
+    assert ours.seconds is not None and plain.seconds is not None
+    ratio = ours.seconds.median / plain.seconds.median
+    pairs = zip(runs["ours"], runs["plain"], strict=True)
+    apart = max(abs(a / b - 1) for own, bare in pairs for a, b in zip(own.losses, bare.losses, strict=True))
     # The same steps of the two sides, all together: what a step costs more on the whole, outliers included.
-    whole = sum(seconds["ours"]) / sum(seconds["plain"])
+    whole = sum(sum(run.seconds) for run in runs["ours"]) / sum(sum(run.seconds) for run in runs["plain"])
     print(f"a step takes {ratio:.3f} times as long as without orchestration ({whole:.3f} by the sum of all steps)")
-    print(f"losses differ by at most {worst:.1e} of their size")
-    return int(ratio > BAR or worst > SAME_LOSS)
+    setting = (
+        f"width {options.hidden}, {options.layers} layers, batch {BATCH_ROWS}, fp32, 1 thread, {options.rounds} rounds "
+        f"of {options.steps - WARM_STEPS} steps; medians of all steps"
+    )
+    bar = Bar("times as long as the bare loop", ratio, BAR, at_least=False)
+    agreement = Agreement("losses of all steps", apart, SAME_LOSS)
+    row = Measurement(
+        "step with Ray and DeepSpeed",
+        "the bare loop",
+        setting,
+        (bar,),
+        (ours, plain),
+        ratio_of(*runs.values()),
+        agreement,
+    )
+    return conclude([row], options.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 
 import numpy as np
 import torch
+from measuring import Agreement, Bar, Measurement, Side, Spread, add_json_option, conclude
 from step_sides import SETTINGS, Row, random_model, random_rows, smollm2_shape, student_of
 from transformers import PreTrainedModel
 
@@ -29,9 +30,10 @@ from pocl_ray.models.heads import head_of, split_model
 from pocl_ray.models.packing import find_packing_obstacle
 
 MAX_TOKENS = 512
+BAR = 0.9
 
 
-class Side:
+class Way:
     """One way of cutting and laying out rows, with a student and an optimizer of its own."""
 
     def __init__(self, layout: Layout, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -94,6 +96,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6, help="layers of the student; SmolLM2-135M's shape else")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights, as train.precision bf16 has them")
+    add_json_option(parser)
     args = parser.parse_args()
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -109,21 +112,21 @@ def main() -> int:
         "packed": Layout(0, args.micro, is_packed=True),
         "token budget": Layout(0, args.micro, widest, is_packed=True),
     }
-    sides = {name: Side(layout, copy.deepcopy(student), teacher) for name, layout in layouts.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    tokens, done, worst = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0), 0.0
+    ways = {name: Way(layout, copy.deepcopy(student), teacher) for name, layout in layouts.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    tokens, done, worst = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0), 0.0
     for index, rows in enumerate(batches):
         cached = [read_by_teacher(teacher, row) for row in rows]
-        made = {name: side.micro_batches(rows, cached) for name, side in sides.items()}
+        made = {name: side.micro_batches(rows, cached) for name, side in ways.items()}
         losses = {}
-        for name in [*sides][index % 3 :] + [*sides][: index % 3]:
-            losses[name], took = sides[name].step(made[name])
+        for name in [*ways][index % 3 :] + [*ways][: index % 3]:
+            losses[name], took = ways[name].step(made[name])
             if index:  # the first step allocates the optimizer's moments
                 seconds[name].append(took)
                 tokens[name] += sum(batch.input_ids_BT.numel() for batch in made[name])
                 done[name] += flops_done(size, made[name])
-        worst = max(worst, *(abs(losses[name] / losses["padded"] - 1) for name in sides))
-        print(f"round {index or 'warm'}: losses {[round(losses[name], 5) for name in sides]}", flush=True)
+        worst = max(worst, *(abs(losses[name] / losses["padded"] - 1) for name in ways))
+        print(f"round {index or 'warm'}: losses {[round(losses[name], 5) for name in ways]}", flush=True)
     num_tokens = sum(int(one.sum()) for one in lengths[1:])
     print(f"{num_tokens} tokens in {args.rounds} steps of {args.rows} rows, {str(dtype).removeprefix('torch.')}")
     print(f"{'side':>13} {'s/step':>7} {'spread':>13} {'ratio':>6} {'tokens/s':>9} {'padding':>8} {'needed/done':>12}")
@@ -136,7 +139,22 @@ def main() -> int:
             f" {done['packed'] / done[name]:12.3f}"
         )
     print(f"losses differ by at most {worst:.1e} of their size")
-    return 0 if worst < (1e-2 if args.bf16 else 1e-4) else 1
+    sides = tuple(
+        Side(name, Spread.of(seconds[name]), num_tokens / sum(seconds[name]), None, 1 - num_tokens / tokens[name],
+             done["packed"] / done[name])
+        for name in ("token budget", "padded")
+    )  # fmt: skip
+    ratio = Spread.of([a / b for a, b in zip(seconds["padded"], seconds["token budget"], strict=True)])
+    row = Measurement(
+        "step of packed rows",
+        "padded rows",
+        f"6 layers of SmolLM2-135M's shape, {args.rows} rows, {'bf16' if args.bf16 else 'fp32'}, {args.rounds} rounds",
+        (Bar("of the FLOPs done are needed", sides[0].needed_over_done or 0.0, BAR),),
+        sides,
+        ratio,
+        Agreement("losses", worst, 1e-2 if args.bf16 else 1e-4),
+    )
+    return conclude([row], args.json)
 
 
 if __name__ == "__main__":

@@ -10,26 +10,15 @@ however short the rows; ours grows with the tokens that are there.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from measuring import peak_bytes, resident_bytes
 from step_sides import FullLogitsStep, OurStep, Row, random_model, smollm2_shape
 
 NUM_PROMPT_TOKENS = 32
 MIB = 2**20
-
-
-def resident_bytes() -> int:
-    """The memory that the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_bytes() -> int:
-    """The most that the process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(side_name: str, batch: int, num_response_tokens: int, vocabulary: int, hidden: int) -> int:

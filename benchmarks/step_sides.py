@@ -102,20 +102,24 @@ def collate(rows: list[Row], length: int | None = None) -> MicroBatch:
 class FullLogitsStep:
     """Logits at every position of rows padded to 512, masked afterwards; the teacher live."""
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, settings: StepSettings = SETTINGS) -> None:
+        self.student, self.teacher, self.settings = student, teacher, settings
+
+    def num_positions(self, rows: list[Row]) -> int:
+        """The number of positions that the models read, padding included."""
+        return len(rows) * PADDED_LENGTH
 
     def loss(self, rows: list[Row]) -> Tensor:
         """The mean over response tokens of (1 - kd_ratio) ce + kd_ratio kd."""
-        batch = collate(rows, PADDED_LENGTH)
-        mask_N = torch.zeros(batch.input_ids_BT.numel())
+        batch = collate(rows, PADDED_LENGTH).to(self.student.device)
+        mask_N = torch.zeros(batch.input_ids_BT.numel(), device=self.student.device)
         mask_N[batch.response_index_N] = 1.0
         labels_N = torch.full_like(mask_N, -100, dtype=torch.long)
         labels_N[batch.response_index_N] = batch.targets_N
         with torch.no_grad():
             teacher_logits_BTV = self.teacher(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
         logits_BTV = self.student(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-        temperature, kd_ratio = SETTINGS.kd_temperature, SETTINGS.kd_ratio
+        temperature, kd_ratio = self.settings.kd_temperature, self.settings.kd_ratio
         ce = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_N, reduction="sum")
         teacher_BTV = torch.softmax(teacher_logits_BTV.float() / temperature, -1)
         log_ratio_BTV = teacher_BTV.log() - torch.log_softmax(logits_BTV.float() / temperature, -1)
