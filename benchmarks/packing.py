@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from pocl_ray.data.batching import Layout, MicroBatch, TeacherOutput
 from pocl_ray.distill.step import DistillationModule
-from pocl_ray.experiments.flops import ModelSize, size_of
+from pocl_ray.experiments.flops import size_of
 from pocl_ray.models.heads import head_of, split_model
 from pocl_ray.models.packing import find_packing_obstacle
+from pocl_ray.models.shapes import ModelSize
 
 MAX_TOKENS = 512
 BAR = 0.9

@@ -137,7 +137,7 @@ def plan(
         int | None, typer.Option(min=1, help="training rows; default: count those of the source")
     ] = None,
 ) -> None:
-    """Print the stages of the curriculum and the size of the teacher cache, without starting Ray."""
+    """Print the stages, what scoring will compute, and the size of the teacher cache, without starting Ray."""
     from pocl_ray.preview import print_plan
 
     print_plan(load_config(config, overrides or []), num_rows)

@@ -29,6 +29,7 @@ from pocl_ray.difficulty.choice import origins_of, rank_table
 from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
 from pocl_ray.difficulty.measured import at_least, passes_of
 from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
+from pocl_ray.difficulty.scoring_cost import FLOPS, scoring_flops
 from pocl_ray.distill.task import TrainTask, cache_folder, curriculum_task
 from pocl_ray.evaluation.benchmarks import EVALUATION, evaluate_items, plan_items
 from pocl_ray.evaluation.evaluate import evaluate_rows
@@ -150,6 +151,7 @@ class Pipeline:
 
         def work(_: str) -> StepResult:
             check_disk(config, self.run_dir, inputs.rows)
+            rows = {"train": inputs.rows.train, "dev": inputs.rows.dev}
             scoring = ScoringInputs(
                 rows=inputs.rows.train,
                 dev_rows=inputs.rows.dev,
@@ -168,6 +170,8 @@ class Pipeline:
                 reads_student=passes.student,
             )
             table, counts = score_rows(scoring, config.scaling)
+            flops = scoring_flops(config, passes, rows, folder is not None)
+            counts |= {} if flops is None else {FLOPS: int(flops.total)}
             self.run_dir.write_table(SIGNALS, table)
             caches = self._cache_other_teachers(student.ref) if distils else []
             return StepResult([SIGNALS, *([folder] if folder else []), *caches], counts)

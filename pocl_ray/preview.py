@@ -6,7 +6,9 @@ reads what lies on this machine. What few configs need is imported where it is u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,10 +21,12 @@ from pocl_ray.config.training import FRONTIER
 from pocl_ray.curriculum.schedule import plan_control, plan_stages
 from pocl_ray.data.row_counts import told_cuts, told_rejects
 from pocl_ray.difficulty.choice import choose_signals
+from pocl_ray.difficulty.measured import passes_of
+from pocl_ray.difficulty.scoring_cost import scoring_lines
 from pocl_ray.distill.loss_table import KNOWN, check_losses
 from pocl_ray.errors import ModelError, StorageError
 from pocl_ray.fingerprints import any_training_reads_teacher
-from pocl_ray.models.shipped import shipped_directory
+from pocl_ray.models.shapes import config_on_this_machine
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.paths import is_remote, local_path
 from pocl_ray.teacher_cache.layout import ITEM_BYTES, Layout, estimate_bytes
@@ -68,9 +72,9 @@ def print_plan(config: Config, num_rows: int | None, opens_storage: bool = False
         console.print(average_note(config.train))
     for line in frontier_notes(config, stages):
         console.print(line)
-    if config.curriculum.pacing == RACE:
-        for line in race_notes(plan_race(config, num_rows)):
-            console.print(line)
+    race = plan_race(config, num_rows) if config.curriculum.pacing == RACE else None
+    for line in () if race is None else race_notes(race):
+        console.print(line)
     if config.data.task == "text" and not prepared:
         console.print("counted are texts; those longer than data.max_tokens become several rows once they are prepared")
     if config.control is not None:
@@ -79,7 +83,21 @@ def print_plan(config: Config, num_rows: int | None, opens_storage: bool = False
         if config.control.seeds:
             num_pairs = len(config.control.seeds)
             console.print(f"pairs: both trained again on {num_pairs} seeds, {2 * num_pairs * num_steps:,} steps more")
-    if not any_training_reads_teacher(config, stages):
+    _print_models_work(config, console, stages, prepared, race)
+
+
+def _print_models_work(
+    config: Config, console: Console, stages: Sequence[Stage], prepared: dict[str, RowsSummary], race: Race | None
+) -> None:
+    """Print what scoring computes, the sizes of the caches, and whether the student writes during training."""
+    is_taught = any_training_reads_teacher(config, stages)
+    fills_cache = is_taught and config.distill.teacher_cache != "none"
+    arms = () if race is None else [arm.config for arm in race.arms.values()]
+    passes = passes_of(config, fills_cache, arms)
+    earlier = _earlier_scoring(config) if prepared else None
+    for line in scoring_lines(config, passes, stages[-1].end_rank, prepared, fills_cache, earlier):
+        console.print(line)
+    if not is_taught:
         console.print("teacher cache: none, since kd_ratio is 0 throughout")
         return
     for_teacher = prepared_sets(config, for_teacher=True) if prepared else {}
@@ -213,6 +231,18 @@ def prepared_sets(config: Config, for_teacher: bool = False) -> dict[str, RowsSu
     return {name: RowsSummary(**fields) for name, fields in sets.items()}
 
 
+def _earlier_scoring(config: Config) -> dict[str, Any] | None:
+    """The entry of a finished scoring in the manifest of a run directory on this machine."""
+    if is_remote(config.storage_path):
+        return None
+    try:
+        text = (local_path(config.storage_path) / config.name / "manifest.json").read_text(encoding="utf-8")
+        entry = json.loads(text)["steps"]["scores"]
+        return entry if entry["status"] == "done" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a plan needs none
+
+
 def _adapted(config: Config) -> str | None:
     """A line on the share of the student that its adapters change, if the model's config lies on this machine."""
     student, origin = config.student, config.teacher if config.student.num_layers is not None else config.student
@@ -268,15 +298,11 @@ def _teacher_width(teacher: TeacherConfig) -> int | None:
     if teacher.architecture is not None:
         width = teacher.architecture.get("hidden_size", teacher.architecture.get("n_embd"))
         return int(width) if width is not None else None
-    assert teacher.path is not None
-    file = (shipped_directory(teacher.path) or local_path(teacher.path)) / "config.json"
-    if not file.is_file():
+    content = config_on_this_machine("teacher", teacher)
+    if content is None:
         return None
-    import json
-
+    width = content.get("word_embed_proj_dim") or content.get("hidden_size") or content.get("n_embd")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        width = content.get("word_embed_proj_dim") or content.get("hidden_size") or content.get("n_embd")
         return int(width) if width is not None else None
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise ModelError(f"teacher.path: {file}: is no config of a model ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"teacher.path: {teacher.path}/config.json: is no config of a model ({error})") from None

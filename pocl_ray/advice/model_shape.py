@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pocl_ray.config import StudentConfig, TeacherConfig
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.errors import HubUnreachableError
-from pocl_ray.experiments.flops import ModelSize, size_of
+from pocl_ray.experiments.flops import size_of
 from pocl_ray.models.loading import load_tokenizer, num_parameters
 from pocl_ray.models.places import place_on_this_node
 from pocl_ray.models.prepare import cut_layers, skeleton
+from pocl_ray.models.shapes import ModelSize
 
 
 @dataclass(frozen=True)

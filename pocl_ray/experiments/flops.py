@@ -28,37 +28,8 @@ from pocl_ray.difficulty.choice import choose_signals
 from pocl_ray.fingerprints import reads_teacher
 from pocl_ray.models.heads import split_model
 from pocl_ray.models.places import ModelRef, on_this_node
+from pocl_ray.models.shapes import ModelSize
 from pocl_ray.records import GAP, RowsSummary, Stage
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The sizes of a model that its FLOPs depend on.
-
-    Attributes:
-        body_weights: Weights of the matrices between embedding and head.
-        head_weights: Vocabulary times width.
-        attention_width: Layers times width.
-    """
-
-    body_weights: int
-    head_weights: int
-    attention_width: int
-
-    def forward(self, num_tokens: float, num_response_tokens: float, row_tokens: float) -> float:
-        """Return the FLOPs of a forward pass.
-
-        Args:
-            num_tokens: Prompt and response tokens.
-            num_response_tokens: Tokens that logits are made for.
-            row_tokens: Mean length of a row, over which attention runs.
-        """
-        body = 2.0 * self.body_weights * num_tokens + 4.0 * self.attention_width * num_tokens * row_tokens
-        return body + self.head(num_response_tokens)
-
-    def head(self, num_response_tokens: float) -> float:
-        """Return the FLOPs of the head alone."""
-        return 2.0 * self.head_weights * num_response_tokens
 
 
 def model_size(ref: ModelRef) -> ModelSize:

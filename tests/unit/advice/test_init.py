@@ -17,7 +17,7 @@ from pocl_ray.advice.model_shape import ModelShape
 from pocl_ray.config import load_config
 from pocl_ray.data.readers import SourceRow
 from pocl_ray.errors import ConfigError, DataError, ModelError, ResourceError, StorageError
-from pocl_ray.experiments.flops import ModelSize
+from pocl_ray.models.shapes import ModelSize
 from pocl_ray.preview import print_plan
 
 TEACHER = "samples://quickstart-teacher"

@@ -7,8 +7,9 @@ from arms_config import TREE
 
 from pocl_ray.config import Config
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.experiments.flops import ArmFlops, FlopsCounter, ModelSize, equal_steps, size_of, uses_scores
+from pocl_ray.experiments.flops import ArmFlops, FlopsCounter, equal_steps, size_of, uses_scores
 from pocl_ray.models.building import build_model
+from pocl_ray.models.shapes import ModelSize
 from pocl_ray.records import RowsSummary
 
 STUDENT, TEACHER = ModelSize(100, 50, 8), ModelSize(1000, 200, 30)
