@@ -31,6 +31,7 @@ class ProcessStatus:
         waits: Whether the process waits for another one, in a collective or in a call of Ray.
         host: Name of the machine.
         pid: Id of the process.
+        num_done: Number of rows that the process has got through, each as often as a model went over it.
     """
 
     age_s: float
@@ -39,6 +40,7 @@ class ProcessStatus:
     waits: bool
     host: str
     pid: int
+    num_done: int = 0
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -52,6 +54,7 @@ class Heartbeat:
         self._clock = clock
         self._thread = threading.get_ident()
         self._at, self._doing, self._is_idle = clock(), "starting", False
+        self._num_done = 0
 
     def beat(self, doing: str) -> None:
         """Record progress; `doing` is a short description of the work that comes next."""
@@ -62,6 +65,10 @@ class Heartbeat:
         """Record progress of another thread that the work waits for."""
         self._at = self._clock()
 
+    def advance(self, num_rows: int) -> None:
+        """Count rows that a model has gone over, for the progress of a job."""
+        self._num_done += num_rows
+
     def rest(self) -> None:
         """Record that there is nothing to do."""
         self._is_idle = True
@@ -70,7 +77,8 @@ class Heartbeat:
         """Return the state of the process; called from another thread than the working one."""
         age_s = 0.0 if self._is_idle else self._clock() - self._at
         frame = sys._current_frames().get(self._thread)
-        return ProcessStatus(age_s, self._doing, *_place(frame), socket.gethostname(), os.getpid())
+        place, waits = _place(frame)
+        return ProcessStatus(age_s, self._doing, place, waits, socket.gethostname(), os.getpid(), self._num_done)
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
@@ -103,6 +111,11 @@ def beat(doing: str) -> None:
 def touch() -> None:
     """Record progress that this process waits for; see `Heartbeat.touch`."""
     _HEARTBEAT.touch()
+
+
+def advance(num_rows: int) -> None:
+    """Count rows that a model has gone over; see `Heartbeat.advance`."""
+    _HEARTBEAT.advance(num_rows)
 
 
 def rest() -> None:

@@ -31,6 +31,7 @@ from pocl_ray.answers.batch import Batch, Draw, Tokens, batches_of
 from pocl_ray.answers.families import means_of
 from pocl_ray.answers.sampling import answer_draws, chooser
 from pocl_ray.config import GenerationConfig
+from pocl_ray.heartbeat import advance
 from pocl_ray.models.saving import stop_ids_of
 
 OnTokens = Callable[[torch.Tensor], object]
@@ -171,6 +172,7 @@ def decode(
             for place, of_draw in zip(some, written, strict=True):
                 for row, tokens in zip(rows, of_draw, strict=True):
                     responses[place][row] = tokens
+        advance(len(rows))
     return responses
 
 

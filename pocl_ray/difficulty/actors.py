@@ -37,7 +37,7 @@ from pocl_ray.difficulty.tasks import (
     student_unit,
     with_place,
 )
-from pocl_ray.heartbeat import beat
+from pocl_ray.heartbeat import advance, beat
 from pocl_ray.models.frozen import LiveTeacher as FrozenModel  # any model without gradients, split into body and head
 from pocl_ray.models.head_loading import load_head
 from pocl_ray.models.heads import HeadSample, HeadWeights
@@ -258,6 +258,7 @@ class StudentActor(_Reader):
         read = self.read(self.model, self.rows(name), ids)
         signals = student_signals(read.hidden_NH, self.model.head.logits, read.targets_N, read.lengths_R)
         check_finite("student", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals)
+        advance(len(ids))
         return read.hidden_NH, signals
 
     def _answer(self, name: str, ids: IntArray) -> list[tuple[float, bool]]:
@@ -313,6 +314,7 @@ class TeacherActor(_Reader):
             outputs = unit_writer.rows(read.lengths_R.tolist())
             check_finite("teacher", name, self.rows(name), ids, read.hidden_NH, read.lengths_R, signals, outputs)
             names = (*TEACHER_SIGNALS, *self.task.plugins)
+            advance(len(ids))
             scored.append(row_table(ids, self.lengths(name, ids), signals, units, index, names))
             kept += outputs
             if sum(part.nbytes for part in kept) >= _MAX_SHARD_BYTES:  # a task of long rows would fill the memory

@@ -34,7 +34,7 @@ from pocl_ray.difficulty.tasks import (
     unscored_units,
 )
 from pocl_ray.models.places import ModelRef
-from pocl_ray.ray_cluster.actor_pools import ActorPool, plan_pools, quiet_ray_data, stream
+from pocl_ray.ray_cluster.actor_pools import ActorPool, Work, plan_pools, quiet_ray_data, stream
 from pocl_ray.ray_cluster.actor_watch import stall_watch
 from pocl_ray.records import ID, NUM_PROMPT_TOKENS, NUM_RESPONSE_TOKENS, RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
@@ -282,7 +282,8 @@ def cache_teacher(
     with quiet_ray_data(), stall_watch(scaling, cache.folder) as watched:
         dataset: Dataset = ray.data.from_blocks([unscored_units(name, batches) for name, batches in tasks])
         dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pool.options())
-        gather(stream(dataset, cache.folder, _num_rows(results), "rows"), results)
+        work = Work(_num_rows(results), "rows", watched.num_done)
+        gather(stream(dataset, cache.folder, work.total, "rows", work), results)
     _finish_caches(results, run_dir, cache, sets)
 
 
@@ -326,8 +327,16 @@ def _run(
             dataset = dataset.map_batches(watched(StudentActor), fn_constructor_args=(task,), **pools[0].options())
         if task.teacher is not None:
             dataset = dataset.map_batches(watched(TeacherActor), fn_constructor_args=(task,), **pools[-1].options())
-        gather(stream(dataset, "scores", _num_rows(results), "rows"), results)
+        work = Work(num_passes(task, sets), "passes", watched.num_done)
+        gather(stream(dataset, "scores", _num_rows(results), "rows", work), results)
     return results
+
+
+def num_passes(task: ScoringTask, sets: Sequence[RowsSummary]) -> int:
+    """Return how often a model goes over a row in a job: an answer is a pass, and so is each reading."""
+    of_student = int(task.answers) + int(task.reads_student)
+    student = sum(of_student * made.num_rows for made in sets if made.name == task.student_set)
+    return student + (0 if task.teacher is None else sum(made.num_rows for made in sets))
 
 
 def _num_rows(results: dict[str, Results]) -> int:

@@ -7,8 +7,10 @@ constructor fails, but an exception in a batch reaches the driver unchanged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayError
 
 from pocl_ray.config import ScalingConfig
-from pocl_ray.console import progress_bar
+from pocl_ray.console import PLAIN_INTERVAL_S, Bar, progress_bar
 from pocl_ray.errors import GaveUpError, ResourceError
 from pocl_ray.ray_cluster.capacity import (
     resources_text,
@@ -30,6 +32,8 @@ from pocl_ray.ray_cluster.capacity import (
 )
 from pocl_ray.ray_cluster.ray_errors import explain_death, find_actor_death, find_user_error
 
+_LOOK_S = 1.0  # between two looks at what is done, on a terminal
+_LOOK_SHARE = 20  # times as long as a look takes
 _TASKS_IN_FLIGHT = 2  # one runs and one waits: an actor is never idle, and tasks are left for actors that start later
 
 
@@ -121,7 +125,22 @@ def collect(dataset: Dataset, name: str, num_rows: int, unit: str) -> pa.Table:
     return pa.concat_tables(stream(dataset, name, num_rows, unit), promote_options="default")
 
 
-def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class Work:
+    """The work of a job as its actors count it, which moves with each batch and not only with each finished task.
+
+    Attributes:
+        total: All of it.
+        unit: Name of a unit.
+        num_done: Function that returns what is done by now.
+    """
+
+    total: int
+    unit: str
+    num_done: Callable[[], int]
+
+
+def stream(dataset: Dataset, name: str, num_rows: int, unit: str, work: Work | None = None) -> Iterator[pa.Table]:
     """Yield the output of a Ray Data job, which runs with a progress bar.
 
     Args:
@@ -129,6 +148,7 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
         name: Name of the job.
         num_rows: Number of rows that the job returns.
         unit: Name of a row.
+        work: Work that the bar shows; None: the rows that have come out.
 
     Yields:
         Tables in the order of their arrival.
@@ -138,12 +158,16 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
         GaveUpError: A task lost its actor more often than is allowed.
     """
     done = 0
-    with progress_bar(name, num_rows, unit) as bar:
+    total, shown = (num_rows, unit) if work is None else (work.total, work.unit)
+    with progress_bar(name, total, shown) as bar, following(bar, work):
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                 table = cast(pa.Table, batch)
                 has_begun, done = done > 0, done + table.num_rows
                 yield table
+                if work is not None:
+                    bar.note = f"{done:,} of {num_rows:,} {unit} done"
+                    continue
                 if not has_begun:  # before that, processes start and models are loaded
                     bar.begin(done)
                 bar.update(done)
@@ -153,6 +177,36 @@ def stream(dataset: Dataset, name: str, num_rows: int, unit: str) -> Iterator[pa
             if (death := find_actor_death(error)) is not None:
                 raise GaveUpError(f"{name}: {explain_death(death)}; the same command does the step again") from error
             raise
+
+
+@contextmanager
+def following(bar: Bar, work: Work | None) -> Iterator[None]:
+    """Let a bar follow the work of a job while the block runs; a bar without work is left alone."""
+    if work is None:
+        yield
+        return
+    over = threading.Event()
+    follower = threading.Thread(target=_follow, args=(bar, work, over), name="progress", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        over.set()
+        follower.join(_LOOK_S)
+
+
+def _follow(bar: Bar, work: Work, over: threading.Event) -> None:
+    least_s = _LOOK_S if bar.progress is not None else PLAIN_INTERVAL_S
+    wait_s = least_s
+    while not over.wait(wait_s):
+        started = time.monotonic()
+        with suppress(Exception):  # Ray has no error class of its own for a store that is unreachable
+            # An actor that died takes its count with it, and a batch that is done again counts twice.
+            done = min(work.total, max(bar.done, work.num_done()))
+            if done and not bar.done:  # before that, processes start and models are loaded
+                bar.begin(done)
+            bar.update(done)
+        wait_s = max(least_s, _LOOK_SHARE * (time.monotonic() - started))  # thousands of actors take a while to read
 
 
 @contextmanager

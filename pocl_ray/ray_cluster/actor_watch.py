@@ -39,7 +39,8 @@ NAMESPACE = "pocl_ray"
 HEARTBEAT, TRIES, VERDICT = "heartbeat/", "tries/", "verdict"
 REMEDY = "if it was only slow, raise scaling.stall_timeout_s"
 KILL_S = 60.0
-Watched = Callable[[type], type]
+PROGRESS_S = 2.0
+"""The seconds after which an actor writes its heartbeat at the latest, which a progress bar is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,31 @@ def _parsed(text: str) -> tuple[Process, ProcessStatus]:
     return Process(**content["process"]), ProcessStatus(**content["status"])
 
 
+@dataclass(frozen=True)
+class Watch:
+    """The watch over the actors of one job, which are of the classes that it returns.
+
+    Attributes:
+        prefix: Prefix of the keys that the actors write.
+        period_s: Seconds between two heartbeats.
+        begin: Function that is called with the id of each task.
+    """
+
+    prefix: str
+    period_s: float
+    begin: Callable[[str], None]
+
+    def __call__(self, actor: type) -> type:
+        """Return the watched class of an actor's class."""
+        return watched(actor, self.prefix, min(self.period_s, PROGRESS_S), self.begin)
+
+    def num_done(self) -> int:
+        """Return how many rows the living actors have got through; those of an actor that died are not counted."""
+        return sum(_parsed(text)[1].num_done for text in _read(self.prefix).values())
+
+
 @contextmanager
-def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
+def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watch]:
     """Watch the actors of a Ray Data job while the block runs.
 
     Args:
@@ -127,7 +151,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
         what: Description of the job, for the user.
 
     Yields:
-        A function from an actor's class to a watched class.
+        A function from an actor's class to a watched class, which also counts what they have done.
     """
     use_this_clusters_store()
     prefix = f"{uuid.uuid4().hex}/"
@@ -136,7 +160,7 @@ def stall_watch(scaling: ScalingConfig, what: str) -> Iterator[Watched]:
     keeper = threading.Thread(target=_keep, args=(prefix, scaling, what, period_s, over), name="stalls", daemon=True)
     keeper.start()
     try:
-        yield partial(watched, prefix=prefix, period_s=period_s, begin=partial(begin_task, prefix, what, scaling))
+        yield Watch(prefix, period_s, partial(begin_task, prefix, what, scaling))
     finally:
         over.set()
         keeper.join(KILL_S)

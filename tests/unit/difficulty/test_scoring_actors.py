@@ -18,9 +18,10 @@ from pocl_ray.data.rows import prepare_rows
 from pocl_ray.data.tokenization import train_tokenizer
 from pocl_ray.difficulty import actors
 from pocl_ray.difficulty.actors import ScoringTask, StudentActor, TeacherActor
-from pocl_ray.difficulty.job import ScoringInputs, score_rows
+from pocl_ray.difficulty.job import ScoringInputs, num_passes, score_rows
 from pocl_ray.difficulty.tasks import unit_table
 from pocl_ray.errors import ModelError
+from pocl_ray.heartbeat import process_status
 from pocl_ray.models.building import build_model
 from pocl_ray.models.frozen import LiveTeacher
 from pocl_ray.models.head_loading import load_head
@@ -151,7 +152,11 @@ def test_each_model_reads_what_is_asked_for_and_answers_only_then(
 
     monkeypatch.setattr(LiveTeacher, "hidden", counted_hidden)
     monkeypatch.setattr(actors, "score_answers", counted_answers)
-    table = run(changed(task, cache=None, **fields))
+    before = process_status().num_done
+    own = changed(task, cache=None, **fields)
+    table = run(own)
+    summary = RowsSummary("train", task.rows["train"], NUM_ROWS, 0, 0, 0, 0, "")
+    assert process_status().num_done - before == num_passes(own, [summary]), "the bar comes to its end"
     assert read == passes and len(answered) == prompts
     measured = [name for name in table.column_names if table[name].null_count == 0]
     assert table.select(measured).equals(full.select(measured))

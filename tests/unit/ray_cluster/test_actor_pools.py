@@ -1,15 +1,21 @@
-"""The resources that a pool of actors requests from Ray, and its number of actors."""
+"""The resources that a pool of actors requests from Ray, its number of actors, and the progress of a job."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pocl_ray.config import ScalingConfig
+from pocl_ray.console import Bar
 from pocl_ray.errors import ResourceError
-from pocl_ray.ray_cluster import capacity
-from pocl_ray.ray_cluster.actor_pools import plan_pools
+from pocl_ray.ray_cluster import actor_pools, capacity
+from pocl_ray.ray_cluster.actor_pools import Work, plan_pools, stream
 
 
 @pytest.fixture
@@ -59,3 +65,58 @@ def test_another_kind_of_gpu_is_no_room(nodes: Any) -> None:
     nodes({"CPU": 8.0, "GPU": 8.0, "accelerator_type:A100": 1.0})
     with pytest.raises(ResourceError, match="accelerator_type:H100"):
         plan_pools(ScalingConfig(accelerator_type="H100"), [1], 1)
+
+
+class SlowJob:
+    """A data set whose actors get on for a while before the first of two results comes out."""
+
+    def __init__(self, done: list[int], seen: list[int]) -> None:
+        self.done, self.seen = done, seen
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        for number in (3, 7, 5):  # an actor that dies takes its count with it
+            self.done[0] = number
+            deadline = time.monotonic() + 20.0
+            while number not in self.seen and number != 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        yield pa.table({"id": [0, 1]})
+        self.done[0] = 99
+        while 12 not in self.seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield pa.table({"id": [2]})
+
+
+def test_the_bar_follows_the_actors_before_a_result_comes_out_and_never_goes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[int] = []
+
+    class Recorded(Bar):
+        def update(self, done: int, total: int | None = None, note: str | None = None) -> None:
+            super().update(done, total, note)
+            shown.append(done)
+
+    bar = Recorded("scores", 12, "passes", None)
+
+    @contextmanager
+    def recorded(name: str, total: int | None, unit: str) -> Iterator[Bar]:
+        assert (name, total, unit) == ("scores", 12, "passes")
+        yield bar
+
+    monkeypatch.setattr(actor_pools, "progress_bar", recorded)
+    monkeypatch.setattr(actor_pools, "PLAIN_INTERVAL_S", 0.02)
+    done = [0]
+    work = Work(12, "passes", lambda: done[0])
+    job: Any = SlowJob(done, shown)
+    tables = list(stream(job, "scores", 3, "rows", work))
+    assert [table.num_rows for table in tables] == [2, 1]
+    assert shown == sorted(shown) and {3, 7, 12} <= set(shown) and max(shown) == 12
+    assert bar.note == "3 of 3 rows done" and bar.first == 3, "the rate begins with the first batch"
+
+
+def test_a_job_that_counts_nothing_shows_the_rows_that_came_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, str]] = []
+    monkeypatch.setattr(Bar, "update", lambda bar, done, *_: shown.append((done, bar.unit)))
+    job: Any = SimpleNamespace(iter_batches=lambda **_: iter([pa.table({"id": [0, 1]}), pa.table({"id": [2]})]))
+    assert sum(table.num_rows for table in stream(job, "responses", 3, "rows")) == 3
+    assert shown == [(2, "rows"), (3, "rows")]

@@ -114,3 +114,13 @@ def test_a_task_that_kills_its_actors_is_begun_so_often_and_no_more(monkeypatch:
     begin_task("job/", "scores", scaling, "another")
     with pytest.raises(GaveUpError, match=r"a task lost its actor 3 times, more than scaling\.max_failures.*process"):
         begin_task("job/", "scores", scaling, "task")
+
+
+def test_the_work_of_all_actors_is_counted_from_their_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = {
+        name: ProcessStatus(0.0, "scoring rows", "x", False, "node", 1, done) for name, done in (("a", 5), ("b", 7))
+    }
+    written = {name: heartbeat_text(HERE, status, 0) for name, status in statuses.items()}
+    monkeypatch.setattr(actor_watch, "_read", lambda prefix: written if prefix == "job/" else {})
+    assert actor_watch.Watch("job/", 30.0, list).num_done() == 12
+    assert actor_watch.Watch("other/", 30.0, list).num_done() == 0
