@@ -150,6 +150,7 @@ class ScoringInputs:
             tokenizer.
         answers: Whether the student answers the prompts, for `rouge_l`.
         reads_student: Whether the student reads the responses.
+        packs: Whether rows are read without padding by models that can.
     """
 
     rows: RowsSummary
@@ -167,6 +168,7 @@ class ScoringInputs:
     teacher_rows: Mapping[str, RowsSummary] = field(default_factory=dict)
     answers: bool = True
     reads_student: bool = True
+    packs: bool = True
 
     @property
     def asks_student(self) -> bool:
@@ -201,6 +203,7 @@ class ScoringInputs:
             batch_tokens=self.difficulty.batch_tokens,
             answers=self.answers,
             reads_student=self.reads_student,
+            packs=self.packs,
         )
 
 
@@ -245,6 +248,7 @@ def cache_teacher(
     cache: CacheTask,
     difficulty: DifficultyConfig,
     scaling: ScalingConfig,
+    packs: bool = True,
 ) -> None:
     """Fill the cache of a further teacher, which reads all sets and measures no signal.
 
@@ -256,6 +260,7 @@ def cache_teacher(
         cache: Cache to fill.
         difficulty: Sizes of tasks and micro-batches.
         scaling: Number of actors and their resources.
+        packs: Whether rows are read without padding, if the model can.
 
     Raises:
         UserError: The model cannot be loaded, or the cluster has no room for the actors.
@@ -277,6 +282,7 @@ def cache_teacher(
         cache_dtype=cache.dtype,
         use_gpu=pool.use_gpu,
         top_k=cache.top_k,
+        packs=packs,
     )
     results = {made.name: Results(made, keeps_signals=False) for made in sets}
     with quiet_ray_data(), stall_watch(scaling, cache.folder) as watched:
