@@ -258,9 +258,13 @@ def compare(
 
     compared = compared_runs([open_past_run(run) for run in runs])
     from pocl_ray.comparison.page import figures_table, write_comparison
+    from pocl_ray.comparison.paired import pair_table
 
-    write_comparison(compared, out)
-    console.print(figures_table(compared))
+    pairs = pair_table(compared)
+    write_comparison(compared, pairs, out)
+    console.print(figures_table(compared, pairs))
+    for note in pairs.notes:
+        console.print(_plain(note))
     console.print(f"page     {out.absolute()}")
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from pocl_ray.comparison.paired import Difference, PairTable
 from pocl_ray.comparison.plots import curves_of_runs
 from pocl_ray.comparison.runs import Cell, ComparedRun, Row, config_differences, costs, figure_rows
 from pocl_ray.errors import StorageError
 from pocl_ray.records import STUDENT
 from pocl_ray.report.curves import Curve, curve_of
-from pocl_ray.report.headline import model_names
-from pocl_ray.report.page import render_comparison
+from pocl_ray.report.headline import PAIR_FIGURES, model_names
+from pocl_ray.report.page import render_comparison, signed
 from pocl_ray.report.plots import Plot, render
 from pocl_ray.run_directory.storage import replacing
 
@@ -26,7 +27,7 @@ AXES = {
 }
 
 
-def write_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
+def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, path: Path) -> None:
     """Write the page of a comparison; everything that comes from the runs is escaped.
 
     Raises:
@@ -38,6 +39,7 @@ def write_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
         "places": [run.run.place for run in runs],
         "students": [(row, best_of(row)) for row in rows if row.model == STUDENT],
         "others": [(row, best_of(row)) for row in rows if row.model != STUDENT],
+        "pairs": pairs,
         "names": model_names(None),
         "differences": config_differences(runs),
         "plots": dev_plots(runs),
@@ -74,8 +76,8 @@ def best_of(row: Row) -> int | None:
     return best if first - second > own + its else None  # never with NaN, which a figure without a spread has
 
 
-def figures_table(runs: Sequence[ComparedRun]) -> Table:
-    """Return the students' figures as a table for the terminal, with time and tokens."""
+def figures_table(runs: Sequence[ComparedRun], pairs: PairTable) -> Table:
+    """Return the students' figures as a table for the terminal, with what the pairs say, time and tokens."""
     table = Table("set", "figure")
     for run in runs:
         table.add_column(Text(run.label), justify="right")
@@ -83,12 +85,38 @@ def figures_table(runs: Sequence[ComparedRun]) -> Table:
         best = best_of(row)
         cells = [Text(_shown(cell), style="bold" if at == best else "") for at, cell in enumerate(row.cells)]
         table.add_row(Text(row.set), row.figure, *cells)
+    _add_pairs(table, runs, pairs)
     spent = costs(runs)
     table.add_section()
     table.add_row("", "optimizer steps", *(f"{cost.num_steps:,.0f}" for cost in spent))
     table.add_row("", "response tokens", *(f"{cost.num_tokens:,.0f}" for cost in spent))
     table.add_row("", "distillation, s", *(f"{cost.distill_s:,.0f}" for cost in spent))
     return table
+
+
+def _add_pairs(table: Table, runs: Sequence[ComparedRun], pairs: PairTable) -> None:
+    """Add the differences over seeds of training, with their 95 % intervals."""
+    lines = {
+        "less plain distillation": [(row, row.over_control) for row in pairs.rows],
+        f"less {runs[0].label}": [(row, row.over_first) for row in pairs.rows],
+    }
+    for than, found in lines.items():
+        shown = [(row, cells) for row, cells in found if row.figure in PAIR_FIGURES and any(cells)]
+        if shown:
+            table.add_section()
+        for row, cells in shown:
+            texts = [
+                Text(_interval(one, row.places), style="bold" if one is not None and one.verdict != "level" else "")
+                for one in cells
+            ]
+            table.add_row(Text(row.set), Text(f"{row.label}, {than}"), *texts)
+
+
+def _interval(one: Difference | None, places: int) -> str:
+    if one is None:
+        return "-"
+    mean, low, high = (signed(end, places) for end in (one.paired.mean, one.paired.t_low, one.paired.t_high))
+    return f"{mean} ({low} to {high})"
 
 
 def _shown(cell: Cell | None) -> str:

@@ -95,17 +95,18 @@ def _check_metric(one: ComparedRun, other: ComparedRun) -> None:
 
 def _check_sets(runs: Sequence[ComparedRun]) -> None:
     """Refuse runs without a set that all of them have: two by two they may share some, and the page would be empty."""
-    if not _common_sets(runs):
+    if not common_sets(runs):
         told = "; ".join(f"{run.label} has {', '.join(sorted(run.data.evaluation))}" for run in runs)
         raise UserError(f"compare: no set is common to all runs: {told}")
 
 
-def _common_sets(runs: Sequence[ComparedRun]) -> list[str]:
+def common_sets(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the evaluation sets that all runs have."""
     return [name for name in runs[0].data.evaluation if all(name in run.data.evaluation for run in runs)]
 
 
 def _check_rows(one: ComparedRun, other: ComparedRun) -> None:
-    for name in _common_sets((one, other)):
+    for name in common_sets((one, other)):
         counts, digests = zip(*(_rows_of(run, name) for run in (one, other)), strict=True)
         if digests[0] != digests[1]:
             raise UserError(
@@ -150,7 +151,7 @@ def config_differences(runs: Sequence[ComparedRun]) -> list[tuple[str, tuple[str
 def figure_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     """Return the figures of all models on the sets that all runs have, the students first."""
     rows = []
-    for name in _common_sets(runs):
+    for name in common_sets(runs):
         found = [run.data.evaluation[name] for run in runs]
         models = dict.fromkeys([STUDENT, *(model for models in found for model in models)])
         for model in models:

@@ -2,73 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-import yaml
+from compared_run import figures, make_run
 
 from pocl_ray import cli
 from pocl_ray.comparison.page import best_of, figures_table, write_comparison
+from pocl_ray.comparison.paired import PairTable, pair_table
 from pocl_ray.comparison.runs import Cell, Row, compared_runs, config_differences, costs, figure_rows
 from pocl_ray.errors import StorageError, UserError
-from pocl_ray.run_directory.manifest import VERSION
 from pocl_ray.run_directory.opening import open_past_run
 
 EVIL = "<script>alert(1)</script> {instruction}"
-STEPS = ("rows", "scores", "distill", "evaluation", "report")
-
-
-def figures(mean: float) -> dict[str, Any]:
-    sampled = {"mean": mean, "std": 0.5, "by_seed": {"10": mean, "20": mean}}
-    return {"rouge_l": sampled, "exact_match": sampled, "greedy": {"rouge_l": mean, "exact_match": mean}}
-
-
-def make_run(
-    folder: Path,
-    mean: float,
-    references: tuple[str, ...] = ("a", "b"),
-    evaluation: dict[str, Any] | None = None,
-    without: tuple[str, ...] = (),
-    **changes: Any,
-) -> str:
-    """The files of a run that a comparison reads."""
-    folder.mkdir(parents=True)
-    config: dict[str, Any] = {
-        "name": "mine",
-        "data": {"train": {"path": "t.jsonl"}, "dev": {"path": "d.jsonl"}},
-        "teacher": {"path": "teacher"},
-        "student": {"num_layers": 1},
-    }
-    for key, value in changes.items():
-        *parents, leaf = key.split("__")
-        node = config
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "rows").mkdir()
-    table = pa.table({"references": [[reference] for reference in references]})
-    with pa.OSFile(str(folder / "rows" / "dev.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    summary = {
-        "name": "dev", "path": "rows/dev.arrow", "num_rows": len(references), "num_rejected": 0, "num_prompt_tokens": 1,
-        "num_response_tokens": 1, "max_response_tokens": 1, "fingerprint": "f",
-    }  # fmt: skip
-    (folder / "rows" / "summary.json").write_text(json.dumps({"sets": {"dev": summary}}))
-    found = {"dev": {"student": figures(mean), "teacher": figures(50)}} if evaluation is None else evaluation
-    (folder / "evaluation.json").write_text(json.dumps({"sets": found}))
-    records = [{"step": step, "eval/dev/rouge_l": mean - 5 + step, "eval/dev/ce_loss": 2.0} for step in (0, 5)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    counts = {"num_steps": 5, "num_tokens": 1000}
-    done = {"status": "done", "fingerprint": "f", "outputs": [], "seconds": 10.0, "counts": counts}
-    steps = {name: done for name in STEPS if name not in without}
-    (folder / "manifest.json").write_text(json.dumps({"version": VERSION, "steps": steps}))
-    return str(folder)
 
 
 def test_runs_on_the_same_rows_are_compared_in_figures_configs_and_costs(tmp_path: Path) -> None:
@@ -85,8 +34,9 @@ def test_runs_on_the_same_rows_are_compared_in_figures_configs_and_costs(tmp_pat
     assert rows["student", "ROUGE-L, sampled"] == (Cell(20.0, 0.5), Cell(30.0, 0.5))
     (cost, _) = costs(runs)
     assert (cost.num_steps, cost.num_tokens, cost.tokens_per_s, cost.total_s) == (5, 1000, 100, 40)
-    assert figures_table(runs).row_count == 7
-    write_comparison(runs, tmp_path / "page.html")
+    assert figures_table(runs, PairTable()).row_count == 7
+    assert pair_table(runs) == PairTable()
+    write_comparison(runs, PairTable(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "<b>30.00</b>" in page and page.count('<svg class="plot"') == 2
@@ -96,7 +46,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> 
     places = [make_run(tmp_path / "a", 20.0), make_run(tmp_path / "<b>", 20.0)]
     runs = compared_runs([open_past_run(place) for place in places])
     assert [run.label for run in runs] == places and config_differences(runs) == []
-    write_comparison(runs, tmp_path / "page.html")
+    write_comparison(runs, PairTable(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Nothing that changes a result" in page and "&lt;b&gt;" in page
 
