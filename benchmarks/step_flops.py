@@ -10,7 +10,8 @@ from step_sides import Row
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocl_ray.distill.task import TrainTask
-from pocl_ray.experiments.flops import ModelSize, model_size
+from pocl_ray.experiments.flops import model_size
+from pocl_ray.models.shapes import ModelSize
 
 ATEN = torch.ops.aten
 
