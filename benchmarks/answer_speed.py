@@ -175,7 +175,7 @@ def compare(work: str, ours: list[SideRun], former: list[SideRun], options: argp
         (Bar("times as fast", ratio.median, BARS[work]),),
         (summarize("ours", ours), summarize("former", former)),
         ratio,
-        Agreement("greedy answers", differ, 0.0) if None in WORKS[work][1] else None,
+        (Agreement("greedy answers", differ, 0.0),) if None in WORKS[work][1] else (),
     )
 
 

@@ -136,7 +136,7 @@ class Measurement:
         bars: Figures with a bar.
         sides: Ours first.
         ratio: Seconds of the other side over ours, by round.
-        agreement: Comparison of the results of the two sides; None if there is nothing to compare.
+        agreements: Comparisons of the results of the two sides.
     """
 
     work: str
@@ -145,12 +145,12 @@ class Measurement:
     bars: tuple[Bar, ...] = ()
     sides: tuple[Side, ...] = ()
     ratio: Spread | None = None
-    agreement: Agreement | None = None
+    agreements: tuple[Agreement, ...] = ()
 
     @property
     def is_met(self) -> bool:
         """Whether all bars are met and the results agree."""
-        return all(bar.is_met for bar in self.bars) and (self.agreement is None or self.agreement.holds)
+        return all(bar.is_met for bar in self.bars) and all(one.holds for one in self.agreements)
 
     @staticmethod
     def from_json(read: dict[str, Any]) -> Measurement:
@@ -166,7 +166,7 @@ class Measurement:
             tuple(Bar(**bar) for bar in read["bars"]),
             tuple(Side(**{**side, "seconds": spread(side["seconds"])}) for side in read["sides"]),
             spread(read["ratio"]),
-            None if read["agreement"] is None else Agreement(**read["agreement"]),
+            tuple(Agreement(**one) for one in read["agreements"]),
         )
 
 
@@ -186,14 +186,13 @@ def conclude(measurements: Sequence[Measurement], file: Path | None) -> int:
 
 
 def bar_lines(row: Measurement) -> list[str]:
-    """Return a line for each bar of a measurement, and one for the agreement of its sides."""
+    """Return a line for each bar of a measurement, and one for each agreement of its sides."""
     lines = []
     for bar in row.bars:
         verdict = "met" if bar.is_met else "MISSED"
         kind = "at least" if bar.at_least else "at most"
         lines.append(f"{verdict:>6}  {row.work}: {bar.figure} {bar.measured:.4g}, bar {kind} {bar.limit:g}")
-    if row.agreement is not None:
-        one = row.agreement
+    for one in row.agreements:
         verdict = "same" if one.holds else "DIFFER"
         lines.append(f"{verdict:>6}  {row.work}: {one.what} differ by {one.difference:.1e}, allowed {one.allowed:g}")
     return lines

@@ -191,7 +191,7 @@ def main() -> int:
         (bar,),
         (ours, plain),
         ratio_of(*runs.values()),
-        agreement,
+        (agreement,),
     )
     return conclude([row], options.json)
 

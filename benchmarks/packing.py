@@ -153,7 +153,7 @@ def main() -> int:
         (Bar("of the FLOPs done are needed", sides[0].needed_over_done or 0.0, BAR),),
         sides,
         ratio,
-        Agreement("losses", worst, 1e-2 if args.bf16 else 1e-4),
+        (Agreement("losses", worst, 1e-2 if args.bf16 else 1e-4),),
     )
     return conclude([row], args.json)
 

@@ -197,7 +197,7 @@ def main() -> int:
         (Bar("times as fast", ratio.median, BAR),),
         (summarize("ours", ours, peak), summarize("trl", other, peak)),
         ratio,
-        Agreement("counts of tokens", max(counts) / min(counts) - 1, 0.0),
+        (Agreement("counts of tokens", max(counts) / min(counts) - 1, 0.0),),
     )
     return conclude([row], options.json)
 

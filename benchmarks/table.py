@@ -53,7 +53,7 @@ class Program:
 
 TINY = "--hidden 192 --vocabulary 4096 --teacher-layers 2 --student-layers 1 --batch 2 --steps 3 --rounds 1"
 PROGRAMS = (
-    Program("trl", "trl_step.py", "--rounds 3 --steps 6", TINY, MODEL, 1),
+    Program("trl", "trl_step.py", "--rounds 3 --steps 4", TINY, MODEL, 1),
     Program("rollouts", "rollout_speed.py", "--rounds 2", "--student-layers 1 --rows 4 --new-tokens 4 --rounds 1"),
     Program(
         "answers",
@@ -68,7 +68,7 @@ PROGRAMS = (
     Program(
         "orchestration",
         "orchestration.py",
-        "--rounds 3 --steps 10",
+        "--rounds 3 --steps 8",
         "--hidden 64 --layers 1 --steps 4 --rounds 1",
         threads=1,
     ),

@@ -26,7 +26,9 @@ RUNS = [
     SideRun([1.0, 3.0], 200, 2 << 30, [2.0], flops_needed=8.0, padding=0.25),
     SideRun([2.0, 2.0], 200, 1 << 30, [2.0]),
 ]
-ROW = Measurement("work", "TRL", "setting", (Bar("times as fast", 3.0, 2.0),), agreement=Agreement("losses", 0.0, 1e-3))
+ROW = Measurement(
+    "work", "TRL", "setting", (Bar("times as fast", 3.0, 2.0),), agreements=(Agreement("losses", 0.0, 1e-3),)
+)
 OPTIONS = argparse.Namespace(small=False, teacher=None, rows=None)
 
 
@@ -69,7 +71,7 @@ def test_a_bar_is_met_at_its_limit(measured: float, at_least: bool, is_met: bool
 
 
 def test_every_bar_is_printed_with_the_measured_figure() -> None:
-    low = replace(ROW, bars=(Bar("times as fast", 1.5, 2.0),), agreement=Agreement("losses", 0.1, 1e-3))
+    low = replace(ROW, bars=(Bar("times as fast", 1.5, 2.0),), agreements=(Agreement("losses", 0.1, 1e-3),))
 
     assert bar_lines(low) == [
         "MISSED  work: times as fast 1.5, bar at least 2",
