@@ -71,7 +71,7 @@ def main() -> int:
     side = summarize("ours", run_sides(__file__, ["ours"], options.rounds, sys.argv[1:])["ours"])
     assert side.seconds is not None
     bar = Bar("s", side.seconds.median, BAR_S, at_least=False)
-    only = Side("ours", side.seconds, peak_gib=side.peak_gib)
+    only = Side("ours", side.seconds)
     setting = f"tiny model, 1 worker, Ray running, {options.rounds} rounds"
     return conclude(
         [Measurement("from the call of training to the first step", "", setting, (bar,), (only,))], options.json

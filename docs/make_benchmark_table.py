@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures" / "benchmark.json"
 BEGIN, END = "<!-- benchmark: written by docs/make_benchmark_table.py -->", "<!-- end of benchmark -->"
-IN_README = ("step with", "evaluation", "on-policy")
+IN_README = ("step with cached", "step with live", "evaluation", "on-policy")
 
 
 def bar_text(bar: dict[str, Any]) -> tuple[str, str]:
