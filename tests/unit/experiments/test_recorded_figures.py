@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,23 @@ Recorded = dict[str, dict[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment in docs/experiments.md: its file of figures, heading and seeds, and arms by names in its table."""
+    """An experiment in docs/experiments.md: its file of figures, heading, least seeds, and arms by names in its table.
+
+    `baselines` are the arms whose means the table shows; any other arm is compared with the one that its name begins
+    with, or with `plain`.
+    """
 
     file: str
     heading: str
     num_seeds: int
     arms: dict[str, str]
+    baselines: dict[str, str] = field(default_factory=lambda: {"plain KD, temperature 1": "plain"})
+
+    def baseline_of(self, arm: str) -> str:
+        """The arm that another one is compared with."""
+        return next(
+            (base for base in self.baselines.values() if arm.startswith(f"{base}-") and base != "plain"), "plain"
+        )
 
     @property
     def section(self) -> str:
@@ -76,26 +87,50 @@ STUDENTS = Experiment(
         "POCL as published": "pocl",
     },
 )
-CASES = [(experiment, name) for experiment in (QUICKSTART, STUDENTS) for name in experiment.arms]
+LOSSES = {
+    "reverse_kl": "reverse",
+    "skewed_reverse_kl": "skewed-reverse",
+    "generalized_jsd, beta 0.5": "jsd",
+    "tv_distance": "tvd",
+    "symmetric_kl": "symmetric",
+}
+BY_LOSS = Experiment(
+    "experiment-curricula-by-loss.csv",
+    "Curricula with six losses, eight more students",
+    7,
+    {
+        "frontier and temperature 1 to 2 by step": "frontier-temperature",
+        "frontier alone": "frontier",
+        "temperature 1 to 2 by step alone": "temperature",
+        "POCL as published": "pocl",
+        **{f"{loss}: frontier and temperature": f"{arm}-frontier-temperature" for loss, arm in LOSSES.items()},
+        **{f"{loss}: frontier alone": f"{arm}-frontier" for loss, arm in LOSSES.items()},
+    },
+    {"plain KD, temperature 1": "plain", **{f"{loss}: plain KD": arm for loss, arm in LOSSES.items()}},
+)
+EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS)
+CASES = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.arms]
 
 
 def mean(recorded: Recorded, arm: str, figure: str) -> float:
     return statistics.fmean(figures[figure] for figures in recorded[arm].values())
 
 
-@pytest.mark.parametrize("experiment", [QUICKSTART, STUDENTS], ids=lambda experiment: experiment.file)
-def test_the_table_shows_the_means_of_the_baseline_and_every_arm(experiment: Experiment) -> None:
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.file)
+def test_the_table_shows_the_means_of_the_baselines_and_every_arm(experiment: Experiment) -> None:
     recorded = experiment.recorded()
-    expected = [f"{mean(recorded, 'plain', figure):.{places}f}" for figure, places in COLUMNS.items()]
-    assert experiment.table()["plain KD, temperature 1"] == expected
-    assert set(experiment.table()) == {"plain KD, temperature 1", *experiment.arms}
+    for name, arm in experiment.baselines.items():
+        expected = [f"{mean(recorded, arm, figure):.{places}f}" for figure, places in COLUMNS.items()]
+        assert experiment.table()[name] == expected
+    assert set(experiment.table()) == {*experiment.baselines, *experiment.arms}
 
 
 @pytest.mark.parametrize(("experiment", "name"), CASES)
 def test_the_table_shows_paired_differences(experiment: Experiment, name: str) -> None:
     recorded = experiment.recorded()
-    ours, plain = recorded[experiment.arms[name]], recorded["plain"]
-    assert len(ours) == experiment.num_seeds and set(ours) == set(plain)
+    arm = experiment.arms[name]
+    ours, plain = recorded[arm], recorded[experiment.baseline_of(arm)]
+    assert len(ours) >= experiment.num_seeds and set(ours) == set(plain)
     for cell, (figure, places) in zip(experiment.table()[name], COLUMNS.items(), strict=True):
         values = [[of[seed][figure] for seed in ours] for of in (ours, plain)]
         found = paired_difference(values[0], values[1], FIGURES[figure])
@@ -119,3 +154,18 @@ def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_th
         FIGURES["sampled_rouge_l"],
     )
     assert against_sft.verdict(FIGURES["sampled_rouge_l"]) == "ahead"
+
+
+@pytest.mark.parametrize("arm", ["frontier-temperature", "temperature", "pocl"])
+def test_readme_and_concepts_show_the_students_of_both_experiments_together(arm: str) -> None:
+    recorded = [experiment.recorded() for experiment in (STUDENTS, BY_LOSS)]
+    cells = []
+    for figure in ("rouge_l", "sampled_rouge_l"):
+        ours, plain = ([run[figure] for each in recorded for run in each[name].values()] for name in (arm, "plain"))
+        found = paired_difference(ours, plain, FIGURES[figure])
+        cell = f"{found.mean:+.2f} ± {found.half_width:.2f}"
+        cells.append(f"**{cell}**" if abs(found.mean) > found.half_width else cell)
+    for page in ("README.md", "docs/concepts.md"):
+        assert f"| {' | '.join(cells)} |" in (DOCS.parent / page).read_text(encoding="utf-8"), page
+    if arm == "frontier-temperature":
+        assert f"{cells[0]} greedy and {cells[1]} sampled" in " ".join(BY_LOSS.section.split())
