@@ -29,7 +29,7 @@ from pocl_ray.difficulty.choice import origins_of, rank_table
 from pocl_ray.difficulty.job import CacheTask, ScoringInputs, cache_teacher, score_rows
 from pocl_ray.difficulty.measured import at_least, passes_of
 from pocl_ray.difficulty.ranking import constant_signals, weak_teacher
-from pocl_ray.difficulty.scoring_cost import flops_count
+from pocl_ray.difficulty.scoring_cost import FLOPS, scoring_flops
 from pocl_ray.distill.task import TrainTask, cache_folder, curriculum_task
 from pocl_ray.evaluation.benchmarks import EVALUATION, evaluate_items, plan_items
 from pocl_ray.evaluation.evaluate import evaluate_rows
@@ -151,6 +151,7 @@ class Pipeline:
 
         def work(_: str) -> StepResult:
             check_disk(config, self.run_dir, inputs.rows)
+            rows = {"train": inputs.rows.train, "dev": inputs.rows.dev}
             scoring = ScoringInputs(
                 rows=inputs.rows.train,
                 dev_rows=inputs.rows.dev,
@@ -167,10 +168,10 @@ class Pipeline:
                 teacher_rows=inputs.rows.for_teacher,
                 answers=passes.answers,
                 reads_student=passes.student,
-                packs=config.train.packing != "off",
             )
             table, counts = score_rows(scoring, config.scaling)
-            counts |= flops_count(config, passes, inputs.rows.train, inputs.rows.dev, folder is not None)
+            flops = scoring_flops(config, passes, rows, folder is not None)
+            counts |= {} if flops is None else {FLOPS: int(flops.total)}
             self.run_dir.write_table(SIGNALS, table)
             caches = self._cache_other_teachers(student.ref) if distils else []
             return StepResult([SIGNALS, *([folder] if folder else []), *caches], counts)
@@ -369,7 +370,6 @@ class Pipeline:
                 cache=self._cache_task(folder, other.fingerprint),
                 difficulty=config.difficulty,
                 scaling=config.scaling,
-                packs=config.train.packing != "off",
             )
             written.append(folder)
         return written

@@ -261,7 +261,7 @@ class TrainConfig(Section):
     packing: Literal["auto", "off"] = Field(
         default="auto",
         description="auto: rows follow each other without padding where the model family can read them so exactly; "
-        "off: rows are padded to the longest of a micro-batch; in scoring too",
+        "off: rows are padded to the longest of a micro-batch",
     )
     learning_rate: float = Field(default=1e-4, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pocl_ray.answers.rouge import score_answers
 from pocl_ray.config import GenerationConfig
-from pocl_ray.data.batching import collate, pack
+from pocl_ray.data.batching import collate
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.difficulty.choice import TokenSignal, load_signals
 from pocl_ray.difficulty.ranking import TEACHER_SIGNALS
@@ -147,7 +147,6 @@ class ScoringTask:
             the student's lengths.
         answers: Whether the student answers the prompts, for `rouge_l`.
         reads_student: Whether the student reads the responses; if not, it only answers.
-        packs: Whether a model reads rows without padding, if its family can be read so (`models/packing.py`).
     """
 
     run_dir: RunDirectory
@@ -169,7 +168,6 @@ class ScoringTask:
     batch_tokens: int = 8192
     answers: bool = True
     reads_student: bool = True
-    packs: bool = True
 
     @property
     def device(self) -> str:
@@ -205,23 +203,10 @@ class _Reader:
             self._stores[rel] = RowStore.open(self.task.run_dir.local(rel))
         return self._stores[rel]
 
-    def load(self, ref: ModelRef, reads: bool = True) -> FrozenModel:
-        """Return a model, which reads packed rows if it can; one that does not read is left as it is."""
-        model = FrozenModel(on_this_node(ref), self.task.device)
-        if self.task.packs and reads:
-            model.try_packing(self._longest_row())
-        return model
-
-    def _longest_row(self) -> int:
-        """The tokens of the longest row of all sets, in either model's tokens."""
-        stores = [self._store(rel) for rel in (*self.task.rows.values(), *self.task.teacher_rows.values())]
-        return max((int((one.prompt_lengths + one.response_lengths).max()) for one in stores if len(one)), default=1)
-
     def read(self, model: FrozenModel, rows: RowStore, ids: IntArray) -> _Read:
         beat("scoring rows")
-        tokens = rows.tokens(ids)
-        batch = (pack(*tokens) if model.reads_packed else collate(*tokens, pad_id=0)).to(self.task.device)
-        hidden_NH = model.hidden(*batch.rows_input)
+        batch = collate(*rows.tokens(ids), pad_id=0).to(self.task.device)
+        hidden_NH = model.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.response_index_N)
         return _Read(hidden_NH, batch.targets_N, rows.response_lengths[ids].astype(np.int64))
 
 
@@ -231,7 +216,7 @@ class StudentActor(_Reader):
     @cached_property
     def model(self) -> FrozenModel:
         """The student."""
-        return self.load(self.task.student, self.task.reads_student)
+        return FrozenModel(on_this_node(self.task.student), self.task.device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -298,7 +283,7 @@ class TeacherActor(_Reader):
     def model(self) -> FrozenModel:
         """The teacher."""
         assert self.task.teacher is not None, "the job has no teacher"
-        return self.load(self.task.teacher)
+        return FrozenModel(on_this_node(self.task.teacher), self.task.device)
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
         """Score the rows of one task.

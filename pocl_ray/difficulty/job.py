@@ -150,7 +150,6 @@ class ScoringInputs:
             tokenizer.
         answers: Whether the student answers the prompts, for `rouge_l`.
         reads_student: Whether the student reads the responses.
-        packs: Whether rows are read without padding by models that can.
     """
 
     rows: RowsSummary
@@ -168,7 +167,6 @@ class ScoringInputs:
     teacher_rows: Mapping[str, RowsSummary] = field(default_factory=dict)
     answers: bool = True
     reads_student: bool = True
-    packs: bool = True
 
     @property
     def asks_student(self) -> bool:
@@ -203,7 +201,6 @@ class ScoringInputs:
             batch_tokens=self.difficulty.batch_tokens,
             answers=self.answers,
             reads_student=self.reads_student,
-            packs=self.packs,
         )
 
 
@@ -248,7 +245,6 @@ def cache_teacher(
     cache: CacheTask,
     difficulty: DifficultyConfig,
     scaling: ScalingConfig,
-    packs: bool = True,
 ) -> None:
     """Fill the cache of a further teacher, which reads all sets and measures no signal.
 
@@ -260,7 +256,6 @@ def cache_teacher(
         cache: Cache to fill.
         difficulty: Sizes of tasks and micro-batches.
         scaling: Number of actors and their resources.
-        packs: Whether rows are read without padding, if the model can.
 
     Raises:
         UserError: The model cannot be loaded, or the cluster has no room for the actors.
@@ -282,7 +277,6 @@ def cache_teacher(
         cache_dtype=cache.dtype,
         use_gpu=pool.use_gpu,
         top_k=cache.top_k,
-        packs=packs,
     )
     results = {made.name: Results(made, keeps_signals=False) for made in sets}
     with quiet_ray_data(), stall_watch(scaling, cache.folder) as watched:

@@ -62,14 +62,6 @@ def scoring_flops(
     return ScoringFlops(answers, reads, teaches)
 
 
-def flops_count(
-    config: Config, passes: Passes, train: RowsSummary, dev: RowsSummary, fills_cache: bool
-) -> dict[str, int]:
-    """Return the FLOPs as a count for the manifest; empty if they are not known."""
-    flops = scoring_flops(config, passes, {"train": train, "dev": dev}, fills_cache)
-    return {} if flops is None else {FLOPS: int(flops.total)}
-
-
 def _read(model: ModelSize, rows: RowsSummary) -> float:
     num_tokens = rows.num_prompt_tokens + rows.num_response_tokens
     return model.forward(num_tokens, rows.num_response_tokens, num_tokens / max(1, rows.num_rows))

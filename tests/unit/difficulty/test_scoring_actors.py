@@ -139,17 +139,18 @@ def test_each_model_reads_what_is_asked_for_and_answers_only_then(
     full = run(task)
     read: Counter[int] = Counter()
     answered: list[int] = []
-    read_rows, answer = StudentActor.read, actors.score_answers
+    hidden, answer = LiveTeacher.hidden, actors.score_answers
 
-    def counted_read(self: StudentActor, model: LiveTeacher, *args: Any) -> Any:
-        read[model.head.hidden_size] += 1
-        return read_rows(self, model, *args)
+    def counted_hidden(self: LiveTeacher, *args: torch.Tensor) -> torch.Tensor:
+        hidden_NH = hidden(self, *args)
+        read[hidden_NH.shape[-1]] += 1
+        return hidden_NH
 
     def counted_answers(model: Any, tokenizer: Any, rows: RowStore, ids: Any, *rest: Any) -> Any:
         answered.extend(ids.tolist())
         return answer(model, tokenizer, rows, ids, *rest)
 
-    monkeypatch.setattr("pocl_ray.difficulty.actors._Reader.read", counted_read)
+    monkeypatch.setattr(LiveTeacher, "hidden", counted_hidden)
     monkeypatch.setattr(actors, "score_answers", counted_answers)
     before = process_status().num_done
     own = changed(task, cache=None, **fields)
@@ -160,36 +161,6 @@ def test_each_model_reads_what_is_asked_for_and_answers_only_then(
     measured = [name for name in table.column_names if table[name].null_count == 0]
     assert table.select(measured).equals(full.select(measured))
     assert ("rouge_l" in measured) == bool(prompts) and ("ce_loss" in measured) == (16 in passes)
-
-
-def test_packed_rows_give_the_signals_and_the_cache_of_padded_ones(
-    task: ScoringTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    padded = run(changed(task, packs=False, cache="padded"))
-    with monkeypatch.context() as patched:
-        patched.setattr(actors, "collate", None)  # no row is padded
-        packed = run(changed(task, cache="packed"))
-    assert packed.column_names == padded.column_names
-    for name in packed.column_names:
-        if pa.types.is_floating(packed.schema.field(name).type):
-            np.testing.assert_allclose(packed[name].to_numpy(), padded[name].to_numpy(), rtol=1e-5, atol=1e-5)
-        elif name != "shard":
-            assert packed[name].equals(padded[name])
-    ids, caches = np.arange(NUM_ROWS), []
-    for name, table in (("padded", padded), ("packed", packed)):
-        folder = task.run_dir.local(f"{name}/train")
-        write_index(folder, table["shard"].unique().to_pylist(), "teacher", "rows")
-        caches.append(HiddenCache.open(folder, "teacher", "rows", NUM_ROWS).take(ids))
-    torch.testing.assert_close(caches[1], caches[0], rtol=1e-5, atol=1e-5)
-
-
-def test_a_model_that_cannot_read_packed_rows_is_padded_to_the_same_figures(
-    task: ScoringTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    padded = run(changed(task, packs=False))
-    monkeypatch.setattr("pocl_ray.models.frozen.find_packing_obstacle", lambda *_: "its bias goes by distance")
-    monkeypatch.setattr(actors, "pack", None)
-    assert run(task).equals(padded)
 
 
 def test_a_scoring_that_asks_no_model_gives_the_lengths(task: ScoringTask) -> None:
@@ -319,7 +290,7 @@ def test_rows_on_which_a_model_overflows_are_refused_by_number_and_dtype(
     monkeypatch.setattr(LiveTeacher, "hidden", overflows)
     expected = rf"^{role}: its outputs for row 1 of train are not finite in float16; set {role}.dtype to bfloat16"
     with pytest.raises(ModelError, match=expected):
-        run(changed(task, packs=False))
+        run(task)
 
 
 def test_outputs_that_do_not_fit_the_caches_dtype_are_refused(
