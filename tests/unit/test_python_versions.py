@@ -23,7 +23,7 @@ VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 # A resolution takes a minute and the registry: `make test` does the newest version, `make test-versions` all of them.
 RESOLVED = VERSIONS if os.environ.get("POCL_VERSIONS") == "all" else VERSIONS[-1:]
 # These publish no wheel; they are pure Python, so that a wheel built here serves every version.
-WITHOUT_WHEEL = ("antlr4-python3-runtime", "deepspeed", "rouge-score")
+WITHOUT_WHEEL = ("antlr4-python3-runtime", "deepspeed", "rouge-score", "sqlitedict", "word2number")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 

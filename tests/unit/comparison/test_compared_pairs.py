@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from compared_run import make_run
+from rich.console import Console
 
 from pocl_ray import cli
 from pocl_ray.comparison.page import figures_table, write_comparison
@@ -131,7 +132,7 @@ def test_the_command_prints_intervals_and_notes(
 ) -> None:
     one = paired_run(tmp_path / "a", (61.0, 62.0, 60.5), name="one")
     two = make_run(tmp_path / "b", 20.0, name="two")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", Console(stderr=True, width=200))  # wide, whatever the terminal: no cell wraps
     monkeypatch.setattr(sys, "argv", ["pocl-ray", "compare", one, two, "--out", str(tmp_path / "page.html")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
