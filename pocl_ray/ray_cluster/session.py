@@ -107,13 +107,15 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ResourceError(f"RAY_ADDRESS {address}: not of the form HOST:PORT, such as 10.0.0.1:6379")
+    if not 0 < int(port) < 1 << 16:  # the C library takes the last 16 bits of it, where another process may listen
+        raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there (ports go from 1 to 65535)")
     deadline = time.monotonic() + REACH_S
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
             return
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline or isinstance(error, (socket.gaierror, OverflowError)):
+        except OSError as error:
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise ResourceError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
         time.sleep(0.5)
 

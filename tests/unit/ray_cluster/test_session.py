@@ -24,7 +24,8 @@ from pocl_ray.ray_cluster.internals import hide_process_counts
         ("ray://head:10001", "the address of a Ray client"),
         ("head", "not of the form HOST:PORT"),
         ("head:http", "not of the form HOST:PORT"),
-        ("127.0.0.1:99999", "no Ray cluster answers there"),
+        ("127.0.0.1:99999", r"no Ray cluster answers there \(ports go from 1 to 65535\)"),
+        ("127.0.0.1:0", "ports go from 1 to 65535"),
     ],
 )
 def test_an_address_of_another_form_is_told_what_it_should_be(address: str, words: str) -> None:
