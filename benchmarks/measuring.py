@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -263,9 +264,9 @@ def ratio_of(ours: Sequence[SideRun], other: Sequence[SideRun]) -> Spread:
 
 
 def first_losses_apart(ours: Sequence[SideRun], other: Sequence[SideRun]) -> float:
-    """Return how far the first losses of two sides are apart at most, of their size."""
-    pairs = zip(ours, other, strict=True)
-    return max(abs(own.losses[0] / theirs.losses[0] - 1) for own, theirs in pairs)
+    """Return how far the first losses of two sides are apart at most, of their size; infinity if one is not finite."""
+    apart = [abs(own.losses[0] / theirs.losses[0] - 1) for own, theirs in zip(ours, other, strict=True)]
+    return max(apart) if all(map(math.isfinite, apart)) else math.inf  # `max` may pass over what is not a number
 
 
 def resident_bytes() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pocl_ray.config import Config
 from pocl_ray.difficulty.measured import Passes
-from pocl_ray.models.shapes import ModelSize, sizes_of
+from pocl_ray.models.shapes import ModelSize, size_on_this_machine, sizes_of
 from pocl_ray.records import RowsSummary
 
 FLOPS = "num_flops"
@@ -19,7 +19,10 @@ ANSWERED = "num_unstopped_answers"  # a count of scorings with answers alone
 
 @dataclass(frozen=True)
 class ScoringFlops:
-    """The FLOPs of a scoring, by model; `answers` is the most that they can be, since answers may end early."""
+    """The FLOPs of a scoring: `answers` and `student` of the student, `teacher` of all teachers.
+
+    `answers` is the most that they can be, since answers may end early.
+    """
 
     answers: float
     student: float
@@ -40,7 +43,8 @@ def scoring_flops(
         config: Config of the run.
         passes: Passes of its scoring.
         sets: Prepared sets by name; without `train` nothing is known.
-        fills_cache: Whether the teacher reads the dev rows too, for its cache.
+        fills_cache: Whether the teacher's outputs are cached. It then reads the dev rows too, and further teachers read
+            both for caches of their own.
 
     Raises:
         ModelError: A config.json on this machine is no config of a model.
@@ -49,16 +53,17 @@ def scoring_flops(
     sizes = sizes_of(config.teacher, config.student, config.tokenizer.train_vocab_size)
     student, teacher = sizes["student"], sizes["teacher"]
     asks_student = passes.answers or passes.student
-    if train is None or (asks_student and student is None) or (passes.teacher and teacher is None):
+    others = [size_on_this_machine("teacher", other) for other in config.other_teachers] if fills_cache else []
+    if train is None or (asks_student and student is None) or (passes.teacher and teacher is None) or None in others:
         return None
     answers = reads = teaches = 0.0
     if student is not None and passes.answers:
         answers = _answers(config, student, train)
     if student is not None and passes.student:
         reads = _read(student, train) + (student.head(train.num_response_tokens) if passes.compares else 0.0)
-    if teacher is not None and passes.teacher:
-        read = [train, *([sets["dev"]] if fills_cache and "dev" in sets else [])]
-        teaches = sum(_read(teacher, rows) for rows in read)
+    read = [train, *([sets["dev"]] if fills_cache and "dev" in sets else [])]
+    for model in ([teacher] if passes.teacher else []) + others:
+        teaches += sum(_read(model, rows) for rows in read) if model is not None else 0.0
     return ScoringFlops(answers, reads, teaches)
 
 
@@ -106,7 +111,8 @@ def scoring_lines(
     if flops is None:
         missing = "a model's config can be read and is of a known family" if sets else "the rows are prepared"
         return [*lines, f"its FLOPs are known once {missing}"]
-    parts = {"answers at most": flops.answers, "the student": flops.student, "the teacher": flops.teacher}
+    teachers = "the teachers" if fills_cache and config.other_teachers else "the teacher"
+    parts = {"answers at most": flops.answers, "the student": flops.student, teachers: flops.teacher}
     shares = ", ".join(f"{name} {part:.2g}" for name, part in parts.items() if part)
     lines.append(f"it takes about {flops.total:.2g} FLOPs ({shares}); {_time(flops, passes, earlier)}")
     return lines
@@ -122,6 +128,9 @@ def _work(config: Config, passes: Passes, num_rows: int, fills_cache: bool) -> l
     if passes.teacher:
         dev = ", and those of dev for its cache" if fills_cache else ""
         work.append(f"the teacher reads {num_rows:,} rows{dev}")
+    if fills_cache and config.other_teachers:
+        others = len(config.other_teachers)
+        work.append(f"{others} further {'teachers read' if others > 1 else 'teacher reads'} the same, for a cache each")
     if passes.compares:
         work.append("both are compared token by token")
     return work

@@ -29,6 +29,7 @@ from pocl_ray.models.places import nearest
 from pocl_ray.run_directory.digests import file_digest, fingerprint
 
 if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 KEY = "evaluation.tasks"
@@ -147,23 +148,15 @@ def run_task(
     watch = model.register_forward_pre_hook(lambda *_: beat(f"evaluating on {task.name}"))
     try:
         with _told_of(task), _quiet(folder):
-            return _figures(_evaluated(model, tokenizer, task, folder, seed, batch_rows), task.name)
+            return _figures(_evaluated(_reader(model, tokenizer, batch_rows), task, folder, seed), task.name)
     finally:
         watch.remove()
 
 
-def _evaluated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: EvaluationTaskConfig,
-    folder: Path | None,
-    seed: int,
-    batch_rows: int,
-) -> Mapping[str, Any]:
-    from lm_eval import simple_evaluate
+def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_rows: int) -> HFLM:
     from lm_eval.models.huggingface import HFLM
 
-    reader = HFLM(
+    return HFLM(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
@@ -172,6 +165,11 @@ def _evaluated(
         max_batch_size=batch_rows,
         softmax_dtype="float32",  # bfloat16 has three digits, too few to tell the log-probabilities of two answers
     )
+
+
+def _evaluated(reader: HFLM, task: EvaluationTaskConfig, folder: Path | None, seed: int) -> Mapping[str, Any]:
+    from lm_eval import simple_evaluate
+
     found = simple_evaluate(
         model=reader,
         tasks=[task.name],

@@ -70,6 +70,16 @@ def sizes_of(teacher: TeacherConfig, student: StudentConfig, vocab_size: int | N
     }
 
 
+def size_on_this_machine(role: str, model: ModelConfig) -> ModelSize | None:
+    """Return the sizes of a model that lies on this machine; None if it does not, or if they are not known.
+
+    Raises:
+        ModelError: The config.json is no config of a model.
+    """
+    content = config_on_this_machine(role, model)
+    return None if content is None else size_of_config(content)
+
+
 def _content(role: str, model: ModelConfig, vocab_size: int | None) -> Mapping[str, Any] | None:
     if model.architecture is not None:
         return model.architecture if vocab_size is None else {**model.architecture, "vocab_size": vocab_size}

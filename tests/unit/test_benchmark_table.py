@@ -70,6 +70,15 @@ def test_a_bar_is_met_at_its_limit(measured: float, at_least: bool, is_met: bool
     assert Bar("s", measured, 2.0, at_least).is_met is is_met
 
 
+def test_losses_that_are_not_finite_never_agree() -> None:
+    broken = [SideRun([1.0], 1, 1, [2.0]), SideRun([1.0], 1, 1, [float("nan")])]
+
+    apart = measuring.first_losses_apart(broken, [RUNS[0], RUNS[1]])
+
+    assert not Agreement("losses", apart, 1e-3).holds
+    assert measuring.first_losses_apart(RUNS, RUNS) == 0.0
+
+
 def test_every_bar_is_printed_with_the_measured_figure() -> None:
     low = replace(ROW, bars=(Bar("times as fast", 1.5, 2.0),), agreements=(Agreement("losses", 0.1, 1e-3),))
 

@@ -103,6 +103,21 @@ def test_each_pass_has_its_flops(tmp_path: Path) -> None:
     assert alone.student == student.forward(150, 50, 15)
 
 
+def test_further_teachers_read_all_rows_for_caches_of_their_own(tmp_path: Path) -> None:
+    alone = config_of(tmp_path, difficulty={"signals": ["ce_loss"]})
+    path = str(tmp_path / "teacher")
+    two = config_of(tmp_path, difficulty={"signals": ["ce_loss"]}, teacher=[{"path": path}, {"path": path}])
+    sets = {"train": TRAIN, "dev": DEV}
+    one, both = (scoring_flops(config, passes_of(config, True), sets, True) for config in (alone, two))
+    assert one is not None and both is not None and both.teacher == 2 * one.teacher
+    told = scoring_lines(two, passes_of(two, True), 10, sets, True, None)
+    assert "1 further teacher reads the same, for a cache each" in told[0] and "the teachers" in told[1]
+    without_cache = scoring_flops(two, passes_of(two, False), sets, False)
+    assert without_cache is not None and without_cache.teacher == 0
+    (tmp_path / "teacher" / "config.json").unlink()
+    assert scoring_flops(two, passes_of(two, True), sets, True) is None
+
+
 def test_a_time_is_told_only_at_the_rate_of_a_scoring_of_the_same_kind(tmp_path: Path) -> None:
     config = config_of(tmp_path, difficulty={"signals": ["ce_loss"]})
     passes, sets = passes_of(config, False), {"train": TRAIN}
