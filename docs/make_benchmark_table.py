@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures" / "benchmark.json"
 BEGIN, END = "<!-- benchmark: written by docs/make_benchmark_table.py -->", "<!-- end of benchmark -->"
-IN_README = ("step with cached", "step with live", "evaluation", "on-policy")
+IN_README = ("step with cached", "step with live", "evaluation", "on-policy", "scoring", "whole run")
 
 
 def bar_text(bar: dict[str, Any]) -> tuple[str, str]:
@@ -35,11 +35,16 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.2g}"
 
 
+def dates_of(found: dict[str, Any]) -> str:
+    """Return the day of the measurement, or all days of one that was completed later."""
+    return " and ".join(sorted({row.get("date", found["date"]) for row in found["measurements"]})) or found["date"]
+
+
 def table_of(found: dict[str, Any]) -> str:
     """Return the table of docs/performance.md."""
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in found["versions"] if name != "python")
     lines = [
-        f"Measured on {found['date']}: {found['device']}, {found['cores']} cores, {versions}. Ratios are medians of "
+        f"Measured on {dates_of(found)}: {found['device']}, {found['cores']} cores, {versions}. Ratios are medians of "
         "rounds in which the sides take turns, with the least and the most; the other figures are ours / theirs.",
         "",
         "| work | measured | bar | least to most | tokens/s | peak GiB | padding | needed / done | of matmul peak |",
@@ -74,7 +79,7 @@ def _pair(row: dict[str, Any], column: str, form: str) -> str:
 
 def short_table_of(found: dict[str, Any]) -> str:
     """Return the table of the README: the ratios alone."""
-    lines = [f"| {found['device']}, {found['date']} | times as fast | least to most | bar |", "|---|---:|---:|---:|"]
+    lines = [f"| {found['device']}, {dates_of(found)} | times as fast | least to most | bar |", "|---|---:|---:|---:|"]
     for row in found["measurements"]:
         if row["ratio"] and row["work"].startswith(IN_README):
             bar = row["bars"][0]

@@ -134,6 +134,136 @@ def test_programs_write_json_that_the_table_reads_and_one_without_a_file_has_fai
     assert whole["measurements"][0]["is_met"] and whole["failed"] == {"bad": 3} and whole["not_measured"]
 
 
+GOOD = """import json, pathlib, sys
+rows = json.loads((pathlib.Path(__file__).parent / "rows.json").read_text())[pathlib.Path(__file__).stem]
+pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({"measurements": rows}))
+"""
+
+
+class Bench:
+    """A table of two programs, each of which writes one row."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch, self.file = folder, monkeypatch, folder / "table.json"
+        monkeypatch.setattr(tables, "HERE", folder)
+        monkeypatch.setattr(tables, "PROGRAMS", (Program("first", "first.py"), Program("second", "second.py")))
+        for name in ("first", "second"):
+            (folder / f"{name}.py").write_text(GOOD)
+        self.set(first=2.0, second=3.0)
+
+    def set(self, **figures: float) -> None:
+        """Set what each program will measure."""
+        rows = {
+            name: [asdict(replace(ROW, work=f"work of {name}", bars=(Bar("times as fast", figure, 1.0),)))]
+            for name, figure in figures.items()
+        }
+        (self.folder / "rows.json").write_text(json.dumps(rows))
+
+    def run(self, *arguments: str) -> int:
+        """Run the table."""
+        self.monkeypatch.setattr(sys, "argv", ["table.py", "--json", str(self.file), *arguments])
+        return tables.main()
+
+    def read(self) -> dict[str, Any]:
+        """Return what its file holds."""
+        return json.loads(self.file.read_text())
+
+    def figures(self) -> dict[str, float]:
+        """Return the figure of each work in the file."""
+        return {row["work"]: row["bars"][0]["measured"] for row in self.read()["measurements"]}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+def test_a_table_is_completed_by_programs_of_their_own(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run("--only", "first") == 0
+    assert bench.figures() == {"work of first": 2.0}
+    assert bench.read()["not_measured"] == {"program second": "not run yet; --only second adds it"}
+
+    bench.set(first=4.0, second=3.0)
+    assert bench.run("--only", "second") == 0
+    assert bench.figures() == {"work of first": 2.0, "work of second": 3.0} and not bench.read()["not_measured"]
+    assert "1 rows are there; those of second are replaced or added" in capsys.readouterr().out
+
+    assert bench.run("--only", "first") == 0
+    assert bench.figures() == {"work of second": 3.0, "work of first": 4.0}
+    assert sorted(bench.read()["program_seconds"]) == ["first", "second"]
+
+
+def test_without_only_a_table_is_made_from_its_beginning(bench: Bench) -> None:
+    assert bench.run() == 0
+    bench.set(first=5.0, second=6.0)
+
+    assert bench.run() == 0
+
+    assert bench.figures() == {"work of first": 5.0, "work of second": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "abacus"}, "device abacus and not "),
+        ({"versions": {"torch": "0.1"}}, "versions {'torch': '0.1'} and not "),
+        ({"inputs": {"teacher": "other", "rows": None}}, "inputs "),
+        ({"small": True}, "small True and not False"),
+    ],
+)
+def test_a_file_of_other_conditions_is_not_completed(
+    bench: Bench, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    bench.run("--only", "first")
+    bench.file.write_text(json.dumps(bench.read() | change))
+    before = bench.file.read_text()
+
+    assert bench.run("--only", "second") == 2
+
+    error = capsys.readouterr().err
+    assert said in error and "name another file with --json, or leave out --only" in error and str(bench.file) in error
+    assert len(error.splitlines()) == 1 and bench.file.read_text() == before
+
+
+def test_a_file_that_is_no_table_is_not_completed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("[]", "{", "{}"):
+        bench.file.write_text(content)
+        assert bench.run("--only", "first") == 2
+        assert "no file that this program wrote" in capsys.readouterr().err and bench.file.read_text() == content
+
+
+def test_an_interrupted_table_holds_the_programs_before(bench: Bench) -> None:
+    run = tables.subprocess.run
+
+    def interrupted(command: list[str], **options: Any) -> Any:
+        if command[1].endswith("second.py"):
+            raise KeyboardInterrupt
+        return run(command, **options)
+
+    bench.monkeypatch.setattr(tables.subprocess, "run", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+
+    assert bench.figures() == {"work of first": 2.0} and "program second" in bench.read()["not_measured"]
+
+
+def test_rows_of_a_file_without_programs_are_replaced_by_their_work(bench: Bench) -> None:
+    bench.run()
+    old = bench.read()
+    old["measurements"] = [
+        {k: v for k, v in row.items() if k not in ("program", "date")} for row in old["measurements"]
+    ]
+    old = {name: value for name, value in old.items() if name not in ("inputs", "program_seconds")}
+    bench.file.write_text(json.dumps(old | {"not_measured": {"a work of former times": "nobody knows why"}}))
+    bench.set(first=7.0, second=8.0)
+
+    bench.run("--only", "second")
+
+    assert bench.figures() == {"work of first": 2.0, "work of second": 8.0}
+    assert bench.read()["not_measured"] == {}  # and not what was unknown then, nor programs that may have run
+
+
 def test_without_a_gpu_its_rows_are_skipped_with_a_line() -> None:
     found = measure([one for one in PROGRAMS if one.needs == "cuda"], OPTIONS, has_gpu=False)
 
