@@ -257,13 +257,14 @@ def compare(
     from pocl_ray.run_directory.opening import open_past_run
 
     compared = compared_runs([open_past_run(run) for run in runs])
+    from pocl_ray.comparison.compared_tasks import compared_tasks
     from pocl_ray.comparison.page import figures_table, write_comparison
     from pocl_ray.comparison.paired import pair_table
 
-    pairs = pair_table(compared)
-    write_comparison(compared, pairs, out)
-    console.print(figures_table(compared, pairs))
-    for note in pairs.notes:
+    pairs, tasks = pair_table(compared), compared_tasks(compared)
+    write_comparison(compared, pairs, tasks, out)
+    console.print(figures_table(compared, pairs, tasks))
+    for note in (*pairs.notes, *tasks.notes):
         console.print(_plain(note))
     console.print(f"page     {out.absolute()}")
 

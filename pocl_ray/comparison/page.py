@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from pocl_ray.comparison.compared_tasks import ComparedTasks
 from pocl_ray.comparison.paired import Difference, PairTable
 from pocl_ray.comparison.plots import curves_of_runs
 from pocl_ray.comparison.runs import Cell, ComparedRun, Row, config_differences, costs, figure_rows
@@ -27,7 +28,7 @@ AXES = {
 }
 
 
-def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, path: Path) -> None:
+def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, tasks: ComparedTasks, path: Path) -> None:
     """Write the page of a comparison; everything that comes from the runs is escaped.
 
     Raises:
@@ -40,6 +41,7 @@ def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, path: Path) 
         "students": [(row, best_of(row)) for row in rows if row.model == STUDENT],
         "others": [(row, best_of(row)) for row in rows if row.model != STUDENT],
         "pairs": pairs,
+        "tasks": tasks,
         "names": model_names(None),
         "differences": config_differences(runs),
         "plots": dev_plots(runs),
@@ -76,16 +78,19 @@ def best_of(row: Row) -> int | None:
     return best if first - second > own + its else None  # never with NaN, which a figure without a spread has
 
 
-def figures_table(runs: Sequence[ComparedRun], pairs: PairTable) -> Table:
-    """Return the students' figures as a table for the terminal, with what the pairs say, time and tokens."""
+def figures_table(runs: Sequence[ComparedRun], pairs: PairTable, tasks: ComparedTasks) -> Table:
+    """Return the students' figures as a table for the terminal, with what the pairs say, tasks, time and tokens."""
     table = Table("set", "figure")
     for run in runs:
         table.add_column(Text(run.label), justify="right")
     for row in (row for row in figure_rows(runs) if row.model == STUDENT):
-        best = best_of(row)
-        cells = [Text(_shown(cell), style="bold" if at == best else "") for at, cell in enumerate(row.cells)]
-        table.add_row(Text(row.set), row.figure, *cells)
+        table.add_row(Text(row.set), row.figure, *_texts(row.cells, best_of(row)))
     _add_pairs(table, runs, pairs)
+    if tasks.students:
+        table.add_section()
+    for line in tasks.students:
+        task, metric = (Text(text.strip()) for text in (line.row.task, f"{line.row.metric} {line.row.arrow}"))
+        table.add_row(task, metric, *_texts(line.cells, line.best, places=4))
     spent = costs(runs)
     table.add_section()
     table.add_row("", "optimizer steps", *(f"{cost.num_steps:,.0f}" for cost in spent))
@@ -119,7 +124,13 @@ def _interval(one: Difference | None, places: int) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _shown(cell: Cell | None) -> str:
+def _texts(cells: Sequence[Cell | None], best: int | None, places: int = 2) -> list[Text]:
+    """The figures of a line, the best one in bold."""
+    return [Text(_shown(cell, places), style="bold" if at == best else "") for at, cell in enumerate(cells)]
+
+
+def _shown(cell: Cell | None, places: int) -> str:
     if cell is None:
         return "-"
-    return f"{cell.mean:.2f} ± {cell.std:.2f}" if math.isfinite(cell.std) else f"{cell.mean:.2f}"
+    spread = f" ± {cell.std:.{places}f}" if math.isfinite(cell.std) else ""
+    return f"{cell.mean:.{places}f}{spread}"

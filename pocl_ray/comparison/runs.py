@@ -40,7 +40,10 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of one run: the mean and the spread over sampling seeds, or one greedy value without a spread."""
+    """One figure of one run: the mean and the spread over sampling seeds, or one greedy value without a spread.
+
+    Of a task of lm-eval they are its figure and the standard error.
+    """
 
     mean: float
     std: float = math.nan

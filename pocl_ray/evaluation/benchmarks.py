@@ -81,7 +81,9 @@ def plan_items(config: Config, models: Mapping[str, EvaluatedModel]) -> list[Ite
 def evaluate_items(items: Sequence[Item], config: Config, run_dir: RunDirectory) -> dict[str, int]:
     """Evaluate the items that have no file yet, and add all figures to evaluation.json under `tasks`.
 
-    `tasks` is `{entry of the config: {task: {model: figures}}}`, where figures are those of `harness.run_task`.
+    `tasks` is `{entry of the config: {task: {model: figures}}}`, where figures are those of `harness.run_task` with
+    `folder`, the digest of the folder that defines the task (None: lm-eval does), and `lm_eval`, the version: two runs
+    can only be compared where both are the same.
 
     Returns:
         Counts for the manifest.
@@ -100,8 +102,9 @@ def evaluate_items(items: Sequence[Item], config: Config, run_dir: RunDirectory)
     for item in items:
         of_item = run_dir.read_json(item.path)
         groups = {found["group"] for found in of_item.values()}
+        origin = {"folder": item.folder and Path(item.folder).name, "lm_eval": harness_version()}
         for name, found in of_item.items():
-            figures.setdefault(item.task.name, {}).setdefault(name, {})[item.name] = found
+            figures.setdefault(item.task.name, {}).setdefault(name, {})[item.name] = {**found, **origin}
             num_rows += 0 if name in groups else found["num_rows"]
     run_dir.write_json(EVALUATION, {**run_dir.read_json(EVALUATION), "tasks": figures})
     return {"num_rows": num_rows}

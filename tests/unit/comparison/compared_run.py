@@ -25,9 +25,10 @@ def make_run(
     references: tuple[str, ...] = ("a", "b"),
     evaluation: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    tasks: dict[str, Any] | None = None,
     **changes: Any,
 ) -> str:
-    """The files of a run that a comparison reads."""
+    """The files of a run that a comparison reads; `tasks` are those of its evaluation.json."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "name": "mine",
@@ -41,6 +42,8 @@ def make_run(
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = value
+    if tasks is not None:
+        config.setdefault("evaluation", {}).setdefault("tasks", list(tasks))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "rows").mkdir()
     table = pa.table({"references": [[reference] for reference in references]})
@@ -52,11 +55,11 @@ def make_run(
     }  # fmt: skip
     (folder / "rows" / "summary.json").write_text(json.dumps({"sets": {"dev": summary}}))
     found = {"dev": {"student": figures(mean), "teacher": figures(50)}} if evaluation is None else evaluation
-    (folder / "evaluation.json").write_text(json.dumps({"sets": found}))
+    (folder / "evaluation.json").write_text(json.dumps({"sets": found, "tasks": tasks or {}}))
     records = [{"step": step, "eval/dev/rouge_l": mean - 5 + step, "eval/dev/ce_loss": 2.0} for step in (0, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     counts = {"num_steps": 5, "num_tokens": 1000}
     done = {"status": "done", "fingerprint": "f", "outputs": [], "seconds": 10.0, "counts": counts}
-    steps = {name: done for name in STEPS if name not in without}
+    steps = {name: done for name in (*STEPS, *(["tasks"] if tasks else [])) if name not in without}
     (folder / "manifest.json").write_text(json.dumps({"version": VERSION, "steps": steps}))
     return str(folder)

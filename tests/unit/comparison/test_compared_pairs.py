@@ -14,6 +14,7 @@ from compared_run import make_run
 from rich.console import Console
 
 from pocl_ray import cli
+from pocl_ray.comparison.compared_tasks import ComparedTasks
 from pocl_ray.comparison.page import figures_table, write_comparison
 from pocl_ray.comparison.paired import PairTable, pair_table
 from pocl_ray.comparison.runs import ComparedRun, compared_runs
@@ -67,9 +68,9 @@ def test_pairs_are_shown_with_spread_interval_and_the_difference_of_two_runs(tmp
     assert rouge.over_first[1].paired == expected and rouge.over_first[1].verdict == "ahead"
     assert kl.over_first[1] is not None and kl.over_first[1].verdict == "behind" and kl.places == 3
 
-    shown = figures_table(runs, table)
+    shown = figures_table(runs, table, ComparedTasks())
     assert shown.row_count == 7 + 4  # of ROUGE-L and KL, over plain distillation and over the first run
-    write_comparison(runs, table, tmp_path / "page.html")
+    write_comparison(runs, table, ComparedTasks(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Over seeds of training" in page and "less first" in page
     low, high = f"+{expected.t_low:.2f}", f"+{expected.t_high:.2f}"

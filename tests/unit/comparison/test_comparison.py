@@ -11,6 +11,7 @@ import pytest
 from compared_run import figures, make_run
 
 from pocl_ray import cli
+from pocl_ray.comparison.compared_tasks import ComparedTasks
 from pocl_ray.comparison.page import best_of, figures_table, write_comparison
 from pocl_ray.comparison.paired import PairTable, pair_table
 from pocl_ray.comparison.runs import Cell, Row, compared_runs, config_differences, costs, figure_rows
@@ -34,9 +35,9 @@ def test_runs_on_the_same_rows_are_compared_in_figures_configs_and_costs(tmp_pat
     assert rows["student", "ROUGE-L, sampled"] == (Cell(20.0, 0.5), Cell(30.0, 0.5))
     (cost, _) = costs(runs)
     assert (cost.num_steps, cost.num_tokens, cost.tokens_per_s, cost.total_s) == (5, 1000, 100, 40)
-    assert figures_table(runs, PairTable()).row_count == 7
+    assert figures_table(runs, PairTable(), ComparedTasks()).row_count == 7
     assert pair_table(runs) == PairTable()
-    write_comparison(runs, PairTable(), tmp_path / "page.html")
+    write_comparison(runs, PairTable(), ComparedTasks(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "<b>30.00</b>" in page and page.count('<svg class="plot"') == 2
@@ -46,7 +47,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> 
     places = [make_run(tmp_path / "a", 20.0), make_run(tmp_path / "<b>", 20.0)]
     runs = compared_runs([open_past_run(place) for place in places])
     assert [run.label for run in runs] == places and config_differences(runs) == []
-    write_comparison(runs, PairTable(), tmp_path / "page.html")
+    write_comparison(runs, PairTable(), ComparedTasks(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Nothing that changes a result" in page and "&lt;b&gt;" in page
 

@@ -163,6 +163,8 @@ def test_only_what_is_missing_is_evaluated(folder: Path, student: Any, monkeypat
     tasks, _ = evaluate("pick")
     assert evaluated[5:] == [("student", "pick"), ("student_before", "pick")]
     assert list(tasks) == ["pick"]
+    found = tasks["pick"]["pick"]["student"]  # what a comparison of runs looks at
+    assert found["folder"] == folder_digest(str(folder))[:12] and found["lm_eval"] == harness.harness_version()
 
 
 def test_a_check_warns_of_a_number_of_examples_that_lm_eval_does_not_take(folder: Path) -> None:
