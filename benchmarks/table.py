@@ -85,6 +85,7 @@ PROGRAMS = (
         "--hidden 64 --layers 1 --steps 4 --rounds 1",
         threads=1,
     ),
+    Program("gaps", "gap_cost.py", "--rounds 4", "--shape quickstart --rounds 1", threads=1),
     Program("gpt2", "trl_step.py", "--shape gpt2 --batch 16 --steps 12", needs=CUDA),
     Program("qwen2.5", "trl_step.py", "--shape qwen2.5 --batch 8 --steps 12", needs=CUDA),
 )
