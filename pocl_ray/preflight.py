@@ -162,16 +162,21 @@ def check_budgets(config: Config, run_dir: RunDirectory, rows: Rows) -> None:
     Raises:
         ConfigError: It does not fit.
     """
-    models = [(f"{role}.sft.train", model.sft) for role, model in _models(config)]
-    budgets = {key: config.sft_train(sft).micro_batch_tokens for key, sft in models if sft is not None}
-    budgets["train"] = config.train.micro_batch_tokens
-    if not any(budgets.values()):
+    budgets = {key: budget for key, budget in _budgets(config).items() if isinstance(budget, int)}
+    if not budgets:  # or all are found by the workers, on their GPUs
         return
     stores = [RowStore.open(run_dir.local(made.path)) for made in (rows.train, rows.dev)]
     longest = max(int((store.prompt_lengths + store.response_lengths).max()) for store in stores)
     for key, budget in budgets.items():
         written = config.data.max_tokens if key == "train" and config.rollout.is_on else 0
         check_budget(budget, max(longest, written), True, key)
+
+
+def _budgets(config: Config) -> dict[str, int | str | None]:
+    """Return the token budget of each section that trains."""
+    models = [(f"{role}.sft.train", model.sft) for role, model in _models(config)]
+    budgets = {key: config.sft_train(sft).micro_batch_tokens for key, sft in models if sft is not None}
+    return {**budgets, "train": config.train.micro_batch_tokens}
 
 
 def warn_of_one_tokenizer(tokenizer: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase | None) -> None:
@@ -204,6 +209,12 @@ def check_without_gpus(config: Config) -> None:
         ConfigError: The config has such a setting.
     """
     divergences(config.distill, config.rollout, torch.device("cpu"))
+    for key, budget in _budgets(config).items():
+        if budget == "auto":
+            raise ConfigError(
+                f"{key}.micro_batch_tokens: auto measures a GPU's memory, and the workers have none; set a number of "
+                "tokens, or micro_batch_rows in its place"
+            )
     for key, model in (*_teachers(config), ("student", config.student)):
         if model.attention == "flash_attention_2":
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -67,3 +67,15 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_distinct)]
 """Seeds that all differ."""
+
+
+def _token_budget(given: Any) -> Any:
+    """Check a token budget here, so that a mistake is one line and not one for each kind of value."""
+    is_whole = isinstance(given, (int, float)) and not isinstance(given, bool) and given % 1 == 0
+    if given != "auto" and not (is_whole and given >= 1):
+        raise ValueError("a whole number of tokens, 1 or more, or auto")
+    return given if given == "auto" else int(given)
+
+
+TokenBudget = Annotated[int | Literal["auto"], BeforeValidator(_token_budget)]
+"""The tokens of a forward pass, or `auto`: as many as a GPU holds."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pocl_ray.config.base import Number, Section
+from pocl_ray.config.base import Number, Section, TokenBudget
 from pocl_ray.config.race import RACE, RaceConfig
 from pocl_ray.config.schedules import LossArg, ScheduleConfig
 
@@ -252,11 +252,10 @@ class TrainConfig(Section):
     micro_batch_rows: int | None = Field(
         default=None, ge=1, description="rows of one forward pass on one worker; null: 8, without micro_batch_tokens"
     )
-    micro_batch_tokens: int | None = Field(
+    micro_batch_tokens: TokenBudget | None = Field(
         default=None,
-        ge=1,
         description="tokens of one forward pass on one worker, in place of micro_batch_rows: as many rows as they hold,"
-        " equally much for each worker; null: rows are counted",
+        " equally much for each worker; auto: what fills a GPU; null: rows are counted",
     )
     packing: Literal["auto", "off"] = Field(
         default="auto",
@@ -343,7 +342,7 @@ class TrainOverrides(Section):
 
     global_batch_rows: int | None = Field(default=None, ge=1)
     micro_batch_rows: int | None = Field(default=None, ge=1)
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: TokenBudget | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)

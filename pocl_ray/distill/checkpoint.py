@@ -189,6 +189,7 @@ class Progress:
         rollout: State of the adaptive rollouts.
         is_packed: Whether rows are packed. A run keeps what it began with: losses are equal up to rounding only, and
             checkpoints of older versions are of padded rows.
+        micro_batch_tokens: Token budget that was found for the GPUs, kept for the same reason; None if none was.
         average: Numbers of the averages of the weights.
         best_average: The same at the best evaluation.
         metrics: Metric stream, with one record for each logged step.
@@ -205,6 +206,7 @@ class Progress:
     loss_scaler: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)
     is_packed: bool = False
+    micro_batch_tokens: int | None = None
     average: dict[str, int] = field(default_factory=dict)
     best_average: dict[str, int] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)

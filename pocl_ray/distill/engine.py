@@ -232,8 +232,7 @@ class Engine:
         # loss by the micro-batches and the summed gradient by the workers, so both are multiplied back in. A mean of
         # means would weigh a token by how few others share its micro-batch, and training would depend on the cut.
         scale = self.world_size * self.accumulation / num_response_tokens
-        # float64, so that a sum over many tokens keeps its digits.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # a sum over many tokens keeps its digits
         for place, batch in enumerate(micro_batches, 1):
             beat("training")
             self.deepspeed.set_gradient_accumulation_boundary(place == len(micro_batches))
@@ -254,10 +253,7 @@ class Engine:
         return StepLosses(loss, ce_loss, kd_loss, grad_norm, num_response_tokens, is_skipped)
 
     def _accumulate(self, num_micro_batches: int) -> None:
-        """Tell DeepSpeed the number of micro-batches of this step, which varies with a token budget.
-
-        It is equal on all workers; with one more or less, a worker would step while the others accumulate.
-        """
+        """Tell DeepSpeed the number of micro-batches of this step, which is equal on all workers."""
         if num_micro_batches == self.accumulation:
             return
         self.accumulation = num_micro_batches
@@ -299,6 +295,15 @@ class Engine:
         # `backward` has averaged these over the workers, so each worker computes the same norm.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
+
+    def rehearse(self, batch: MicroBatch, settings: StepSettings) -> None:
+        """Run a step that changes neither weights nor moments, to see what it takes; collective."""
+        self._accumulate(1)
+        self.deepspeed.train()
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        self.deepspeed.backward(self.deepspeed(batch.to(self.device), settings)[0] / batch.num_response_tokens)
+        self.guard.begin(math.inf, None)  # a step with such a loss is skipped
+        self.deepspeed.step()
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, settings: StepSettings) -> torch.Tensor:

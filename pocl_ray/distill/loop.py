@@ -105,7 +105,8 @@ class TrainingLoop:
         self.hooks = hooks
         self.state = TrainingState(engine)
         self.average = WeightAverage(self.state, task.train)
-        self.progress = Progress(is_packed=feed.layout.is_packed)
+        found = feed.layout.micro_batch_tokens if task.train.micro_batch_tokens == "auto" else None
+        self.progress = Progress(is_packed=feed.layout.is_packed, micro_batch_tokens=found)
         self._num_nonfinite = 0  # steps up to this one, in a row, that were skipped
         self.divergence, self.rollout_divergence = divergences(task.distill, task.rollout, engine.device)
         self.token_weight = TokenWeight.of(task.distill)
@@ -120,6 +121,8 @@ class TrainingLoop:
         if self.feed.layout.is_packed and not progress.is_packed:
             self.hooks.warn(f"{self.task.name}: goes on with padded rows, which it began with")
         progress.is_packed = self.feed.layout.is_packed = progress.is_packed and self.feed.layout.is_packed
+        if self.task.train.micro_batch_tokens == "auto":
+            self._keep_budget(progress)
         self.average.restore(progress.average, source)
         self.state.load(state_reader(source / STATE if source else None), KINDS, progress.num_adam_steps)
         self.state.set_loss_scaler(progress.loss_scaler)
@@ -131,6 +134,14 @@ class TrainingLoop:
             self.orders["rank"] = shared_order(source, self.engine.device)
         if self.frontier is not None:
             self.frontier.restore(source)
+
+    def _keep_budget(self, progress: Progress) -> None:
+        """Go on with the token budget that was found at first, unless less fits now."""
+        layout = self.feed.layout
+        assert layout.micro_batch_tokens is not None, "it is found before a checkpoint is read"
+        if progress.micro_batch_tokens is not None:
+            layout.micro_batch_tokens = min(layout.micro_batch_tokens, progress.micro_batch_tokens)
+        progress.micro_batch_tokens = layout.micro_batch_tokens
 
     @property
     def is_paused(self) -> bool:

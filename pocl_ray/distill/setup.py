@@ -20,6 +20,7 @@ from pocl_ray.curriculum.schedule import bucket_ends
 from pocl_ray.data.batching import Layout, random_order
 from pocl_ray.data.dealing import check_budget
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.budget import find_budget
 from pocl_ray.distill.checkpoint import DamagedCheckpointError, Progress, read_progress
 from pocl_ray.distill.dev import DevEvaluator, measure_gaps
 from pocl_ray.distill.engine import Engine, InferenceStudent
@@ -57,7 +58,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     teachers = load_teachers(task, device)  # before the engine: ZeRO-3 must not partition them
     student = load_model(on_this_node(task.student), dtype=torch.float32, eval_mode=False)
     check_split(student, task.student.path)
-    layout = Layout(pad_id, train.rows_at_once, train.micro_batch_tokens, _packs(task, student, device, hooks))
+    layout = Layout(pad_id, train.rows_at_once, is_packed=_packs(task, student, device, hooks))
     for teacher in teachers:
         _let_pack(task, teacher, layout, hooks)
     if rank == 0:
@@ -76,8 +77,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
         Feed(store, layout, rank, world_size, teachers_of(task, made, teachers, num_logits))
         for store, made in zip(stores, (task.rows, task.dev_rows), strict=True)
     )
-    longest = task.max_tokens if task.rollout.is_on else max(int(one.lengths.max()) for one in (feed, dev_feed))
-    check_budget(train.micro_batch_tokens, longest, layout.is_packed)
+    _settle_budget(task, engine, layout, (feed, dev_feed), teachers)
     divergence = resolve_divergence(task.distill, device)
     settings = StepSettings(DEV_KD_TEMPERATURE, 0.5 if task.teachers else 0.0, divergence)
     copy = InferenceStudent(engine)
@@ -108,6 +108,20 @@ def _packs(task: TrainTask, student: PreTrainedModel, device: torch.device, hook
     flag = torch.tensor(float(obstacle is None), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def _settle_budget(
+    task: TrainTask, engine: Engine, layout: Layout, feeds: Sequence[Feed], teachers: Sequence[LoadedTeacher]
+) -> None:
+    """Set the token budget, which holds the longest row, or find the one that fills the GPUs; collective."""
+    longest = task.max_tokens if task.rollout.is_on else max(int(feed.lengths.max()) for feed in feeds)
+    budget = task.train.micro_batch_tokens
+    if budget == "auto":
+        num_rows = task.train.global_batch_rows // engine.world_size
+        live = [teacher.live for teacher in teachers if teacher.live is not None]
+        budget = find_budget(engine, longest, num_rows, layout.is_packed, live)
+    check_budget(budget, longest, layout.is_packed)
+    layout.micro_batch_tokens = budget
 
 
 def _let_pack(task: TrainTask, teacher: LoadedTeacher, layout: Layout, hooks: LoopHooks) -> None:

@@ -58,6 +58,14 @@ def test_rescoring_over_a_cache_of_hidden_states_is_no_mistake() -> None:
             {"distill": {"teacher_cache": "none"}, "rollout": {"mode": "on", "backend": "vllm"}},
             "rollout.backend: vllm runs on GPUs.* set it to transformers",
         ),
+        (
+            {"train": {"micro_batch_tokens": "auto"}},
+            r"^train\.micro_batch_tokens: auto measures a GPU's memory, and the workers have none; set a number",
+        ),
+        (
+            {"student": {"path": "student", "sft": {"train": {"micro_batch_tokens": "auto"}}}},
+            r"^student\.sft\.train\.micro_batch_tokens: auto measures",
+        ),
     ],
 )
 def test_what_only_gpus_can_do_is_refused_on_a_cluster_without_them(changes: dict[str, Any], says: str) -> None:

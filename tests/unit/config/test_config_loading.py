@@ -217,6 +217,12 @@ def test_a_value_out_of_range_names_its_key(file: Path, override: str, place: st
             ["train.micro_batch_rows=4", "train.micro_batch_tokens=512"],
             "train: micro_batch_tokens (512) stands in place of micro_batch_rows (4); remove one of them",
         ),
+        (
+            ["train.micro_batch_rows=4", "train.micro_batch_tokens=auto"],
+            "train: micro_batch_tokens (auto) stands in place of micro_batch_rows (4); remove one of them",
+        ),
+        (["train.micro_batch_tokens=much"], "train.micro_batch_tokens: a whole number of tokens, 1 or more, or auto"),
+        (["train.micro_batch_tokens=0"], "train.micro_batch_tokens: a whole number of tokens, 1 or more, or auto"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(file: Path, overrides: list[str], says: str) -> None:
@@ -236,6 +242,7 @@ def test_sft_takes_the_training_keys_that_it_does_not_set(file: Path) -> None:
     [
         ([], (8, None), (8, None)),
         (["train.micro_batch_tokens=512"], (8, 512), (8, 512)),
+        (["train.micro_batch_tokens=auto"], (8, "auto"), (8, "auto")),
         (["train.micro_batch_rows=4", "student.sft.train.micro_batch_tokens=256"], (4, None), (8, 256)),
         (["train.micro_batch_tokens=512", "student.sft.train.micro_batch_rows=2"], (8, 512), (2, None)),
     ],

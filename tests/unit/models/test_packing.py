@@ -36,6 +36,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "soft_capped": ({**_LLAMA, "model_type": "gemma2", "head_dim": 8}, "runs as eager"),
     "alibi": ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, "runs as eager"),
     "own_code": ({**_LLAMA, "model_type": "stablelm"}, "change its logits by"),
+    "hybrid": (
+        {**_LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv", "conv"]},
+        "change its logits by",
+    ),
     "state_space": ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, "runs as eager"),
 }
 NewModel = Callable[..., PreTrainedModel]
