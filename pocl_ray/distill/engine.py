@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -176,8 +177,10 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # Under bf16 and fp16 DeepSpeed keeps float32 copies of the weights, which Adam changes.
         module.to(dtype=DTYPES[train.precision], device=device)
+        trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            _parameter_groups(module, train.weight_decay),
+            trained,
+            weight_decay=train.weight_decay,
             lr=train.learning_rate,
             betas=train.betas,
             eps=train.eps,
@@ -188,9 +191,10 @@ class Engine:
             for adapted in adapters_of_parameters(module):  # they read their own weights before any layer runs
                 deepspeed.utils.set_z3_leaf_module(adapted, True)
         # The process group stands already: Ray Train or the tests made it, and a second one would find no peers.
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with _without_dynamo():  # it imports an optimizer of its own, which is compiled and which nobody uses
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self.guard = _StepGuard(optimizer, self.deepspeed.optimizer if train.zero_stage > 0 else None)
         self.accumulation = accumulation_steps(train, self.world_size, responses_per_row)
         _set_timeout_of_all_groups(timeout_s)
@@ -242,7 +246,8 @@ class Engine:
             self.deepspeed.backward(losses[0] * scale)
             sums += torch.stack([loss.detach().double() for loss in losses])
             if self.deepspeed.is_gradient_accumulation_boundary():  # true for the last micro-batch alone
-                dist.all_reduce(sums)  # before the step: all workers must know whether the loss is finite
+                if self.world_size > 1:
+                    dist.all_reduce(sums)  # before the step: all workers must know whether the loss is finite
                 self.guard.begin(float(sums[0]), self._plain_grad_norm())
             self.deepspeed.step()  # called for every micro-batch; weights change at the boundary
         # The same divisor as that of the gradient, so the logged loss is the one that was minimised.
@@ -371,12 +376,9 @@ def check_precision(precision: str, accelerator: Any) -> None:
 def import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed and join its communication layer to the process group that stands already.
 
-    On a CPU its shared-memory op is left out: it is compiled at first use, and a missing compiler must not stop a
-    run. Dynamo is off during the import, which otherwise pulls in the whole of inductor.
+    On a CPU its shared-memory op is left out: it is compiled at first use, and a missing compiler must not stop a run.
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
+    with _without_dynamo():
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
@@ -386,17 +388,21 @@ def import_deepspeed(device: torch.device) -> Any:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+@contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Let what is decorated with `torch.compile` stay as it is while the block runs; otherwise inductor is imported."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
     finally:
         if before is None:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
-    return deepspeed
-
-
-def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": trained, "weight_decay": weight_decay}]
 
 
 def _set_timeout_of_all_groups(timeout_s: float) -> None:

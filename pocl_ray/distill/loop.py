@@ -285,7 +285,11 @@ class TrainingLoop:
         """Seed torch as a function of seed, step and worker: no generator state needs to be stored."""
         # By worker too, or all workers would drop the same units at the same places of their batches.
         sequence = np.random.SeedSequence([self.task.seed, self.progress.step, self.engine.rank])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        # Not torch.manual_seed: it seeds each kind of device that there might be, which takes a millisecond.
+        torch.default_generator.manual_seed(seed)
+        if self.engine.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _log(
         self,

@@ -28,8 +28,8 @@ FLASH = "flash_attention_2"
 _SPANS = "packed_spans"
 """The keyword argument that carries the rows through a model to our attention function."""
 
-Span = tuple[int, int, int]
-"""The first token of a run of rows of equal length, their number and their length."""
+Span = tuple[int, int]
+"""The number of rows of a run of rows of equal length, and their length."""
 
 _LENGTHS = (5, 9, 3, 3)
 # Of the spread of a token's logits. In float32 only the order of sums differs. In 16 bits rounding differs as much as a
@@ -81,18 +81,18 @@ def packed_attention(
     if spans is None:
         output: tuple[Tensor, Tensor | None] = sdpa(module, query, key, value, attention_mask, **kwargs)
         return output
+    # Cut all at once: the gradient is then put together once. That of a slice would be an array of the whole batch.
+    sizes = [num_rows * length for num_rows, length in spans]
+    cut = zip(*(tensor.squeeze(0).transpose(0, 1).split(sizes) for tensor in (query, key, value)), strict=True)
     parts = []
-    for span in spans:
-        rows = (_rows_of(tensor, span) for tensor in (query, key, value))
-        parts.append(sdpa(module, *rows, None, **kwargs)[0].flatten(0, 1))
+    for span, rows in zip(spans, cut, strict=True):
+        parts.append(sdpa(module, *(_rows_of(part, span) for part in rows), None, **kwargs)[0].flatten(0, 1))
     return torch.cat(parts).unsqueeze(0), None
 
 
-def _rows_of(tensor_1HTD: Tensor, span: Span) -> Tensor:
-    """The rows of a span as a batch (R, H, T, D); a view."""
-    start, num_rows, length = span
-    part_HTD = tensor_1HTD[0].narrow(1, start, num_rows * length)
-    return part_HTD.unflatten(1, (num_rows, length)).transpose(0, 1)
+def _rows_of(part_THD: Tensor, span: Span) -> Tensor:
+    """The tokens of a span as a batch of rows (R, H, T, D); a view."""
+    return part_THD.view(*span, *part_THD.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(PACKED_SDPA, packed_attention)
@@ -101,12 +101,7 @@ AttentionMaskInterface.register(PACKED_SDPA, AttentionMaskInterface()["sdpa"])
 
 def spans_of(row_lengths: Sequence[int]) -> tuple[Span, ...]:
     """Return the runs of neighbouring rows of equal length."""
-    spans, start = [], 0
-    for length, run in itertools.groupby(row_lengths):
-        num_rows = len(list(run))
-        spans.append((start, num_rows, length))
-        start += num_rows * length
-    return tuple(spans)
+    return tuple((len(list(run)), length) for length, run in itertools.groupby(row_lengths))
 
 
 def packed_inputs(model: nn.Module, row_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
