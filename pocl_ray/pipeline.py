@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.markup import escape
 
 from pocl_ray.arms import Arm, Race, plan_race
 from pocl_ray.config import Config
@@ -39,7 +38,7 @@ from pocl_ray.models.places import ModelRef
 from pocl_ray.models.prepare import trained_reference
 from pocl_ray.preflight import check_budgets, check_disk, check_inputs, check_nodes, check_room, check_settings
 from pocl_ray.preview import frontier_notes
-from pocl_ray.ray_train.driver import train_counted
+from pocl_ray.ray_train.background import Trainings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
@@ -47,16 +46,14 @@ from pocl_ray.run_directory.claim import Claim
 from pocl_ray.run_directory.lease import refusal
 from pocl_ray.run_directory.manifest import StepResult, Steps, step_fingerprint
 from pocl_ray.teacher_cache.writer import FORMAT_VERSION
-from pocl_ray.tracking.results import read_results
-from pocl_ray.tracking.run import TrackedRun, Tracking
-from pocl_ray.tracking.stream import Stream
+from pocl_ray.tracking.stream import send_results
 from pocl_ray.trainings.heats import run_race
 from pocl_ray.trainings.judge import judge_task
 from pocl_ray.trainings.pairs import compare_pairs, print_pairs, train_pairs
 from pocl_ray.trainings.process import Job
 
 SIGNALS, SCORES, PLAN, CACHE = "scores/signals.parquet", "scores.parquet", "plan.json", "teacher_cache"
-PAIRS, RACED = "pairs.json", "race.json"
+PAIRS, RACED, CONTROL = "pairs.json", "race.json", "control/student"
 
 
 class Pipeline:
@@ -92,6 +89,7 @@ class Pipeline:
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps, teacher)
+        self._trainings, self._compares = Trainings(config.scaling), False
 
     def close(self) -> None:
         """Release the run directory for other runs.
@@ -246,25 +244,39 @@ class Pipeline:
     @cached_property
     def control(self) -> FingerprintedModel | None:
         """The student after plain distillation, with the same number of optimizer steps."""
-        config, stages = self.config, self.stages
-        if config.control is None:
+        if self.config.control is None:
             return None
-        num_steps = sum(stage.num_steps for stage in stages)
-        if config.curriculum.advance == "plateau":  # their number is known only after they are done
+        if self.config.curriculum.advance == "plateau":  # the number of steps is known only after they are done
             _ = self.distilled
+        return self._distill("control", self._control_stages, CONTROL)
+
+    @property
+    def _control_stages(self) -> tuple[Stage, ...]:
+        num_steps = sum(stage.num_steps for stage in self.stages)
+        if self.config.curriculum.advance == "plateau":
             num_steps = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
-        plan = plan_control(config, self.inputs.rows.train.num_rows, num_steps)
-        return self._distill("control", plan, "control/student")
+        return plan_control(self.config, self.inputs.rows.train.num_rows, num_steps)
+
+    def _early_control(self) -> TrainTask | None:
+        """The training of the control, if it may begin with that of the curriculum and is not done."""
+        config = self.config
+        asks = self._compares and config.scaling.parallel_control and config.curriculum.advance != "plateau"
+        if not asks or config.control is None:
+            return None
+        stages = self._control_stages
+        depends = distill_dependencies(config, self.ranking, self.inputs.student.fingerprint, stages)
+        fingerprint = step_fingerprint("control", depends)
+        is_done = self.steps.manifest.is_done("control", fingerprint)
+        return None if is_done else self._distill_task("control", fingerprint, stages, CONTROL)
 
     @cached_property
     def pairs(self) -> str | None:
         """The fingerprint of `pairs.json`: curriculum less control on further seeds; None if the config names none."""
-        config, inputs = self.config, self.inputs
+        config = self.config
         seeds = config.control.seeds if config.control is not None else ()
         if not seeds:
             return None
-        num_steps = sum(stage.num_steps for stage in self.stages)
-        plans = {STUDENT: self.stages, STUDENT_KD: plan_control(config, inputs.rows.train.num_rows, num_steps)}
+        plans = {STUDENT: self.stages, STUDENT_KD: self._control_stages}
         keys = [(side, seed) for seed in seeds for side in plans]
         depends = {key: self._pair_depends(plans[key[0]], key[1]) for key in keys}
 
@@ -280,6 +292,7 @@ class Pipeline:
     @cached_property
     def evaluated(self) -> dict[str, FingerprintedModel]:
         """The models that are compared, by their names in `evaluation.json`."""
+        self._compares = True  # before the student is distilled, so that its control may be trained meanwhile
         config, models = self.config.evaluation, {STUDENT: self.distilled}
         if config.student_before:
             models[STUDENT_BEFORE] = self.inputs.student
@@ -334,18 +347,10 @@ class Pipeline:
         return self.steps.run("report", depends, work)
 
     def _track_results(self) -> None:
-        """Send the results to the trackers' run of the distillation; what they do not take is a warning."""
-        config = self.config
-        if not config.tracking:
-            return
-        tracking = Tracking(config.tracking, config.name, config.model_dump(mode="json"))
-        step = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
-        trained = ("distill", self.distilled.fingerprint) if self.raced is None else self.raced[0].identity
-        run = TrackedRun.begin(tracking, self.run_dir, *trained, step)
-        stream = Stream(run, config.tracking, lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"))
-        sets, tasks = self.inputs.rows.tests, [task.name for task in config.evaluation.tasks]
-        stream.send_results(read_results(self.run_dir, step, sets, config.report.num_examples, tasks))
-        stream.close()
+        if self.config.tracking:
+            step = self.steps.manifest.steps["distill"]["counts"]["num_steps"]
+            trained = ("distill", self.distilled.fingerprint) if self.raced is None else self.raced[0].identity
+            send_results(self.config, self.run_dir, trained, step, self.inputs.rows.tests)
 
     @property
     def _top_k(self) -> int | None:
@@ -375,13 +380,12 @@ class Pipeline:
         return written
 
     def _distill(self, name: str, stages: tuple[Stage, ...], output: str) -> FingerprintedModel:
-        config, inputs, ranking = self.config, self.inputs, self.ranking
-        student, teachers = inputs.student, inputs.teachers if reads_teacher(config, stages) else ()
+        depends = distill_dependencies(self.config, self.ranking, self.inputs.student.fingerprint, stages)
+        return self._trained(name, depends, lambda fingerprint: self._distill_task(name, fingerprint, stages, output))
 
-        def task(fingerprint: str) -> TrainTask:
-            return self._task(config, name, fingerprint, stages, teachers, output)
-
-        return self._trained(name, distill_dependencies(config, ranking, student.fingerprint, stages), task)
+    def _distill_task(self, name: str, fingerprint: str, stages: tuple[Stage, ...], output: str) -> TrainTask:
+        teachers = self.inputs.teachers if reads_teacher(self.config, stages) else ()
+        return self._task(self.config, name, fingerprint, stages, teachers, output)
 
     def _trained(self, name: str, depends: Any, task_of: Callable[[str], TrainTask]) -> FingerprintedModel:
         """Run a step that trains a student, by the task of its fingerprint."""
@@ -389,7 +393,7 @@ class Pipeline:
 
         def work(fingerprint: str) -> StepResult:
             task = task_of(fingerprint)
-            counts = train_counted(task, self.config.scaling)
+            counts = self._trainings.run(task, self._early_control() if name == "distill" else None)
             adapted = {} if self._adapted is None else self._adapted.counts()
             return StepResult([task.output, task.metrics], counts | adapted)
 

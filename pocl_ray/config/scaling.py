@@ -68,6 +68,11 @@ class ScalingConfig(Section):
         description="workers or actors without progress for this long are killed, and their work is done again; set "
         "it above the time that a model takes to load and a batch to compute",
     )
+    parallel_control: bool = Field(
+        default=False,
+        description="train the control at the same time as the curriculum, if the cluster has room for the workers of "
+        "both; it takes the memory of both",
+    )
     start_timeout_s: float = Field(default=60.0, gt=0, description="how long to wait for resources before giving up")
 
     @field_validator("labels")

@@ -62,8 +62,12 @@ RAY_TRAIN_ENVIRONMENT = {
 ONE_MACHINE_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away
 CLUSTER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # the dashboard's Train page shows what it tracks
 
+_environment_lock = threading.Lock()
+_environment_users: list[int] = []
+_environment_added: dict[str, str] = {}
 
 Watch = Callable[[TrainingStatus], None]
+Train = Callable[["TrainTask", ScalingConfig, Watch], TrainingStatus]
 
 
 def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
@@ -83,20 +87,29 @@ def run_training(task: TrainTask, scaling: ScalingConfig) -> TrainingStatus:
         DivergedError: Loss or gradient are not finite in several consecutive steps.
     """
     with progress_bar(task.name, task.last_step, "steps") as bar:
-        return train_watched(task, scaling, _show_on(bar))
+        return train_watched(task, scaling, show_on(bar))
 
 
 @contextmanager
 def _ray_train_environment() -> Iterator[None]:
-    """Set what Ray Train reads from the environment and the user has not set; the next run may use another cluster."""
+    """Set what Ray Train reads from the environment and the user has not set; the next run may use another cluster.
+
+    Trainings that run at the same time share it, and the last of them takes it back.
+    """
     of_this_cluster = ONE_MACHINE_ENVIRONMENT if is_one_machine() else CLUSTER_ENVIRONMENT
-    added = {key: value for key, value in {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}.items() if key not in os.environ}
-    os.environ.update(added)
+    with _environment_lock:
+        if not _environment_users:
+            wanted = {**RAY_TRAIN_ENVIRONMENT, **of_this_cluster}
+            _environment_added.update({key: value for key, value in wanted.items() if key not in os.environ})
+            os.environ.update(_environment_added)
+        _environment_users.append(threading.get_ident())
     try:
         yield
     finally:
-        for key in added:
-            os.environ.pop(key, None)
+        with _environment_lock:
+            _environment_users.remove(threading.get_ident())
+            while _environment_added and not _environment_users:
+                os.environ.pop(_environment_added.popitem()[0], None)
 
 
 @_ray_train_environment()
@@ -165,8 +178,12 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
-    """Run `run_training` and return its counts for the manifest; what was done before it is told apart."""
-    status = run_training(task, scaling)
+    """Run `run_training` and return its counts for the manifest."""
+    return counts_of(run_training(task, scaling))
+
+
+def counts_of(status: TrainingStatus) -> dict[str, int]:
+    """Return the counts of a finished training for the manifest; what was done before it is told apart."""
     earlier = {"earlier_steps": status.earlier_steps, "earlier_tokens": status.earlier_tokens}
     return {"num_steps": status.step, "num_tokens": status.num_tokens, **(earlier if status.earlier_steps else {})}
 
@@ -278,7 +295,7 @@ def _abort(thread: threading.Thread, progress_actor: Any) -> None:
     ray.kill(progress_actor)
 
 
-def _show_on(bar: Bar) -> Watch:
+def show_on(bar: Bar) -> Watch:
     """Return a watch that shows the training status on a bar, and prints each warning once."""
     num_starts, num_warnings, is_constant = 0, 0, False
 
@@ -286,7 +303,7 @@ def _show_on(bar: Bar) -> Watch:
         nonlocal num_starts, num_warnings, is_constant
         if training_status.num_starts > num_starts:
             num_starts = training_status.num_starts
-            bar.begin(training_status.first_step)
+            bar.begin(training_status.step)
         for warning in training_status.warnings[num_warnings:]:
             console.print(f"[yellow]warning:[/] {escape(warning)}")
         num_warnings = len(training_status.warnings)

@@ -11,9 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.markup import escape
+
+from pocl_ray.config import Config
+from pocl_ray.console import console
 from pocl_ray.plugins import reason
-from pocl_ray.tracking.results import Results
-from pocl_ray.tracking.run import TrackedRun, figures_of
+from pocl_ray.records import RowsSummary
+from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.tracking.results import Results, read_results
+from pocl_ray.tracking.run import TrackedRun, Tracking, figures_of
 from pocl_ray.tracking.trackers import Point, Tracker, open_tracker
 
 MAX_WAITING = 10_000
@@ -114,3 +120,24 @@ class _Sender(threading.Thread):
         if isinstance(item, Results):
             tracker.log_results(item)
         return item is not None and not self._has_failed.is_set()
+
+
+def send_results(
+    config: Config, run_dir: RunDirectory, trained: tuple[str, str], step: int, sets: Mapping[str, RowsSummary]
+) -> None:
+    """Send the results of a run to the trackers' run of its distillation; what they do not take is a warning.
+
+    Args:
+        config: Config of the run.
+        run_dir: Run directory.
+        trained: Name and fingerprint of the training.
+        step: Number of its optimizer steps.
+        sets: Test sets.
+    """
+    run = TrackedRun.begin(
+        Tracking(config.tracking, config.name, config.model_dump(mode="json")), run_dir, *trained, step
+    )
+    stream = Stream(run, config.tracking, lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"))
+    tasks = [task.name for task in config.evaluation.tasks]
+    stream.send_results(read_results(run_dir, step, sets, config.report.num_examples, tasks))
+    stream.close()
