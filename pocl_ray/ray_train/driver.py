@@ -32,6 +32,7 @@ from pocl_ray.ray_train.internals import DatasetsCallback, PlacementGroupCleaner
 from pocl_ray.ray_train.policies import (
     BackUpSnapshots,
     ElasticPolicy,
+    OneMachinePolicy,
     ReportFailures,
     RetryPolicy,
     UpdateProgress,
@@ -216,6 +217,8 @@ class _Trainer(DataParallelTrainer):
         if self.scaling_config.elasticity_enabled:
             policy = ElasticPolicy(self.scaling_config, self.global_batch_rows, self.patience_s)
             arguments["scaling_policy"] = policy
+        elif is_one_machine():
+            arguments["scaling_policy"] = OneMachinePolicy(self.scaling_config)
         arguments["failure_policy"] = RetryPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 

@@ -35,8 +35,14 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 
-# The elastic policy is Ray's policy with numbers of workers that divide the global batch.
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+# The elastic policy is Ray's policy with numbers of workers that divide the global batch. On one machine the policy of
+# a fixed number of workers asks no autoscaler.
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ScalingDecision,
+)
 
 # The controller's records about the workers, for policies and callbacks.
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
@@ -51,6 +57,7 @@ __all__ = [
     "ElasticScalingPolicy",
     "ErroredState",
     "FailureDecision",
+    "FixedScalingPolicy",
     "NoopDecision",
     "PlacementGroupCleanerCallback",
     "ReportCallback",

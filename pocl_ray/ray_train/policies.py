@@ -29,6 +29,7 @@ from pocl_ray.ray_train.internals import (
     ElasticScalingPolicy,
     ErroredState,
     FailureDecision,
+    FixedScalingPolicy,
     NoopDecision,
     ReportCallback,
     ReschedulingState,
@@ -207,6 +208,22 @@ class ElasticPolicy(ElasticScalingPolicy):
         config, nodes = self.scaling_config, list(reserved_resources.values())
         room = room_for(config._resources_per_worker_not_none, nodes, str(config.placement_strategy))
         return largest_share(min(room, config.max_workers), config.min_workers, self._global_batch_rows)
+
+
+class OneMachinePolicy(FixedScalingPolicy):
+    """Decides for a fixed number of workers on one machine, which cannot grow, so no autoscaler is asked for room.
+
+    Ray's own policy asks through an actor. The first training of a cluster would wait for its process to start.
+    """
+
+    def _send_resource_request(self) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _cancel_resource_request(self) -> None:
+        pass
 
 
 class BackUpSnapshots(ReportCallback):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller.state import (
@@ -18,11 +19,11 @@ from ray.train.v2._internal.execution.controller.state import (
     TrainControllerState,
 )
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from pocl_ray.errors import ResourceError
-from pocl_ray.ray_train.policies import ReportFailures, RetryPolicy, cause_of, give_up
+from pocl_ray.ray_train.policies import OneMachinePolicy, ReportFailures, RetryPolicy, cause_of, give_up
 from pocl_ray.ray_train.progress import ProgressActor
 
 LIMIT = 2
@@ -132,3 +133,11 @@ def test_what_was_done_before_the_first_start_is_kept_apart_from_what_a_failure_
     board.begin(240, 120, [], num_tokens=24_000)  # after a failure of the workers
     status = board.read()
     assert (status.first_step, status.earlier_steps, status.earlier_tokens) == (120, 96, 19_200)
+
+
+def test_on_one_machine_no_autoscaler_is_asked_for_room() -> None:
+    policy = OneMachinePolicy(ScalingConfig(num_workers=2))
+    policy.after_controller_start(SimpleNamespace(run_id="run"))  # type: ignore[arg-type]
+    decision: Any = policy.make_decision_for_non_running_worker_group()
+    assert decision.num_workers == 2
+    assert not ray.is_initialized(), "a question to Ray would have started it"
