@@ -1,4 +1,8 @@
-"""The Python versions that the project promises: said alike everywhere, and each of them can have every pin."""
+"""The Python versions that the project promises: said alike everywhere, and each of them can have every pin.
+
+That all pins hold together is read from the packages that are installed here, for every version. That each has a wheel
+for it is asked of the registry, which takes a minute a version and is left to `make test-versions`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-# A resolution takes a minute and the registry: `make test` does the newest version, `make test-versions` all of them.
-RESOLVED = VERSIONS if os.environ.get("POCL_VERSIONS") == "all" else VERSIONS[-1:]
 # These publish no wheel; they are pure Python, so that a wheel built here serves every version.
 WITHOUT_WHEEL = ("antlr4-python3-runtime", "deepspeed", "rouge-score", "sqlitedict", "word2number")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -94,6 +98,36 @@ def test_every_pin_is_one_that_pyproject_allows(version: str) -> None:
             assert need.specifier.contains(pinned[canonicalize_name(need.name)]), text
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_pin_is_one_that_the_other_packages_allow(version: str) -> None:
+    """Of each package that is installed as pinned: what it needs on that Python, its extras in use included."""
+    pinned = {canonicalize_name(pin.name): Version(next(iter(pin.specifier)).version) for pin in pins_of(version)}
+    todo, seen = [("pyproject.toml", text, frozenset({""})) for text in wanted()], set()
+    while todo:
+        source, text, extras = todo.pop()
+        need = Requirement(text)
+        name, more = canonicalize_name(need.name), frozenset({"", *need.extras})
+        places = [{**environment(version), "extra": extra} for extra in extras]
+        if need.marker is not None and not any(need.marker.evaluate(place) for place in places):
+            continue
+        assert name in pinned, f"{source} needs {text}, which has no pin for Python {version}"
+        assert need.specifier.contains(pinned[name], prereleases=True), f"{source} needs {text}, not {pinned[name]}"
+        if (name, more) not in seen:
+            seen.add((name, more))
+            todo += [(name, each, more) for each in needs_of(name, pinned[name])]
+    assert len(seen) > 0.5 * len(pinned), "what is installed here is not what is pinned"
+
+
+def needs_of(name: str, version: Version) -> list[str]:
+    """What this version of a package needs, if it is installed; the resolution for each Python looks at the others."""
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return []
+    is_same = Version(Version(found.version).public) == version  # without `+cpu`
+    return (found.requires or []) if is_same else []
+
+
 def test_no_marker_speaks_of_a_python_that_is_not_promised() -> None:
     markers = re.findall(
         r"python_version *(==|[<>]=?) *['\"]([0-9.]+)['\"]", text_of("constraints.txt") + text_of("pyproject.toml")
@@ -126,7 +160,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("version", RESOLVED)
+@pytest.mark.skipif(os.environ.get("POCL_VERSIONS") != "all", reason="a minute each; `make test-versions` does it")
+@pytest.mark.parametrize("version", VERSIONS)
 def test_each_version_can_have_every_pin(version: str, wheels: Path, tmp_path: Path) -> None:
     """pip resolves the whole environment for a Python that need not be on this machine, and installs nothing."""
     constraints = tmp_path / "constraints.txt"  # without markers, which pip would ask of the Python that runs it
