@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ from pocl_ray.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "apple river stone cloud green seven market window silver garden morning paper".split()  # noqa: SIM905
 NUM_ROWS = 96
-# Of the full run and its copies; all others have one of each, so that fewer processes are started.
-FULL_SCALING = {"scaling__num_workers": 2, "scaling__evaluation_actors": 2}
+# Of the full run and its copies: two workers, where most others have one and so start fewer processes, and no
+# fine-tuning of the student, which test_adapters.py has.
+FULL: dict[str, Any] = {"scaling__num_workers": 2, "scaling__evaluation_actors": 2, "student__sft": None}
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
 GENERATION = {"sampling_temperature": 0.0, "max_new_tokens": 6}
@@ -67,6 +71,40 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
         lines.append(json.dumps({"instruction": task, "input": " ".join(words), "output": " ".join(answer)}) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def write_texts(folder: Path) -> dict[str, Any]:
+    """Write plain texts as the sets of the tiny config; return its changes for them."""
+    rng = np.random.default_rng(0)
+    _write_sets(folder, lambda: {"text": _some_words(rng, 24)})
+    return {
+        "data__task": "text",
+        "data__prompt_template": None,
+        "data__max_prompt_tokens": None,
+        "data__max_tokens": 32,
+        "difficulty": {"signals": ["ce_loss", "teacher_student_kl"], "shard_rows": 32},
+    }
+
+
+def write_summaries(folder: Path) -> dict[str, Any]:
+    """Write articles with their first word as summary, as the sets of the tiny config; return its changes for them."""
+    rng = np.random.default_rng(1)
+
+    def one() -> dict[str, str]:
+        article = _some_words(rng, 30)
+        return {"article": article, "highlights": article.split()[0]}
+
+    _write_sets(folder, one)
+    return {"data__task": "summarization", "data__prompt_template": "Short: {document} =>"}
+
+
+def _some_words(rng: np.random.Generator, most: int) -> str:
+    return " ".join(rng.choice(WORDS, size=int(rng.integers(2, most))))
+
+
+def _write_sets(folder: Path, one: Callable[[], dict[str, str]]) -> None:
+    for name, count in (("train", 60), ("dev", 6), ("test", 6)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one()) + "\n" for _ in range(count)))
 
 
 def config_tree(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -118,11 +156,21 @@ def cli(*arguments: str, timeout_s: float = 1500) -> subprocess.CompletedProcess
 
 def cli_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
     """Run `pocl-ray` in this process, without the seconds of a new one; return its exit code and what it said."""
+    return _exit_code(arguments), capsys.readouterr().err
+
+
+def cli_in_fixture(*arguments: str) -> tuple[Any, str]:
+    """`cli_here` for a fixture that outlives a test, which has no `capsys`."""
+    with io.StringIO() as shown, redirect_stderr(shown):
+        return _exit_code(arguments), shown.getvalue()
+
+
+def _exit_code(arguments: Sequence[str]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pocl-ray", *arguments])
         with pytest.raises(SystemExit) as exited:
             command_line.main()
-    return exited.value.code, capsys.readouterr().err
+    return exited.value.code
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str, verb: str = "run") -> str:
@@ -165,11 +213,12 @@ def manifest(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FullRun:
-    """A finished run of two workers: where its rows lie, its config file, and its directory."""
+    """A finished run of two workers: where its rows lie, its config file and directory, and changes beyond `FULL`."""
 
     folder: Path
     config: Path
     run: Path
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def copy(self, storage: Path, without: tuple[str, ...] = (), **changes: Any) -> tuple[Config, Path]:
         """Copy the run to another storage, less some outputs and their checkpoints; return its config and directory."""
@@ -178,5 +227,5 @@ class FullRun:
         for pattern in without:
             for path in run.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        changes = {**FULL_SCALING, "storage_path": str(storage), **changes}
+        changes = {**FULL, **self.changes, "storage_path": str(storage), **changes}
         return Config.model_validate(config_tree(self.folder, **changes)), run

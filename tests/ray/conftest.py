@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 from matrix import LINE, table
-from tiny import FULL_SCALING, ROOT, FullRun, cli, write_config
+from tiny import FULL, ROOT, FullRun, cli, write_config
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.data.rows import prepare_rows
@@ -128,7 +128,7 @@ def ready_made(tiny_run: TinyRun) -> dict[str, Any]:
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> FullRun:
     """The whole flow once, from the command line; tests that change something copy it."""
     folder = tmp_path_factory.mktemp("full")
-    config = write_config(folder, **FULL_SCALING)
+    config = write_config(folder, **FULL)
     done = cli("run", str(config))
     assert done.returncode == 0, done.stderr
     return FullRun(folder, config, folder / "runs" / "tiny")

@@ -25,7 +25,7 @@ LOOK_EVERY_S = 0.05
 """To look takes a part of a core from what is looked at, as it goes through all processes of the machine."""
 IS_LONG_FORM = os.environ.get("POCL_FAULTS") == "all"
 long_form = pytest.mark.skipif(not IS_LONG_FORM, reason="part of `make test-faults`")
-"""Marks what `make test` leaves out; some kinds of fault, hangs and announced losses among them, are only here."""
+"""Marks what `make test` leaves out; hangs, announced losses and elastic runs, among others, are only here."""
 
 
 def wait_for(happened: Callable[[], Any], what: str, is_over: Callable[[], bool]) -> Any:

@@ -109,8 +109,8 @@ CASES = [
     *(("evaluation", fault) for fault in ("actor", "node", "driver")),
     ("report", "driver"),
 ]
-SHORT = [("scoring", "node"), ("evaluation", "actor")]
-"""Of `make test`: with test_kills.py and test_nodes.py each kind of loss, and a loss in each step on the cluster."""
+SHORT = [("scoring", "node")]
+"""Of `make test`: with test_kills.py each kind of loss."""
 
 RECOVERY_S = 90.0
 """So soon after the loss of a worker its run does the next step, most of it the start of processes."""

@@ -23,7 +23,7 @@ from faults import (
     started,
     wait_for,
 )
-from tiny import FullRun, cli, metrics, sha256
+from tiny import FullRun, cli, cli_here, metrics, sha256
 
 from pocl_ray.config.loading import dump_config
 from pocl_ray.pipeline import Pipeline
@@ -55,7 +55,9 @@ def test_a_killed_training_worker_changes_no_bit_of_the_student(
     assert metrics(run / "metrics.jsonl")[: len(before)] == before
 
 
-def test_a_killed_driver_changes_no_bit_of_the_student(full_run: FullRun, tmp_path: Path) -> None:
+def test_a_killed_driver_changes_no_bit_of_the_student(
+    full_run: FullRun, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, run = full_run.copy(tmp_path, DISTILLED)
     path = tmp_path / "tiny.yaml"
     path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties
@@ -68,8 +70,8 @@ def test_a_killed_driver_changes_no_bit_of_the_student(full_run: FullRun, tmp_pa
         assert not (run / WEIGHTS).exists()
         assert len(core) == 2
         assert not outliving(core, within_s=120.0)
-    done = cli("distill", str(path))
-    assert done.returncode == 0, done.stderr
+    code, shown = cli_here(capsys, "distill", str(path))
+    assert code == 0, shown
     assert sha256(run / WEIGHTS) == sha256(full_run.run / WEIGHTS)
     assert metrics(run / "metrics.jsonl")[: len(before)] == before
 

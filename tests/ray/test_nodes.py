@@ -17,7 +17,7 @@ from tiny import FullRun, metrics, sha256
 
 from pocl_ray.config.loading import dump_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800), long_form]
 
 LOSSES = ("train/loss", "train/kd_loss", "train/ce_loss", "eval/dev/ce_loss", "eval/dev/kd_loss")
 NOTICE_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
@@ -59,7 +59,6 @@ def send(processes: list[psutil.Process], what: signal.Signals) -> None:
         process.send_signal(what)
 
 
-@long_form
 def test_a_lost_and_replaced_node_changes_no_bit_of_the_student(full_run: FullRun, two: Nodes, tmp_path: Path) -> None:
     with distilling(full_run, tmp_path, two, scaling__start_timeout_s=300) as (driver, run, log):
         wait_for(lambda: has_checkpoint(run), "a checkpoint", lambda: driver.poll() is not None)
@@ -92,7 +91,6 @@ def test_an_elastic_run_goes_on_with_one_worker_and_grows_back_to_two(
     assert losses(run) == pytest.approx(losses(full_run.run), rel=1e-5, abs=1e-5)
 
 
-@long_form
 def test_a_node_that_is_announced_to_go_is_not_left_without_a_checkpoint(
     full_run: FullRun, two: Nodes, tmp_path: Path
 ) -> None:

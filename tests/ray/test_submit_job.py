@@ -1,8 +1,12 @@
-"""The tiny flow as a job on two nodes that ask for a token, submitted by both commands."""
+"""The tiny flow as a job on two nodes that ask for a token, submitted by both commands.
+
+Its rows are plain texts, which no other test on a cluster has.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import config_tree
+from tiny import config_tree, manifest, metrics, write_texts
 from two_nodes import TwoNodes, two_nodes
 
 from pocl_ray.ray_cluster.submit import EXCLUDES
@@ -35,7 +40,8 @@ def working_dir(ready_made: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(PACKAGE, folder / "pocl_ray", ignore=shutil.ignore_patterns("__pycache__"))
     shared = tmp_path_factory.mktemp("shared")
-    tree = config_tree(shared, **ready_made, control=None, curriculum__interval_epochs=1, scaling=SCALING)
+    changes = {"control": None, "curriculum__interval_epochs": 1, "scaling": SCALING, **write_texts(shared)}
+    tree = config_tree(shared, **ready_made, **changes)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     return folder
 
@@ -64,12 +70,16 @@ def test_a_mistake_that_the_job_finds_comes_back_as_its_exit_code(nodes: TwoNode
     assert "nowhere.jsonl" in done.stdout
 
 
-def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes, working_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def run(nodes: TwoNodes, working_dir: Path) -> Path:
+    """The directory of a run that was submitted and has come to its end."""
     done = submit(nodes, working_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ray job stop" in done.stderr
-    storage = Path(yaml.safe_load((working_dir / "run.yaml").read_text(encoding="utf-8"))["storage_path"])
-    run = storage / "tiny"
+    return Path(yaml.safe_load((working_dir / "run.yaml").read_text(encoding="utf-8"))["storage_path"]) / "tiny"
+
+
+def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes, working_dir: Path, run: Path) -> None:
     assert (run / "student" / "model.safetensors").exists()
     assert (run / "report.html").exists()
     assert len(json.loads((run / "environment.json").read_text(encoding="utf-8"))["nodes"]) == 2
@@ -86,3 +96,18 @@ def test_the_flow_runs_to_its_end_on_two_nodes_by_either_command(nodes: TwoNodes
     again = command(nodes, line, working_dir)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "distill is done already" in again.stdout + again.stderr
+
+
+def test_plain_text_is_distilled_and_measured_by_perplexity(run: Path) -> None:
+    figures = json.loads((run / "evaluation.json").read_text())["sets"]["held_out"]
+    assert set(figures) == {"student", "student_before", "teacher"}
+    for found in figures.values():
+        assert found["perplexity"] == pytest.approx(math.exp(found["ce_loss"])) and found["num_rows"] >= 6
+    assert figures["student"]["ce_loss"] < figures["student_before"]["ce_loss"]
+    scores = pq.read_table(run / "scores.parquet")
+    assert "rouge_l" not in scores.column_names and scores.num_rows > 60
+    assert scores["num_prompt_tokens"].unique().to_pylist() == [1]
+    evaluations = [record for record in metrics(run / "metrics.jsonl") if "eval/dev/kd_loss" in record]
+    assert evaluations and not any("eval/dev/rouge_l" in record for record in evaluations)
+    assert "perplexity" in (run / "report.md").read_text() and "perplexity" in (run / "student/README.md").read_text()
+    assert {step["status"] for step in manifest(run).values()} == {"done"}

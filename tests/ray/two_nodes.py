@@ -87,7 +87,8 @@ def two_nodes() -> Iterator[TwoNodes]:
         try:
             for options in (head, other):
                 started.append(ray_start([*options, *common], env, Path(scratch) / f"node{len(started)}.log"))
-                _wait_for_nodes(address, token, len(started), started)
+                _wait_for_port(gcs, started)  # the other starts while the head's dashboard does
+            _wait_for_nodes(address, token, len(started), started)
             yield TwoNodes(address, f"127.0.0.1:{gcs}", env)
         finally:
             for process in reversed(started):
@@ -99,6 +100,18 @@ def ray_start(options: list[str], env: Mapping[str, str], log: Path) -> subproce
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
     with log.open("wb") as output:
         return subprocess.Popen(command, env=dict(env), stdout=output, stderr=output, start_new_session=True)
+
+
+def _wait_for_port(port: int, started: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until a process listens on a port."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert all(process.poll() is None for process in started), "`ray start` ended"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port} after {START_S:.0f} s")
 
 
 def _wait_for_nodes(address: str, token: str, count: int, started: list[subprocess.Popen[bytes]]) -> None:
