@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from pocl_ray.experiments.plots import line_styles
 from pocl_ray.report.curves import Curve
-from pocl_ray.report.plots import new_figure, styled
+from pocl_ray.report.plots import legend_above, new_figure, styled
 
 
 @styled
@@ -35,5 +35,5 @@ def curves_of_runs(curves: Mapping[str, Curve], label: str) -> Figure:
         )
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(label)
-    drawing.legend(loc="outside upper left", ncols=3)
+    legend_above(drawing)
     return drawing

@@ -63,6 +63,8 @@ def headline(outcome: Outcome) -> str:
 
 
 def _best_arm(judged: Sequence[Comparison], figure: str) -> str:
+    from pocl_ray.experiments.plots import LABELS
+
     found = [one for one in judged if one.figure == figure]
     if not found:
         return ""
@@ -75,8 +77,8 @@ def _best_arm(judged: Sequence[Comparison], figure: str) -> str:
         else f"No arm is ahead of {best.baseline} on {best.set} by more than chance; the best one, {best.arm}, is level"
     )
     return (
-        f"{text}: {figure} {difference.mean:+.2f} ± {difference.half_width:.2f} over {difference.num_seeds} paired "
-        "seeds, at equal steps."
+        f"{text}: {LABELS[figure]} {difference.mean:+.2f} ± {difference.half_width:.2f} over "
+        f"{difference.num_seeds} paired seeds, at equal steps."
     )
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pocl_ray.experiments.results import Comparison, TrainingRecord
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER
-from pocl_ray.report.plots import COLOURS, INK, MUTED, new_figure, styled
+from pocl_ray.report.plots import COLOURS, INK, MUTED, legend_above, new_figure, styled
 
 LABELS = {
     "rouge_l": "greedy ROUGE-L",
@@ -75,7 +75,7 @@ def learning_curves(records: Mapping[str, Sequence[TrainingRecord]], figure: str
             ax.plot(steps, means, color=colour, linestyle=style, linewidth=1.6, label=arm)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(label)
-    drawing.legend(loc="outside upper left", ncols=3)
+    legend_above(drawing)
     return drawing
 
 

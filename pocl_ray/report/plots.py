@@ -67,6 +67,7 @@ _CSS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"} | {
 }
 _WIDTH_IN = 4.7
 _PNG_DPI = 180
+_LEGEND_ROW_IN, _LEGEND_CHARS = 0.16, 60
 _STYLE: dict[Any, Any] = {
     "font.size": 8.5, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
     "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
@@ -125,6 +126,24 @@ def render(name: str, title: str, figure: Figure) -> Plot:
 def new_figure(height_in: float, width_in: float = _WIDTH_IN) -> Figure:
     """Return an empty figure with automatic layout."""
     return Figure(figsize=(width_in, height_in), layout="constrained")
+
+
+def legend_above(figure: Figure) -> None:
+    """Put the legend of all labelled lines above the axes, in as many columns, three at most, as fit the width.
+
+    The figure grows with each row of the legend after the first. A label longer than a row loses its beginning.
+    """
+    names = [line.get_label() for ax in figure.axes for line in ax.get_legend_handles_labels()[0]]
+    for num_columns in (3, 2, 1):
+        legend = figure.legend(loc="outside upper left", ncols=num_columns)
+        if num_columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    for text in legend.get_texts():
+        label = text.get_text()
+        text.set_text(label if len(label) <= _LEGEND_CHARS else f"…{label[1 - _LEGEND_CHARS :]}")
+    num_rows = -(-len(names) // num_columns)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_IN * max(0, num_rows - 1))
 
 
 @styled

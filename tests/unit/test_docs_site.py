@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 GENERATED = {"cli.md"}
 
 
@@ -39,3 +42,15 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     assert "pocl-ray doctor" in (tmp_path / "cli.html").read_text(encoding="utf-8")
     assert "rank_rows" in (tmp_path / "api.html").read_text(encoding="utf-8")
+    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
+        check_keyboard_and_names(browser, tmp_path / "methods.html")
+
+
+def check_keyboard_and_names(browser: str, page: Path) -> None:
+    """Check what assets/site.js mends in the theme: tables scroll by keyboard, and the search dialog has a name."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    shown = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=100).stdout
+    regions = re.findall(r'<div class="md-typeset__scrollwrap"[^>]*>', shown)
+    assert regions and all('tabindex="0"' in region for region in regions)
+    (dialog,) = re.findall(r'<div class="md-search"[^>]*>', shown)
+    assert 'aria-label="Search"' in dialog

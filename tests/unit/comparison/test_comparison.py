@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from compared_run import figures, make_run
 
@@ -14,8 +15,10 @@ from pocl_ray import cli
 from pocl_ray.comparison.compared_tasks import ComparedTasks
 from pocl_ray.comparison.page import best_of, figures_table, write_comparison
 from pocl_ray.comparison.paired import PairTable, pair_table
+from pocl_ray.comparison.plots import curves_of_runs
 from pocl_ray.comparison.runs import Cell, Row, compared_runs, config_differences, costs, figure_rows
 from pocl_ray.errors import StorageError, UserError
+from pocl_ray.report.curves import Curve
 from pocl_ray.run_directory.opening import open_past_run
 
 EVIL = "<script>alert(1)</script> {instruction}"
@@ -108,3 +111,13 @@ def test_a_place_without_a_run_gives_one_line(
     assert ended.value.code == 2 and says in shown and shown.count("\n") == 1
     with pytest.raises(StorageError):
         open_past_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("length", [5, 25, 60, 300])
+def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
+    names = ["x" * length + str(place) for place in range(7)]
+    figure = curves_of_runs({name: Curve(np.arange(3.0), np.arange(3.0), 0) for name in names}, "dev CE")
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert all(name.endswith(text.lstrip("…")) for name, text in zip(names, shown, strict=True))
+    assert legend.get_window_extent().width <= figure.bbox.width

@@ -119,7 +119,9 @@ def test_the_page_shows_intervals_and_what_each_arm_costs(tmp_path: Path, outcom
 
 
 def test_the_headline_names_the_best_arm_and_how_many_were_screened(outcome: Outcome) -> None:
-    assert headline(outcome).startswith("hot is ahead of plain on test: rouge_l +2.20 ± 0.25 over 3 paired seeds")
+    assert headline(outcome).startswith(
+        "hot is ahead of plain on test: greedy ROUGE-L +2.20 ± 0.25 over 3 paired seeds"
+    )
     assert "arms were screened" not in headline(outcome)
     assert "2 arms were screened" in headline(replace(outcome, screened=("plain", "hot", "fast")))
 
