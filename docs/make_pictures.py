@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
-PLOTS = ("stage_settings", "dev_rouge_l", "difficulty_teacher_student_kl")
+PLOTS = ("stage_settings", "dev_rouge_l", "difficulty_teacher_student_kl", "frontier_draws")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1120, 1084
+WIDTH, HEIGHT = 1120, 1054
 """Size of the part of the report that is shown, its top left corner first."""
 
 
