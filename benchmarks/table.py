@@ -74,6 +74,7 @@ PROGRAMS = (
         "--rounds 1 --prompts 32",
         "--student-layers 1 --prompts 4 --new-tokens 4 --rounds 1",
     ),
+    Program("whole", "whole_run.py", "", f"{TINY} --num-rows 8 --batch 2 --new-tokens 8", MODEL),
     Program("packing", "packing.py", "--rounds 2 --rows 8", "--rounds 1 --rows 2 --layers 1", threads=1),
     Program("start", "first_step.py", "--rounds 2", "--rounds 1", threads=1),
     Program("rows", "million_rows.py", "", "--rows 10000 --rounds 1", threads=1),
