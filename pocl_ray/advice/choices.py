@@ -19,6 +19,7 @@ COVERED = 0.99  # of the rows are not cut, where they fit
 USED = 0.85  # of a device's memory; the rest is for fragments and for what the estimate does not know
 LARGEST_MICRO_BATCH = 32
 NUM_STAGES = 8
+FEWEST_DEV, MOST_DEV = 50, 500  # rows held out: with fewer, one answer moves a dev figure by points
 CACHE_SHARE = 0.25  # of the free disk that the teacher's hidden states may take
 
 
@@ -74,6 +75,15 @@ def choose_tokens(lengths: Lengths, most: int) -> TokenLimits:
     cut = (lengths.prompts > max_prompt) | (lengths.prompts + lengths.responses > max_tokens)
     max_new = min(max(8, _up(response, 8)), max_tokens - 1)
     return TokenLimits(max_prompt, max_tokens, max_new, float(cut.mean()))
+
+
+def choose_holdout(num_rows: int) -> int:
+    """Return how many training rows become the dev set: a twentieth, but of few rows up to a sixth.
+
+    Args:
+        num_rows: Training rows before any are held out.
+    """
+    return max(1, min(MOST_DEV, max(num_rows // 20, min(FEWEST_DEV, num_rows // 6))))
 
 
 def _up(number: int, multiple: int) -> int:

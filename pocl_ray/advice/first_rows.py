@@ -12,7 +12,7 @@ import numpy as np
 
 from pocl_ray.config import DataConfig, SourceConfig
 from pocl_ray.config.sources import ColumnRole, Task
-from pocl_ray.data.columns import UnusableRowError, read_request, read_text, resolve_columns
+from pocl_ray.data.columns import UnusableRowError, read_request, read_text, resolve_columns, separator_hint
 from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.data.rows import Preparation
 from pocl_ray.data.sources import count_rows, default_split, read_source
@@ -145,7 +145,7 @@ def recognise(place: str, rows: Sequence[SourceRow | Reject], given: Mapping[Col
     raise DataError(
         f"{place}: cannot tell what its columns mean; found: {', '.join(found) or 'none'}; say which is which with "
         "--columns prompt=NAME,output=NAME (or instruction=,input=,output= or messages=NAME for chats, "
-        "document=,summary= for summaries, text=NAME for plain text)"
+        f"document=,summary= for summaries, text=NAME for plain text){separator_hint(found)}"
     )
 
 

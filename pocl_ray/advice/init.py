@@ -17,7 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pocl_ray.advice.choices import MOST_TOKENS, Machine, Target, check_teacher_fits, choose_tokens, choose_training
+from pocl_ray.advice.choices import (
+    MOST_TOKENS,
+    Machine,
+    Target,
+    check_teacher_fits,
+    choose_holdout,
+    choose_tokens,
+    choose_training,
+)
 from pocl_ray.advice.first_rows import (
     NUM_LOOKED,
     Lengths,
@@ -121,7 +129,7 @@ def look(request: Request, name: str) -> Findings:
     check_teacher_fits(machine, large)
     positions = [shape.num_positions for shape in (large, small) if shape is not None and shape.num_positions]
     tokens = choose_tokens(lengths, min([MOST_TOKENS[machine.target], *positions]))
-    holdout = 0 if dev is not None else max(1, min(500, num_rows // 20))
+    holdout = 0 if dev is not None else choose_holdout(num_rows)
     head, is_cut = 0 if large is None else large.size.head_weights, models.student.num_layers is not None
     training = choose_training(machine, small, head, tokens.max_tokens, num_rows - holdout, is_cut)
     return Findings(

@@ -71,6 +71,16 @@ class Speaker:
         ((answer,),) = generate(self.model, self.tokenizer, prompts, settings, [seed], on_tokens=on_tokens)
         return self._decoded(answer)
 
+    def num_lost(self, text: str) -> int:
+        """Return how many tokens of a text's beginning the model does not read: its run cuts prompts to a length.
+
+        Raises:
+            UserError: The tokenizer's chat template refuses the text.
+        """
+        encoder = row_tokenizer(self.data, self.tokenizer)
+        encoder.encode([self._prompt(text)], [""])
+        return encoder.counts.num_lost_tokens
+
     def _prompt(self, text: str) -> str:
         if self.data.task == "text":
             return text

@@ -59,8 +59,20 @@ def _asked() -> str:
         return ""
 
 
+def _tell_cut(speakers: Sequence[Speaker], text: str) -> None:
+    """Say on stderr that the models do not read the whole prompt, if they do not."""
+    lost = max(speaker.num_lost(text) for speaker in speakers)
+    if lost:
+        most = speakers[0].data.max_prompt_tokens
+        console.print(
+            f"[yellow]note:[/] the first {lost:,} tokens of the prompt are not read: the run's models read at most "
+            f"{most:,} (data.max_prompt_tokens)"
+        )
+
+
 def _answer_script(speakers: Sequence[Speaker], prompt: str, seed: int | None) -> None:
     """Print the answers to stdout; one of a student alone is streamed, without its name."""
+    _tell_cut(speakers, prompt)
     for speaker in speakers:
         if len(speakers) > 1:
             print(f"[{LABELS[speaker.name]}]")
@@ -79,6 +91,7 @@ def _answer_script(speakers: Sequence[Speaker], prompt: str, seed: int | None) -
 
 def _show(speakers: Sequence[Speaker], text: str, seed: int | None) -> None:
     """Show the answers in panels while they are written."""
+    _tell_cut(speakers, text)
     answers = dict.fromkeys((speaker.name for speaker in speakers), "")
     with Live(panels(answers, console), console=console, refresh_per_second=12) as live:
         for speaker in speakers:

@@ -131,7 +131,10 @@ def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "inst
         if column not in found:
             near = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise DataError(f"no column {column!r}, which `columns.{role}` names{hint}; found: {_names(found)}")
+            raise DataError(
+                f"no column {column!r}, which `columns.{role}` names{hint}; found: {_names(found)}"
+                f"{separator_hint(found)}"
+            )
     fitting = [layout for layout in _LAYOUTS[task] if mapping.keys() <= {*layout, *_EVERYWHERE}]
     if not fitting:
         raise DataError(
@@ -142,7 +145,13 @@ def resolve_columns(found: Collection[str], mapping: Columns, task: Task = "inst
         columns: dict[ColumnRole, str] = {**_EVERYWHERE, **layout, **mapping}
         if all(columns[role] in found for role in layout if role not in _OPTIONAL):
             return columns
-    raise DataError(_ROLES_OF_TASK[task][1].format(found=_names(found)))
+    raise DataError(_ROLES_OF_TASK[task][1].format(found=_names(found)) + separator_hint(found))
+
+
+def separator_hint(found: Collection[str]) -> str:
+    """Return the end of a message for a CSV file that is read as one column; empty for other columns."""
+    signs = [sign for sign in (";", "\t", "|") if len(found) == 1 and sign in next(iter(found))]
+    return f"; that is one column: a .csv is separated by commas, and this one by {signs[0]!r}" if signs else ""
 
 
 def wanted_columns(mapping: Columns, task: Task, numbers: Sequence[str] = ()) -> Callable[[Collection[str]], set[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +64,7 @@ def open_past_run(place: str) -> PastRun:
     run_dir = RunDirectory(uri)
     if not run_dir.exists("manifest.json") or not run_dir.exists(CONFIG):
         hint = f"{CONFIG} and manifest.json are missing; give the directory <storage_path>/<name> of a run"
-        raise StorageError(f"{place}: no run stands there: {hint}")
+        raise StorageError(f"{place}: no run stands there: {hint}{_near_runs(uri)}")
     steps = Manifest(run_dir).steps
     try:
         config = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
@@ -72,3 +74,15 @@ def open_past_run(place: str) -> PastRun:
             "environment.json names"
         ) from None
     return PastRun(place, run_dir, config, steps)
+
+
+def _near_runs(uri: str) -> str:
+    """The end of a message: the run around a folder of it, or runs of a similar name here and in `runs`."""
+    if is_remote(uri):
+        return ""
+    path = Path(uri)
+    folders = dict.fromkeys((path.parent, Path("runs").absolute()))
+    there = {mark.parent.name: mark.parent for folder in folders for mark in folder.glob("*/manifest.json")}
+    near = [there[name] for name in difflib.get_close_matches(path.name, there, n=3) if there[name] != path]
+    near = [path.parent] if (path.parent / "manifest.json").exists() else near
+    return f"; did you mean {' or '.join(os.path.relpath(run) for run in near)}?" if near else ""

@@ -143,7 +143,8 @@ class Wandb:
         tables = {"final/table": results.table, "final/answers": results.answers}
         media: dict[str, Any] = {key: self._table(table) for key, table in tables.items() if table}
         media |= {f"plots/{name}": self._wandb.Image(str(path)) for name, path in results.plots.items()}
-        self._run.log(media)
+        # After the steps of the training: an offline run that goes on counts from 0, which `wandb sync` may drop.
+        self._run.log(media, step=max(self._run.step, results.step + 1))
         self._run.summary.update(dict(results.figures))
         artifact = self._wandb.Artifact(f"results-{self._run.id}", type="results")
         for name, path in results.files.items():

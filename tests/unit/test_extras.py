@@ -29,3 +29,9 @@ def test_every_extra_that_is_named_is_declared(folder: str, ending: str) -> None
 def test_where_a_package_is_missing_the_message_names_its_extra(extra: str) -> None:
     assert extra in named_in("pocl_ray", "py")
     assert EXTRAS[extra]
+
+
+def test_the_install_page_lists_every_extra() -> None:
+    lines = (ROOT / "docs" / "start" / "install.md").read_text(encoding="utf-8").splitlines()
+    listed = {name for line in lines if line.startswith("| `") for name in re.findall(r"`([a-z0-9-]+)`", line)}
+    assert listed >= set(EXTRAS) - {"dev"}  # `make test` brings that one

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pocl_ray.advice.choices import Machine, choose_cache, choose_tokens, choose_training
+from pocl_ray.advice.choices import Machine, choose_cache, choose_holdout, choose_tokens, choose_training
 from pocl_ray.advice.cost import GIB, WorkerMemory
 from pocl_ray.advice.first_rows import Lengths, recognise
 from pocl_ray.advice.init import Request, init
@@ -87,6 +87,11 @@ def test_rows_that_are_too_long_leave_room_for_both_sides(prompt: int, response:
     assert chosen.cut_share == 1.0
 
 
+@pytest.mark.parametrize(("num_rows", "held_out"), [(1, 1), (60, 10), (300, 50), (2000, 100), (100_000, 500)])
+def test_few_rows_hold_out_enough_to_see_a_difference(num_rows: int, held_out: int) -> None:
+    assert choose_holdout(num_rows) == held_out
+
+
 def machine(num_workers: int, gib: float, target: Any = "cluster") -> Machine:
     return Machine(target, num_workers, gib, 8, None, has_bf16=True, is_seen=False)
 
@@ -140,9 +145,9 @@ def test_the_written_config_can_be_planned(
     config = load_config(out)
     assert config.curriculum.pacing == "frontier" and config.train.lr_schedule == "wsd"
     assert config.data.train.columns == {"prompt": "query", "output": "answer"}
-    assert config.data.prompt_template == "chat" and config.data.holdout_rows == 15
+    assert config.data.prompt_template == "chat" and config.data.holdout_rows == 50
     print_plan(config, None)
-    assert "frontier: 285 rows" in capsys.readouterr().out
+    assert "frontier: 250 rows" in capsys.readouterr().out
 
 
 def test_a_file_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

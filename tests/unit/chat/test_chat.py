@@ -79,6 +79,14 @@ def test_each_model_of_the_run_answers_and_a_script_reads_it(run: PastRun, capsy
     assert capsys.readouterr().out.splitlines() == [lines[-1]]
 
 
+def test_a_prompt_that_is_cut_is_told_once(run: PastRun, capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt, notes in (("w5 " * 8, 0), ("w5 " * 12, 1)):  # with the template's two, and of at most ten tokens
+        terminal.chat(run, student_alone=False, prompt=prompt, temperature=0.0, max_new_tokens=2, seed=0)
+        shown = capsys.readouterr().err
+        assert shown.count("tokens of the prompt are not read: the run's models read at most 10") == notes
+    assert "the first 4 tokens" in shown
+
+
 def test_the_places_of_models_are_those_that_the_run_made(run: PastRun) -> None:
     places = references_of_run(run.config, run.run_dir)
     assert places["student_before"].path.endswith("run/models/student_init")

@@ -121,3 +121,14 @@ def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
     shown = [text.get_text() for text in legend.get_texts()]
     assert all(name.endswith(text.lstrip("…")) for name, text in zip(names, shown, strict=True))
     assert legend.get_window_extent().width <= figure.bbox.width
+
+
+def test_a_run_that_is_named_without_its_folder_or_misspelt_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "my-student").mkdir(parents=True)
+    (tmp_path / "runs" / "my-student" / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for place in ("my-student", "my-student.yaml", "runs/my-studnet", "runs/my-student/student"):
+        with pytest.raises(StorageError, match=r"did you mean runs/my-student\?$"):
+            open_past_run(place)

@@ -66,6 +66,7 @@ def test_without_the_curriculum_there_is_one_stage_of_all_rows_at_the_same_steps
     (stage,) = plan_stages(config, NUM_ROWS)
     assert (stage.num_rows, stage.kd_ratio, stage.kd_temperature) == (NUM_ROWS, 1.0, 1.0)
     assert stage.num_steps == sum(stage.num_steps for stage in plan_stages(base, NUM_ROWS))
+    assert [*config.difficulty.signals] == ["ce_loss"]  # no answers are written for a ranking that nothing uses
 
 
 @pytest.mark.parametrize(("name", "responses"), [("sft", "reference"), ("seqkd", "teacher")])

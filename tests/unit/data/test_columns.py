@@ -52,6 +52,8 @@ def test_an_optional_column_may_appear_in_later_rows_only() -> None:
     ("found", "mapping", "message"),
     [
         (["instruction", "input"], {}, "cannot tell which columns .*; found: input, instruction; expected messages"),
+        (["prompt;response"], {}, "; that is one column: a .csv is separated by commas, and this one by ';'"),
+        (["a\tb"], {"prompt": "a"}, "found: a\tb; that is one column: "),
         ([], {}, "found: none"),
         (["prompt", "response"], {"output": "respones"}, r"no column 'respones', which `columns.output` .*'response'"),
         (["prompt", "response"], {"topic": "kind"}, "found: prompt, response"),
