@@ -443,7 +443,8 @@ class Pipeline:
             rows=inputs.rows,
             output=f"pairs/students/{name}/student",
         )
-        return Job(name, task, judge_task(config, self.run_dir, inputs.rows.tests, inputs.teacher.ref))
+        judged = judge_task(config, self.run_dir, inputs.rows.tests, inputs.teacher.ref)
+        return Job(name, task.without_unread_answers(), judged)
 
     def _with_training_seed(self, seed: int) -> Config:
         return self.config.model_copy(update={"train": self.config.train.model_copy(update={"seed": seed})})

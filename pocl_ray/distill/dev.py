@@ -50,21 +50,21 @@ class DevEvaluator:
             tokenizer: Tokenizer that decodes answers.
             settings: Settings of the dev losses, with one temperature for all stages, so that they can be compared.
             generation: Settings of the answers.
-            max_rows: Number of rows that answers are generated for; None for all.
+            max_rows: Number of rows that answers are generated for; None for all, 0 for none.
             max_tokens: Maximum tokens of prompt and answer together.
             seed: Seed of sampled answers.
             student: Student that generates.
         """
         self.engine, self.feed, self.tokenizer = engine, feed, tokenizer
         self.settings, self.generation = settings, generation
-        self.num_rows = min(len(feed.rows), max_rows or len(feed.rows))
+        self.num_rows = len(feed.rows) if max_rows is None else min(len(feed.rows), max_rows)
         self.max_tokens, self.seed = max_tokens, seed
         self.student = student
 
     def evaluate(self) -> dict[str, float]:
-        """Return dev figures: losses per token, and if there are prompts ROUGE-L and exact match from 0 to 100."""
+        """Return dev figures: losses per token, and ROUGE-L and exact match, 0 to 100, if any prompts are answered."""
         figures = self._losses()
-        if self.feed.rows.has_prompts:
+        if self.feed.rows.has_prompts and self.num_rows:
             figures.update(self._answers(self.feed.rows))
         return figures
 

@@ -87,7 +87,7 @@ class TrainTask:
         hand_off: Checkpoint that the next stage starts from, and that is the result: the best or the last.
         plateau: Convergence of a stage with `min_epochs`.
         dev_generation: Settings of dev answers.
-        max_dev_rows: Maximum rows of the dev ROUGE-L; None for all.
+        max_dev_rows: Maximum rows of the dev ROUGE-L; None for all; 0: none are answered.
         max_tokens: Maximum tokens of prompt and response together.
         gradient_checkpointing: Whether the student recomputes its activations.
         seed: Seed of the order and of dropout.
@@ -134,6 +134,11 @@ class TrainTask:
     def identity(self) -> tuple[str, str]:
         """Name and fingerprint, under which checkpoints and the trackers' runs are found again."""
         return self.name, self.fingerprint
+
+    def without_unread_answers(self) -> TrainTask:
+        """Return the task without dev answers, unless training itself reads them; its weights come out the same."""
+        reads = self.hand_off == "best" or any(stage.min_epochs is not None for stage in self.stages)
+        return self if reads else replace(self, max_dev_rows=0)
 
     @property
     def num_steps(self) -> int:
