@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 from pocl_ray.config import TrainConfig
 from pocl_ray.data.batching import MicroBatch
 from pocl_ray.distill.collectives import from_all_ranks
+from pocl_ray.distill.deepspeed_import import check_precision, import_deepspeed, without_dynamo
 from pocl_ray.distill.gaps import RowGaps
 from pocl_ray.distill.step import DistillationModule, StepSettings
 from pocl_ray.distill.token_weights import ScoreMeter, no_divergence
@@ -191,7 +190,7 @@ class Engine:
             for adapted in adapters_of_parameters(module):  # they read their own weights before any layer runs
                 deepspeed.utils.set_z3_leaf_module(adapted, True)
         # The process group stands already: Ray Train or the tests made it, and a second one would find no peers.
-        with _without_dynamo():  # it imports an optimizer of its own, which is compiled and which nobody uses
+        with without_dynamo():  # it imports an optimizer of its own, which is compiled and which nobody uses
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
@@ -353,56 +352,6 @@ class _StepGuard:
         if math.isfinite(self._loss_sum) and math.isfinite(self.grad_norm()):
             return self._step(closure)
         return None
-
-
-def check_precision(precision: str, accelerator: Any) -> None:
-    """Refuse a precision that DeepSpeed cannot train in on this device.
-
-    Raises:
-        ConfigError: It is fp16 or bf16, and the device lacks it.
-    """
-    supported = {
-        "fp32": lambda: True,
-        "bf16": accelerator.is_bf16_supported,
-        "fp16": accelerator.is_fp16_supported,
-    }[precision]
-    if not supported():
-        others = " or ".join(name for name in ("bf16", "fp32") if name != precision)
-        raise ConfigError(
-            f"train.precision: {precision} cannot be trained in on {accelerator.device_name()}; set {others}"
-        )
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed and join its communication layer to the process group that stands already.
-
-    On a CPU its shared-memory op is left out: it is compiled at first use, and a missing compiler must not stop a run.
-    """
-    with _without_dynamo():
-        if device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        deepspeed.logger.setLevel("WARNING")
-        if device.type == "cpu":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-@contextmanager
-def _without_dynamo() -> Iterator[None]:
-    """Let what is decorated with `torch.compile` stay as it is while the block runs; otherwise inductor is imported."""
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def _set_timeout_of_all_groups(timeout_s: float) -> None:

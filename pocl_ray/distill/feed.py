@@ -19,7 +19,7 @@ from pocl_ray.data.batching import (
     pack,
 )
 from pocl_ray.data.row_store import Pairs, RowStore
-from pocl_ray.distill.engine import import_deepspeed
+from pocl_ray.distill.deepspeed_import import import_deepspeed
 from pocl_ray.distill.rollout_schedule import Source
 from pocl_ray.distill.task import TeacherTask, TrainTask
 from pocl_ray.models.frozen import LiveTeacher, ShardedTeacher

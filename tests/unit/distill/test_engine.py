@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pocl_ray.config import TrainConfig
-from pocl_ray.distill.engine import accumulation_steps, check_precision, deepspeed_config, learning_rate
+from pocl_ray.distill.deepspeed_import import check_precision
+from pocl_ray.distill.engine import accumulation_steps, deepspeed_config, learning_rate
 from pocl_ray.errors import ConfigError
 from pocl_ray.records import Stage
 
