@@ -124,6 +124,8 @@ def look(request: Request, name: str) -> Findings:
     lengths = measure(rows, data, own)
     _check_rejects(request.train, lengths, len(rows), data.max_reject_share)
     num_rows = count_all(data) + 1
+    if num_rows < 2 and dev is None:
+        raise DataError(f"{request.train}: of one row no dev row can be held out; give more rows, or dev rows by --dev")
     machine = this_machine(request)
     large, small = models.shapes
     check_teacher_fits(machine, large)

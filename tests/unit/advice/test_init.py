@@ -172,6 +172,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"student": "9"}, ModelError, "layers"),
         ({"train": "broken.jsonl"}, DataError, "none of its first 1 rows can be read"),
         ({"train": "empty.jsonl"}, DataError, "of the first 20 rows cannot be used"),
+        ({"train": "one.jsonl"}, DataError, "one.jsonl: of one row no dev row can be held out; .*--dev"),
     ],
 )
 def test_a_mistake_writes_nothing(
@@ -180,6 +181,7 @@ def test_a_mistake_writes_nothing(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", [{"prompt": f"say {i}", "output": str(i)} for i in range(20)])
     write(tmp_path / "empty.jsonl", [{"prompt": f"say {i}", "output": "" if i % 3 else "a"} for i in range(20)])
+    write(tmp_path / "one.jsonl", [{"prompt": "say 1", "output": "1"}])
     Path("broken.jsonl").write_text("{\n", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=says.replace("(", r"\(")):
