@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -326,33 +325,14 @@ def _push(place: str, repo: str, private: bool, what: Literal["student", "adapte
 
 def _run_until(step: str, path: Path, overrides: list[str] | None, resume_with_changes: bool) -> RunDirectory:
     """Run a step and all steps that it depends on, on the cluster that the environment names or on this machine."""
-    config = load_config(path, overrides or [])  # before the heavy imports: a wrong key answers at once
-    from pocl_ray.ray_cluster.startup import collect_again, put_off_collections
+    config = load_config(path, overrides or [])
+    from pocl_ray.running import run_until
 
-    put_off_collections()
-    from pocl_ray.pipeline import Pipeline
-    from pocl_ray.ray_cluster.session import ray_session
-    from pocl_ray.run_directory.disk import machine_fault
-
-    collect_again()
-    with ExitStack() as stack:
-        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
-        stack.callback(pipeline.close)
-        try:
-            getattr(pipeline, step)
-        except UserError:
-            pipeline.withdraw()
-            raise
-        except GaveUpError:
-            raise
-        except Exception as error:  # libraries in Rust report a full disk as an error of their own
-            if fault := machine_fault(error, "the run writes"):
-                raise fault from None
-            raise
-        except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
-            console.print("interrupted; the same command goes on from the last checkpoint")
-            raise typer.Exit(1) from None
-    return pipeline.run_dir
+    try:
+        return run_until(config, step, resume_with_changes)
+    except KeyboardInterrupt:  # caught here, since typer turns it into a bare exit
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        raise typer.Exit(1) from None
 
 
 def main() -> None:

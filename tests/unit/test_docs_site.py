@@ -17,7 +17,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-GENERATED = {"cli.md"}
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+GENERATED = {"cli.md", "start/notebook.md"}
 
 
 def pages(nav: Any) -> Iterator[str]:
@@ -42,6 +43,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     assert "pocl-ray doctor" in (tmp_path / "cli.html").read_text(encoding="utf-8")
     assert "rank_rows" in (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "run_until" in (tmp_path / "start" / "notebook.html").read_text(encoding="utf-8")
+    assert (tmp_path / "start" / "quickstart.ipynb").read_bytes() == NOTEBOOK.read_bytes()
     if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
         check_keyboard_and_names(browser, tmp_path / "methods.html")
 

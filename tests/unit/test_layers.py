@@ -41,6 +41,7 @@ LAYERS = (
         "preflight",
         "preview",
         "report",
+        "running",
         "tuning",
     },
     {"cli", "completion", "__main__"},
