@@ -109,7 +109,24 @@ BY_LOSS = Experiment(
     },
     {"plain KD, temperature 1": "plain", **{f"{loss}: plain KD": arm for loss, arm in LOSSES.items()}},
 )
-EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS)
+REGIMES = {"quarter of the steps": "quarter-steps", "25 % wrong responses": "corrupted-rows"}
+IN_REGIMES = Experiment(
+    "experiment-regimes.csv",
+    "Few steps, and wrong responses",
+    6,
+    {
+        f"{regime}: {name}": f"{arm}-{suffix}"
+        for regime, arm in REGIMES.items()
+        for name, suffix in {
+            "frontier and temperature": "frontier-temperature",
+            "bounded frontier and temperature": "bounded-temperature",
+            "temperature alone": "temperature",
+            "POCL": "pocl",
+        }.items()
+    },
+    {f"{regime}: plain KD": arm for regime, arm in REGIMES.items()},
+)
+EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES)
 CASES = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.arms]
 
 
