@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -136,8 +137,12 @@ def test_what_was_done_before_the_first_start_is_kept_apart_from_what_a_failure_
 
 
 def test_on_one_machine_no_autoscaler_is_asked_for_room() -> None:
-    policy = OneMachinePolicy(ScalingConfig(num_workers=2))
+    policy, had_ray = OneMachinePolicy(ScalingConfig(num_workers=2)), ray.is_initialized()
     policy.after_controller_start(SimpleNamespace(run_id="run"))  # type: ignore[arg-type]
+    assert ray.is_initialized() == had_ray, "a question to Ray would have started it"
+    policy._coordinator_client = client = Mock()
     decision: Any = policy.make_decision_for_non_running_worker_group()
     assert decision.num_workers == 2
-    assert not ray.is_initialized(), "a question to Ray would have started it"
+    policy._send_resource_request()  # as at the start, with a client that remembers
+    policy.before_controller_abort()
+    assert client.mock_calls == []
