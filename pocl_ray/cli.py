@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from pocl_ray.completion import complete_config, complete_run
+from pocl_ray.advice.completion import complete_config, complete_run
 from pocl_ray.config import load_config
 from pocl_ray.console import console
 from pocl_ray.errors import GaveUpError, UserError

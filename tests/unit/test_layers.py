@@ -44,7 +44,7 @@ LAYERS = (
         "running",
         "tuning",
     },
-    {"cli", "completion", "__main__"},
+    {"cli", "__main__"},
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

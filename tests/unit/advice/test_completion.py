@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ray.completion import complete_config, complete_run
+from pocl_ray.advice.completion import complete_config, complete_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
