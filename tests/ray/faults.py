@@ -104,12 +104,16 @@ def started(*arguments: str, log: Path | None = None, **env: str) -> Iterator[su
                 process.kill()
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Whether Ray Train has taken a checkpoint over; there are ten more to come, so the run is in mid-stage."""
-    begun = (run / "metrics.jsonl").exists()
-    return begun and any(
-        _taken_over(path) for path in run.glob("checkpoints/distill-*/checkpoint_manager_snapshot.json")
-    )
+def has_checkpoint(run: Path, task: str = "distill", stream: str = "metrics.jsonl") -> bool:
+    """Whether Ray Train has taken a checkpoint over; some more are to come, so the training is in mid-stage.
+
+    Args:
+        run: Run directory.
+        task: The training's name, with which the folder of its checkpoints begins.
+        stream: Pattern of its metric stream.
+    """
+    snapshots = run.glob(f"checkpoints/{task}-*/checkpoint_manager_snapshot.json")
+    return any(run.glob(stream)) and any(_taken_over(path) for path in snapshots)
 
 
 def _taken_over(snapshot: Path) -> bool:
@@ -122,6 +126,11 @@ def _taken_over(snapshot: Path) -> bool:
 def begun(run: Path) -> list[dict[str, Any]]:
     """The metrics before the first checkpoint, with the seconds that each step took: a new beginning has others."""
     return metrics(run / "metrics.jsonl")[:3]
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl without the seconds that each step took."""
+    return [{key: value for key, value in record.items() if key != "step_s"} for record in metrics(path)]
 
 
 def checkpoints(run: Path) -> list[Path]:

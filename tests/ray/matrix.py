@@ -11,7 +11,7 @@ from subprocess import Popen
 from typing import Any
 
 import pyarrow.parquet as pq
-from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records
+from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records, timeless
 from nodes import Nodes
 from tiny import NUM_ROWS, sha256, tree_digest
 
@@ -29,6 +29,7 @@ class Step:
         same: Whether two run directories hold the same result of the step.
         victims: The class of the actors that do the work.
         went_on: Whether work was done after a moment, which is what was lost at that moment or had not been begun.
+        is_timed: Whether the table shows when the next optimizer step was done.
     """
 
     command: str
@@ -37,6 +38,7 @@ class Step:
     same: Callable[[Path, Path], bool]
     victims: str = ""
     went_on: Callable[[Path, float], bool] = lambda run, lost_at: True
+    is_timed: bool = False
 
 
 def _amid_stage(index: int) -> Callable[[Path, Nodes], bool]:
@@ -67,6 +69,23 @@ def _same_file(name: str) -> Callable[[Path, Path], bool]:
     return lambda run, other: sha256(run / name) == sha256(other / name)
 
 
+def _same_race(run: Path, other: Path) -> bool:
+    """The same decision and student, and of each arm the same losses of dev rows and, but for the seconds, metrics."""
+    arms = [sorted(path.name for path in (each / "race").iterdir()) for each in (run, other)]
+    rows, streams = (
+        [f"race/{arm}/dev_rows-24.parquet" for arm in arms[0]],
+        [f"race/{arm}/metrics.jsonl" for arm in arms[0]],
+    )
+    return (
+        len(arms[0]) == 2
+        and arms[0] == arms[1]
+        and all(_same_table(name)(run, other) for name in rows)
+        and all(timeless(run / name) == timeless(other / name) for name in ("metrics.jsonl", *streams))
+        and _same_file("race.json")(run, other)
+        and _same_file(WEIGHTS)(run, other)
+    )
+
+
 def _same_evaluation(run: Path, other: Path) -> bool:
     """The same figures, of the same answers."""
     figures = [json.loads((each / "evaluation.json").read_text())["sets"] for each in (run, other)]
@@ -79,6 +98,17 @@ def _same_report(run: Path, other: Path) -> bool:
     return plots[0] == plots[1] and (run / "report.html").stat().st_size > 0 and (run / "report.md").exists()
 
 
+RACE = "race"
+RACED: dict[str, Any] = {
+    "curriculum": {
+        "pacing": RACE,
+        "num_steps": 48,
+        "race": {"arms": {"hot": {"curriculum.kd_temperature": 2.0}}, "rungs": [0.5]},
+    },
+    "difficulty__signals": ["rouge_l", "ce_loss"],  # those of the scoring that is there
+}
+"""What makes a race of the full run; each arm trains for 24 steps, with a checkpoint after every third."""
+
 STEPS = {
     "scoring": Step(
         "score",
@@ -88,8 +118,16 @@ STEPS = {
         "TeacherActor",
         lambda run, lost_at: any(shard.stat().st_mtime > lost_at for shard in run.glob("teacher_cache/*/*.arrow")),
     ),
-    "stage 0": Step("distill", DISTILLED, _amid_stage(0), _same_file(WEIGHTS), "RayTrainWorker"),
-    "stage 1": Step("distill", DISTILLED, _amid_stage(1), _same_file(WEIGHTS), "RayTrainWorker"),
+    "stage 0": Step("distill", DISTILLED, _amid_stage(0), _same_file(WEIGHTS), "RayTrainWorker", is_timed=True),
+    "stage 1": Step("distill", DISTILLED, _amid_stage(1), _same_file(WEIGHTS), "RayTrainWorker", is_timed=True),
+    RACE: Step(
+        "distill",
+        (*DISTILLED, "race", "race.json", "checkpoints/race_*"),
+        lambda run, _: has_checkpoint(run, "race_hot", "race/hot-*/metrics.jsonl"),
+        _same_race,
+        "RayTrainWorker",
+        lambda run, lost_at: (run / "race.json").stat().st_mtime > lost_at,
+    ),
     "evaluation": Step(
         "evaluate",
         ("evaluation.json", "predictions.parquet"),
@@ -106,6 +144,7 @@ STEPS = {
 CASES = [
     *(("scoring", fault) for fault in ("actor", "node", "driver")),
     *((f"stage {index}", fault) for index in (0, 1) for fault in ("worker", "node", "driver")),
+    *((RACE, fault) for fault in ("worker", "node", "driver")),
     *(("evaluation", fault) for fault in ("actor", "node", "driver")),
     ("report", "driver"),
 ]

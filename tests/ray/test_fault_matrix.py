@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults import IS_LONG_FORM, next_step_after, started, wait_for
-from matrix import CASES, LINE, RECOVERY_S, SHORT, STEPS, Outcome, strike
+from faults import DISTILLED, IS_LONG_FORM, next_step_after, started, wait_for
+from matrix import CASES, LINE, RACE, RACED, RECOVERY_S, SHORT, STEPS, Outcome, strike
 from nodes import Nodes, nodes
 from tiny import FullRun
 
@@ -26,27 +26,41 @@ def two() -> Iterator[Nodes]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def raced_run(full_run: FullRun, two: Nodes, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
+    """A finished race on the scores of the full run."""
+    folder = tmp_path_factory.mktemp("raced")
+    config, run = full_run.copy(folder, DISTILLED, **RACED)
+    path, log = folder / "tiny.yaml", folder / "log"
+    path.write_text(dump_config(config))
+    with started("distill", str(path), "--resume-with-changes", log=log, RAY_ADDRESS=two.address) as driver:
+        assert driver.wait() == 0, log.read_text()
+    return FullRun(full_run.folder, path, run, RACED)
+
+
 @pytest.mark.parametrize(("name", "fault"), CASES if IS_LONG_FORM else SHORT)
 def test_a_fault_in_a_step_changes_nothing_of_its_result(
     name: str,
     fault: str,
     full_run: FullRun,
     two: Nodes,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     outcome = Outcome(name, fault)
     try:
-        strike_and_compare(outcome, full_run, two, tmp_path)
+        finished = request.getfixturevalue("raced_run") if name == RACE else full_run
+        strike_and_compare(outcome, finished, two, tmp_path)
     finally:
         record_property(LINE, outcome.line())
 
 
-def strike_and_compare(outcome: Outcome, full_run: FullRun, two: Nodes, tmp_path: Path) -> None:
+def strike_and_compare(outcome: Outcome, finished: FullRun, two: Nodes, tmp_path: Path) -> None:
     """Do one case, and fill in what came of it."""
     name, fault = outcome.step, outcome.fault
     step, log = STEPS[name], tmp_path / "log"
-    config, run = full_run.copy(tmp_path, step.without, scaling__start_timeout_s=300)
+    config, run = finished.copy(tmp_path, step.without, scaling__start_timeout_s=300)
     path = tmp_path / "tiny.yaml"
     path.write_text(dump_config(config))  # keeps the order of the signals, which decides between ties
     with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
@@ -58,8 +72,8 @@ def strike_and_compare(outcome: Outcome, full_run: FullRun, two: Nodes, tmp_path
             assert driver.wait() == 0, log.read_text()
     outcome.done_s = time.time() - lost_at
     assert step.went_on(run, lost_at), "nothing was lost"
-    assert step.same(run, full_run.run)
-    if step.victims == "RayTrainWorker":
+    assert step.same(run, finished.run)
+    if step.is_timed:
         outcome.next_step_s = next_step_after(lost_at, two.logs, run)
         assert outcome.next_step_s < RECOVERY_S or fault != "worker"
     outcome.outcome = "resumed by the same command, identical" if fault == "driver" else "identical"

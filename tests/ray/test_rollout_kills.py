@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from faults import long_form
+from faults import long_form, timeless
 from test_kills import aside, begun, has_checkpoint, processes_of, wait_for  # noqa: F401 (aside is a fixture)
 from tiny import config_tree, metrics, sha256
 
@@ -33,10 +33,6 @@ def config_in(folder: Path, storage: Path) -> Config:
         difficulty__signals=["ce_loss", "teacher_ce_loss"],
     )
     return Config.model_validate(tree)
-
-
-def timeless(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "step_s"} for record in metrics(path)]
 
 
 def test_a_killed_worker_changes_no_bit_of_an_on_policy_run(cluster: None, tmp_path: Path, aside: Any) -> None:  # noqa: F811
