@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from measuring import Measurement, add_json_option, ask_side, conclude, has_bf16
 from training_inputs import loop_of
-from trl_step import PREPARE, TASK, WARM_STEPS
+from training_sides import PREPARE, TASK, WARM_STEPS, add_model_options, prepare
 
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 
 PROFILED_STEPS = 2
-PREPARATION = Path(__file__).with_name("trl_step.py")
 KINDS = {  # by the beginnings of the names of operations; what stands first counts
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn::"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
@@ -143,27 +142,25 @@ def told(found: dict[str, float]) -> str:
 def main() -> int:
     """Write the inputs, train, print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", help="directory of a Llama-style model; default: random weights")
-    parser.add_argument("--rows", type=Path, help="file of rows, read with the teacher's tokenizer; default: random")
+    add_model_options(parser)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_STEPS} are not counted")
-    parser.add_argument("--teacher-layers", default="30", help="layers of a random teacher")
-    parser.add_argument("--student-layers", default="6")
-    parser.add_argument("--hidden", default="576", help="width of a random teacher")
-    parser.add_argument("--vocabulary", default="49152", help="of a random teacher")
-    parser.add_argument("--batch", default="4")
     add_json_option(parser)
+    parser.add_argument("--side", choices=[PREPARE], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.bf16 is None:
+        options.bf16 = has_bf16()
+    if options.side:
+        prepare(options)
+        return 0
     if options.steps <= WARM_STEPS + PROFILED_STEPS:
         parser.error(f"--steps must be more than {WARM_STEPS + PROFILED_STEPS}")
-    asked = ("steps", "teacher", "rows", "teacher_layers", "student_layers", "hidden", "vocabulary", "batch")
-    given = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in asked]
-    arguments = [str(part) for pair in given if pair[1] is not None for part in pair]
-    with tempfile.TemporaryDirectory() as folder:
-        precision = "--bf16" if has_bf16() else "--no-bf16"
-        ask_side(str(PREPARATION), PREPARE, [*arguments, precision, "--folder", folder])
+    with tempfile.TemporaryDirectory() as folder:  # written by another process, whose memory this one does not inherit
+        ask_side(__file__, PREPARE, [*sys.argv[1:], "--folder", folder])
         parts, kinds, seconds = measure(Path(folder))
+    models, precision = "SmolLM2-135M" if options.teacher else "random weights", "bf16" if options.bf16 else "fp32"
     setting = (
-        f"{'SmolLM2-135M' if options.teacher else 'random weights'}, batch {options.batch}, {precision[2:]}, "
+        f"{models}, batch {options.batch}, {precision}, "
         f"{torch.get_num_threads()} thread(s), {options.steps - WARM_STEPS - PROFILED_STEPS} steps "
         f"of {seconds:.2f} s of the processor"
     )

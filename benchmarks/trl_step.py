@@ -147,7 +147,8 @@ def measurements(
             apart = first_losses_apart(runs[ours], runs[other])
             agreements.append(Agreement("first losses in bf16", apart, SAME_LOSS_IN_BF16))
         suffix = "" if options.shape == "smollm2" else f", {options.shape}"
-        work = f"{teacher[ours]}, against {'TRL' if other == 'trl' else 'the authors way'}{suffix}"
+        whose = {"trl": "TRL", "authors": "the authors' way"}[other]
+        work = f"{teacher[ours]}, against {whose}{suffix}"
         rows_of_table.append(Measurement(work, names[other], setting, tuple(bars), sides, ratio, tuple(agreements)))
     return rows_of_table
 

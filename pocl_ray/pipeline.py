@@ -89,7 +89,7 @@ class Pipeline:
 
         self.steps = Steps(self.run_dir, connect_and_check)
         self.inputs = Inputs(config, self.steps, teacher)
-        self._trainings, self._compares = Trainings(config.scaling), False
+        self.trainings, self._compares = Trainings(config.scaling), False
 
     def close(self) -> None:
         """Release the run directory for other runs.
@@ -393,7 +393,7 @@ class Pipeline:
 
         def work(fingerprint: str) -> StepResult:
             task = task_of(fingerprint)
-            counts = self._trainings.run(task, self._early_control() if name == "distill" else None)
+            counts = self.trainings.run(task, self._early_control() if name == "distill" else None)
             adapted = {} if self._adapted is None else self._adapted.counts()
             return StepResult([task.output, task.metrics], counts | adapted)
 

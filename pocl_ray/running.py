@@ -42,7 +42,12 @@ def run_until(config: Config, step: str = "report", resume_with_changes: bool = 
 
     collect_again()
     with ExitStack() as stack:
-        pipeline = Pipeline(config, resume_with_changes, connect=lambda: stack.enter_context(ray_session()))
+
+        def connect() -> None:
+            stack.enter_context(ray_session())
+            stack.callback(pipeline.trainings.close)  # what runs in the background ends before Ray does
+
+        pipeline = Pipeline(config, resume_with_changes, connect)
         stack.callback(pipeline.close)
         try:
             getattr(pipeline, step)

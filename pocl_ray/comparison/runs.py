@@ -42,7 +42,7 @@ class ComparedRun:
 class Cell:
     """One figure of one run: the mean and the spread over sampling seeds, or one greedy value without a spread.
 
-    Of a task of lm-eval they are its figure and the standard error.
+    For a task of lm-eval `mean` is the figure, and `std` its standard error.
     """
 
     mean: float

@@ -106,15 +106,20 @@ class Trainings:
         Raises:
             Exception: As `train_watched`; what began in the background has then ended too.
         """
-        behind, self._behind = self._behind, None
-        if behind is not None and behind.task.identity == task.identity:
+        if self._behind is not None and self._behind.task.identity == task.identity:
+            behind, self._behind = self._behind, None
             return counts_of(behind.finish())
-        if next_to_it is not None and has_room_for_two(self._scaling):
+        if next_to_it is not None and self._behind is None and has_room_for_two(self._scaling):
             self._behind = BackgroundTraining(next_to_it, self._scaling, self._train)
         try:
             with progress_bar(task.name, task.last_step, "steps") as bar:
                 return counts_of(self._train(task, self._scaling, show_on(bar)))
         except BaseException:
-            if self._behind is not None:
-                self._behind.cancel()
+            self.close()
             raise
+
+    def close(self) -> None:
+        """End what still runs in the background: its step was never asked for."""
+        if self._behind is not None:
+            self._behind.cancel()
+            self._behind = None

@@ -109,8 +109,10 @@ def _ray_train_environment() -> Iterator[None]:
     finally:
         with _environment_lock:
             _environment_users.remove(threading.get_ident())
-            while _environment_added and not _environment_users:
-                os.environ.pop(_environment_added.popitem()[0], None)
+            if not _environment_users:
+                for key in _environment_added:
+                    os.environ.pop(key, None)
+                _environment_added.clear()
 
 
 @_ray_train_environment()

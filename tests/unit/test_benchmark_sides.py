@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -21,20 +21,6 @@ from pocl_ray.config import GenerationConfig
 from pocl_ray.difficulty.ranking import rank_rows
 
 VOCABULARY = 320
-
-
-def tiny_model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=0,
-        pad_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def drawn(num_rows: int) -> list[tuple[list[int], list[int]]]:
@@ -65,7 +51,7 @@ def test_rows_are_fused_as_the_package_ranks_them() -> None:
 
 
 def test_losses_of_a_padded_batch_are_those_of_each_row_alone() -> None:
-    student, rows = tiny_model(0), drawn(3)
+    student, rows = tiny_llama(VOCABULARY, 0), drawn(3)
 
     found = losses_of(student, *zip(*rows, strict=True))
 
@@ -86,7 +72,7 @@ def test_labels_stand_where_their_token_is_predicted() -> None:
 def test_answers_are_those_of_the_decoding_loop() -> None:
     from pocl_ray.answers.decode import GenerationSettings, generate
 
-    student, tokenizer = tiny_model(3), word_tokenizer(VOCABULARY)
+    student, tokenizer = tiny_llama(VOCABULARY, 3), word_tokenizer(VOCABULARY)
     student.generation_config.eos_token_id = [0, *stop_tokens(VOCABULARY)]
     prompts = [prompt for prompt, _ in drawn(4)]
     settings = GenerationConfig(sampling_temperature=0.0, no_repeat_ngram_size=6, max_new_tokens=24)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -24,20 +24,6 @@ from pocl_ray.distill.losses import resolve_loss
 from pocl_ray.distill.step import StepSettings
 
 VOCABULARY = 320
-
-
-def tiny_model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=0,
-        pad_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def text_rows(folder: Path, num_rows: int) -> list[authors_scripts.TextRow]:
@@ -55,7 +41,7 @@ def test_the_scripts_read_the_rows_with_the_token_that_ends_them(tmp_path: Path)
 
 
 def test_the_loss_of_the_scripts_is_that_of_the_common_way(tmp_path: Path) -> None:
-    student, teacher, rows = tiny_model(0), tiny_model(1), text_rows(tmp_path, 3)
+    student, teacher, rows = tiny_llama(VOCABULARY, 0), tiny_llama(VOCABULARY, 1), text_rows(tmp_path, 3)
     settings = StepSettings(kd_temperature=1.5, kd_ratio=0.8, kd=resolve_loss("forward_kl"))
     as_rows = [Row(torch.tensor([*row.prompt, *row.response]), len(row.prompt)) for row in rows]
 

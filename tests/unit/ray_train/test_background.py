@@ -83,6 +83,19 @@ def test_a_failure_in_the_background_comes_with_its_own_step() -> None:
         trainings.run(CONTROL)
 
 
+def test_what_runs_behind_is_neither_lost_by_another_training_nor_left_at_the_end() -> None:
+    trainer = Trainer()
+    trainer.may_end["distill"].set()
+    trainings = Trainings(ScalingConfig(), trainer)
+    trainings.run(CURRICULUM, CONTROL)
+    assert trainer.began["control"].wait(10)
+    trainings.run(CURRICULUM)
+    assert trainer.ended == ["distill", "distill"], "the control still runs"
+    trainings.close()
+    assert trainer.ended == ["distill", "distill", "control"]
+    trainings.close()  # nothing is left to end
+
+
 def test_a_failure_in_front_ends_what_runs_behind() -> None:
     trainer = Trainer(distill=DivergedError("distill: the loss is nan"))
     trainer.may_end["distill"].set()
