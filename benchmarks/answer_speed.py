@@ -1,6 +1,7 @@
 """Seconds to answer prompts in scoring and evaluation: one decoding loop against one `generate` a seed.
 
     python benchmarks/answer_speed.py [--student DIR] [--prompts 64] [--new-tokens 64] [--rounds 3]
+                                      [--works scoring evaluation]
 
 The other side is how the project answered before it had one loop: for each seed one call of transformers' `generate`
 in rounds of 16 and then 32 tokens, rows that have stopped leaving between rounds. Both sides get the same weights in
@@ -188,15 +189,17 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
     add_json_option(parser)
-    sides = [f"{work} {side}" for work in WORKS for side in ("ours", "former")]
-    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    all_sides = [f"{work} {side}" for work in WORKS for side in ("ours", "former")]
+    parser.add_argument("--side", choices=all_sides, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         run_side(options)
         return 0
+    sides = [side for side in all_sides if side.partition(" ")[0] in options.works]
     runs = run_sides(__file__, sides, options.rounds, sys.argv[1:])
-    rows = [compare(work, runs[f"{work} ours"], runs[f"{work} former"], options) for work in WORKS]
+    rows = [compare(work, runs[f"{work} ours"], runs[f"{work} former"], options) for work in options.works]
     return conclude(rows, options.json)
 
 

@@ -6,6 +6,8 @@ Each benchmark is a program of its own that writes its measurements with `--json
 setting, to see that all of them work; its figures say nothing. On a machine with a GPU, steps of GPT-2 (1.5B to 0.1B)
 and Qwen2.5 (7B to 0.5B) shapes come in addition, with random weights.
 
+Programs that look into a part of what another one measures (`rollouts`, `shares`) run only when they are named.
+
 FILE is written after each program. With `--only`, a FILE that is there is completed: rows of the named programs are
 replaced or added, and the others stay. It must come from the same machine, versions, model and rows.
 
@@ -44,6 +46,7 @@ class Program:
         small: Arguments of the smallest setting, in place of `arguments`.
         needs: `model` if it takes the options of the model and the rows, `cuda` if it runs on a GPU only.
         threads: Threads of its processes; None: as many as there are cores.
+        is_part: Whether it looks into a part of what another program measures; it runs only when it is named.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Program:
     small: str = ""
     needs: str = ""
     threads: int | None = None
+    is_part: bool = False
 
 
 SMALL = "--hidden 192 --vocabulary 4096 --student-layers 1 --rounds 1"
@@ -61,20 +65,26 @@ PROGRAMS = (
     Program(
         "on-policy",
         "on_policy_step.py",
-        "--rounds 2",
+        "--rounds 1 --steps 3",
         f"{TINY} --batch 2 --micro-batch 2 --new-tokens 4",
         MODEL,
         1,
     ),
-    Program("rollouts", "rollout_speed.py", "--rounds 1", "--student-layers 1 --rows 4 --new-tokens 4 --rounds 1"),
-    Program("scoring", "scoring_speed.py", "--rounds 2", f"{SMALL} --rows 6 --batch 2 --new-tokens 8"),
+    Program(
+        "rollouts",
+        "rollout_speed.py",
+        "--rounds 1",
+        "--student-layers 1 --rows 4 --new-tokens 4 --rounds 1",
+        is_part=True,
+    ),
+    Program("scoring", "scoring_speed.py", "--rounds 2 --rows 24", f"{SMALL} --rows 6 --batch 2 --new-tokens 8"),
     Program(
         "answers",
         "answer_speed.py",
-        "--rounds 1 --prompts 32",
+        "--works evaluation --rounds 1 --prompts 32",
         "--student-layers 1 --prompts 4 --new-tokens 4 --rounds 1",
     ),
-    Program("whole", "whole_run.py", "", f"{TINY} --num-rows 8 --batch 2 --new-tokens 8", MODEL),
+    Program("whole", "whole_run.py", "--num-rows 16", f"{TINY} --num-rows 8 --batch 2 --new-tokens 8", MODEL),
     Program("packing", "packing.py", "--rounds 2 --rows 8", "--rounds 1 --rows 2 --layers 1", threads=1),
     Program(
         "shares",
@@ -83,6 +93,7 @@ PROGRAMS = (
         "--hidden 64 --vocabulary 512 --teacher-layers 1 --student-layers 1 --batch 2 --steps 5",
         MODEL,
         1,
+        is_part=True,
     ),
     Program("start", "first_step.py", "--rounds 2", "--rounds 1", threads=1),
     Program("rows", "million_rows.py", "", "--rows 10000 --rounds 1", threads=1),
@@ -94,7 +105,7 @@ PROGRAMS = (
         "--hidden 64 --layers 1 --steps 4 --rounds 1",
         threads=1,
     ),
-    Program("gaps", "gap_cost.py", "--rounds 4", "--shape quickstart --rounds 1", threads=1),
+    Program("gaps", "gap_cost.py", "--rounds 3", "--shape quickstart --rounds 1", threads=1),
     Program("gpt2", "trl_step.py", "--shape gpt2 --batch 16 --steps 12", needs=CUDA),
     Program("qwen2.5", "trl_step.py", "--shape qwen2.5 --batch 8 --steps 12", needs=CUDA),
 )
@@ -133,7 +144,7 @@ class Table:
     def not_measured(self) -> dict[str, str]:
         """The skipped works, and the programs that are still to be run."""
         is_known = all(program for program, _ in self.programs.values())  # an older file's rows may be any program's
-        left = [one.name for one in PROGRAMS if is_known and one.name not in self.run]
+        left = [one.name for one in PROGRAMS if is_known and not one.is_part and one.name not in self.run]
         due = [name for name in left if skipped_work(name) not in self.skipped]
         return {**self.skipped, **{f"program {name}": f"not run yet; --only {name} adds it" for name in due}}
 
@@ -297,7 +308,7 @@ def main() -> int:
     about = {"date": datetime.date.today().isoformat(), "small": options.small, "inputs": inputs, **machine()}
     import torch
 
-    chosen = [one for one in PROGRAMS if options.only is None or one.name in options.only]
+    chosen = [one for one in PROGRAMS if (one.name in options.only if options.only else not one.is_part)]
     before = Table()
     if options.only is not None and options.json is not None and options.json.exists():
         try:

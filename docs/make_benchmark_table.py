@@ -51,6 +51,8 @@ def table_of(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["measurements"]:
+        if not row["bars"] and not row["sides"]:  # a text alone, among the settings
+            continue
         bars = [bar_text(bar) for bar in row["bars"]]
         spread = row["ratio"] and f"{row['ratio']['least']:.2f} to {row['ratio']['most']:.2f}"
         cells = [
@@ -66,7 +68,10 @@ def table_of(found: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- Not measured: {work}: {reason}." for work, reason in found["not_measured"].items())]
-    settings = dict.fromkeys(f"- {row['work']}: {row['setting']}." for row in found["measurements"])
+    works: dict[str, list[str]] = {}
+    for row in found["measurements"]:
+        works.setdefault(row["setting"], []).append(row["work"])
+    settings = [f"- {'; '.join(named)}: {setting}." for setting, named in works.items()]
     return "\n".join([*lines, "", "Settings:", "", *settings])
 
 
@@ -109,10 +114,12 @@ PAGES = {ROOT / "docs" / "performance.md": table_of, ROOT / "README.md": short_t
 def main() -> int:
     """Copy the figures and rewrite the pages."""
     if len(sys.argv) > 1:
-        if json.loads(Path(sys.argv[1]).read_text())["small"]:
+        given = Path(sys.argv[1])
+        if json.loads(given.read_text())["small"]:
             print(f"{sys.argv[1]}: measured with --small, whose figures say nothing", file=sys.stderr)
             return 2
-        shutil.copyfile(sys.argv[1], FIGURES)
+        if given.resolve() != FIGURES:
+            shutil.copyfile(given, FIGURES)
     found = json.loads(FIGURES.read_text())
     for page, table in PAGES.items():
         page.write_text(rewritten(page.read_text(), table(found)))
