@@ -42,7 +42,7 @@ from pocl_ray.ray_train.background import Trainings
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Stage
 from pocl_ray.report.build import build_report
 from pocl_ray.report.model_card import write_model_card
-from pocl_ray.run_directory.claim import Claim
+from pocl_ray.run_directory.claim import Claim, places_on_hub
 from pocl_ray.run_directory.lease import refusal
 from pocl_ray.run_directory.manifest import StepResult, Steps, step_fingerprint
 from pocl_ray.teacher_cache.writer import FORMAT_VERSION
@@ -87,7 +87,7 @@ class Pipeline:
             check_room(config)
             check_nodes()
 
-        self.steps = Steps(self.run_dir, connect_and_check)
+        self.steps = Steps(self.run_dir, connect_and_check, places_on_hub(config))
         self.inputs = Inputs(config, self.steps, teacher)
         self.trainings, self._compares = Trainings(config.scaling), False
 

@@ -6,14 +6,16 @@ ships with pocl-ray it is the licence of pocl-ray. Everything else is not known,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from pocl_ray.config import Config
-from pocl_ray.report.model_card import Origin, hub_id
+from pocl_ray.report.model_card import Origin, on_hub
 
 OWN_LICENCE = "apache-2.0"
 
@@ -26,27 +28,33 @@ class _Found:
     languages: tuple[str, ...] = ()
 
 
-def origins_of(config: Config) -> list[Origin]:
-    """Return the origins of a student: teachers, the untuned student and the training rows."""
+def origins_of(config: Config, environment: Mapping[str, Any]) -> list[Origin]:
+    """Return the origins of a student: teachers, the untuned student and the training rows.
+
+    Args:
+        config: Config of the run.
+        environment: Content of its environment.json, which tells ids on the Hub from folders.
+    """
     others = [(f"teacher {place}", teacher) for place, teacher in enumerate(config.other_teachers, start=2)]
     found = []
     for role, model in (("teacher", config.teacher), *others, ("student", config.student)):
         if model.path is not None:
-            found.append(_origin(role, model.path, is_model=True))
-    return [*found, _origin("rows", config.data.train.path, is_model=False)]
+            found.append(_origin(role, model.path, environment, is_model=True))
+    return [*found, _origin("rows", config.data.train.path, environment, is_model=False)]
 
 
-def _origin(role: str, path: str, is_model: bool) -> Origin:
-    own = _card(path, is_model)
-    return Origin(role, hub_id(path) or path.rstrip("/").rpartition("/")[2], own.licence, own.languages)
+def _origin(role: str, path: str, environment: Mapping[str, Any], is_model: bool) -> Origin:
+    known = on_hub(path, environment)
+    own = _card(path, bool(known), is_model)
+    return Origin(role, known or path.rstrip("/").rpartition("/")[2], own.licence, own.languages)
 
 
-def _card(path: str, is_model: bool) -> _Found:
+def _card(path: str, is_on_hub: bool, is_model: bool) -> _Found:
     if path.startswith("samples://"):
         return _Found(OWN_LICENCE, ("en",))
     card_type = ModelCard if is_model else DatasetCard
     local = Path(path).expanduser() / "README.md"
-    if not local.is_file() and not hub_id(path):
+    if not local.is_file() and not is_on_hub:
         return _Found()
     try:
         data = card_type.load(local if local.is_file() else path, ignore_metadata_errors=True).data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -11,7 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from pocl_ray.errors import ConfigError, StorageError, UserError
 from pocl_ray.hub.origins import origins_of
-from pocl_ray.report.model_card import model_card
+from pocl_ray.report.model_card import Origin, model_card
+from pocl_ray.run_directory.manifest import ENVIRONMENT
 from pocl_ray.run_directory.opening import PastRun
 
 What = Literal["student", "adapters", "teacher-cache"]
@@ -22,6 +24,7 @@ NEEDED: dict[What, tuple[str, ...]] = {
     "teacher-cache": ("scores",),
 }
 README = "README.md"
+TOKENIZER = "tokenizer"
 
 T = TypeVar("T")
 
@@ -72,24 +75,29 @@ def push(run: PastRun, repo: str, private: bool, what: What) -> str:
     run.require(NEEDED[what])
     folder = _folder(run, what)
     check_token("push")
-    local = run.run_dir.local(folder)
-    operations = [
-        CommitOperationAdd(str(path.relative_to(local)), str(path))
-        for path in sorted(local.rglob("*"))
-        if path.is_file() and path != local / README  # the card is written again, with licences
-    ]
-    card = _cache_card(run) if what == "teacher-cache" else model_card(run.run_dir, origins_of(run.config))
+    operations = list(_files_of(run.run_dir.local(folder)))
+    if what == "adapters" and run.run_dir.exists(TOKENIZER):
+        operations += _files_of(run.run_dir.local(TOKENIZER))
+    is_cache, is_adapter = what == "teacher-cache", what == "adapters"
+    card = _cache_card(run) if is_cache else model_card(run.run_dir, _origins(run), repo, is_adapter)
     operations.append(CommitOperationAdd(README, card.encode("utf-8", errors="replace")))
     for name in EXTRA:
         if run.run_dir.exists(name):
             operations.append(CommitOperationAdd(name, run.run_dir.read_bytes(name)))
-    kind = "dataset" if what == "teacher-cache" else "model"
+    kind = "dataset" if is_cache else "model"
     api = HfApi()
     _asked(repo, lambda: _check_card(card, kind))
     _asked(repo, lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True))
     message = f"{what} of the run {run.config.name}, distilled with pocl-ray"
     done: Any = _asked(repo, lambda: api.create_commit(repo, operations, commit_message=message, repo_type=kind))
     return str(done.commit_url)
+
+
+def _files_of(folder: Path) -> Iterator[CommitOperationAdd]:
+    """Yield what a folder holds but its card, which is written again, with licences."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / README:
+            yield CommitOperationAdd(str(path.relative_to(folder)), str(path))
 
 
 def _check_card(card: str, kind: str) -> None:
@@ -131,10 +139,15 @@ def _asked(repo: str, ask: Callable[[], T]) -> T:
         raise UserError(f"push: {repo}: the Hub cannot be reached ({_line(error)}); try again") from None
 
 
+def _origins(run: PastRun) -> list[Origin]:
+    environment = run.run_dir.read_json(ENVIRONMENT) if run.run_dir.exists(ENVIRONMENT) else {}
+    return origins_of(run.config, environment)
+
+
 def _cache_card(run: PastRun) -> str:
     """The card of a teacher cache."""
     kind = run.config.distill.teacher_cache
-    lines = [f"- {o.role} {o.name}: {o.licence or 'the licence is not known'}" for o in origins_of(run.config)]
+    lines = [f"- {o.role} {o.name}: {o.licence or 'the licence is not known'}" for o in _origins(run)]
     return "\n".join(
         [
             "---",

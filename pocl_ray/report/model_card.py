@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os.path
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import yaml
 
 from pocl_ray.config import Config
+from pocl_ray.data.columns import SUMMARIZE, Request
+from pocl_ray.data.prompts import PromptTemplate
 from pocl_ray.records import STUDENT
 from pocl_ray.report.figures import SetResult, is_of_text, perplexities, set_results
 from pocl_ray.report.files import RunData, RunFiles, read_run
 from pocl_ray.report.headline import describe_models, model_names, run_sentence
 from pocl_ray.report.page import render_model_card
 from pocl_ray.report.task_figures import TaskTable, task_table
+from pocl_ray.run_directory.paths import hub_id
 
 MODEL_CARD = "student/README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_QUESTION = "Name the capital of France."
 _TEMPLATES = {
     "alpaca": "the Alpaca text",
     "chat": "the tokenizer's chat template",
@@ -57,7 +60,7 @@ def write_model_card(files: RunFiles) -> str:
     return text
 
 
-def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
+def model_card(files: RunFiles, origins: Sequence[Origin] = (), repo: str = "", is_adapter: bool = False) -> str:
     """Return the model card of a run's student.
 
     A student inherits the terms of its teacher and its rows, which a program cannot judge. The metadata name a licence
@@ -66,6 +69,8 @@ def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
     Args:
         files: Run directory. Without an evaluation the card has no figures.
         origins: Models and rows with their licences; without any the card says nothing of licences.
+        repo: Repository on the Hub that the card is for; without one it tells how to load the folder that it lies in.
+        is_adapter: Whether the repository holds the adapters alone, without a folder around them.
 
     Raises:
         StorageError: A file of the run directory exists but cannot be read.
@@ -75,17 +80,25 @@ def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
     has_prompts = run.config is not None and run.config.data.task != "text"
     template = run.config.data.prompt_template if run.config is not None and has_prompts else ""
     lora = run.config.student.lora if run.config else None
+    is_unmerged = lora is not None and not lora.merge
+    place = f'"{repo}"' if repo else '"."  # where this file lies'
+    if repo and (is_adapter or is_unmerged):  # peft finds a folder of a repository only on this machine
+        place = f"snapshot_download({place})"
     results = set_results({name: found for name, found in run.evaluation.items() if not is_of_text(found)})
     tasks = task_table(run.tasks)
     context = {
         "front_matter": yaml.safe_dump(
-            _front_matter(run, results, tasks, origins), sort_keys=False, allow_unicode=True
+            _front_matter(run, results, tasks, origins, is_adapter), sort_keys=False, allow_unicode=True
         ),
         "origins": origins,
+        "repo": repo,
+        "place": place,
+        "adapter": "folder" if is_adapter else 'f"{folder}/adapter"' if is_unmerged else "",
+        "asked": _asked(run.config, template) if run.config else "",
+        "max_new_tokens": (run.config.evaluation.generation.max_new_tokens if run.config else None) or 64,
         "name": run.config.name if run.config else "student",
         "intro": run_sentence(run, done=True),
         "models": describe_models(run.config) if run.config else None,
-        "adapters_alone": lora is not None and not lora.merge,
         "run": run,
         "names": names,
         "results": results,
@@ -97,8 +110,29 @@ def model_card(files: RunFiles, origins: Sequence[Origin] = ()) -> str:
     return render_model_card(context)
 
 
+def _asked(config: Config, template: str) -> str:
+    """The line of Python that makes a prompt as the student has read them; empty for a template of the user's own."""
+    if config.data.task == "text":
+        return 'tokenizer("Once upon a time", return_tensors="pt")'
+    request = Request(_QUESTION, "", system="", history=(), references=(), topic=None)
+    if config.data.task == "summarization":
+        request = replace(request, instruction=SUMMARIZE, input="A long text.")
+    if template == "chat":
+        args = "".join(f", {name}={value!r}" for name, value in config.data.template_args.items())
+        text = f"{request.instruction}\n\n{request.input}" if request.input else request.instruction
+        chat = f'[{{"role": "user", "content": {json.dumps(text)}}}]'
+        return (
+            f"tokenizer.apply_chat_template(\n    {chat},\n"
+            f'    add_generation_prompt=True, return_dict=True, return_tensors="pt"{args},\n)'
+        )
+    if template not in _TEMPLATES:
+        return ""
+    prompt = PromptTemplate(template, None).render(request)
+    return f'tokenizer({json.dumps(prompt)}, return_tensors="pt")'
+
+
 def _front_matter(
-    run: RunData, results: Sequence[SetResult], tasks: TaskTable | None, origins: Sequence[Origin]
+    run: RunData, results: Sequence[SetResult], tasks: TaskTable | None, origins: Sequence[Origin], is_adapter: bool
 ) -> dict[str, Any]:
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     matter["tags"] = ["distillation", "pocl", "pocl-ray"]
@@ -111,21 +145,35 @@ def _front_matter(
     if config is None:
         return matter
     lora = config.student.lora
-    base = hub_id((config.teacher if config.student.num_layers is not None else config.student).path or "")
+    base = on_hub((config.teacher if config.student.num_layers is not None else config.student).path, run.environment)
     if base:
-        relation = "adapter" if lora is not None and not lora.merge else "finetune"
+        relation = "adapter" if is_adapter or (lora is not None and not lora.merge) else "finetune"
         matter = {"base_model": base, "base_model_relation": relation, **matter}
-    if rows := hub_id(config.data.train.path):
+    if rows := on_hub(config.data.train.path, run.environment):
         matter["datasets"] = [rows]
     metrics = ["rouge", "exact_match"] if results else []
     metrics += sorted({row.metric.partition(",")[0] for row in tasks.rows} - set(metrics)) if tasks else []
-    if found := [*_results_by_set(config, results), *_results_by_task(tasks)]:
+    if found := [*_results_by_set(config, results, run.environment), *_results_by_task(tasks)]:
         matter["metrics"] = metrics
         matter["model-index"] = [{"name": config.name, "results": found}]
     return matter
 
 
-def _results_by_set(config: Config, results: Sequence[SetResult]) -> Iterator[dict[str, Any]]:
+def on_hub(path: str | None, environment: Mapping[str, Any]) -> str:
+    """Return a place of the config if it is an id on the Hub, else an empty text: a folder means nothing to others.
+
+    Args:
+        path: Place of a model or of rows.
+        environment: Content of environment.json, which lists the ids where this version wrote it.
+    """
+    listed = environment.get("on_hub")
+    is_there = path is not None and (path in listed if listed is not None else bool(hub_id(path)))
+    return path if path is not None and is_there else ""
+
+
+def _results_by_set(
+    config: Config, results: Sequence[SetResult], environment: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The student's figures in the form that the Hub reads (its model-index)."""
     for result in results:
         student = result.model(STUDENT)
@@ -144,7 +192,8 @@ def _results_by_set(config: Config, results: Sequence[SetResult]) -> Iterator[di
             if math.isfinite(value)
         ]
         # The Hub wants an id here. For rows of one machine it is the name of the set.
-        dataset = {"type": hub_id(source.path) or re.sub(r"[^\w.-]", "-", result.name), "name": result.name}
+        own = re.sub(r"[^\w.-]", "-", result.name)
+        dataset = {"type": on_hub(source.path, environment) or own, "name": result.name}
         if metrics:
             yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
 
@@ -162,8 +211,3 @@ def _results_by_task(tasks: TaskTable | None) -> Iterator[dict[str, Any]]:
         dataset = {"type": re.sub(r"[^\w.-]", "-", task), "name": task}
         if metrics:
             yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
-
-
-def hub_id(path: str) -> str:
-    """Return a place if it is an id on the Hub, else an empty text; a folder would mean nothing to others."""
-    return path if _HUB_ID.fullmatch(path) and not os.path.exists(path) else ""

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from pocl_ray.config.neutral import neutral_free
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import lease
-from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.paths import hub_id, is_remote
 from pocl_ray.run_directory.storage import RunDirectory
 
 CONFIG = "config.yaml"
@@ -106,8 +106,19 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
         yield f"{key}: {before!r} -> {now!r}"
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, the project's git revision, and the nodes of the connected cluster."""
+def places_on_hub(config: Config) -> list[str]:
+    """Return the models and rows of a config that are ids on the Hub, since nothing of their name is on this machine.
+
+    Only where the run works can this be told: seen from another directory a relative path looks like an id.
+    """
+    data, models = config.data, (config.teacher, *config.other_teachers, config.student)
+    sources = (data.train, data.dev, *data.tests.values())
+    paths = [*(model.path for model in models), *(source.path for source in sources if source is not None)]
+    return sorted({path for path in paths if path is not None and hub_id(path)})
+
+
+def environment(on_hub: Sequence[str] = ()) -> dict[str, Any]:
+    """Return versions, the project's git revision, the nodes of the connected cluster, and what is on the Hub."""
     import ray
 
     nodes = [
@@ -127,6 +138,7 @@ def environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "platform": platform.platform(),
         "nodes": nodes,
+        "on_hub": list(on_hub),
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

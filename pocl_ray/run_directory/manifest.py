@@ -127,17 +127,18 @@ class Steps:
         has_cluster: Whether a step has connected to the cluster.
     """
 
-    def __init__(self, run_dir: RunDirectory, connect: Callable[[], None]) -> None:
+    def __init__(self, run_dir: RunDirectory, connect: Callable[[], None], on_hub: Sequence[str] = ()) -> None:
         """Read the manifest of the run directory.
 
         Args:
             run_dir: Run directory.
             connect: Function that connects to Ray; it is called once, before the first step that needs Ray.
+            on_hub: Models and rows that are ids on the Hub.
         """
         self.run_dir = run_dir
         self.manifest = Manifest(run_dir)
         self.num_done, self.has_cluster = 0, False
-        self._connect = connect
+        self._connect, self._on_hub = connect, on_hub
 
     def run(self, name: str, depends: Any, work: Callable[[str], StepResult], trains: bool = False) -> str:
         """Run a step unless it is done with the same dependencies, and return its fingerprint.
@@ -157,7 +158,7 @@ class Steps:
                 self._connect()
                 self.has_cluster = True
             if on_cluster or not self.run_dir.exists(ENVIRONMENT):  # without Ray the nodes are not known
-                self.run_dir.write_json(ENVIRONMENT, environment())
+                self.run_dir.write_json(ENVIRONMENT, environment(self._on_hub))
             result = work(fingerprint)
             self.num_done += 1
             return result

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os.path
+import re
 from pathlib import Path
 
 from pocl_ray.errors import StorageError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_remote(path: str) -> bool:
@@ -24,3 +28,8 @@ def local_path(path: str) -> Path:
         return Path(path.removeprefix("file://")).expanduser().absolute()
     except RuntimeError:
         raise StorageError(f"{path}: there is no such home directory; write the path in full") from None
+
+
+def hub_id(path: str) -> str:
+    """Return a place if it may be an id on the Hub, else an empty text: nothing is there on this machine."""
+    return path if _HUB_ID.fullmatch(path) and not os.path.exists(path) else ""

@@ -124,6 +124,7 @@ def test_a_student_is_pushed_in_one_commit_with_a_card_that_the_hub_takes(server
     assert "license" not in matter, "the rows' and the student's are not known"
     (results,) = matter["model-index"][0]["results"]
     assert {"type": "rouge", "name": "ROUGE-L, greedy", "value": 21.5} in results["metrics"]
+    assert 'folder = "owner/mine"' in card
     assert "teacher owner/open: mit" in card and "rows owner/rows: the licence is not known" in card
 
 
@@ -131,6 +132,8 @@ def test_adapters_and_teacher_cache_are_pushed_alone(server: Server, tmp_path: P
     run = make_run(tmp_path, student={"path": "owner/small", "lora": {"merge": False}})
     (run / "teacher_cache" / "train").mkdir(parents=True)
     (run / "teacher_cache" / "train" / "0.arrow").write_bytes(b"cache")
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").write_text("{}")
     code = "\n".join(
         [
             "from pocl_ray.hub.push import push; from pocl_ray.run_directory.opening import open_past_run",
@@ -142,7 +145,10 @@ def test_adapters_and_teacher_cache_are_pushed_alone(server: Server, tmp_path: P
     assert done.returncode == 0, done.stderr
     adapters = server.folder / "owner" / "adapters"
     assert (adapters / "adapter_model.safetensors").exists() and not (adapters / "model.safetensors").exists()
-    assert yaml.safe_load((adapters / "README.md").read_text().split("---\n")[1])["base_model_relation"] == "adapter"
+    card = (adapters / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model_relation"] == "adapter"
+    assert 'folder = snapshot_download("owner/adapters")' in card and "CausalLM.from_pretrained(folder)" in card
+    assert (adapters / "tokenizer.json").exists(), "what others need to ask the student"
     assert (server.folder / "owner" / "cache" / "train" / "0.arrow").read_bytes() == b"cache"
     assert json.loads((server.folder / "repos.json").read_text())["owner/cache"]["type"] == "dataset"
 
@@ -194,6 +200,13 @@ def test_a_gated_or_private_model_names_itself_and_the_remedy(server: Server, tm
 def test_a_run_with_a_repository_checks_it_before_anything_starts(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**CONFIG, "hub": {"repo": "nothing"}, "storage_path": str(tmp_path / "runs")}))
-    done = server.call(command("run", str(path)), tmp_path)
-    assert done.returncode == 2 and "hub.repo: 'nothing' is no repository" in done.stderr
+    code = ["import sys; from pocl_ray.cli import main"]
+    for more in ([], ["--dry-run"]):
+        code += [
+            f"sys.argv = {['pocl-ray', 'run', str(path), *more]!r}",
+            "try: main()",
+            "except SystemExit as ended: assert ended.code == 2",
+        ]
+    done = server.call("\n".join(code), tmp_path)
+    assert done.returncode == 0 and done.stderr.count("error: hub.repo: 'nothing' is no repository") == 2
     assert not (tmp_path / "runs").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 from fake_run import CONFIG, LocalFiles, make_run
 
@@ -51,6 +53,20 @@ def test_folders_of_this_machine_stay_out_of_the_card(tmp_path: Path) -> None:
     assert "secret" not in card and "big" in card and "small" in card
 
 
+def test_relative_places_are_no_hub_ids_wherever_the_card_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make_run(tmp_path, num_rows=64)
+    extra = "data: {train: {path: my_rows.jsonl}, dev: {path: owner/rows}}"
+    _write_config(files, teacher="{path: models/big}", student="{num_layers: 2}", extra=extra)
+    files.write_json("environment.json", {"on_hub": ["owner/rows"]})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from where models/big looks like an id
+    matter = _front_matter(write_model_card(files))
+    assert "base_model" not in matter and "datasets" not in matter
+    assert "models/big" not in str(matter)
+
+
 def test_foreign_text_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     files = make_run(tmp_path, num_rows=64)
     template = '"{instruction}\\n```\\n---\\n<script>"'
@@ -67,6 +83,25 @@ def test_foreign_text_cannot_break_out_of_the_card(tmp_path: Path) -> None:
 def test_card_of_a_run_without_config_or_evaluation_still_says_how_to_load(tmp_path: Path) -> None:
     card = write_model_card(LocalFiles(tmp_path))
     assert "How to use it" in card and "Figures" not in card
+
+
+@pytest.mark.parametrize(
+    ("data", "asks"),
+    [
+        ({"prompt_template": "chat", "template_args": {"enable_thinking": False}}, "enable_thinking=False,\n)"),
+        ({"prompt_template": "alpaca"}, "### Instruction:\\nName the capital of France."),
+        ({"prompt_template": "plain", "task": "summarization"}, "A long text."),
+        ({"task": "text"}, "Once upon a time"),
+    ],
+)
+def test_the_card_asks_the_student_as_its_rows_did(tmp_path: Path, data: dict[str, object], asks: str) -> None:
+    files = make_run(tmp_path, num_rows=64)
+    config = {"data": {**yaml.safe_load(CONFIG)["data"], **data}, "difficulty": {"signals": ["ce_loss"]}}
+    extra = yaml.safe_dump(config)
+    _write_config(files, teacher="{path: big}", student="{path: small}", extra=extra)
+    (code,) = re.findall(r"```python\n(.*?)```", write_model_card(files), re.DOTALL)
+    compile(code, "card", "exec")
+    assert asks in code and "model.generate(**asked, max_new_tokens=" in code
 
 
 def test_a_student_of_adapters_alone_is_loaded_with_peft(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from pocl_ray.config import Config
 from pocl_ray.config.neutral import NEUTRAL, neutral_free
 from pocl_ray.errors import StorageError
-from pocl_ray.run_directory.claim import COSTLY, Claim, differences, environment
+from pocl_ray.run_directory.claim import COSTLY, Claim, differences, environment, places_on_hub
 from pocl_ray.run_directory.storage import RunDirectory
 
 
@@ -164,3 +164,13 @@ def test_the_environment_names_versions_without_a_cluster(monkeypatch: pytest.Mo
     assert found["nodes"] == []
     assert {"python", "ray", "torch", "deepspeed", "transformers"} <= set(found["versions"])
     assert found["versions"]["torch"] and found["written_at"].endswith("+00:00")
+
+
+def test_what_is_here_is_not_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models/big").mkdir(parents=True)
+    Path("rows.jsonl").touch()
+    here = {"data__train": {"path": "rows.jsonl"}, "data__dev": {"path": "owner/rows"}}
+    mixed = config(**here, teacher={"path": "models/big"}, student={"path": "gpt2"})
+    assert places_on_hub(mixed) == ["gpt2", "owner/rows"]
+    assert environment(places_on_hub(mixed))["on_hub"] == ["gpt2", "owner/rows"]
