@@ -45,7 +45,7 @@ from pocl_ray.data.readers import Reject, SourceRow
 from pocl_ray.errors import ConfigError, DataError, ModelError, StorageError
 from pocl_ray.models.loading import check_same_tokenizer
 from pocl_ray.run_directory.disk import GIB
-from pocl_ray.run_directory.storage import replacing
+from pocl_ray.run_directory.storage import replacing_file
 
 FILE_WIDTH = 140  # of the table, where there is no terminal that has one
 ASSUMED_GPU_GIB, ASSUMED_CLUSTER_GPUS = 24.0, 8
@@ -97,7 +97,7 @@ def init(request: Request) -> Path:
     findings = look(request, out.stem if request.out else name)
     text = render(findings)
     try:
-        with replacing(out) as new:
+        with replacing_file(out) as new:
             new.write_text(text, encoding="utf-8")
             load_config(new)  # a config that is refused never gets its name
     except OSError as error:

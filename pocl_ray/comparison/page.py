@@ -19,7 +19,7 @@ from pocl_ray.report.curves import Curve, curve_of
 from pocl_ray.report.headline import PAIR_FIGURES, model_names
 from pocl_ray.report.page import render_comparison, signed
 from pocl_ray.report.plots import Plot, render
-from pocl_ray.run_directory.storage import replacing
+from pocl_ray.run_directory.storage import replacing_file
 
 AXES = {
     "eval/dev/rouge_l": "dev ROUGE-L (0 to 100)",
@@ -48,7 +48,7 @@ def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, tasks: Compa
         "costs": costs(runs),
     }
     try:
-        with replacing(path) as new:
+        with replacing_file(path) as new:
             new.write_text(render_comparison(context), encoding="utf-8", errors="replace")
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from None

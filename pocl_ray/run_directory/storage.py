@@ -143,6 +143,19 @@ def replacing(target: Path) -> Iterator[Path]:
         _remove(old)
 
 
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """Yield a path for a new file at a place that a user names, as `replacing` does; a directory is left alone.
+
+    Raises:
+        OSError: A directory is there, the folder cannot be created, or the rename is refused.
+    """
+    if target.is_dir():  # such as `--out runs`, and all that is in it would be gone
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", str(target))
+    with replacing(target) as new:
+        yield new
+
+
 def write_whole(filesystem: pafs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
     """Write a file of any filesystem, completely or not at all.
 

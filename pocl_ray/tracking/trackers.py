@@ -67,8 +67,9 @@ class TensorBoard:
         is_local = run.local_folder() is not None
         self._folder = Path(run.run_dir.uri) / self._rel if is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
         self._is_local = is_local
-        # Steps after a checkpoint are taken again, and TensorBoard is told to forget those of the earlier start.
-        purge = run.first_step + 1 if run.first_step else None
+        # Steps after a checkpoint are taken again, and TensorBoard is told to forget those of the earlier start: all of
+        # them without a checkpoint, or where the training is another one.
+        purge = run.first_step + 1 if run.first_step else 0
         # Two starts in one second would otherwise write to one file; files are read in the order of their names.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=FLUSH_S, filename_suffix=suffix)
@@ -253,10 +254,9 @@ class Trackio:
                 auto_log_cpu=False,
             )
         self._last_steps = dict.fromkeys(KINDS, -1)
-        if run.first_step:
-            for record in trackio.SQLiteStorage.get_logs(self._project, self._name):
-                kind = _kind(record)
-                self._last_steps[kind] = max(self._last_steps[kind], int(record["step"]))
+        for record in trackio.SQLiteStorage.get_logs(self._project, self._name):
+            kind = _kind(record)
+            self._last_steps[kind] = max(self._last_steps[kind], int(record["step"]))
 
     def log(self, points: Sequence[Point]) -> None:
         """Log points that the local store does not have yet."""

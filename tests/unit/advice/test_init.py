@@ -160,6 +160,11 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path("c.yaml").read_text(encoding="utf-8") == "mine"
     init(Request(**{**vars(request), "force": True}))
     assert load_config("c.yaml").data.task == "text"
+    Path("runs").mkdir()
+    Path("runs/mine").touch()
+    with pytest.raises(StorageError, match=r"runs: cannot be written \(it is a directory\)"):
+        init(Request(**{**vars(request), "force": True, "out": Path("runs")}))
+    assert Path("runs/mine").exists()
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,12 @@ def dev_record(step: int) -> dict[str, Any]:
     return {"step": step, "curriculum/stage": 0, "num_tokens": 0, "eval/dev/ce_loss": 3.0 - step / 10}
 
 
-def track(tracker: str, folder: Path) -> TrackedRun:
-    """A training of eight steps that dies after the fifth, goes on from the third, and is evaluated."""
+def track(tracker: str, folder: Path, starts: tuple[tuple[int, int], ...] = ((0, 2), (0, 5), (3, 8))) -> TrackedRun:
+    """A training of eight steps that dies before and after its checkpoint at the third, and is evaluated."""
     run_dir = RunDirectory.open(str(folder), "run")
     tracking = Tracking((tracker,), "run", SETTINGS)
     warnings: list[str] = []
-    for first, last in ((0, 5), (3, 8)):
+    for first, last in starts:
         run = TrackedRun.begin(tracking, run_dir, "distill", "0" * 64, first)
         stream = Stream(run, (tracker,), warnings.append)
         if first == 0:
@@ -126,7 +126,7 @@ def test_wandb_writes_offline_and_goes_on_under_the_same_id(tmp_path: Path, monk
     wandb.teardown()  # a test before may have used it with another environment, which it remembers
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    run = track("wandb", tmp_path)
+    run = track("wandb", tmp_path, ((0, 5), (3, 8)))
     files = sorted((tmp_path / "run" / "tracking" / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in files} == {f"run-{run.id}.wandb"} and len(files) == 3
     records = [list(records_of(path)) for path in files]
