@@ -112,16 +112,16 @@ def run(
 ) -> None:
     """Do everything: score, rank, distil, evaluate, report. Finished steps are not done again."""
     loaded = load_config(config, overrides or [])
-    if dry_run:
-        from pocl_ray.advice import dry_run as dry
-
-        dry.dry_run(loaded)
-        return
     if loaded.hub is not None:  # hours of training should not end with a name that the Hub does not take
         from pocl_ray.hub.push import check_repo, check_token
 
         check_repo(loaded.hub.repo, "hub.repo")
         check_token("hub")
+    if dry_run:
+        from pocl_ray.advice import dry_run as dry
+
+        dry.dry_run(loaded)
+        return
     run_dir = _run_until("report", config, overrides, resume_with_changes)
     console.print(f"student  {run_dir.uri_of('student')}\nreport   {run_dir.uri_of('report.html')}")
     if loaded.hub is not None:

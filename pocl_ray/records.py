@@ -315,7 +315,9 @@ STEPS = {
             ("pairs.json", "pairs/"),
             "always",
         ),
-        Step("report", "this report", ("evaluation", "tasks", "pairs"), ("report.html", "report.md", "plots/")),
+        Step(
+            "report", "report and model card", ("evaluation", "tasks", "pairs"), ("report.html", "report.md", "plots/")
+        ),
     )
 }
 """Every step by name; a step comes after those that it depends on."""

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Literal
@@ -80,6 +81,8 @@ def examine(config: Config | None) -> Iterator[Finding]:
     ]
     if config is not None:
         checks += [lambda: storage_writable(storage), lambda: inputs(config), lambda: compiler(config)]
+        if config.hub is not None:
+            checks.append(partial(target, config.hub.repo))
     checks += [hub, proxies]
     for check in checks:
         yield check()
@@ -280,6 +283,18 @@ def inputs(config: Config) -> Finding:
     except UserError as error:
         return Finding("inputs", "stop", str(error))
     return Finding("inputs", "ok", "rows and models are there, and names and templates are known")
+
+
+def target(repo: str) -> Finding:
+    """Look at the name of the repository that the run pushes to, and for a token."""
+    from pocl_ray.hub.push import check_repo, check_token
+
+    try:
+        check_repo(repo, "hub.repo")
+        check_token("hub")
+    except UserError as error:
+        return Finding("repository", "stop", str(error))
+    return Finding("repository", "ok", f"{repo}; whether the token may write there is seen at the push")
 
 
 def compiler(config: Config) -> Finding:

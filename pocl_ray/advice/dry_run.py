@@ -36,6 +36,7 @@ from pocl_ray.run_directory.manifest import Manifest, StepResult, Steps, step_fi
 from pocl_ray.run_directory.storage import RunDirectory
 
 DONE = "done already"
+NOT_YET = "not done yet"
 READ = ("tokenizer", "rows", "responses", "distill")
 """The steps whose results others read before they know their own fingerprints; distill, for its number of steps."""
 
@@ -105,7 +106,7 @@ def why_it_runs(manifest: Manifest, step: str, fingerprint: str, changes: str) -
         return DONE
     entry = manifest.steps.get(step)
     if entry is None:
-        return "not done yet"
+        return NOT_YET
     if entry["fingerprint"] != fingerprint:
         return f"what it depends on has changed{f': {changes}' if changes else ', such as the rows or a model'}"
     if entry["status"] != "done":
@@ -162,7 +163,8 @@ def steps_to_run(config: Config) -> dict[str, str]:
             getters[name]()
             why[name] = steps.why.get(name, DONE)
         except _WouldRunError as first:
-            why[name] = steps.why.get(name, f"rests on {first.step}") if first.step != name else steps.why[name]
+            rests = f"rests on {first.step}" if name in steps.manifest.steps else NOT_YET
+            why[name] = steps.why.get(name, rests)
     return why
 
 

@@ -113,6 +113,18 @@ def test_the_hub_is_asked_for_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) ->
     assert found.state == "note" and "mirror" in found.remedy
 
 
+def test_a_repository_that_the_run_would_refuse_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocl_ray.hub.push.get_token", lambda: None)
+    named = "no owner"
+    assert doctor.target(named).state == "stop" and "hub.repo" in doctor.target(named).what
+    assert "set HF_TOKEN" in doctor.target("me/mine").what
+    monkeypatch.setattr("pocl_ray.hub.push.get_token", lambda: "hf_write")
+    assert doctor.target("me/mine").state == "ok"
+    config = Config.model_validate({**TREE, "hub": {"repo": "me/mine"}})
+    monkeypatch.setattr(doctor, "hub", lambda: doctor.Finding("Hub", "ok", "answers"))
+    assert "repository" in {one.name for one in doctor.examine(config)}
+
+
 def test_a_config_adds_its_inputs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "hub", lambda: doctor.Finding("Hub", "ok", "answers"))
     config = Config.model_validate(TREE)
