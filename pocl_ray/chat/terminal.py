@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
@@ -48,7 +49,7 @@ def chat(
         try:
             _show(speakers, text, drawn)
         except UserError as error:  # this prompt alone
-            console.print(f"[bold red]error:[/] {error}", markup=True)
+            console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
 def _asked() -> str:

@@ -210,13 +210,19 @@ def perplexity_sentences(found: Sequence[Perplexity], names: Mapping[str, str]) 
     return sentences
 
 
+def in_a_sentence(name: str) -> str:
+    """Return the name of a model as a sentence has it: a student takes an article, a method such as POCL none."""
+    return f"the {name}" if name.endswith("student") else name
+
+
 def _sentence(set_name: str, of_set: Mapping[str, Perplexity], names: Mapping[str, str]) -> str:
     student = of_set[STUDENT]
-    text = f"On {set_name}, {names[STUDENT]} reaches perplexity {fixed(student.perplexity)}"
+    subject = in_a_sentence(names[STUDENT])
+    text = f"On {set_name}, {subject} reaches perplexity {fixed(student.perplexity)}"
     if STUDENT_BEFORE in of_set:
         before = of_set[STUDENT_BEFORE].perplexity
         verb = "lowers" if student.perplexity < before else "raises"
-        text = f"On {set_name}, {names[STUDENT]} {verb} perplexity from {fixed(before)} to {fixed(student.perplexity)}"
+        text = f"On {set_name}, {subject} {verb} perplexity from {fixed(before)} to {fixed(student.perplexity)}"
     notes = []
     if TEACHER in of_set:
         notes.append(f"teacher {fixed(of_set[TEACHER].perplexity)}")

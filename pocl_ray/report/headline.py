@@ -11,7 +11,7 @@ from pocl_ray.config import Config
 from pocl_ray.config.race import PLAIN, RACE
 from pocl_ray.config.sources import ModelConfig
 from pocl_ray.records import STUDENT, STUDENT_BEFORE, STUDENT_KD, TEACHER, Coverage
-from pocl_ray.report.figures import Comparison, ModelResult, SetResult, compare_with_control
+from pocl_ray.report.figures import Comparison, ModelResult, SetResult, compare_with_control, in_a_sentence
 from pocl_ray.report.files import RunData, total_seconds
 from pocl_ray.report.page import duration, fixed, percent, signed
 
@@ -172,7 +172,7 @@ def _tally(results: Sequence[SetResult], names: dict[str, str]) -> str:
         f"{key}, {', '.join(f'{verdict} on {count[verdict]}' for verdict in ('ahead', 'level', 'behind'))}"
         for key, count in verdicts.items()
     ]
-    sides = f"{names[STUDENT]} against {names[STUDENT_KD]}"
+    sides = f"{in_a_sentence(names[STUDENT])} against {names[STUDENT_KD]}"
     return f"Over all {len(results)} sets, {sides}: {'; '.join(counted)}."
 
 
@@ -183,7 +183,7 @@ def _set_sentence(result: SetResult, names: dict[str, str]) -> str:
     sampled = _change("sampled", student.rouge_l.mean, result, "mean", student.gap_closed)
     greedy = _change("greedy", student.rouge_l.greedy, result, "greedy", student.gap_closed_greedy)
     parts = [part for part in (sampled, greedy) if part]
-    text = f"On {result.name}, {names[STUDENT]} {' and '.join(parts)}." if parts else ""
+    text = f"On {result.name}, {in_a_sentence(names[STUDENT])} {' and '.join(parts)}." if parts else ""
     comparisons = compare_with_control(result)
     return f"{text} {_against_control(comparisons, names)}".strip() if comparisons else text
 
@@ -208,7 +208,8 @@ def _score(result: ModelResult | None, kind: str) -> float:
 def _against_control(comparisons: Sequence[Comparison], names: dict[str, str]) -> str:
     parts = [f"{_verdict(c)} in {c.decoding} {c.metric}" for c in comparisons]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"Against {names[STUDENT_KD]} at the same number of optimizer steps, {names[STUDENT]} is {listed}."
+    student = in_a_sentence(names[STUDENT])
+    return f"Against {names[STUDENT_KD]} at the same number of optimizer steps, {student} is {listed}."
 
 
 def _verdict(comparison: Comparison) -> str:

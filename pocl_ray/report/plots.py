@@ -237,11 +237,23 @@ def gaps_by_stage(found: FrontierGaps) -> Figure:
         )  # fmt: skip
         colour = to_rgba(COLOURS[STUDENT], shade)
         ax.plot(found.stages, found.gaps[:, bucket], color=colour, marker="o", markersize=3, linewidth=1.6)
-        ax.annotate(f" {bucket}", (found.stages[-1], found.gaps[-1, bucket]), fontsize=7.5, color=MUTED, va="center")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("stage (the numbers at the right are buckets, 0 the easiest)")
     ax.set_ylabel("gap (nats/token)")
+    for bucket, height in enumerate(_apart(found.gaps[-1], 0.055 * (ax.get_ylim()[1] - ax.get_ylim()[0]))):
+        place = (found.stages[-1], height)
+        ax.annotate(f"{bucket}", place, (6, 0), textcoords="offset points", fontsize=7.5, color=MUTED, va="center")
     return figure
+
+
+def _apart(heights: np.ndarray, least: float) -> np.ndarray:
+    """The heights of labels next to some points, moved up or down until each is at least `least` from the next."""
+    order = np.argsort(heights, kind="stable")
+    placed = heights[order].astype(np.float64)
+    for above in range(1, len(placed)):
+        placed[above] = max(placed[above], placed[above - 1] + least)
+    placed -= np.nanmean(placed - heights[order])
+    return placed[np.argsort(order, kind="stable")]
 
 
 @styled

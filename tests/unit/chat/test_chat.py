@@ -108,6 +108,23 @@ def test_the_terminal_asks_until_an_empty_line(
     assert "student" in capsys.readouterr().err
 
 
+def test_a_refused_prompt_is_told_as_it_is_and_the_next_one_is_answered(
+    run: PastRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, refused = iter(["one", "two", ""]), iter([True])
+
+    def answer(*_: object) -> str:
+        if next(refused, False):
+            raise UserError("chat: the template refuses [red] prompts")
+        return "w7"
+
+    monkeypatch.setattr(terminal.console, "input", lambda *_: next(asked))
+    monkeypatch.setattr(Speaker, "answer", answer)
+    terminal.chat(run, student_alone=True, prompt=None, temperature=0.0, max_new_tokens=3, seed=0)
+    shown = capsys.readouterr().err
+    assert "error: chat: the template refuses [red] prompts" in shown and "w7" in shown
+
+
 def test_what_a_model_writes_is_not_read_as_markup() -> None:
     shown = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     shown.print(terminal.panels({"teacher": "[bold]x[/bold]", "student": "y"}, shown))

@@ -14,6 +14,7 @@ from pocl_ray.config.training import FrontierConfig
 from pocl_ray.curriculum.pacing import PACINGS
 from pocl_ray.distill.gaps import FrontierRows, RowGaps
 from pocl_ray.records import Stage
+from pocl_ray.report import plots
 from pocl_ray.report.build import build_report
 from pocl_ray.report.files import read_run
 from pocl_ray.report.frontier import FrontierGaps, frontier_gaps
@@ -76,3 +77,10 @@ def test_other_rules_have_no_such_section(tmp_path: Path) -> None:
     run = read_run(made)
     assert run.metrics is not None and run.plan is not None
     assert frontier_gaps(run.metrics.frontier, run.plan.bucket_ends) is None
+
+
+def test_labels_of_buckets_do_not_cover_one_another() -> None:
+    placed = plots._apart(np.array([4.3, 4.2, 5.7, 5.2]), 0.8)
+    assert np.diff(placed[[1, 0, 3, 2]]).min() > 0.79
+    apart = np.array([1.0, 9.0, np.nan])
+    assert np.array_equal(plots._apart(apart, 0.8), apart, equal_nan=True)
