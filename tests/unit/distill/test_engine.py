@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pocl_ray.config import TrainConfig
+from pocl_ray.distill import engine
 from pocl_ray.distill.deepspeed_import import check_precision
 from pocl_ray.distill.engine import accumulation_steps, deepspeed_config, learning_rate
 from pocl_ray.errors import ConfigError
@@ -183,3 +185,58 @@ def test_wsd_stays_at_the_peak_and_falls_over_the_last_part_of_the_run() -> None
     assert floored[599] == 1 and floored[-1] == pytest.approx(0.5, abs=2e-3)
     overlapping = rates(train(lr_schedule="wsd", warmup_ratio=0.8), stage(10))
     assert overlapping == pytest.approx([k / 8 for k in range(1, 9)] + [1, 0.5])
+
+
+# The norm of the gradient and its clipping
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [
+        ({"zero_stage": 1}, True),
+        ({"zero_stage": 2, "precision": "fp16"}, True),
+        ({"zero_stage": 0, "precision": "fp32"}, False),
+        ({"zero_stage": 3}, False),
+        ({"zero_stage": 1, "offload_optimizer": "cpu"}, False),
+        ({"zero_stage": 2, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, False),
+        ({"zero_stage": 1, "deepspeed": {"zero_optimization": {"compute_grad_norm": True}}}, False),
+        ({"zero_stage": 1, "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}, False),
+    ],
+)
+def test_deepspeed_leaves_the_norm_to_the_guard_where_it_can(changes: dict[str, Any], is_ours: bool) -> None:
+    config = deepspeed_config(train(**changes), 1)
+    changed = engine._without_norm(config)
+    assert (changed is not None) == is_ours
+    if changed is not None:
+        assert (changed["gradient_clipping"], changed["zero_optimization"]["compute_grad_norm"]) == (0.0, False)
+        assert config["gradient_clipping"] == 1.0 and "compute_grad_norm" not in config["zero_optimization"]
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(0.5, 0.5), (1e9, None), (0.0, None)])
+def test_the_guard_clips_by_the_norm_of_all_pieces(
+    max_norm: float, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(engine, "_PIECE", 64)
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    adam = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
+    guard = engine._StepGuard(adam, object(), max_norm)
+    weight.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    norm = float(weight.grad.norm())
+    guard.begin(1.0, None)
+    adam.step()
+    assert guard.grad_norm() == pytest.approx(norm, rel=1e-6) and weight.detach().abs().max() > 0.5
+    assert float(weight.grad.norm()) == pytest.approx(expected or norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_guard_keeps_adam_from_a_gradient_that_is_not_finite(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.dist, "get_world_size", lambda: 1)
+    weight = torch.nn.Parameter(torch.zeros(10))
+    adam = torch.optim.AdamW([weight], lr=1.0)
+    guard = engine._StepGuard(adam, object(), 1.0)
+    weight.grad = torch.ones(10)
+    weight.grad[3] = bad
+    guard.begin(1.0, None)
+    adam.step()
+    assert not math.isfinite(guard.grad_norm()) and not weight.detach().any()
