@@ -15,6 +15,7 @@ from pocl_ray.data.row_store import RowStore
 from pocl_ray.errors import ModelError
 from pocl_ray.models.places import ModelRef
 from pocl_ray.pipeline import Pipeline
+from pocl_ray.responses import writing
 from pocl_ray.responses.writing import WritingTask, write_answers
 
 pytestmark = pytest.mark.ray
@@ -35,9 +36,19 @@ def task_of(run: Any, parts: str, **changes: Any) -> WritingTask:
     return WritingTask(run.run_dir, run.train.path, run.tokenizer, parts=parts, **fields)
 
 
-def test_answers_do_not_depend_on_the_number_of_actors(cluster: None, tiny_run: Any) -> None:
-    one = write_answers(task_of(tiny_run, "parts/one"), ScalingConfig(teacher_actors=1))
+def here(task: WritingTask, missing: dict[int, writing.Batches], scaling: ScalingConfig) -> None:
+    """The job without Ray, with one actor."""
+    writer = writing.TeacherWriter(task)
+    for number, batches in missing.items():
+        list(writer(writing._unit(number, batches)))
+
+
+def test_answers_of_two_actors_are_those_of_one_process(
+    cluster: None, tiny_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     two = write_answers(task_of(tiny_run, "parts/two"), ScalingConfig(teacher_actors=2))
+    monkeypatch.setattr(writing, "_write", here)
+    one = write_answers(task_of(tiny_run, "parts/one"), ScalingConfig())
     assert one.equals(two)
     assert one["id"].to_pylist() == list(range(tiny_run.train.num_rows))
 
