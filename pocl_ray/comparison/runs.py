@@ -14,7 +14,7 @@ from pocl_ray.config.neutral import neutral_free
 from pocl_ray.errors import StorageError, UserError
 from pocl_ray.records import REFERENCES, STUDENT
 from pocl_ray.report.figures import is_of_text
-from pocl_ray.report.files import RunData, read_run
+from pocl_ray.report.files import RunData, read_run, step_times
 from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.run_directory.opening import PastRun
 from pocl_ray.tracking.run import flat_settings
@@ -188,6 +188,7 @@ class Cost:
         num_steps: Optimizer steps of the distillation.
         num_tokens: Response tokens that it trained on.
         distill_s: Its wall time.
+        tokens_per_s: Tokens of the last start of the distillation in a second.
         total_s: Wall time of all steps of the run but the report.
     """
 
@@ -195,12 +196,8 @@ class Cost:
     num_steps: float
     num_tokens: float
     distill_s: float
+    tokens_per_s: float
     total_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of the distillation."""
-        return self.num_tokens / self.distill_s if self.distill_s > 0 else math.nan
 
 
 def costs(runs: Sequence[ComparedRun]) -> list[Cost]:
@@ -210,6 +207,7 @@ def costs(runs: Sequence[ComparedRun]) -> list[Cost]:
         step = run.run.steps["distill"]
         counts = step.get("counts", {})
         total = sum(float(each.get("seconds", 0)) for name, each in run.run.steps.items() if name != "report")
+        (time,) = step_times({"distill": step})
         num_steps, num_tokens = (float(counts.get(key, math.nan)) for key in ("num_steps", "num_tokens"))
-        found.append(Cost(run.label, num_steps, num_tokens, float(step.get("seconds", math.nan)), total))
+        found.append(Cost(run.label, num_steps, num_tokens, time.seconds, time.tokens_per_s, total))
     return found

@@ -96,7 +96,7 @@ class Trainings:
         self._scaling, self._train = scaling, train
         self._behind: BackgroundTraining | None = None
 
-    def run(self, task: TrainTask, next_to_it: TrainTask | None = None) -> dict[str, int]:
+    def run(self, task: TrainTask, next_to_it: TrainTask | None = None) -> dict[str, float]:
         """Train, or wait for the end if the task runs in the background; return its counts for the manifest.
 
         Args:

@@ -180,15 +180,19 @@ def _train_worker(config: dict[str, Any]) -> None:
     train_worker(config)
 
 
-def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, int]:
+def train_counted(task: TrainTask, scaling: ScalingConfig) -> dict[str, float]:
     """Run `run_training` and return its counts for the manifest."""
     return counts_of(run_training(task, scaling))
 
 
-def counts_of(status: TrainingStatus) -> dict[str, int]:
-    """Return the counts of a finished training for the manifest; what was done before it is told apart."""
+def counts_of(status: TrainingStatus) -> dict[str, float]:
+    """Return the counts of a finished training for the manifest; what was done before it is told apart.
+
+    Its seconds are not those of its step: it may have begun before, beside another one, or in an earlier start.
+    """
     earlier = {"earlier_steps": status.earlier_steps, "earlier_tokens": status.earlier_tokens}
-    return {"num_steps": status.step, "num_tokens": status.num_tokens, **(earlier if status.earlier_steps else {})}
+    counts = {"num_steps": status.step, "num_tokens": status.num_tokens, "training_s": round(status.seconds, 3)}
+    return {**counts, **(earlier if status.earlier_steps else {})}
 
 
 class _Trainer(DataParallelTrainer):
@@ -252,6 +256,7 @@ def _fit(
 ) -> TrainingStatus:
     """Run the trainer in a thread, have the progress actor's status watched meanwhile, and return the last one."""
     failures: list[BaseException] = []
+    began = time.monotonic()
 
     def fit() -> None:
         try:
@@ -280,6 +285,7 @@ def _fit(
         raise training_status.refusal
     if failures:
         raise _cause(failures[0], name, training_status) from failures[0]
+    training_status.seconds = time.monotonic() - began
     return training_status
 
 

@@ -35,6 +35,7 @@ class TrainingStatus:
         is_finished: Whether the result is written.
         node: Ray's id of the node of the first worker.
         num_looks: Number of times that Ray Train's controller has polled its workers.
+        seconds: Wall time of the run, once it has ended.
     """
 
     num_steps: int | None = None
@@ -52,6 +53,7 @@ class TrainingStatus:
     is_finished: bool = False
     node: str = ""
     num_looks: int = 0
+    seconds: float = 0.0
 
 
 @ray.remote(num_cpus=0)

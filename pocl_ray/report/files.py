@@ -312,9 +312,10 @@ class StepTime:
         seconds: Wall time.
         share_of_longest: Time relative to the longest step, 0 to 1.
         num_rows: Number of rows that the step handled.
-        num_steps: Number of optimizer steps that it took in these seconds; those of an earlier start, or of the race
-            before it, are not among them.
-        num_tokens: Number of tokens that it handled in them; in training only response tokens count.
+        num_steps: Number of optimizer steps of its last start; those of an earlier one, or of the race before it, are
+            not among them.
+        num_tokens: Number of tokens that it handled in that start; in training only response tokens count.
+        training_s: Wall time of the training in that start, a part of which may have passed beside another step.
     """
 
     name: str
@@ -325,11 +326,18 @@ class StepTime:
     num_rows: float
     num_steps: float
     num_tokens: float
+    training_s: float
 
     @property
     def tokens_per_s(self) -> float:
         """The tokens per second, or NaN."""
-        return self.num_tokens / self.seconds if self.seconds > 0 else math.nan
+        seconds = self.training_s if math.isfinite(self.training_s) else self.seconds
+        return self.num_tokens / seconds if seconds > 0 else math.nan
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether a part of the training passed beside another step, and is not among the seconds of its own."""
+        return self.training_s > self.seconds + 1.0
 
 
 def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
@@ -346,9 +354,9 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
             seconds=seconds[name],
             share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,
             num_rows=as_float(counts[name].get("num_rows")),
-            # The seconds are those of the last start, so steps and tokens are as well.
             num_steps=as_float(counts[name].get("num_steps")) - counts[name].get("earlier_steps", 0),
             num_tokens=as_float(counts[name].get("num_tokens")) - counts[name].get("earlier_tokens", 0),
+            training_s=as_float(counts[name].get("training_s")),
         )
         for name in names
         if name != "report"

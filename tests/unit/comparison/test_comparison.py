@@ -46,6 +46,14 @@ def test_runs_on_the_same_rows_are_compared_in_figures_configs_and_costs(tmp_pat
     assert "<b>30.00</b>" in page and page.count('<svg class="plot"') == 2
 
 
+def test_the_rate_of_a_resumed_run_leaves_out_what_an_earlier_start_did(tmp_path: Path) -> None:
+    runs = compared_runs([open_past_run(make_run(tmp_path / name, 20.0)) for name in "ab"])
+    runs[0].run.steps["distill"]["counts"] |= {"earlier_steps": 3, "earlier_tokens": 600, "training_s": 8.0}
+    (resumed, whole) = costs(runs)
+    assert (resumed.num_tokens, resumed.distill_s, resumed.tokens_per_s) == (1000, 10, 50)
+    assert whole.tokens_per_s == 100
+
+
 def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> None:
     places = [make_run(tmp_path / "a", 20.0), make_run(tmp_path / "<b>", 20.0)]
     runs = compared_runs([open_past_run(place) for place in places])

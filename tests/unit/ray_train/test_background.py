@@ -39,7 +39,7 @@ class Trainer:
                 watch(TrainingStatus(num_starts=1, step=1))
             if task.name in self.failures:
                 raise self.failures[task.name]
-            return TrainingStatus(num_starts=1, step=4, num_tokens=len(task.name))
+            return TrainingStatus(num_starts=1, step=4, num_tokens=len(task.name), seconds=2.5)
         finally:
             self.ended.append(task.name)
 
@@ -55,10 +55,10 @@ def test_both_train_at_once_and_each_step_gets_its_own_counts() -> None:
     trainer = Trainer()
     trainer.may_end["distill"].set()
     trainings = Trainings(ScalingConfig(), trainer)
-    assert trainings.run(CURRICULUM, CONTROL) == {"num_steps": 4, "num_tokens": len("distill")}
+    assert trainings.run(CURRICULUM, CONTROL) == {"num_steps": 4, "num_tokens": len("distill"), "training_s": 2.5}
     assert trainer.began["control"].wait(10) and trainer.ended == ["distill"]
     trainer.may_end["control"].set()
-    assert trainings.run(CONTROL) == {"num_steps": 4, "num_tokens": len("control")}
+    assert trainings.run(CONTROL) == {"num_steps": 4, "num_tokens": len("control"), "training_s": 2.5}
     assert trainer.ended == ["distill", "control"], "it was not trained again"
 
 

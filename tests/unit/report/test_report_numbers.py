@@ -123,6 +123,14 @@ def test_steps_of_an_earlier_start_are_not_counted_in_the_seconds_of_the_last_on
     assert (rest.num_steps, rest.tokens_per_s) == (144, 2_880)
 
 
+def test_rate_of_a_training_is_over_its_own_seconds_and_not_over_those_of_its_step() -> None:
+    counts = {"num_steps": 240, "num_tokens": 48_000, "training_s": 30.0}
+    (waited_for,) = step_times({"control": {"seconds": 0.5, "counts": counts}})  # it had trained beside the curriculum
+    assert (waited_for.tokens_per_s, waited_for.is_beside) == (1_600, True)
+    (resumed,) = step_times({"distill": {"seconds": 90.0, "counts": counts}})  # 60 of them were those of another start
+    assert (resumed.tokens_per_s, resumed.is_beside) == (1_600, False)
+
+
 def _result(**figures: tuple[float, float]) -> dict[str, object]:
     return {
         "dev": {
