@@ -193,13 +193,31 @@ def check_room(config: Config) -> None:
 
     Raises:
         ResourceError: There is no room, or no GPU although one is requested.
+        ConfigError: A setting does not fit workers with GPUs, or without.
     """
     scaling = config.scaling
     use_gpu = wants_gpu(scaling)
-    if not use_gpu:
+    if use_gpu:
+        check_whole_gpus(config)
+    else:
         check_without_gpus(config)
     wait_for_workers(scaling, use_gpu)
     plan_pools(scaling, [scaling.student_actors, scaling.teacher_actors], num_tasks=1)
+
+
+def check_whole_gpus(config: Config) -> None:
+    """Refuse to fill a GPU that workers share.
+
+    Raises:
+        ConfigError: The config asks for it.
+    """
+    share = config.scaling.resources_per_worker.get("GPU", 1)
+    autos = [key for key, budget in _budgets(config).items() if budget == "auto"]
+    if autos and share < 1:
+        raise ConfigError(
+            f"{autos[0]}.micro_batch_tokens: auto fills a whole GPU, of which scaling.resources_per_worker gives a "
+            f"worker {share:g}; set a number of tokens, or micro_batch_rows in its place"
+        )
 
 
 def check_without_gpus(config: Config) -> None:

@@ -1,9 +1,9 @@
 """The token budget that fills a GPU (`train.micro_batch_tokens: auto`), found once before the first step.
 
 Memory grows in a straight line with the tokens of a micro-batch: the head's logits are made in chunks, and attention
-keeps no matrix of scores. So two steps that change nothing are measured, of one and of two rows of the greatest length,
-and the line is followed to the GPU's memory less a margin. Nothing runs out of memory on the way, which would leave the
-collective operations of other workers waiting.
+keeps no matrix of scores. So two steps that change nothing are measured, of one row of the greatest length, and of two
+such rows or, where those might not fit, of half a row. The line is followed to the GPU's memory less a margin. Nothing
+but a row that does not fit by itself runs out of memory on the way.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def fitting_tokens(peak_bytes: Callable[[int], int], longest: int, most: int, ro
     Raises:
         ResourceError: The longest row does not fit.
     """
-    first, second = peak_bytes(longest), peak_bytes(2 * longest)
-    bytes_a_token = max(1.0, (second - first) / longest)
+    first = peak_bytes(longest)
+    fits_twice = 2 * first <= room_bytes or longest <= PAD_MULTIPLE  # a part of the memory is the model's, held once
+    other = 2 * longest if fits_twice else -(-longest // 2 // PAD_MULTIPLE) * PAD_MULTIPLE
+    bytes_a_token = max(1.0, (peak_bytes(other) - first) / (other - longest))
     held = longest + math.floor(((1.0 - MARGIN) * room_bytes - first) / bytes_a_token)
     if held < longest:
         raise ResourceError(
@@ -126,16 +128,20 @@ def find_budget(
     state = TrainingState(engine)  # allocates the moments: a first step would do so after the budget was found
     scaler = state.loss_scaler()
 
+    def most_of_all(num_bytes: int) -> int:
+        most = torch.tensor(num_bytes, device=engine.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most.item())
+
     def peak_bytes(num_tokens: int) -> int:
         memory.start()
-        rehearse(engine, num_tokens // width, width, is_packed, teachers)
-        return memory.peak_bytes()
+        rehearse(engine, max(1, num_tokens // width), min(width, num_tokens), is_packed, teachers)
+        return most_of_all(memory.peak_bytes())  # all workers must take the same steps
 
-    budget = fitting_tokens(peak_bytes, width, num_rows * width, memory.num_bytes)
+    room_bytes = -most_of_all(-memory.num_bytes)
+    budget = fitting_tokens(peak_bytes, width, num_rows * width, room_bytes)
     state.set_loss_scaler(scaler)
-    least = torch.tensor(budget, device=engine.device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
+    return budget
 
 
 def rehearse(

@@ -17,6 +17,7 @@ from pocl_ray.preflight import (
     check_bridging,
     check_budgets,
     check_rescoring,
+    check_whole_gpus,
     check_without_gpus,
     warn_of_one_tokenizer,
 )
@@ -72,6 +73,14 @@ def test_what_only_gpus_can_do_is_refused_on_a_cluster_without_them(changes: dic
     with pytest.raises(ConfigError, match=says):
         check_without_gpus(Config.model_validate({**TREE, **changes}))
     check_without_gpus(Config.model_validate(TREE))
+
+
+def test_a_gpu_that_workers_share_is_not_filled_by_one_of_them() -> None:
+    shared = {**TREE, "scaling": {"resources_per_worker": {"GPU": 0.5}}}
+    with pytest.raises(ConfigError, match=r"^train\.micro_batch_tokens: auto fills a whole GPU, .* a worker 0\.5; set"):
+        check_whole_gpus(Config.model_validate({**shared, "train": {"micro_batch_tokens": "auto"}}))
+    check_whole_gpus(Config.model_validate({**shared, "train": {"micro_batch_tokens": 512}}))
+    check_whole_gpus(Config.model_validate({**TREE, "train": {"micro_batch_tokens": "auto"}}))
 
 
 BRIDGED: dict[str, Any] = {

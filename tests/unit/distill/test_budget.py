@@ -76,6 +76,15 @@ def test_the_budget_follows_the_line_to_the_memory_less_a_margin() -> None:
     assert found == pytest.approx(((1 - MARGIN) * 80 - 10) * 1000, abs=2)
 
 
+def test_a_step_that_might_not_fit_is_not_tried() -> None:
+    gpu = Gpu(38 * GIB, 40 * GIB / 1000)  # of 80 GiB a row takes 58, and two would take 78, all but the model's twice
+    assert fitting_tokens(gpu.peak_bytes, 500, 10**6, 80 * GIB) == pytest.approx(750, abs=2)
+    assert gpu.tried == [500, 256]
+    gpu = Gpu(60 * GIB, GIB / 1000)
+    assert fitting_tokens(gpu.peak_bytes, 500, 10**6, 80 * GIB) == pytest.approx(8000, abs=2)
+    assert gpu.tried == [500, 256]
+
+
 def test_the_budget_is_never_more_than_a_share_needs() -> None:
     assert fitting_tokens(Gpu(0, 1).peak_bytes, 500, 4000, 80 * GIB) == 4000
     assert fitting_tokens(lambda num_tokens: GIB, 500, 4000, 80 * GIB) == 4000  # too small to be seen in the peak
