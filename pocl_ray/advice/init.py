@@ -112,6 +112,8 @@ def look(request: Request, name: str) -> Findings:
     Raises:
         UserError: Rows or models are missing or do not fit.
     """
+    if not request.train:
+        raise DataError("--train is empty; name a file, a folder, a glob or a Hub id")
     source = SourceConfig(path=request.train)
     rows = read_first(source, "train")
     meaning = recognise(request.train, rows, _parse_columns(request.columns))
@@ -153,6 +155,11 @@ def _parse_columns(text: str) -> dict[ColumnRole, str]:
         role, equals, column = (part.strip() for part in pair.partition("="))
         if not equals or not column or role not in roles:
             raise ConfigError(f"--columns {pair!r}: write ROLE=NAME, where a role is one of {', '.join(roles)}")
+        # The topic may be told by a column that is read as well.
+        pairs = ((other, name) for other, name in mapping.items() if other == role or "topic" not in (other, role))
+        taken = next((other for other, name in pairs if other == role or name == column), None)
+        if taken is not None:
+            raise ConfigError(f"--columns {text!r}: gives {role}={column} and {taken}={mapping[taken]}; name each once")
         mapping[cast(ColumnRole, role)] = column
     return mapping
 

@@ -15,6 +15,7 @@ from pocl_ray.errors import StorageError, UserError
 from pocl_ray.records import REFERENCES, STUDENT
 from pocl_ray.report.figures import is_of_text
 from pocl_ray.report.files import RunData, read_run, step_times
+from pocl_ray.run_directory.claim import CONFIG
 from pocl_ray.run_directory.digests import fingerprint
 from pocl_ray.run_directory.opening import PastRun
 from pocl_ray.tracking.run import flat_settings
@@ -72,13 +73,26 @@ def compared_runs(runs: Sequence[PastRun]) -> list[ComparedRun]:
         raise UserError("compare: a run is named twice")
     for run in runs:
         run.require(["distill", "evaluation"])
-    compared = [ComparedRun(label, run, read_run(run.run_dir)) for label, run in zip(_labels(runs), runs, strict=True)]
+    compared = [ComparedRun(label, run, _read(run)) for label, run in zip(_labels(runs), runs, strict=True)]
     _check_sets(compared)
     for one, other in pairwise(compared):
         _check_metric(one, other)
         _check_rows(one, other)
         _check_settings(one, other)
     return compared
+
+
+def _read(run: PastRun) -> RunData:
+    try:
+        data = read_run(run.run_dir)
+    except StorageError as error:
+        raise StorageError(f"{run.place}: {error}") from None
+    if not data.evaluation:
+        raise StorageError(
+            f"{run.place}: evaluation.json is gone or empty; have it made again with `pocl-ray run "
+            f"{run.run_dir.uri_of(CONFIG)}`"
+        )
+    return data
 
 
 def _labels(runs: Sequence[PastRun]) -> list[str]:

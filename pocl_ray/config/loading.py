@@ -127,6 +127,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{path}: is empty; `pocl-ray init` writes a config")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
     return tree
@@ -148,7 +150,9 @@ def _similar_file_hint(path: Path) -> str:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or key.strip() != key:
-        raise ConfigError(f"override {override!r}: write it as key.sub=value, or name a file that ends in .yaml")
+        near = difflib.get_close_matches(override, shipped_names(), n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"override {override!r}: write it as key.sub=value, or name a file that ends in .yaml{hint}")
     try:
         value = _parse_yaml(text)
     except yaml.YAMLError:
@@ -193,6 +197,13 @@ def describe(error: ValidationError) -> str:
     return "; ".join(_describe_one(dict(item)) for item in error.errors(include_url=False))
 
 
+# Messages of pydantic that speak of Python's types.
+_PLAINLY = {
+    **dict.fromkeys(("tuple_type", "list_type"), "a list is expected, such as [a, b]"),
+    **dict.fromkeys(("model_type", "model_attributes_type"), "keys are expected, such as {key: value}"),
+}
+
+
 def _describe_one(item: dict[str, Any]) -> str:
     loc = [part for part in item["loc"] if isinstance(part, (str, int))]
     place = ".".join(str(part) for part in loc)
@@ -203,7 +214,7 @@ def _describe_one(item: dict[str, Any]) -> str:
         return f"unknown key {place}; {hint}"
     if item["type"] == "missing":
         return f"missing key {place}"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = _PLAINLY.get(item["type"], str(item["msg"]).removeprefix("Value error, "))
     given = item.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) and place else ""
     return f"{place}: {message}{shown}" if place else message

@@ -388,6 +388,8 @@ def _csv_header(file: SourceFile, records: Iterator[list[str]]) -> list[str]:
         header = next(records, [])
     except csv.Error as error:
         raise DataError(f"{file.uri}: the header is not CSV ({error})") from None
+    if any("\0" in name for name in header):
+        raise DataError(f"{file.uri}: is UTF-16, as some tables are exported; save it as CSV in UTF-8")
     if len(set(header)) < len(header):
         twice = sorted({name for name in header if header.count(name) > 1})
         raise DataError(f"{file.uri}: the header names {', '.join(map(repr, twice))} more than once")

@@ -25,6 +25,16 @@ NEEDED: dict[What, tuple[str, ...]] = {
 }
 README = "README.md"
 TOKENIZER = "tokenizer"
+# A connection that fails is an error of the library that huggingface_hub talks HTTP with. Which one that is depends on
+# its version, so it is read from the errors that are built on it.
+UNREACHED: tuple[type[Exception], ...] = (
+    OSError,
+    *(
+        kind
+        for kind in HfHubHTTPError.__mro__
+        if issubclass(kind, Exception) and kind.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
+    ),
+)
 
 T = TypeVar("T")
 
@@ -39,12 +49,12 @@ def check_repo(repo: str, key: str) -> None:
     Raises:
         ConfigError: The Hub takes no such name.
     """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ConfigError(f"{key}: {repo!r} is no repository; write owner/name, such as my-name/my-student")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ConfigError(f"{key}: {_line(error)}") from None
-    if repo.count("/") != 1:
-        raise ConfigError(f"{key}: {repo!r} is no repository; write owner/name, such as my-name/my-student")
 
 
 def check_token(key: str) -> None:
@@ -117,7 +127,8 @@ def _folder(run: PastRun, what: What) -> str:
             "adapters": "the run trained no adapters (student.lora); push the student",
             "teacher-cache": "the run kept none (distill.teacher_cache: none)",
         }[what]
-        raise StorageError(f"{run.place}: there is no {what}: {why}")
+        verb = "are" if what == "adapters" else "is"
+        raise StorageError(f"{run.place}: there {verb} no {what}: {why}")
     return folder
 
 
@@ -135,7 +146,7 @@ def _asked(repo: str, ask: Callable[[], T]) -> T:
             remedy = "use a token with write access: `hf auth login`, or HF_TOKEN"
             raise UserError(f"push: the Hub refuses to write to {repo} ({status}); {remedy}") from None
         raise UserError(f"push: {repo}: the Hub failed ({_line(error)}); try again") from None
-    except OSError as error:
+    except UNREACHED as error:
         raise UserError(f"push: {repo}: the Hub cannot be reached ({_line(error)}); try again") from None
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pocl_ray.config import Config
 from pocl_ray.config.race import PLAIN, RACE
@@ -57,17 +58,24 @@ def model_names(config: Config | None) -> dict[str, str]:
     }
 
 
-def describe_models(config: Config) -> tuple[str, str]:
-    """Return short descriptions of teacher and student, without the folders of this machine."""
-    teacher = _source(config.teacher) + (" with its adapter" if config.teacher.adapter is not None else "")
+def describe_models(config: Config, environment: Mapping[str, Any]) -> tuple[str, str]:
+    """Return short descriptions of teacher and student, without the folders of this machine.
+
+    Args:
+        config: Config of the run.
+        environment: Content of its environment.json, which tells ids on the Hub from folders.
+    """
+    on_hub = environment.get("on_hub")
+    teacher = _source(config.teacher, on_hub) + (" with its adapter" if config.teacher.adapter is not None else "")
     layers, lora = config.student.num_layers, config.student.lora
-    student = f"{layers} of the teacher's layers" if layers is not None else _source(config.student)
+    student = f"{layers} of the teacher's layers" if layers is not None else _source(config.student, on_hub)
     return teacher, student + (f", adapters of rank {lora.rank}" if lora is not None else "")
 
 
-def _source(model: ModelConfig) -> str:
+def _source(model: ModelConfig, on_hub: Collection[str] | None) -> str:
     if model.path is not None:
         is_folder = model.path.startswith((".", "/", "~")) or "://" in model.path
+        is_folder = is_folder or (on_hub is not None and model.path not in on_hub)
         return model.path.rstrip("/").rsplit("/", 1)[-1] if is_folder else model.path
     sizes = model.architecture or {}
     depth = next((sizes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes), None)
@@ -81,7 +89,7 @@ def run_sentence(run: RunData, *, done: bool) -> str:
     """Return one sentence on the distillation of the run; an empty text if there is no config."""
     if run.config is None:
         return ""
-    teacher, student = describe_models(run.config)
+    teacher, student = describe_models(run.config, run.environment)
     pacing = run.config.curriculum.pacing
     rows = f" on {run.plan.num_rows:,} rows" if run.plan else ""
     stages = f"{len(run.plan.stages)} stages" if run.plan else "stages"

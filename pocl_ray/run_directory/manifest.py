@@ -55,7 +55,8 @@ class Manifest:
             content = run_dir.read_json(FILE)
             if not isinstance(content, dict) or content.get("version") != VERSION:
                 raise StorageError(
-                    f"{run_dir.uri_of(FILE)}: written by another version of pocl-ray; choose another name"
+                    f"{run_dir.uri_of(FILE)}: written by another version of pocl-ray; read it with that one, which "
+                    "environment.json names, or give a new run another name"
                 )
             self.steps = content["steps"]
 

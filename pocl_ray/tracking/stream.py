@@ -46,13 +46,18 @@ class Stream:
             opens: Function that opens a tracker.
         """
         self._senders = [_Sender(name, run, warn, opens) for name in trackers]
+        self._last_step, self._last_keys = -1, frozenset[str]()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a record of the metric stream; this returns at once."""
-        if self._senders:
-            point = (int(record["step"]), figures_of(record))
-            for sender in self._senders:
-                sender.put(point)
+        if not self._senders:
+            return
+        step, figures = int(record["step"]), figures_of(record)
+        if step == self._last_step:  # a dev evaluation after the record of its step: what both hold is sent once
+            figures = {key: value for key, value in figures.items() if key not in self._last_keys}
+        self._last_step, self._last_keys = step, frozenset(figures)
+        for sender in self._senders:
+            sender.put((step, figures))
 
     def send_results(self, results: Results) -> None:
         """Send the results of a run; this returns at once."""

@@ -75,6 +75,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> 
         ({"evaluation": {"other": {"student": figures(1)}}}, "no set is common to all runs"),
         ({"evaluation__generation": {"max_new_tokens": 7}}, "other settings: evaluation.generation.max_new_tokens"),
         ({"evaluation__seeds": [1]}, "evaluation.seeds is [10, 20, 30, 40, 50] in one and [1] in two"),
+        ({"evaluation": {}}, "evaluation.json is gone or empty; have it made again with `pocl-ray run "),
         ({"without": ("evaluation", "report")}, "done are rows, scores, distill; missing: evaluation; go on with"),
     ],
 )

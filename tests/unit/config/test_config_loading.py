@@ -69,9 +69,10 @@ def test_what_is_no_safe_yaml_is_refused(file: Path, text: str) -> None:
     assert "not valid YAML" in refusal_of(file, text)
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a", "list"), ("just words", "str")])
+@pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("just words", "str")])
 def test_a_config_must_be_a_mapping(file: Path, text: str, kind: str) -> None:
     assert f"a config is a mapping of keys to values, not {kind}" in refusal_of(file, text)
+    assert "is empty; `pocl-ray init` writes a config" in refusal_of(file, "")
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(file: Path) -> None:
@@ -128,6 +129,19 @@ def test_words_that_only_resemble_numbers_stay_words(file: Path) -> None:
 )
 def test_an_unknown_key_names_the_nearest_right_one_at_any_depth(file: Path, override: str, hint: str) -> None:
     assert hint in refusal(file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tracking=wandb", "tracking: a list is expected, such as [a, b] (given: 'wandb')"),
+        ("evaluation.tasks=arc_easy", "evaluation.tasks: a list is expected"),
+        ("train=3", "train: keys are expected, such as {key: value} (given: 3)"),
+        ("methods/plian", "name a file that ends in .yaml; did you mean methods/plain?"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_without_types_of_python(file: Path, override: str, says: str) -> None:
+    assert says in refusal(file, override)
 
 
 def test_all_mistakes_stand_in_one_line(file: Path) -> None:

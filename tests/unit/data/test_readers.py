@@ -84,6 +84,7 @@ def test_csv_rows_that_cannot_be_read_are_rejected_by_number(tmp_path: Path) -> 
     [
         (b'a,b\n1,2\n"1,2\n3,4\n5,6\n', "a quote opened in line 3 is not closed"),
         (b"a,a\n1,2\n", "the header names 'a' more than once"),
+        ("prompt,output\na,b\n".encode("utf-16"), "is UTF-16, as some tables are exported; save it as CSV in UTF-8"),
         (b'"a"b,c\n', "the header is not CSV"),
     ],
 )

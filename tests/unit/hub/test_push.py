@@ -154,7 +154,8 @@ def test_adapters_and_teacher_cache_are_pushed_alone(server: Server, tmp_path: P
 
 
 REFUSED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
-    ("no/such/name", {}, "hf_write", "push: Repo id must be in the form"),
+    ("no/such/name", {}, "hf_write", "'no/such/name' is no repository; write owner/name"),
+    ("bad name/x", {}, "hf_write", "push: Repo id must use alphanumeric chars"),
     ("mine", {}, "hf_write", "'mine' is no repository; write owner/name"),
     ("owner/x", {"without": ("evaluation", "report")}, "hf_write", "missing: evaluation, report; go on with"),
     ("owner/x", {"version": 0}, "hf_write", "written by another version of pocl-ray"),
@@ -178,6 +179,15 @@ def test_what_cannot_be_pushed_is_told_in_one_line(server: Server, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     for line, (_, _, _, says) in zip(done.stderr.splitlines(), REFUSED, strict=True):
         assert line.startswith("error: ") and says in line
+
+
+def test_a_hub_that_nobody_answers_for_is_one_line(server: Server, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "environment.json").write_text('{"on_hub": []}')  # or the cards of its models would be asked for, and again
+    nowhere = command("push", str(run), "owner/x")
+    done = server.call(f"import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:1'; {nowhere}", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: push: owner/x: the Hub cannot be reached (" in done.stderr
 
 
 def test_a_gated_or_private_model_names_itself_and_the_remedy(server: Server, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_relative_places_are_no_hub_ids_wherever_the_card_is_written(
     monkeypatch.chdir(tmp_path / "elsewhere")  # from where models/big looks like an id
     matter = _front_matter(write_model_card(files))
     assert "base_model" not in matter and "datasets" not in matter
-    assert "models/big" not in str(matter)
+    assert "models/big" not in write_model_card(files)
 
 
 def test_foreign_text_cannot_break_out_of_the_card(tmp_path: Path) -> None:

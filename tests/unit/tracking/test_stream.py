@@ -68,6 +68,20 @@ def test_a_record_gives_its_figures_with_speed_and_memory() -> None:
     assert not {"step", "name", "flag"} & set(figures)
 
 
+def test_a_dev_evaluation_repeats_nothing_that_its_step_has_sent(run: TrackedRun) -> None:
+    kept = Recorder()
+    sent = stream(run, {"kept": kept}, [])
+    for step in (0, 4):
+        if step:
+            sent.log({**RECORD, "step": step})
+        sent.log({"step": step, "curriculum/stage": 1, "eval/dev/ce_loss": 2.0})
+    sent.close()
+    stages = [step for step, figures in kept.points if "curriculum/stage" in figures]
+    memory = [step for step, figures in kept.points if "system/process_memory_gib" in figures]
+    dev = [step for step, figures in kept.points if "eval/dev/ce_loss" in figures]
+    assert stages == memory == dev == [0, 4]
+
+
 def test_an_id_stays_with_the_training_and_changes_with_its_fingerprint(tmp_path: Path) -> None:
     run_dir, tracking = RunDirectory.open(str(tmp_path), "run"), Tracking(("wandb",), "run", {})
     ids = [TrackedRun.begin(tracking, run_dir, "distill", kind * 64, 0).id for kind in "aab"]
