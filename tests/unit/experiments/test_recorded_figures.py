@@ -109,10 +109,15 @@ BY_LOSS = Experiment(
     },
     {"plain KD, temperature 1": "plain", **{f"{loss}: plain KD": arm for loss, arm in LOSSES.items()}},
 )
-REGIMES = {"quarter of the steps": "quarter-steps", "512 rows": "few-rows", "25 % wrong responses": "corrupted-rows"}
+REGIMES = {
+    "quarter of the steps": "quarter-steps",
+    "512 rows": "few-rows",
+    "25 % wrong responses": "corrupted-rows",
+    "weak teacher": "weak-teacher",
+}
 IN_REGIMES = Experiment(
     "experiment-regimes.csv",
-    "Few steps, few rows, wrong responses",
+    "Few steps, few rows, wrong responses, a weak teacher",
     6,
     {
         f"{regime}: {name}": f"{arm}-{suffix}"
