@@ -77,7 +77,7 @@ PROGRAMS = (
         "--student-layers 1 --rows 4 --new-tokens 4 --rounds 1",
         is_part=True,
     ),
-    Program("scoring", "scoring_speed.py", "--rounds 2 --rows 24", f"{SMALL} --rows 6 --batch 2 --new-tokens 8"),
+    Program("scoring", "scoring_speed.py", "--rounds 1 --rows 24", f"{SMALL} --rows 6 --batch 2 --new-tokens 8"),
     Program(
         "answers",
         "answer_speed.py",
@@ -105,7 +105,7 @@ PROGRAMS = (
         "--hidden 64 --layers 1 --steps 4 --rounds 1",
         threads=1,
     ),
-    Program("gaps", "gap_cost.py", "--rounds 3", "--shape quickstart --rounds 1", threads=1),
+    Program("gaps", "gap_cost.py", "--rounds 2", "--shape quickstart --rounds 1", threads=1),
     Program("gpt2", "trl_step.py", "--shape gpt2 --batch 16 --steps 12", needs=CUDA),
     Program("qwen2.5", "trl_step.py", "--shape qwen2.5 --batch 8 --steps 12", needs=CUDA),
 )
