@@ -17,14 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pocl_ray.ray_cluster.startup import memory_settings
+
 GIB = 2**30
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+OURS = ("ours", "cache", "live")
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "trl")
 
 
@@ -199,7 +202,9 @@ def bar_lines(row: Measurement) -> list[str]:
     return lines
 
 
-def run_sides(script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str]) -> dict[str, list[SideRun]]:
+def run_sides(
+    script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str], ours: Collection[str] = OURS
+) -> dict[str, list[SideRun]]:
     """Run each side in a process of its own, round after round; the order of the sides changes from round to round.
 
     Args:
@@ -207,11 +212,12 @@ def run_sides(script: str, sides: Sequence[str], rounds: int, arguments: Sequenc
         sides: Names of the sides.
         rounds: Number of processes of each side.
         arguments: Further arguments of the program.
+        ours: Sides whose processes are set up as the workers of a run are; the others are as people run them.
     """
     runs: dict[str, list[SideRun]] = {side: [] for side in sides}
     for index in range(rounds):
         for side in sides if index % 2 == 0 else [*sides][::-1]:
-            runs[side].append(SideRun(**ask_side(script, side, arguments)))
+            runs[side].append(SideRun(**ask_side(script, side, arguments, side in ours)))
             last = runs[side][-1]
             print(
                 f"round {index + 1}: {side:>14} {statistics.median(last.seconds):8.3f} s"
@@ -221,10 +227,11 @@ def run_sides(script: str, sides: Sequence[str], rounds: int, arguments: Sequenc
     return runs
 
 
-def ask_side(script: str, side: str, arguments: Sequence[str]) -> Any:
+def ask_side(script: str, side: str, arguments: Sequence[str], is_ours: bool = False) -> Any:
     """Return the JSON that a program prints as its last line when it is asked for one side."""
     command = [sys.executable, script, *arguments, "--side", side]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    env = {**memory_settings(), **os.environ} if is_ours else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode != 0:
         raise SystemExit(f"{Path(script).name} --side '{side}' failed with exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -170,7 +170,7 @@ def main() -> int:
         report_side(SideRun(seconds, num_tokens(options), peak_bytes(), [loss for _, loss in taken]))
         return 0
 
-    runs = run_sides(__file__, SIDES, options.rounds, sys.argv[1:])
+    runs = run_sides(__file__, SIDES, options.rounds, sys.argv[1:], ours=SIDES)
     # Without the peak memory: that of our process is the driver's, while a worker trains.
     ours, plain = (replace(summarize(side, runs[side]), peak_gib=None) for side in SIDES)
     assert ours.seconds is not None and plain.seconds is not None

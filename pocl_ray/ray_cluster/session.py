@@ -18,7 +18,7 @@ from ray.exceptions import AuthenticationError
 
 from pocl_ray.errors import ResourceError, StorageError
 from pocl_ray.ray_cluster.internals import hide_process_counts
-from pocl_ray.ray_cluster.startup import put_off_collections
+from pocl_ray.ray_cluster.startup import put_off_collections, set_up_memory
 
 # Settings of this process, also on a shared cluster. Ray's lines would mix with ours, and errors are raised anyway.
 QUIET = {
@@ -204,6 +204,7 @@ def _muted_stderr() -> Iterator[None]:
 
 def set_up_worker() -> None:
     """Prepare a worker process of Ray before it does any work."""
+    set_up_memory()
     put_off_collections()
     know_the_cluster()
     end_with_the_node()
