@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ from pocl_ray.run_directory.storage import replacing_file
 FILE_WIDTH = 140  # of the table, where there is no terminal that has one
 ASSUMED_GPU_GIB, ASSUMED_CLUSTER_GPUS = 24.0, 8
 _CHAT_NAMES = re.compile(r"(?i)(instruct|chat|(?:^|-)it(?:-|$))")
+_NUMBER = re.compile(r"-?[0-9]+")  # of layers; one that is below 1 is refused, and not looked for on the Hub
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -89,8 +91,8 @@ def init(request: Request) -> Path:
         UserError: The file is there already, rows or models are missing, columns cannot be recognised, or the models do
             not fit the machine. Nothing is written then.
     """
-    student_is_cut = request.student.isdigit()
-    name = _name_of(f"{request.teacher}-{request.student}-layers" if student_is_cut else request.student)
+    is_cut = _NUMBER.fullmatch(request.student) is not None
+    name = _name_of(f"{request.teacher}-{request.student}-layers" if is_cut else request.student)
     out = request.out or Path(f"{name}.yaml")
     if out.exists() and not request.force:
         raise StorageError(f"{out}: is there already; choose another --out, or replace it with --force")
@@ -114,6 +116,11 @@ def look(request: Request, name: str) -> Findings:
     """
     if not request.train:
         raise DataError("--train is empty; name a file, a folder, a glob or a Hub id")
+    for option, place in (("--teacher", request.teacher), ("--student", request.student)):
+        if not place.strip():
+            raise ModelError(f"{option} is empty; name a model directory or a Hub id")
+    if request.gpu_gib is not None and not math.isfinite(request.gpu_gib):
+        raise ConfigError(f"--gpu-gib {request.gpu_gib}: write the memory of a GPU in GiB, such as 24")
     source = SourceConfig(path=request.train)
     rows = read_first(source, "train")
     meaning = recognise(request.train, rows, _parse_columns(request.columns))
@@ -177,7 +184,7 @@ def _dev_source(path: str, train: Meaning, given: dict[ColumnRole, str]) -> Sour
 
 def _look_at_models(request: Request) -> Models:
     teacher = TeacherConfig(path=request.teacher)
-    is_cut = request.student.isdigit()
+    is_cut = _NUMBER.fullmatch(request.student) is not None
     try:
         student = StudentConfig(num_layers=int(request.student)) if is_cut else StudentConfig(path=request.student)
     except ValueError:

@@ -154,7 +154,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer, if it is not the teacher's."""
 
-    path: str | None = Field(default=None, description="directory or Hub id; default: the teacher's")
+    path: str | None = Field(default=None, min_length=1, description="directory or Hub id; default: the teacher's")
     train_vocab_size: int | None = Field(
         default=None, ge=300, description="train a byte-level BPE of this size on the training rows instead"
     )
@@ -169,7 +169,9 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """A causal language model: a Hub id or a directory of safetensors, or an architecture to initialise."""
 
-    path: str | None = Field(default=None, description="Hub id, local directory, or samples://quickstart-teacher")
+    path: str | None = Field(
+        default=None, min_length=1, description="Hub id, local directory, or samples://quickstart-teacher"
+    )
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hub model")
     architecture: dict[str, Any] | None = Field(
         default=None, description="model_type and sizes of a model to initialise at random"
@@ -213,7 +215,9 @@ class TeacherConfig(ModelConfig):
         description="stages, from 0, that use this teacher if there are `other_teachers`; null: all",
     )
     adapter: str | None = Field(
-        default=None, description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights"
+        default=None,
+        min_length=1,
+        description="LoRA adapter (peft), a directory or a Hub id, that is merged into the weights",
     )
     adapter_revision: str | None = Field(default=None, description="commit, tag or branch of a Hub adapter")
     generation: TeacherGenerationConfig = Field(

@@ -109,9 +109,16 @@ def check_place(ref: ModelRef) -> None:
     directory = ref.directory
     if directory is not None:
         _check_has_safetensors(directory)
-    elif _looks_like_path(ref.path):
-        raise ModelError(f"{ref.path}: no such model directory")
+    else:
+        _check_is_no_file(ref.path)
+        if _looks_like_path(ref.path):
+            raise ModelError(f"{ref.path}: no such model directory")
     _check_architecture(ref, read_config(ref))
+
+
+def _check_is_no_file(path: str) -> None:
+    if local_path(path).is_file():
+        raise ModelError(f"{path}: is a file; a model is a directory with config.json and safetensors, or a Hub id")
 
 
 def read_config(ref: ModelRef) -> dict[str, Any]:
@@ -140,11 +147,12 @@ def find_file(ref: ModelRef, name: str) -> Path | None:
     """Return the local path of one file of the model, downloaded from the Hub if needed; None if there is no such file.
 
     Raises:
-        ModelError: The Hub cannot be reached, or has no such model or revision.
+        ModelError: The place is a file, or the Hub cannot be reached, or has no such model or revision.
     """
     if ref.directory is not None:
         path = ref.directory / name
         return path if path.is_file() else None
+    _check_is_no_file(ref.path)
     try:
         return Path(hf_hub_download(ref.path, name, revision=ref.revision))
     except GatedRepoError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,23 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"train": ""}, DataError, "--train is empty; name a file"),
         ({"columns": "promt=a"}, ConfigError, "a role is one of prompt"),
         ({"student": "9"}, ModelError, "layers"),
+        ({"student": "40"}, ModelError, "layers"),
+        ({"student": "0"}, ConfigError, "--student 0: at least 1 layer of the teacher is needed"),
+        ({"student": "-3"}, ConfigError, "--student -3: at least 1 layer of the teacher is needed"),
+        ({"student": "./none"}, ModelError, "./none: no such model directory"),
+        ({"student": ""}, ModelError, "--student is empty; name a model directory or a Hub id"),
+        ({"teacher": " "}, ModelError, "--teacher is empty; name a model directory or a Hub id"),
+        ({"teacher": "rows.jsonl"}, ModelError, "rows.jsonl: is a file; a model is a directory"),
+        ({"student": "./rows.jsonl"}, ModelError, "./rows.jsonl: is a file; a model is a directory"),
+        ({"gpu_gib": math.nan}, ConfigError, "--gpu-gib nan: write the memory of a GPU in GiB"),
+        ({"gpu_gib": math.inf}, ConfigError, "--gpu-gib inf: write the memory of a GPU in GiB"),
         ({"train": "broken.jsonl"}, DataError, "none of its first 1 rows can be read"),
         ({"train": "empty.jsonl"}, DataError, "of the first 20 rows cannot be used"),
         ({"train": "one.jsonl"}, DataError, "one.jsonl: of one row no dev row can be held out; .*--dev"),
     ],
 )
 def test_a_mistake_writes_nothing(
-    changes: dict[str, str], error: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], error: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", [{"prompt": f"say {i}", "output": str(i)} for i in range(20)])
