@@ -47,17 +47,14 @@ class BackgroundTraining:
         """Wait for the end with a progress bar, and return the final status.
 
         Raises:
-            Exception: The training failed with it, maybe long ago.
+            Exception: The training failed with it, maybe long ago; or the wait was ended, and the training goes on
+                until `cancel`.
         """
         with progress_bar(self.task.name, self.task.last_step, "steps") as bar:
             show = show_on(bar)
-            try:
-                while self._thread.is_alive():
-                    self._thread.join(POLL_S)
-                    show(self._seen)
-            except BaseException:
-                self.cancel()
-                raise
+            while self._thread.is_alive():
+                self._thread.join(POLL_S)
+                show(self._seen)
             show(self._seen)
         if self._failure is not None:
             raise self._failure
@@ -106,12 +103,13 @@ class Trainings:
         Raises:
             Exception: As `train_watched`; what began in the background has then ended too.
         """
-        if self._behind is not None and self._behind.task.identity == task.identity:
-            behind, self._behind = self._behind, None
-            return counts_of(behind.finish())
-        if next_to_it is not None and self._behind is None and has_room_for_two(self._scaling):
-            self._behind = BackgroundTraining(next_to_it, self._scaling, self._train)
-        try:
+        try:  # whatever ends this, even an interruption at its first line, ends what runs in the background
+            if self._behind is not None and self._behind.task.identity == task.identity:
+                counts = counts_of(self._behind.finish())
+                self._behind = None
+                return counts
+            if next_to_it is not None and self._behind is None and has_room_for_two(self._scaling):
+                self._behind = BackgroundTraining(next_to_it, self._scaling, self._train)
             with progress_bar(task.name, task.last_step, "steps") as bar:
                 return counts_of(self._train(task, self._scaling, show_on(bar)))
         except BaseException:

@@ -102,3 +102,20 @@ def test_a_failure_in_front_ends_what_runs_behind() -> None:
     with pytest.raises(DivergedError, match="distill"):
         Trainings(ScalingConfig(), trainer).run(CURRICULUM, CONTROL)
     assert sorted(trainer.ended) == ["control", "distill"], "its watch has ended it, as an interruption would"
+
+
+@pytest.mark.parametrize("interrupted", ["progress_bar", "show_on"])
+def test_an_interruption_as_soon_as_the_wait_begins_ends_what_is_waited_for(
+    interrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = Trainer()
+    trainer.may_end["distill"].set()
+    trainings = Trainings(ScalingConfig(), trainer)
+    trainings.run(CURRICULUM, CONTROL)
+    monkeypatch.setattr(background, interrupted, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.run(CONTROL)
+    assert trainer.ended == ["distill", "control"]
