@@ -26,6 +26,7 @@ from pocl_ray.distill.dev import DevEvaluator, measure_gaps
 from pocl_ray.distill.engine import Engine, InferenceStudent
 from pocl_ray.distill.feed import Feed, LoadedTeacher, load_teachers, teachers_of
 from pocl_ray.distill.gaps import FrontierRows, RowGaps
+from pocl_ray.distill.host_memory import keep_freed_memory
 from pocl_ray.distill.kernels import resolve_divergence
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.rescoring import Rescorer
@@ -51,6 +52,7 @@ def set_up_loop(task: TrainTask, device: torch.device, hooks: LoopHooks) -> Trai
     Raises:
         UserError: A model, a cache or the DeepSpeed config does not fit.
     """
+    keep_freed_memory()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     train, tokenizer = task.train, load_tokenizer(str(task.run_dir.local(task.tokenizer)))
     pad_id = tokenizer.pad_token_id
