@@ -148,7 +148,13 @@ CONFOUNDS = Experiment(
     },
     {"plain KD": "plain", "POCL as published": "pocl"},
 )
-EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS)
+SMOLLM2 = Experiment(
+    "experiment-smollm2.csv",
+    "SmolLM2 into 10 layers, three paired seeds",
+    3,
+    {"frontier and temperature 1 to 2 by step": "frontier-temperature", "POCL as published": "pocl"},
+)
+EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS, SMOLLM2)
 CASES = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.arms]
 
 
