@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from subprocess import Popen
 from typing import Any
 
 import pyarrow.parquet as pq
-from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records, timeless
+from faults import DISTILLED, WEIGHTS, has_checkpoint, last_records, outliving, timeless
 from nodes import Nodes
 from tiny import NUM_ROWS, sha256, tree_digest
 
@@ -86,6 +87,16 @@ def _same_race(run: Path, other: Path) -> bool:
     )
 
 
+def _same_pair(run: Path, other: Path) -> bool:
+    """The same student and the same control, the same metrics but for the seconds, and the same answers of both."""
+    streams = ("metrics.jsonl", "control/metrics.jsonl")
+    return (
+        all(_same_file(name)(run, other) for name in (WEIGHTS, f"control/{WEIGHTS}"))
+        and all(timeless(run / name) == timeless(other / name) for name in streams)
+        and _same_evaluation(run, other)
+    )
+
+
 def _same_evaluation(run: Path, other: Path) -> bool:
     """The same figures, of the same answers."""
     figures = [json.loads((each / "evaluation.json").read_text())["sets"] for each in (run, other)]
@@ -98,6 +109,7 @@ def _same_report(run: Path, other: Path) -> bool:
     return plots[0] == plots[1] and (run / "report.html").stat().st_size > 0 and (run / "report.md").exists()
 
 
+EVALUATED = ("evaluation.json", "predictions.parquet")
 RACE = "race"
 RACED: dict[str, Any] = {
     "curriculum": {
@@ -108,6 +120,10 @@ RACED: dict[str, Any] = {
     "difficulty__signals": ["rouge_l", "ce_loss"],  # those of the scoring that is there
 }
 """What makes a race of the full run; each arm trains for 24 steps, with a checkpoint after every third."""
+
+BOTH = "both"
+BESIDE: dict[str, Any] = {"scaling__num_workers": 1, "scaling__parallel_control": True}
+"""What has the full run train its control and its curriculum at once, with one worker for each."""
 
 STEPS = {
     "scoring": Step(
@@ -128,9 +144,21 @@ STEPS = {
         "RayTrainWorker",
         lambda run, lost_at: (run / "race.json").stat().st_mtime > lost_at,
     ),
+    BOTH: Step(
+        "evaluate",
+        (*DISTILLED, "control", "checkpoints/control-*", *EVALUATED),
+        lambda run, nodes: (
+            has_checkpoint(run)
+            and has_checkpoint(run, "control", "control/metrics.jsonl")
+            and len(nodes.actors("RayTrainWorker")) == 2
+        ),
+        _same_pair,
+        "RayTrainWorker",
+        lambda run, lost_at: min((run / name).stat().st_mtime for name in (WEIGHTS, f"control/{WEIGHTS}")) > lost_at,
+    ),
     "evaluation": Step(
         "evaluate",
-        ("evaluation.json", "predictions.parquet"),
+        EVALUATED,
         lambda _, nodes: nodes.actors("AnswerActor"),
         _same_evaluation,
         "AnswerActor",
@@ -145,14 +173,21 @@ CASES = [
     *(("scoring", fault) for fault in ("actor", "node", "driver")),
     *((f"stage {index}", fault) for index in (0, 1) for fault in ("worker", "node", "driver")),
     *((RACE, fault) for fault in ("worker", "node", "driver")),
+    *((BOTH, fault) for fault in ("worker", "node", "driver", "interrupt")),
     *(("evaluation", fault) for fault in ("actor", "node", "driver")),
     ("report", "driver"),
 ]
 SHORT = [("scoring", "node")]
 """Of `make test`: with test_kills.py each kind of loss."""
 
+ENDS_IT = ("driver", "interrupt")
+"""Faults after which the same command is given again."""
+
 RECOVERY_S = 90.0
 """So soon after the loss of a worker its run does the next step, most of it the start of processes."""
+
+ENDED_S = 30.0
+"""So soon after the end of an interrupted command its workers are gone."""
 
 
 @dataclass
@@ -186,6 +221,8 @@ LINE = "line of the fault matrix"
 def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> float:
     """Kill what the fault names: one process with SIGKILL, or a node with all that runs on it, and give a new one.
 
+    An interruption is what Ctrl-C sends to the driver.
+
     Returns:
         The time of the loss, in seconds since the epoch.
     """
@@ -194,6 +231,10 @@ def strike(fault: str, step: Step, nodes: Nodes, driver: Popen[bytes]) -> float:
     if fault == "driver":
         driver.kill()
         driver.wait()
+    elif fault == "interrupt":
+        driver.send_signal(SIGINT)
+        driver.wait()
+        assert not outliving(nodes.actors(step.victims), ENDED_S), "workers go on after Ctrl-C"
     elif fault == "node":
         nodes.lose(step.victims)
         nodes.add()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import DISTILLED, IS_LONG_FORM, next_step_after, started, wait_for
-from matrix import CASES, LINE, RACE, RACED, RECOVERY_S, SHORT, STEPS, Outcome, strike
+from faults import IS_LONG_FORM, next_step_after, started, wait_for
+from matrix import BESIDE, BOTH, CASES, ENDS_IT, LINE, RACE, RACED, RECOVERY_S, SHORT, STEPS, Outcome, strike
 from nodes import Nodes, nodes
 from tiny import FullRun
 
@@ -29,13 +30,23 @@ def two() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def raced_run(full_run: FullRun, two: Nodes, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
     """A finished race on the scores of the full run."""
-    folder = tmp_path_factory.mktemp("raced")
-    config, run = full_run.copy(folder, DISTILLED, **RACED)
+    return finish(RACE, RACED, full_run, two, tmp_path_factory.mktemp(RACE))
+
+
+@pytest.fixture(scope="module")
+def paired_run(full_run: FullRun, two: Nodes, tmp_path_factory: pytest.TempPathFactory) -> FullRun:
+    """A finished run on the scores of the full run, whose control was trained beside its curriculum."""
+    return finish(BOTH, BESIDE, full_run, two, tmp_path_factory.mktemp(BOTH))
+
+
+def finish(name: str, changes: dict[str, Any], full_run: FullRun, two: Nodes, folder: Path) -> FullRun:
+    """Do a step of the full run again, with changes and undisturbed."""
+    config, run = full_run.copy(folder, STEPS[name].without, **changes)
     path, log = folder / "tiny.yaml", folder / "log"
     path.write_text(dump_config(config))
-    with started("distill", str(path), "--resume-with-changes", log=log, RAY_ADDRESS=two.address) as driver:
+    with started(STEPS[name].command, str(path), "--resume-with-changes", log=log, RAY_ADDRESS=two.address) as driver:
         assert driver.wait() == 0, log.read_text()
-    return FullRun(full_run.folder, path, run, RACED)
+    return FullRun(full_run.folder, path, run, changes)
 
 
 @pytest.mark.parametrize(("name", "fault"), CASES if IS_LONG_FORM else SHORT)
@@ -50,7 +61,8 @@ def test_a_fault_in_a_step_changes_nothing_of_its_result(
 ) -> None:
     outcome = Outcome(name, fault)
     try:
-        finished = request.getfixturevalue("raced_run") if name == RACE else full_run
+        of_its_own = {RACE: "raced_run", BOTH: "paired_run"}
+        finished = request.getfixturevalue(of_its_own[name]) if name in of_its_own else full_run
         strike_and_compare(outcome, finished, two, tmp_path)
     finally:
         record_property(LINE, outcome.line())
@@ -66,8 +78,8 @@ def strike_and_compare(outcome: Outcome, finished: FullRun, two: Nodes, tmp_path
     with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
         wait_for(lambda: step.is_amid(run, two), f"work of {name}", lambda: driver.poll() is not None)
         lost_at = strike(fault, step, two, driver)
-        assert driver.wait() == 0 or fault == "driver", log.read_text()
-    if fault == "driver":
+        assert driver.wait() == 0 or fault in ENDS_IT, log.read_text()
+    if fault in ENDS_IT:
         with started(step.command, str(path), log=log, RAY_ADDRESS=two.address) as driver:
             assert driver.wait() == 0, log.read_text()
     outcome.done_s = time.time() - lost_at
@@ -76,4 +88,4 @@ def strike_and_compare(outcome: Outcome, finished: FullRun, two: Nodes, tmp_path
     if step.is_timed:
         outcome.next_step_s = next_step_after(lost_at, two.logs, run)
         assert outcome.next_step_s < RECOVERY_S or fault != "worker"
-    outcome.outcome = "resumed by the same command, identical" if fault == "driver" else "identical"
+    outcome.outcome = "resumed by the same command, identical" if fault in ENDS_IT else "identical"
