@@ -51,7 +51,7 @@ from pocl_ray.run_directory.storage import replacing_file
 FILE_WIDTH = 140  # of the table, where there is no terminal that has one
 ASSUMED_GPU_GIB, ASSUMED_CLUSTER_GPUS = 24.0, 8
 _CHAT_NAMES = re.compile(r"(?i)(instruct|chat|(?:^|-)it(?:-|$))")
-_NUMBER = re.compile(r"-?[0-9]+")  # of layers; one that is below 1 is refused, and not looked for on the Hub
+_NUMBER = re.compile(r"-?[0-9]+")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -83,6 +83,11 @@ class Request:
     gpu_gib: float | None = None
     force: bool = False
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student is cut from the teacher's layers; a number below 1 is refused later."""
+        return _NUMBER.fullmatch(self.student) is not None
+
 
 def init(request: Request) -> Path:
     """Write the config, print what was decided and why, and return the file.
@@ -91,8 +96,7 @@ def init(request: Request) -> Path:
         UserError: The file is there already, rows or models are missing, columns cannot be recognised, or the models do
             not fit the machine. Nothing is written then.
     """
-    is_cut = _NUMBER.fullmatch(request.student) is not None
-    name = _name_of(f"{request.teacher}-{request.student}-layers" if is_cut else request.student)
+    name = _name_of(f"{request.teacher}-{request.student}-layers" if request.is_cut else request.student)
     out = request.out or Path(f"{name}.yaml")
     if out.exists() and not request.force:
         raise StorageError(f"{out}: is there already; choose another --out, or replace it with --force")
@@ -184,7 +188,7 @@ def _dev_source(path: str, train: Meaning, given: dict[ColumnRole, str]) -> Sour
 
 def _look_at_models(request: Request) -> Models:
     teacher = TeacherConfig(path=request.teacher)
-    is_cut = _NUMBER.fullmatch(request.student) is not None
+    is_cut = request.is_cut
     try:
         student = StudentConfig(num_layers=int(request.student)) if is_cut else StudentConfig(path=request.student)
     except ValueError:
