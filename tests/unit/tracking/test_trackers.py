@@ -112,6 +112,7 @@ def records_of(path: Path) -> Iterator[Any]:
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        assert place + 7 + length <= len(data), f"{path.name} ends within a record"
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -127,6 +128,7 @@ def test_wandb_writes_offline_and_goes_on_under_the_same_id(tmp_path: Path, monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     run = track("wandb", tmp_path, ((0, 5), (3, 8)))
+    wandb.teardown()  # its process writes on after a run's finish(); this waits until it has ended
     files = sorted((tmp_path / "run" / "tracking" / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in files} == {f"run-{run.id}.wandb"} and len(files) == 3
     records = [list(records_of(path)) for path in files]
