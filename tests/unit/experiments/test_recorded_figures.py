@@ -154,7 +154,26 @@ SMOLLM2 = Experiment(
     3,
     {"frontier and temperature 1 to 2 by step": "frontier-temperature", "POCL as published": "pocl"},
 )
-EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS, SMOLLM2)
+TOKENS = Experiment(
+    "experiment-tokens.csv",
+    "Weights of tokens, averages of weights",
+    6,
+    {
+        "student_entropy, strength 0.5": "entropy",
+        "student_entropy, half of the tokens": "entropy-half",
+        "divergence, strength 0.5": "divergence",
+        "tip, strength 0.5": "tip",
+        "tip, half of the tokens": "tip-half",
+        "hellinger, 80 % of the tokens": "hellinger-most",
+        "ema, decay 0.99": "ema",
+        "last_k, 4 checkpoints": "last-4",
+        "frontier and temperature, tip, strength 0.5": "frontier-tip",
+        "frontier and temperature, hellinger, 80 % of the tokens": "frontier-hellinger",
+        "frontier and temperature, ema, decay 0.99": "frontier-ema",
+    },
+    {"plain KD, temperature 1": "plain", "frontier and temperature": "frontier"},
+)
+EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS, TOKENS, SMOLLM2)
 CASES = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.arms]
 
 
@@ -211,6 +230,14 @@ def test_what_is_said_of_one_factor_at_a_time_is_what_was_recorded(arm: str, bas
     values = [[of[seed][figure] for seed in recorded["plain"]] for of in (recorded[arm], recorded[baseline])]
     found = paired_difference(values[0], values[1], FIGURES[figure])
     assert f"{found.mean:+.2f} ± {found.half_width:.2f}" in CONFOUNDS.section
+
+
+def test_what_is_said_of_the_curriculum_beside_weights_of_tokens_is_what_was_recorded() -> None:
+    recorded = TOKENS.recorded()
+    for figure in ("rouge_l", "sampled_rouge_l"):
+        values = [[of[seed][figure] for seed in recorded["plain"]] for of in (recorded["frontier"], recorded["plain"])]
+        found = paired_difference(values[0], values[1], FIGURES[figure])
+        assert f"{found.mean:+.2f} ± {found.half_width:.2f}" in TOKENS.section
 
 
 def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_the_student_before() -> None:
