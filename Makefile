@@ -102,7 +102,7 @@ $(DOCS): $(RUNS)
 
 docs: $(DOCS)  ## build the documentation site into site/; a warning fails
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "open site/index.html; for its search: $(BIN)/python -m http.server -d site"
+	@echo "open site/index.html"
 
 # With the real model and the real rows where they are (`pocl-ray fetch smollm2`), else random ones of their shape.
 benchmark: $(STAMP)  ## one table of speed and memory beside TRL and the authors' way; exit status 1 below a bar

@@ -45,14 +45,40 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "rank_rows" in (tmp_path / "api.html").read_text(encoding="utf-8")
     assert "run_until" in (tmp_path / "start" / "notebook.html").read_text(encoding="utf-8")
     assert (tmp_path / "start" / "quickstart.ipynb").read_bytes() == NOTEBOOK.read_bytes()
+    check_that_nothing_is_loaded_from_elsewhere(tmp_path)
     if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
         check_keyboard_and_names(browser, tmp_path / "methods.html")
+        check_search_from_a_folder(browser, tmp_path / "guides" / "cluster.html")
+
+
+def check_that_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+    """Scripts, styles, pictures and frames of every page are files of the site."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r'<link\b[^>]*\brel="?(?:stylesheet|icon|preload|preconnect)[^>]*>', text)
+        loading = [*links, *re.findall(r"<(?:script|img|iframe|source)\b[^>]*>", text)]
+        sources = [source for tag in loading for source in re.findall(r'\b(?:src|href)="?([^" >]+)', tag)]
+        assert sources and not [source for source in sources if re.match(r"(?:[a-z]+:)?//", source)], page
+        assert any(source.endswith("assets/iframe-worker.js") for source in sources), page
+
+
+def show(browser: str, address: str) -> str:
+    """Return the HTML of a page after its scripts have run."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    return subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=100).stdout
+
+
+def check_search_from_a_folder(browser: str, page: Path) -> None:
+    """Check assets/iframe-worker.js: a page that no server sends finds what is asked for."""
+    shown = show(browser, f"{page.as_uri()}?q=checkpoint")
+    (found,) = re.findall(r'<div class="md-search-result__meta">(\d+) matching documents</div>', shown)
+    assert int(found) > 1
+    assert shown.count('<li class="md-search-result__item">') > 1
 
 
 def check_keyboard_and_names(browser: str, page: Path) -> None:
     """Check what assets/site.js mends in the theme: tables scroll by keyboard, and the search dialog has a name."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    shown = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=100).stdout
+    shown = show(browser, page.as_uri())
     regions = re.findall(r'<div class="md-typeset__scrollwrap"[^>]*>', shown)
     assert regions and all('tabindex="0"' in region for region in regions)
     (dialog,) = re.findall(r'<div class="md-search"[^>]*>', shown)
