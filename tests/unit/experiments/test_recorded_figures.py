@@ -173,7 +173,34 @@ TOKENS = Experiment(
     },
     {"plain KD, temperature 1": "plain", "frontier and temperature": "frontier"},
 )
-EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS, TOKENS, SMOLLM2)
+_RAMP = "temperature 1 to 2"
+TEMPERATURES = Experiment(
+    "experiment-temperatures.csv",
+    "Temperatures, shares of cross-entropy and learning rates",
+    6,
+    {
+        "learning rate 6e-3": "rate-6e-3",
+        "learning rate 1.4e-2": "rate-14e-3",
+        "temperature 1.3": "temperature-1.3",
+        _RAMP: "temperature",
+        "temperature 2 to 1": "temperature-2-1",
+        "temperature 2": "temperature-2",
+        "kd_ratio 0.5": "kd-0.5",
+        "kd_ratio 0.3": "kd-0.3",
+        f"kd_ratio 0.5, {_RAMP}": "kd-0.5-temperature",
+        f"kd_ratio 0.3, {_RAMP}": "kd-0.3-temperature",
+        "frontier, temperature 1": "frontier",
+        "frontier, temperature 1.3": "frontier-temperature-1.3",
+        f"frontier, {_RAMP}": "frontier-temperature",
+        "frontier, temperature 2 to 1": "frontier-temperature-2-1",
+        "frontier, temperature 2": "frontier-temperature-2",
+        f"frontier, {_RAMP}, kd_ratio 0.5": "frontier-temperature-kd-0.5",
+        f"frontier, {_RAMP}, kd_ratio 0.3": "frontier-temperature-kd-0.3",
+        f"frontier, power 1, {_RAMP}": "frontier-power-1-temperature",
+        f"frontier, refresh rescore, {_RAMP}": "frontier-rescore-temperature",
+    },
+)
+EXPERIMENTS = (QUICKSTART, STUDENTS, BY_LOSS, IN_REGIMES, CONFOUNDS, TOKENS, TEMPERATURES, SMOLLM2)
 CASES = [(experiment, name) for experiment in EXPERIMENTS for name in experiment.arms]
 
 
@@ -257,16 +284,63 @@ def test_the_teacher_is_ahead_of_distillation_that_of_fine_tuning_and_that_of_th
     assert against_sft.verdict(FIGURES["sampled_rouge_l"]) == "ahead"
 
 
-@pytest.mark.parametrize("arm", ["frontier-temperature", "temperature", "pocl"])
-def test_readme_and_concepts_show_the_students_of_both_experiments_together(arm: str) -> None:
-    recorded = [experiment.recorded() for experiment in (STUDENTS, BY_LOSS)]
-    cells = []
+@pytest.mark.parametrize(
+    ("arm", "baseline", "figure"),
+    [
+        (arm, baseline, figure)
+        for arm, baseline in (
+            ("frontier-temperature", "temperature-2"),
+            ("frontier-temperature", "temperature-1.3"),
+            ("frontier-rescore-temperature", "frontier-temperature"),
+        )
+        for figure in ("rouge_l", "sampled_rouge_l")
+    ],
+)
+def test_what_is_said_of_temperatures_is_what_was_recorded(arm: str, baseline: str, figure: str) -> None:
+    recorded = TEMPERATURES.recorded()
+    values = [[of[seed][figure] for seed in recorded["plain"]] for of in (recorded[arm], recorded[baseline])]
+    found = paired_difference(values[0], values[1], FIGURES[figure])
+    said = f"{found.mean:+.2f} ± {found.half_width:.2f}"
+    assert said in TEMPERATURES.section
+    if baseline == "temperature-2":
+        assert said in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+FRONTIER_ARM = "frontier-temperature"
+TOGETHER = {
+    "frontier and temperature": (
+        [(STUDENTS, FRONTIER_ARM), (BY_LOSS, FRONTIER_ARM), (TOKENS, "frontier"), (TEMPERATURES, FRONTIER_ARM)],
+        26,
+    ),
+    "temperature": ([(STUDENTS, "temperature"), (BY_LOSS, "temperature"), (TEMPERATURES, "temperature")], 20),
+    "pocl": ([(STUDENTS, "pocl"), (BY_LOSS, "pocl"), (CONFOUNDS, "pocl")], 20),
+    "temperature 2": ([(TEMPERATURES, "temperature-2")], 6),
+}
+"""Arms of the first page: the experiments that trained them beside plain KD, each with a student for each seed."""
+
+
+@pytest.mark.parametrize(("arms", "num_seeds"), TOGETHER.values(), ids=TOGETHER)
+def test_the_first_figures_are_those_of_all_students_together(
+    arms: list[tuple[Experiment, str]], num_seeds: int
+) -> None:
+    cells, means = [], []
     for figure in ("rouge_l", "sampled_rouge_l"):
-        ours, plain = ([run[figure] for each in recorded for run in each[name].values()] for name in (arm, "plain"))
+        ours: list[float] = []
+        plain: list[float] = []
+        for experiment, arm in arms:
+            recorded = experiment.recorded()
+            ours += [recorded[arm][seed][figure] for seed in recorded[arm]]
+            plain += [recorded["plain"][seed][figure] for seed in recorded[arm]]
+        assert len(ours) == num_seeds
         found = paired_difference(ours, plain, FIGURES[figure])
         cell = f"{found.mean:+.2f} ± {found.half_width:.2f}"
         cells.append(f"**{cell}**" if abs(found.mean) > found.half_width else cell)
-    for page in ("README.md", "docs/concepts.md"):
-        assert f"| {' | '.join(cells)} |" in (DOCS.parent / page).read_text(encoding="utf-8"), page
-    if arm == "frontier-temperature":
-        assert f"{cells[0]} greedy and {cells[1]} sampled" in " ".join(BY_LOSS.section.split())
+        means.append(f"{statistics.fmean(plain):.2f}")
+    pages = {name: (DOCS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "docs/concepts.md")}
+    assert f"| {' | '.join(cells)} |" in pages["README.md"]
+    if num_seeds > 6:
+        assert f"| {' | '.join(cells)} |" in pages["docs/concepts.md"]
+        together = " ".join(TEMPERATURES.section.split("All students together")[1].split())
+        assert all(cell.strip("*") in together for cell in cells)
+    if num_seeds == 26:
+        assert f"| plain KD, temperature 1 | {' | '.join(means)} |" in pages["README.md"]
