@@ -17,8 +17,8 @@ from pocl_ray.report.figures import METRICS, figure_of, is_of_text
 from pocl_ray.report.files import RunData, as_float, read_run, step_times
 from pocl_ray.run_directory.claim import CONFIG
 from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.file_shapes import damaged
 from pocl_ray.run_directory.opening import PastRun
-from pocl_ray.run_directory.shapes import damaged
 from pocl_ray.tracking.run import flat_settings
 
 SUMMARY = "rows/summary.json"

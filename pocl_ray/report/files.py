@@ -18,7 +18,7 @@ from pocl_ray.config.race import RACE
 from pocl_ray.data.row_counts import told_cuts
 from pocl_ray.records import STEPS, RowsSummary, Stage
 from pocl_ray.run_directory.claim import CONFIG, parse_config
-from pocl_ray.run_directory.shapes import damaged, parse_json
+from pocl_ray.run_directory.file_shapes import damaged, parse_json
 
 ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 

@@ -22,8 +22,8 @@ from pocl_ray.config.neutral import neutral_free
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import lease
+from pocl_ray.run_directory.file_shapes import damaged
 from pocl_ray.run_directory.paths import hub_id, is_remote
-from pocl_ray.run_directory.shapes import damaged
 from pocl_ray.run_directory.storage import RunDirectory
 
 CONFIG = "config.yaml"

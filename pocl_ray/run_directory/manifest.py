@@ -15,7 +15,7 @@ from pocl_ray.console import console
 from pocl_ray.records import STEPS
 from pocl_ray.run_directory.claim import environment
 from pocl_ray.run_directory.digests import fingerprint
-from pocl_ray.run_directory.shapes import VERSION
+from pocl_ray.run_directory.file_shapes import VERSION
 from pocl_ray.run_directory.storage import RunDirectory
 
 FILE = "manifest.json"

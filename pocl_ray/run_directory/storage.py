@@ -28,8 +28,8 @@ from filelock import FileLock
 
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.file_shapes import damaged, parse_json
 from pocl_ray.run_directory.paths import is_remote, local_path
-from pocl_ray.run_directory.shapes import damaged, parse_json
 
 
 def check_lasts(storage_path: str) -> None:
@@ -272,7 +272,7 @@ class RunDirectory:
             raise damaged(self.uri_of(rel), error) from None
 
     def read_json(self, rel: str, shape: Any = None) -> Any:
-        """Return the value in a JSON file, which has the shape that is given or the one of its name in `shapes`.
+        """Return the value in a JSON file, which has the shape that is given or the one of its name in `file_shapes`.
 
         Raises:
             StorageError: The file is missing, cannot be read, or is damaged.

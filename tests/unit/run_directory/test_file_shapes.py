@@ -11,8 +11,8 @@ import pytest
 
 from pocl_ray.errors import StorageError
 from pocl_ray.records import RowsSummary, Stage
+from pocl_ray.run_directory.file_shapes import SHAPES, ManifestFile
 from pocl_ray.run_directory.manifest import VERSION, Manifest
-from pocl_ray.run_directory.shapes import SHAPES, ManifestFile
 from pocl_ray.run_directory.storage import RunDirectory
 
 SUMMARY = RowsSummary("train", "rows/train.arrow", 8, 0, 9, 9, 3, "f").__dict__

@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold. A damaged file is told of in one line as it is read, before anything counts on it.
+"""The shapes of the JSON files of a run, by which a damaged one is refused in one line, before anything counts on it.
 
 A shape names the keys that readers rely on. Other keys may stand there too, and a figure that was not measured may be
 NaN, null or absent; a text where a number belongs is refused.
@@ -218,8 +218,8 @@ def damaged(place: str, error: object, remedy: str = "delete it to have it made 
 
     Args:
         place: Path or URL of the file.
-        error: Reason.
-        remedy: What the user can do.
+        error: Error or reason.
+        remedy: Remedy, as the end of the message.
     """
     return StorageError(f"{place}: cannot be read, it is damaged ({' '.join(str(error).split())}); {remedy}")
 
