@@ -175,6 +175,7 @@ def evaluate(
     if config is None or predictions is not None or references is not None:
         raise typer.BadParameter("give either CONFIG, or both --predictions and --references")
     run_dir = _run_until("tasks", config, overrides, resume_with_changes)
+    run_dir.read_json("evaluation.json")  # a damaged one is no result
     print(run_dir.read_text("evaluation.json"))
 
 

@@ -16,8 +16,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pocl_ray.arms import Arm, Race, plan_race
 from pocl_ray.config import Config
 from pocl_ray.config.race import RACE
@@ -190,7 +188,7 @@ class Pipeline:
 
         def work(_: str) -> StepResult:
             rows = RowStore.open(self.run_dir.local(self.inputs.rows.train.path))
-            table = rank_table(pq.read_table(self.run_dir.local(SIGNALS)), rows, difficulty, seed)
+            table = rank_table(self.run_dir.read_table(SIGNALS), rows, difficulty, seed)
             for name in constant_signals({name: table[name].to_numpy() for name in difficulty.signals}):
                 console.print(
                     f"[yellow]warning:[/] difficulty.signals: {name} is {table[name][0].as_py():g} in every row, so it "

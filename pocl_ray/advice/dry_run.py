@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -25,13 +24,13 @@ from pocl_ray.config import Config
 from pocl_ray.config.neutral import neutral_free
 from pocl_ray.config.race import RACE
 from pocl_ray.curriculum.schedule import plan_stages
-from pocl_ray.errors import UserError
+from pocl_ray.errors import StorageError, UserError
 from pocl_ray.inputs import Inputs
 from pocl_ray.pipeline import Pipeline
 from pocl_ray.preflight import check_inputs
 from pocl_ray.preview import cache_bytes, prepared_sets, print_plan
 from pocl_ray.records import STEPS, RowsSummary
-from pocl_ray.run_directory.claim import CONFIG, COSTLY, differences
+from pocl_ray.run_directory.claim import CONFIG, COSTLY, differences, parse_config
 from pocl_ray.run_directory.manifest import Manifest, StepResult, Steps, step_fingerprint
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -120,9 +119,9 @@ def changed_keys(config: Config, run_dir: RunDirectory) -> str:
     if not run_dir.exists(CONFIG):
         return ""
     try:
-        before = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
-    except (ValueError, yaml.YAMLError):
-        return "the config there is of another version of pocl-ray"
+        before = parse_config(run_dir.read_bytes(CONFIG), run_dir.uri_of(CONFIG))
+    except StorageError:
+        return "the config there is damaged, or of another version of pocl-ray"
     return "; ".join(differences(neutral_free(before), neutral_free(config)))
 
 

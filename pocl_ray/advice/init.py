@@ -98,16 +98,16 @@ def init(request: Request) -> Path:
     """
     name = _name_of(f"{request.teacher}-{request.student}-layers" if request.is_cut else request.student)
     out = request.out or Path(f"{name}.yaml")
-    if out.exists() and not request.force:
+    if os.path.exists(out) and not request.force:
         raise StorageError(f"{out}: is there already; choose another --out, or replace it with --force")
-    findings = look(request, out.stem if request.out else name)
+    findings = look(request, _name_of(out.stem) if request.out else name)
     text = render(findings)
-    try:
-        with replacing_file(out) as new:
-            new.write_text(text, encoding="utf-8")
+    with replacing_file(out, "--out") as new:
+        new.write_text(text, encoding="utf-8")
+        try:
             load_config(new)  # a config that is refused never gets its name
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(new), str(out))) from None
     _show(findings, out)
     return out
 

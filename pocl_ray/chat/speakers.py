@@ -55,7 +55,7 @@ class Speaker:
             on_text: Function that is called with the answer so far, a few tokens at a time.
 
         Raises:
-            UserError: The text is empty, or the tokenizer's chat template refuses it.
+            UserError: The text is empty or not UTF-8, or the tokenizer's chat template refuses it.
         """
         encoded, _ = row_tokenizer(self.data, self.tokenizer).encode([self._prompt(text)], [""])
         prompts = [np.array(tokens, dtype=np.int32) for tokens in encoded]
@@ -75,13 +75,17 @@ class Speaker:
         """Return how many tokens of a text's beginning the model does not read: its run cuts prompts to a length.
 
         Raises:
-            UserError: The tokenizer's chat template refuses the text.
+            UserError: The text is not UTF-8, or the tokenizer's chat template refuses it.
         """
         encoder = row_tokenizer(self.data, self.tokenizer)
         encoder.encode([self._prompt(text)], [""])
         return encoder.counts.num_lost_tokens
 
     def _prompt(self, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # of bytes that the terminal's encoding does not know
+            raise UserError("chat: the prompt is not UTF-8; write it in UTF-8") from None
         if self.data.task == "text":
             return text
         is_document = self.data.task == "summarization"

@@ -13,7 +13,6 @@ from pocl_ray.comparison.compared_tasks import ComparedTasks
 from pocl_ray.comparison.paired import Difference, PairTable
 from pocl_ray.comparison.plots import curves_of_runs
 from pocl_ray.comparison.runs import Cell, ComparedRun, Row, config_differences, costs, figure_rows
-from pocl_ray.errors import StorageError
 from pocl_ray.records import STUDENT
 from pocl_ray.report.curves import Curve, curve_of
 from pocl_ray.report.headline import PAIR_FIGURES, model_names
@@ -47,11 +46,8 @@ def write_comparison(runs: Sequence[ComparedRun], pairs: PairTable, tasks: Compa
         "plots": dev_plots(runs),
         "costs": costs(runs),
     }
-    try:
-        with replacing_file(path) as new:
-            new.write_text(render_comparison(context), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+    with replacing_file(path, "--out") as new:
+        new.write_text(render_comparison(context), encoding="utf-8", errors="replace")
 
 
 def dev_plots(runs: Sequence[ComparedRun]) -> list[Plot]:

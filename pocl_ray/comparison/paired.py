@@ -186,7 +186,7 @@ def _notes(runs: Sequence[ComparedRun], found: Sequence[_Seeded | None]) -> list
                 notes.append(f"{run.label} {reason} than {first.label}: {LABELS[figure]} does not compare.")
         if _fingerprint(run, "student") != _fingerprint(first, "student"):
             notes.append(f"{run.label} starts from another student than {first.label}: pairs share the seed alone.")
-        counts = [int(each.run.steps["distill"].get("counts", {}).get("num_steps", 0)) for each in (run, first)]
+        counts = [int(each.run.steps["distill"].get("counts", {}).get("num_steps") or 0) for each in (run, first)]
         if counts[0] != counts[1]:
             notes.append(f"{run.label} trains {counts[0]:,} optimizer steps, and {first.label} {counts[1]:,}.")
     return notes + _other_controls(runs, found)

@@ -13,13 +13,15 @@ import pyarrow as pa
 from pocl_ray.config.neutral import neutral_free
 from pocl_ray.errors import StorageError, UserError
 from pocl_ray.records import REFERENCES, STUDENT
-from pocl_ray.report.figures import is_of_text
-from pocl_ray.report.files import RunData, read_run, step_times
+from pocl_ray.report.figures import METRICS, figure_of, is_of_text
+from pocl_ray.report.files import RunData, as_float, read_run, step_times
 from pocl_ray.run_directory.claim import CONFIG
 from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.file_shapes import damaged
 from pocl_ray.run_directory.opening import PastRun
 from pocl_ray.tracking.run import flat_settings
 
+SUMMARY = "rows/summary.json"
 # What a run is called and what it sends where changes nothing that a reader would compare.
 UNTOLD = ("name",)
 
@@ -83,10 +85,7 @@ def compared_runs(runs: Sequence[PastRun]) -> list[ComparedRun]:
 
 
 def _read(run: PastRun) -> RunData:
-    try:
-        data = read_run(run.run_dir)
-    except StorageError as error:
-        raise StorageError(f"{run.place}: {error}") from None
+    data = read_run(run.run_dir)
     if not data.evaluation:
         raise StorageError(
             f"{run.place}: evaluation.json is gone or empty; have it made again with `pocl-ray run "
@@ -134,12 +133,15 @@ def _check_rows(one: ComparedRun, other: ComparedRun) -> None:
 
 def _rows_of(run: ComparedRun, name: str) -> tuple[int, str]:
     """The number of rows of a set, and a digest of their references; prompts may have another template."""
-    summary = run.run.run_dir.read_json("rows/summary.json")["sets"][name]
+    run_dir = run.run.run_dir
+    summary = run_dir.read_json(SUMMARY)["sets"].get(name)
+    if summary is None:
+        raise damaged(run_dir.uri_of(SUMMARY), f"no set {name}, which evaluation.json has")
     try:
-        table = pa.ipc.open_file(pa.BufferReader(run.run.run_dir.read_bytes(summary["path"]))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StorageError(f"{run.run.run_dir.uri_of(summary['path'])}: cannot be read ({error})") from None
-    return table.num_rows, fingerprint(table[REFERENCES].to_pylist())
+        table = pa.ipc.open_file(pa.BufferReader(run_dir.read_bytes(summary["path"]))).read_all()
+        return table.num_rows, fingerprint(table[REFERENCES].to_pylist())
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise damaged(run_dir.uri_of(summary["path"]), error) from None
 
 
 def _check_settings(one: ComparedRun, other: ComparedRun) -> None:
@@ -181,16 +183,12 @@ def figure_rows(runs: Sequence[ComparedRun]) -> list[Row]:
 def _cells(found: Mapping[str, Any]) -> dict[str, Cell]:
     """The figures of one model on one set, as evaluation.json holds them."""
     cells = {}
-    for metric, label in (("rouge_l", "ROUGE-L"), ("exact_match", "exact match")):
-        if metric in found:
-            spread = found[metric]["std"] if len(found[metric]["by_seed"]) > 1 else math.nan
-            cells[f"{label}, sampled"] = Cell(found[metric]["mean"], spread)
-        if metric in found.get("greedy", {}):
-            cells[f"{label}, greedy"] = Cell(found["greedy"][metric])
+    for metric, label in METRICS.items():
+        figure = figure_of(found, metric)
+        cells |= {f"{label}, sampled": Cell(figure.mean, figure.std), f"{label}, greedy": Cell(figure.greedy)}
     for metric, label in (("perplexity", "perplexity"), ("ce_loss", "CE (nats/token)")):
-        if isinstance(found.get(metric), (int, float)):
-            cells[label] = Cell(float(found[metric]))
-    return cells
+        cells[label] = Cell(as_float(found.get(metric)))
+    return {label: cell for label, cell in cells.items() if math.isfinite(cell.mean)}
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,8 @@ def costs(runs: Sequence[ComparedRun]) -> list[Cost]:
     for run in runs:
         step = run.run.steps["distill"]
         counts = step.get("counts", {})
-        total = sum(float(each.get("seconds", 0)) for name, each in run.run.steps.items() if name != "report")
+        total = sum(as_float(each.get("seconds", 0)) for name, each in run.run.steps.items() if name != "report")
         (time,) = step_times({"distill": step})
-        num_steps, num_tokens = (float(counts.get(key, math.nan)) for key in ("num_steps", "num_tokens"))
+        num_steps, num_tokens = (as_float(counts.get(key)) for key in ("num_steps", "num_tokens"))
         found.append(Cost(run.label, num_steps, num_tokens, time.seconds, time.tokens_per_s, total))
     return found

@@ -100,7 +100,7 @@ class Rescorer:
         fixed = [name for name in difficulty.signals if name not in figures]
         if fixed:
             assert self.task.scores is not None
-            table = pq.read_table(self.task.run_dir.local(self.task.scores), columns=fixed)
+            table = self.task.run_dir.read_table(self.task.scores, fixed)
             figures.update({name: table[name].to_numpy() for name in fixed})
         chosen = {name: figures[name] for name in difficulty.signals}
         rrf_score, rank = rank_rows(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -146,7 +145,7 @@ def _orders(task: TrainTask, num_rows: int) -> dict[Order, np.ndarray]:
     """Return the row ids in each order that a stage may be a slice of."""
     ranked: np.ndarray = np.arange(num_rows)
     if task.scores is not None:
-        rank = pq.read_table(task.run_dir.local(task.scores), columns=[RANK])[RANK].to_numpy()
+        rank = task.run_dir.read_table(task.scores, [RANK])[RANK].to_numpy()
         assert len(rank) == num_rows, "scores.parquet belongs to other rows"
         ranked = np.argsort(rank, kind="stable")
     return {"rank": ranked, "random": random_order(num_rows, task.seed)}
@@ -157,7 +156,7 @@ def _frontier(task: TrainTask, engine: Engine, feed: Feed) -> FrontierRows | Non
     if task.frontier is None:
         return None
     assert task.scores is not None, "the first scoring measures the gaps of the first stage"
-    scores = pq.read_table(task.run_dir.local(task.scores), columns=[GAP, RANK])
+    scores = task.run_dir.read_table(task.scores, [GAP, RANK])
     first_R, rank_R = scores[GAP].to_numpy(), scores[RANK].to_numpy()
     ends = bucket_ends(len(rank_R), len(task.stages[0].buckets))
     buckets_R = np.searchsorted(ends, rank_R - 1, side="right")

@@ -66,7 +66,7 @@ class TrainingRecord:
 def read_record(run_dir: RunDirectory, phase: Phase, name: str) -> TrainingRecord | None:
     """Read a record; None where the training is not done."""
     place = _place(phase, name)
-    return TrainingRecord(**run_dir.read_json(place)) if run_dir.exists(place) else None
+    return TrainingRecord(**run_dir.read_json(place, TrainingRecord)) if run_dir.exists(place) else None
 
 
 def _place(phase: Phase, name: str) -> str:

@@ -94,7 +94,7 @@ class ScoredRun:
         path = f"{RANKINGS}/{ranking[:12]}.parquet"
         if not self.run_dir.exists(path):
             rows = RowStore.open(self.run_dir.local(self.rows.train.path))
-            table = rank_table(pq.read_table(self.run_dir.local(SIGNALS)), rows, config.difficulty, config.seed)
+            table = rank_table(self.run_dir.read_table(SIGNALS), rows, config.difficulty, config.seed)
             with TemporaryDirectory() as scratch:
                 pq.write_table(table, Path(scratch) / "scores.parquet")
                 self.run_dir.publish(Path(scratch) / "scores.parquet", path)

@@ -13,6 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from pocl_ray.errors import ConfigError, StorageError, UserError
 from pocl_ray.hub.origins import origins_of
 from pocl_ray.report.model_card import Origin, model_card
+from pocl_ray.run_directory.claim import CONFIG
+from pocl_ray.run_directory.hub_access import hub_fault
 from pocl_ray.run_directory.manifest import ENVIRONMENT
 from pocl_ray.run_directory.opening import PastRun
 
@@ -83,9 +85,12 @@ def push(run: PastRun, repo: str, private: bool, what: What) -> str:
     """
     check_repo(repo, "push")
     run.require(NEEDED[what])
-    folder = _folder(run, what)
+    folder = run.run_dir.local(_folder(run, what))
+    _check_weights(run, folder)
     check_token("push")
-    operations = list(_files_of(run.run_dir.local(folder)))
+    if fault := hub_fault():
+        raise UserError(f"push: {repo}: {fault}")
+    operations = list(_files_of(folder))
     if what == "adapters" and run.run_dir.exists(TOKENIZER):
         operations += _files_of(run.run_dir.local(TOKENIZER))
     is_cache, is_adapter = what == "teacher-cache", what == "adapters"
@@ -130,6 +135,15 @@ def _folder(run: PastRun, what: What) -> str:
         verb = "are" if what == "adapters" else "is"
         raise StorageError(f"{run.place}: there {verb} no {what}: {why}")
     return folder
+
+
+def _check_weights(run: PastRun, folder: Path) -> None:
+    """Refuse a folder without weights: what is pushed would load nowhere."""
+    if not any(folder.rglob("*.safetensors")) and not any(folder.rglob("*.arrow")):
+        raise StorageError(
+            f"{folder}: holds no weights (*.safetensors) and no cache (*.arrow); delete it, and "
+            f"`pocl-ray run {run.run_dir.uri_of(CONFIG)}` makes it again"
+        )
 
 
 def _asked(repo: str, ask: Callable[[], T]) -> T:

@@ -18,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from pocl_ray.config import CurriculumConfig, load_config
@@ -202,7 +201,7 @@ class Curriculum:
                 f"{run_dir.uri_of('config.yaml')}: data.responses teacher ranks other responses than the data set "
                 "holds; put them into your data set and rank it with Curriculum.from_ranks"
             )
-        scores = pq.read_table(run_dir.local("scores.parquet"))
+        scores = run_dir.read_table("scores.parquet")
         rows = RowStore.open(run_dir.local("rows/train.arrow"))
         places = np.asarray(rows.source_rows(np.arange(len(rows))), dtype=np.int64) - 1
         if len(np.unique(places)) < len(places):

@@ -145,7 +145,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         tokenizer = AutoTokenizer.from_pretrained(
             _location(ref), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library, in Rust, has no error of its own kind for a damaged file
         raise ModelError(f"{path}: has no tokenizer that can be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")

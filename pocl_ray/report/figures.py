@@ -99,12 +99,12 @@ def set_results(sets: Mapping[str, Any]) -> list[SetResult]:
 
 def _model_results(models: Mapping[str, Any]) -> tuple[ModelResult, ...]:
     known = [name for name in MODELS if name in models] + [name for name in models if name not in MODELS]
-    rouge = {name: _figure(models[name], "rouge_l") for name in known}
+    rouge = {name: figure_of(models[name], "rouge_l") for name in known}
     return tuple(
         ModelResult(
             model=name,
             rouge_l=rouge[name],
-            exact_match=_figure(models[name], "exact_match"),
+            exact_match=figure_of(models[name], "exact_match"),
             gap_closed=_gap_closed({k: v.mean for k, v in rouge.items()}, name),
             gap_closed_greedy=_gap_closed({k: v.greedy for k, v in rouge.items()}, name),
             unstopped_share=as_float(models[name].get("unstopped_share")),
@@ -113,7 +113,8 @@ def _model_results(models: Mapping[str, Any]) -> tuple[ModelResult, ...]:
     )
 
 
-def _figure(result: Mapping[str, Any], metric: str) -> Figure:
+def figure_of(result: Mapping[str, Any], metric: str) -> Figure:
+    """Return a metric of one model on one set, as evaluation.json holds it."""
     sampled = result.get(metric) or {}
     by_seed = {str(seed): as_float(value) for seed, value in (sampled.get("by_seed") or {}).items()}
     return Figure(

@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from pydantic import ValidationError
 
 from pocl_ray.config import Config
 from pocl_ray.config.race import RACE
 from pocl_ray.data.row_counts import told_cuts
-from pocl_ray.errors import StorageError
 from pocl_ray.records import STEPS, RowsSummary, Stage
+from pocl_ray.run_directory.claim import CONFIG, parse_config
+from pocl_ray.run_directory.file_shapes import damaged, parse_json
 
 ROWS_FILES = {"reference": "rows/train.arrow", "teacher": "responses/train.arrow"}
 
@@ -120,15 +119,14 @@ def read_run(files: RunFiles) -> RunData:
     Raises:
         StorageError: A file exists but cannot be parsed.
     """
-    config_text = _text(files, "config.yaml")
-    config = _read_config(config_text)
+    config = _read_config(files)
     metrics = _read_metrics(files, "metrics.jsonl")
     race = _json(files, "race.json") if config is not None and config.curriculum.pacing == RACE else {}
     plan = _read_plan(files, race)
     evaluation = _json(files, "evaluation.json")
     return RunData(
         config=config,
-        config_text=config_text,
+        config_text=_text(files, CONFIG),
         environment=_json(files, "environment.json"),
         steps=dict(_json(files, "manifest.json").get("steps") or {}),
         scores=_read_scores(files, "scores.parquet"),
@@ -154,39 +152,24 @@ def _tasks(evaluation: dict[str, Any], config: Config | None) -> dict[str, Any]:
 
 
 def as_float(value: Any) -> float:
-    """Return a number as float; anything else, such as None or text, becomes NaN."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    """Return a number as float; anything else, such as None, text or more digits than a float has, becomes NaN."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _text(files: RunFiles, rel: str) -> str:
     return files.read_bytes(rel).decode("utf-8", errors="replace") if files.exists(rel) else ""
 
 
-def _broken(rel: str, error: object) -> StorageError:
-    reason = " ".join(str(error).split())
-    return StorageError(f"{rel}: cannot be read ({reason}); delete it and run the step that writes it again")
-
-
 def _json(files: RunFiles, rel: str) -> dict[str, Any]:
-    text = _text(files, rel)
-    if not text:
-        return {}
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise _broken(rel, error) from None
-    if not isinstance(data, dict):
-        raise _broken(rel, f"a JSON object was expected, not {type(data).__name__}")
-    return data
+    found: dict[str, Any] = parse_json(files.read_bytes(rel), rel, files.uri_of(rel)) if files.exists(rel) else {}
+    return found
 
 
-def _read_config(text: str) -> Config | None:
-    if not text:
-        return None
-    try:
-        return Config.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise _broken("config.yaml", error) from None
+def _read_config(files: RunFiles) -> Config | None:
+    return parse_config(files.read_bytes(CONFIG), files.uri_of(CONFIG)) if files.exists(CONFIG) else None
 
 
 def _read_rescored(files: RunFiles, plan: Plan | None) -> dict[int, dict[str, np.ndarray]]:
@@ -201,8 +184,8 @@ def _read_scores(files: RunFiles, rel: str) -> dict[str, np.ndarray] | None:
         return None
     try:
         table = pq.read_table(pa.BufferReader(files.read_bytes(rel)))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _broken(rel, error) from None
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(files.uri_of(rel), error) from None
     return {
         name: table.column(name).to_numpy()
         for name in table.column_names
@@ -215,24 +198,21 @@ def _read_rows(files: RunFiles, rel: str) -> pa.Table | None:
         return None
     try:
         return pa.ipc.open_file(pa.BufferReader(files.read_bytes(rel))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _broken(rel, error) from None
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(files.uri_of(rel), error) from None
 
 
 def _read_plan(files: RunFiles, race: Mapping[str, Any]) -> Plan | None:
     data = _json(files, "plan.json")
     if not data:
         return None
-    try:
-        return Plan(
-            num_rows=int(data["num_rows"]),
-            bucket_ends=tuple(int(end) for end in data["bucket_ends"]),
-            global_batch_rows=int(data["global_batch_rows"]),
-            # After a race those of the arm that it handed out.
-            stages=tuple(Stage.from_json(stage) for stage in race.get("stages", data["stages"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken("plan.json", f"{type(error).__name__}: {error}") from None
+    return Plan(
+        num_rows=data["num_rows"],
+        bucket_ends=tuple(data["bucket_ends"]),
+        global_batch_rows=data["global_batch_rows"],
+        # After a race those of the arm that it handed out.
+        stages=tuple(Stage.from_json(stage) for stage in race.get("stages", data["stages"])),
+    )
 
 
 def _as_taken(plan: Plan | None, metrics: Metrics | None) -> Plan | None:
@@ -258,12 +238,12 @@ def _json_lines(files: RunFiles, rel: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise _broken(f"{rel}:{number}", error) from None
+            raise damaged(f"{files.uri_of(rel)}:{number}", error) from None
         if not isinstance(row, dict):
-            raise _broken(f"{rel}:{number}", "a JSON object was expected")
+            raise damaged(f"{files.uri_of(rel)}:{number}", "not a JSON object")
         rows.append(row)
     return rows
 
@@ -354,8 +334,8 @@ def step_times(steps: Mapping[str, Mapping[str, Any]]) -> list[StepTime]:
             seconds=seconds[name],
             share_of_longest=seconds[name] / longest if longest > 0 and math.isfinite(seconds[name]) else 0.0,
             num_rows=as_float(counts[name].get("num_rows")),
-            num_steps=as_float(counts[name].get("num_steps")) - counts[name].get("earlier_steps", 0),
-            num_tokens=as_float(counts[name].get("num_tokens")) - counts[name].get("earlier_tokens", 0),
+            num_steps=as_float(counts[name].get("num_steps")) - as_float(counts[name].get("earlier_steps", 0)),
+            num_tokens=as_float(counts[name].get("num_tokens")) - as_float(counts[name].get("earlier_tokens", 0)),
             training_s=as_float(counts[name].get("training_s")),
         )
         for name in names

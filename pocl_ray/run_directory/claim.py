@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pocl_ray.config import Config
 from pocl_ray.config.loading import dump_config
@@ -21,6 +22,7 @@ from pocl_ray.config.neutral import neutral_free
 from pocl_ray.console import console
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import lease
+from pocl_ray.run_directory.file_shapes import damaged
 from pocl_ray.run_directory.paths import hub_id, is_remote
 from pocl_ray.run_directory.storage import RunDirectory
 
@@ -54,7 +56,7 @@ class Claim:
         weakref.finalize(self, self.lease.release)
         try:
             _check_owner(self.run_dir, config, resume_with_changes)
-            self._before = self.run_dir.read_text(CONFIG) if self.run_dir.exists(CONFIG) else None
+            self._before = self.run_dir.read_bytes(CONFIG) if self.run_dir.exists(CONFIG) else None
             self.run_dir.write_text(CONFIG, dump_config(config))
         except StorageError:
             self.lease.release()
@@ -75,18 +77,39 @@ class Claim:
                 with suppress(OSError):  # another process may use it by now
                     Path(self.run_dir.uri).parent.rmdir()
         elif not keep_config and self._before is not None:
-            self.run_dir.write_text(CONFIG, self._before)
+            self.run_dir.write_bytes(CONFIG, self._before)
+
+
+def parse_config(data: bytes, place: str) -> Config:
+    """Return the config of a run.
+
+    Args:
+        data: Content of its config.yaml.
+        place: Path or URL of the file, for the message.
+
+    Raises:
+        StorageError: The file is damaged, or another version of pocl-ray wrote it.
+    """
+    try:
+        tree = yaml.safe_load(data.decode())
+        if not isinstance(tree, dict):
+            raise ValueError("no keys and values")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        remedy = "put a copy in its place, or write it again by `pocl-ray run CONFIG --resume-with-changes`"
+        raise damaged(place, error, remedy) from None
+    try:
+        return Config.model_validate(tree)
+    except ValidationError:
+        raise StorageError(
+            f"{place}: written by another version of pocl-ray ({CONFIG} has other keys); use the version that "
+            "environment.json names, or choose another name"
+        ) from None
 
 
 def _check_owner(run_dir: RunDirectory, config: Config, resume_with_changes: bool) -> None:
     """Refuse a directory with work under another config; a directory without costly work is free."""
     if run_dir.exists(CONFIG) and any(map(run_dir.exists, COSTLY)) and not resume_with_changes:
-        try:
-            earlier = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
-        except (ValueError, yaml.YAMLError):
-            raise StorageError(
-                f"{run_dir.uri_of(CONFIG)}: written by another version of pocl-ray; choose another name"
-            ) from None
+        earlier = parse_config(run_dir.read_bytes(CONFIG), run_dir.uri_of(CONFIG))
         changes = list(differences(neutral_free(earlier), neutral_free(config)))
         if changes:
             raise StorageError(

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocl_ray.console import console
-from pocl_ray.errors import StorageError
 from pocl_ray.records import STEPS
 from pocl_ray.run_directory.claim import environment
 from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.file_shapes import VERSION
 from pocl_ray.run_directory.storage import RunDirectory
 
 FILE = "manifest.json"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,7 @@ class Manifest:
         self.run_dir = run_dir
         self.steps: dict[str, dict[str, Any]] = {}
         if run_dir.exists(FILE):
-            content = run_dir.read_json(FILE)
-            if not isinstance(content, dict) or content.get("version") != VERSION:
-                raise StorageError(
-                    f"{run_dir.uri_of(FILE)}: written by another version of pocl-ray; read it with that one, which "
-                    "environment.json names, or give a new run another name"
-                )
-            self.steps = content["steps"]
+            self.steps = run_dir.read_json(FILE)["steps"]
 
     def is_done(self, step: str, expected: str) -> bool:
         """Return whether the step was finished under this fingerprint and its outputs still exist."""

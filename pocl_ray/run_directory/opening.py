@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pocl_ray.config import Config
 from pocl_ray.errors import StorageError
-from pocl_ray.run_directory.claim import CONFIG
+from pocl_ray.run_directory.claim import CONFIG, parse_config
+from pocl_ray.run_directory.manifest import FILE as MANIFEST
 from pocl_ray.run_directory.manifest import Manifest
-from pocl_ray.run_directory.paths import is_remote
+from pocl_ray.run_directory.paths import is_remote, local_path
 from pocl_ray.run_directory.storage import RunDirectory
 
 
@@ -60,20 +59,14 @@ def open_past_run(place: str) -> PastRun:
     Raises:
         StorageError: No run stands there, or another version of pocl-ray wrote it.
     """
-    uri = place.rstrip("/") if is_remote(place) else str(Path(place.removeprefix("file://")).expanduser().absolute())
+    uri = place.rstrip("/") if is_remote(place) else str(local_path(place))
     run_dir = RunDirectory(uri)
-    if not run_dir.exists("manifest.json") or not run_dir.exists(CONFIG):
-        hint = f"{CONFIG} and manifest.json are missing; give the directory <storage_path>/<name> of a run"
+    if missing := [name for name in (CONFIG, MANIFEST) if not run_dir.exists(name)]:
+        told = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+        hint = f"{told}; give the directory <storage_path>/<name> of a run"
         raise StorageError(f"{place}: no run stands there: {hint}{_near_runs(uri)}")
     steps = Manifest(run_dir).steps
-    try:
-        config = Config.model_validate(yaml.safe_load(run_dir.read_text(CONFIG)))
-    except (ValueError, yaml.YAMLError):
-        raise StorageError(
-            f"{place}: written by another version of pocl-ray ({CONFIG} has other keys); use the version that "
-            "environment.json names"
-        ) from None
-    return PastRun(place, run_dir, config, steps)
+    return PastRun(place, run_dir, parse_config(run_dir.read_bytes(CONFIG), run_dir.uri_of(CONFIG)), steps)
 
 
 def _near_runs(uri: str) -> str:

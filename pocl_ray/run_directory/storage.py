@@ -28,6 +28,7 @@ from filelock import FileLock
 
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory.digests import fingerprint
+from pocl_ray.run_directory.file_shapes import damaged, parse_json
 from pocl_ray.run_directory.paths import is_remote, local_path
 
 
@@ -144,16 +145,20 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_file(target: Path) -> Iterator[Path]:
-    """Yield a path for a new file at a place that a user names, as `replacing` does; a directory is left alone.
+def replacing_file(target: Path, option: str) -> Iterator[Path]:
+    """Yield a path for a new file at a place that a user names, as `replacing` does; only a file is ever replaced.
 
     Raises:
-        OSError: A directory is there, the folder cannot be created, or the rename is refused.
+        StorageError: Something else is there, such as a directory or /dev/null, or the file cannot be written; the
+            message names the option that the place comes from.
     """
-    if target.is_dir():  # such as `--out runs`, and all that is in it would be gone
-        raise IsADirectoryError(errno.EISDIR, "it is a directory", str(target))
-    with replacing(target) as new:
-        yield new
+    try:
+        if target.exists() and not target.is_file():  # of `--out runs` all that is in it would be gone
+            raise OSError(errno.EEXIST, "it is a directory" if target.is_dir() else "it is no file")
+        with replacing(Path(os.path.realpath(target))) as new:  # a link stays, such as /dev/stdout
+            yield new
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written ({error.strerror}); choose another {option}") from None
 
 
 def write_whole(filesystem: pafs.FileSystem, target: str, data: bytes | pa.Buffer) -> None:
@@ -256,15 +261,37 @@ class RunDirectory:
             raise StorageError(f"{self.uri_of(rel)}: cannot be read ({reason(error)})") from None
 
     def read_text(self, rel: str) -> str:
-        """Return the content of a UTF-8 file."""
-        return self.read_bytes(rel).decode()
+        """Return the content of a UTF-8 file.
 
-    def read_json(self, rel: str) -> Any:
-        """Return the value in a JSON file."""
+        Raises:
+            StorageError: The file is missing, cannot be read, or is not UTF-8.
+        """
         try:
-            return json.loads(self.read_bytes(rel))
-        except ValueError:
-            raise StorageError(f"{self.uri_of(rel)}: not valid JSON; delete it to have it made again") from None
+            return self.read_bytes(rel).decode()
+        except UnicodeDecodeError as error:
+            raise damaged(self.uri_of(rel), error) from None
+
+    def read_json(self, rel: str, shape: Any = None) -> Any:
+        """Return the value in a JSON file, which has the shape that is given or the one of its name in `file_shapes`.
+
+        Raises:
+            StorageError: The file is missing, cannot be read, or is damaged.
+        """
+        return parse_json(self.read_bytes(rel), rel, self.uri_of(rel), shape)
+
+    def read_table(self, rel: str, columns: list[str] | None = None) -> pa.Table:
+        """Return the table in a Parquet file, or some of its columns.
+
+        Raises:
+            StorageError: The file is missing, cannot be read, or is damaged.
+        """
+        path = self.local(rel)
+        try:
+            return pq.read_table(path, columns=columns)
+        except FileNotFoundError:
+            raise StorageError(f"{self.uri_of(rel)}: no such file") from None
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(self.uri_of(rel), error) from None
 
     def write_bytes(self, rel: str, data: bytes) -> None:
         """Write a file, completely or not at all.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pocl_ray.data.row_store import RowStore
 from pocl_ray.records import ID, RowsSummary
@@ -119,7 +118,7 @@ def _cell(value: Any) -> str:
 
 def _answers(run_dir: RunDirectory, sets: Mapping[str, RowsSummary], num_answers: int) -> Iterator[dict[str, Any]]:
     """One row for each sample prompt: greedy answers where there are any, else those of the first seed."""
-    answers = pq.read_table(run_dir.local(PREDICTIONS), columns=["model", "set", ID, "seed", "text"])
+    answers = run_dir.read_table(PREDICTIONS, ["model", "set", ID, "seed", "text"])
     seed = pc.min(answers["seed"]).as_py()
     answers = answers.filter(pc.field("seed") == seed)
     for name, summary in sets.items():

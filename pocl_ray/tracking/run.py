@@ -39,7 +39,8 @@ def check_trackers(trackers: tuple[str, ...]) -> None:
         ConfigError: A package is missing; the message names the extra that brings it.
     """
     for name in trackers:
-        if find_spec(PACKAGES[name]) is None:
+        found = find_spec(PACKAGES[name])
+        if found is None or found.origin is None:  # without origin: a folder `wandb` of records in the directory here
             extra = "" if name == "tensorboard" else f"[{name}]"  # TensorBoard's writer comes with pocl-ray itself
             raise ConfigError(
                 f"tracking: {name} needs the package {PACKAGES[name]}, which is not installed; run "

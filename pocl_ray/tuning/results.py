@@ -72,7 +72,7 @@ def read_record(run_dir: RunDirectory, name: str) -> TrialRecord | None:
     rel = f"{TRIALS}/{name}/{RECORD}"
     if not run_dir.exists(rel):
         return None
-    content = run_dir.read_json(rel)
+    content = run_dir.read_json(rel, TrialRecord)
     return TrialRecord(**{**content, "candidate": Candidate(**content["candidate"])})
 
 

@@ -220,7 +220,7 @@ def write_ranking(shared: Shared, planned: PlannedTrial, task: TrainTask) -> Non
     if task.scores is None or task.scores == shared.scores:
         return
     rows = RowStore.open(shared.run_dir.local(shared.rows.train.path))
-    signals = pq.read_table(shared.run_dir.local(shared.signals))
+    signals = shared.run_dir.read_table(shared.signals)
     ranked = rank_table(signals, rows, planned.config.difficulty, planned.config.seed)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.parquet"

@@ -18,6 +18,7 @@ from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.models.saving import save_model
 from pocl_ray.pipeline import Pipeline
 from pocl_ray.ray_cluster import session
+from pocl_ray.tracking import run as tracking_run
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
 
@@ -229,6 +230,19 @@ def test_a_student_larger_than_its_teacher_is_warned_of_and_goes_on(
     assert len(Pipeline(config).stages) == 2
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
     assert sum("student.path" in line for line in warnings) == 1, "beside those of rows that are cut"
+
+
+def test_a_tracker_without_its_package_is_refused(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(tracking_run.PACKAGES, "wandb", "no_such_package")
+    path = write_config(tmp_path, tracking=["tensorboard", "wandb"])
+    before = tree_digest(tmp_path)
+    line = refused(path, capsys)
+    assert (
+        "tracking: wandb needs the package" in line and "run pip install 'pocl-ray[wandb]', or leave wandb out" in line
+    )
+    assert tree_digest(tmp_path) == before
 
 
 def test_a_place_that_cannot_be_written_is_refused(

@@ -166,6 +166,11 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match=r"runs: cannot be written \(it is a directory\)"):
         init(Request(**{**vars(request), "force": True, "out": Path("runs")}))
     assert Path("runs/mine").exists()
+    for out, name in (("o d\u00fc \n.yaml", "o-d"), ("\udcff.yaml", "run"), ("deep/er/own.yaml", "own")):
+        init(Request(**{**vars(request), "out": Path(out)}))
+        assert load_config(out).name == name
+    with pytest.raises(StorageError, match=r"x: cannot be written \(File name too long\); choose another --out"):
+        init(Request(**{**vars(request), "out": Path("x" * 300)}))
 
 
 @pytest.mark.parametrize(

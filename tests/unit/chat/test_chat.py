@@ -140,6 +140,8 @@ def test_an_unfinished_run_an_empty_prompt_and_a_limit_that_is_too_long_are_one_
         list(load_speakers(unfinished, NAMES, 0.0, None))
     with pytest.raises(ConfigError, match="at most 20 tokens"):
         list(load_speakers(run, NAMES, 0.0, 20))
+    with pytest.raises(UserError, match="the prompt is not UTF-8"):
+        speaker.answer("a \udcff", None, print)
     text = speaker.data.model_copy(update={"task": "text"})
     with pytest.raises(UserError, match="an empty prompt has no tokens"):
         Speaker("student", speaker.model, speaker.tokenizer, text, speaker.generation).answer("", None, print)

@@ -53,7 +53,7 @@ def make_run(
         "name": "dev", "path": "rows/dev.arrow", "num_rows": len(references), "num_rejected": 0, "num_prompt_tokens": 1,
         "num_response_tokens": 1, "max_response_tokens": 1, "fingerprint": "f",
     }  # fmt: skip
-    (folder / "rows" / "summary.json").write_text(json.dumps({"sets": {"dev": summary}}))
+    (folder / "rows" / "summary.json").write_text(json.dumps({"sets": {"train": summary, "dev": summary}, "leaks": {}}))
     found = {"dev": {"student": figures(mean), "teacher": figures(50)}} if evaluation is None else evaluation
     (folder / "evaluation.json").write_text(json.dumps({"sets": found, "tasks": tasks or {}}))
     records = [{"step": step, "eval/dev/rouge_l": mean - 5 + step, "eval/dev/ce_loss": 2.0} for step in (0, 5)]

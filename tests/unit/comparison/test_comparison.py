@@ -61,7 +61,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> 
     write_comparison(runs, PairTable(), ComparedTasks(), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Nothing that changes a result" in page and "&lt;b&gt;" in page
-    with pytest.raises(StorageError, match=r"cannot be written \(it is a directory\); give another --out"):
+    with pytest.raises(StorageError, match=r"cannot be written \(it is a directory\); choose another --out"):
         write_comparison(runs, PairTable(), ComparedTasks(), tmp_path)
     assert Path(places[0]).is_dir()
 

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from pocl_ray.errors import StorageError
+from pocl_ray.hub.push import push
 from pocl_ray.run_directory.manifest import VERSION
+from pocl_ray.run_directory.opening import open_past_run
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = ("tokenizer", "rows", "teacher", "student", "plan", "scores", "ranking", "distill", "evaluation", "report")
@@ -181,13 +184,35 @@ def test_what_cannot_be_pushed_is_told_in_one_line(server: Server, tmp_path: Pat
         assert line.startswith("error: ") and says in line
 
 
-def test_a_hub_that_nobody_answers_for_is_one_line(server: Server, tmp_path: Path) -> None:
+UNREACHED = (
+    ({"HF_ENDPOINT": "http://127.0.0.1:1"}, "reached at http://127.0.0.1:1 (", "HF_ENDPOINT and HTTPS_PROXY"),
+    ({"HF_ENDPOINT": "nonsense"}, "reached at nonsense (", "HF_ENDPOINT and HTTPS_PROXY"),
+    ({"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "", "no_proxy": ""}, "reached at http://", "HTTPS_PROXY"),
+    ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it", "the Hub cannot be reached"),
+)
+
+
+def test_a_hub_that_nobody_answers_for_is_one_line_within_seconds(server: Server, tmp_path: Path) -> None:
+    """The cards of its models are on the Hub as well: huggingface_hub would ask for each of them for half a minute."""
     run = make_run(tmp_path)
-    (run / "environment.json").write_text('{"on_hub": []}')  # or the cards of its models would be asked for, and again
-    nowhere = command("push", str(run), "owner/x")
-    done = server.call(f"import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:1'; {nowhere}", tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: push: owner/x: the Hub cannot be reached (" in done.stderr
+    pushes = command("push", str(run), "owner/x")
+    for number, (environment, *says) in enumerate(UNREACHED):
+        began = f"import os, time; os.environ.update({environment!r}); began = time.monotonic()"
+        timed = "import atexit; atexit.register(lambda: print(time.monotonic() - began))"
+        done = server.call(f"{began}; from pocl_ray.hub.push import push; {began}; {timed}; {pushes}", tmp_path)
+        assert done.returncode == 2, (number, done.stderr)
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: push: owner/x: ") and all(words in line for words in says), line
+        assert float(done.stdout) < 10
+
+
+def test_a_folder_without_weights_is_not_pushed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for weights in run.rglob("*.safetensors"):
+        weights.unlink()
+    for what in ("student", "adapters"):
+        with pytest.raises(StorageError, match=r"holds no weights .*; delete it, and `pocl-ray run .*makes it again"):
+            push(open_past_run(str(run)), "owner/x", False, what)
 
 
 def test_a_gated_or_private_model_names_itself_and_the_remedy(server: Server, tmp_path: Path) -> None:

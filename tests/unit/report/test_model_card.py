@@ -27,7 +27,9 @@ def _write_config(files: LocalFiles, *, teacher: str, student: str, extra: str =
 
 def test_card_has_figures_stages_and_how_to_load(tmp_path: Path) -> None:
     files = make_run(tmp_path, num_rows=64)
-    files.write_json("manifest.json", {"steps": {}})  # the card is written before its step is marked as done
+    files.write_json(
+        "manifest.json", {"version": 1, "steps": {}}
+    )  # the card is written before its step is marked as done
     card = write_model_card(files)
     assert files.read_bytes("student/README.md").decode() == card
     assert _front_matter(card)["tags"] == ["distillation", "pocl", "pocl-ray"]

@@ -135,12 +135,22 @@ def test_every_neutral_key_is_a_key_of_the_config() -> None:
     assert "scaling" not in left and "zero_stage" not in left["train"] and "precision" in left["train"]
 
 
-@pytest.mark.parametrize("text", ["name: run\nold_key: 1\n", "name: [", "- 1", "", "\x00"])
-def test_a_config_that_cannot_be_read_belongs_to_another_version(made: Made, text: str) -> None:
-    claimed(made()).write_text("config.yaml", text)
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"name: run\nold_key: 1\n", "written by another version of pocl-ray (config.yaml has other keys)"),
+        *((content, "it is damaged (") for content in (b"name: [", b"- 1", b"", b"\0", b"\xff", b"[" * 5000)),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_told_from_one_of_another_version(
+    made: Made, content: bytes, says: str
+) -> None:
+    run_dir = claimed(made())
+    run_dir.write_bytes("config.yaml", content)
     with pytest.raises(StorageError) as error:
         claimed(made())
-    assert "config.yaml: written by another version" in str(error.value) and "\n" not in str(error.value)
+    assert "config.yaml: " in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert run_dir.read_bytes("config.yaml") == content and not run_dir.exists("lease.json")
 
 
 def test_another_order_of_signals_is_a_difference_and_of_other_keys_none() -> None:

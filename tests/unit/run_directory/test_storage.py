@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from pocl_ray.errors import StorageError
 from pocl_ray.run_directory import storage
 from pocl_ray.run_directory.digests import file_digest, fingerprint
-from pocl_ray.run_directory.storage import RunDirectory, cache_root, localize, replacing, resolve
+from pocl_ray.run_directory.storage import RunDirectory, cache_root, localize, replacing, replacing_file, resolve
 
 BUCKET = "s3://bucket"
 
@@ -104,7 +105,29 @@ def test_a_missing_file_and_one_that_is_no_json_are_named(run_dir: RunDirectory)
     run_dir.write_text("bad.json", '{"a": 1')
     with pytest.raises(StorageError) as error:
         run_dir.read_json("bad.json")
-    assert_one_line(error, "run/bad.json", "not valid JSON")
+    assert_one_line(
+        error, "run/bad.json: cannot be read, it is damaged (Invalid JSON", "delete it to have it made again"
+    )
+
+
+def test_a_file_of_a_user_replaces_files_alone_and_a_link_stays(tmp_path: Path) -> None:
+    """A rename over /dev/null, by root, would leave a plain file in its place on the whole machine."""
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for place, why in (
+        (pipe, "it is no file"),
+        (folder, "it is a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(StorageError) as refused, replacing_file(place, "--out"):
+            pytest.fail("the place was not looked at")
+        assert str(refused.value) == f"{place}: cannot be written ({why}); choose another --out"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    link.symlink_to(tmp_path / "page.html")
+    with replacing_file(link, "--out") as new:
+        new.write_text("page")
+    assert link.is_symlink() and (tmp_path / "page.html").read_text() == "page"
 
 
 def test_publish_replaces_a_directory_as_a_whole(run_dir: RunDirectory, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -141,7 +143,9 @@ def test_a_tracker_without_key_or_server_is_one_warning_with_a_remedy(
 
 
 def test_a_missing_package_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr(
+        run_module, "find_spec", lambda name: None if name == "wandb" else ModuleSpec(name, None, origin="here")
+    )
     check_trackers(("tensorboard", "mlflow"))
     with pytest.raises(ConfigError, match=r"tracking: wandb needs .* run pip install 'pocl-ray\[wandb\]'"):
         check_trackers(("tensorboard", "wandb"))
@@ -154,6 +158,16 @@ def test_a_missing_package_is_told_before_anything_starts(monkeypatch: pytest.Mo
     }
     with pytest.raises(ConfigError, match="tracking: wandb"):
         check_inputs(Config.model_validate(tree))
+
+
+def test_a_folder_of_a_trackers_name_is_not_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B itself leaves a folder `wandb` in the directory here, which Python would import as an empty package."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(run_module.PACKAGES, "trackio", "no_such_tracker")
+    (tmp_path / "no_such_tracker").mkdir()
+    assert find_spec("no_such_tracker") is not None
+    with pytest.raises(ConfigError, match=r"trackio needs the package no_such_tracker, which is not installed"):
+        check_trackers(("trackio",))
 
 
 def test_trackers_are_in_no_fingerprint_and_are_named_once() -> None:
