@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from rich.markup import escape
@@ -26,6 +27,9 @@ from pocl_ray.tracking.trackers import Tracker, open_tracker
 
 MAX_WAITING = 10_000
 """The records that may wait for one tracker. A tracker that falls further behind is given up."""
+
+MAX_REASON_CHARS = 300
+"""The characters of an error that a warning shows; some clients put the whole request into theirs."""
 
 CLOSE_S = 60.0
 """The seconds that the end of a training waits for trackers."""
@@ -122,7 +126,7 @@ class _Sender(threading.Thread):
                 pass
             tracker.close(end.has_failed)
         except Exception as error:  # code of a tracker, and a network, may fail in any way
-            self.give_up(reason(error))
+            self.give_up(shorten(reason(error), MAX_REASON_CHARS, placeholder=" ..."))
 
     def _send(self, tracker: Tracker, item: Point | Results | End) -> End | None:
         """Send an item, and with a point all points that wait behind it; return the end once it is there."""

@@ -193,9 +193,9 @@ class MLflow:
         if not os.environ.get(MLFLOW_URI):
             raise RuntimeError(f"no server is named; set {MLFLOW_URI}, such as http://HOST:5000")
         # Its defaults wait for minutes. A server that does not answer is given up within the minute that the end of a
-        # training waits: three times 15 seconds, and a few between them.
+        # training waits: three times 10 seconds, and a few between them.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param

@@ -143,6 +143,16 @@ def test_a_tracker_that_breaks_is_one_warning_and_the_others_go_on(run: TrackedR
     assert warnings == ["tracking: wandb: ConnectionError: the server is down; the run goes on without it"]
 
 
+def test_a_warning_is_short_whatever_the_client_says(run: TrackedRun) -> None:
+    def refuse(name: str, *_: object) -> Tracker:
+        raise ConnectionError("no server at " + "http://host/a " * 100)
+
+    warnings: list[str] = []
+    Stream(run, ("mlflow",), warnings.append, refuse).close()
+    (warning,) = warnings
+    assert len(warning) < 400 and "no server at http://host/a" in warning and "goes on without it" in warning
+
+
 def test_a_tracker_that_hangs_holds_nothing_up(run: TrackedRun) -> None:
     released, warnings = threading.Event(), []
 
