@@ -272,6 +272,12 @@ class Trackio:
         self._trackio, self._project = trackio, run.project("trackio")
         # Trackio finds a run by its name, so the name holds the id.
         self._name = f"{run.title}-{run.id}"
+        self._is_local = not any(os.environ.get(name) for name in TRACKIO_ELSEWHERE)
+        if self._is_local:  # a store that cannot be written is no error to Trackio, which goes on without it
+            store = trackio.SQLiteStorage.get_project_db_path(self._project).parent
+            store.mkdir(parents=True, exist_ok=True)
+            if not os.access(store, os.W_OK):
+                raise PermissionError(f"{store} cannot be written; set TRACKIO_DIR to a folder that can")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
             self._run = trackio.init(
                 project=self._project,
@@ -287,7 +293,8 @@ class Trackio:
         for record in trackio.SQLiteStorage.get_logs(self._project, self._name):
             kind = _kind(record)
             self._last_steps[kind] = max(self._last_steps[kind], int(record["step"]))
-        if not any(os.environ.get(name) for name in TRACKIO_ELSEWHERE):  # what another store has cannot be read
+        self._last_sent = -1
+        if self._is_local:  # what another store has cannot be read
             self.log(history)
 
     def log(self, points: Sequence[Point]) -> None:
@@ -295,6 +302,7 @@ class Trackio:
         for step, figures in points:
             if step > self._last_steps[_kind(figures)]:
                 self._run.log(figures, step=step)
+                self._last_sent = step
 
     def log_results(self, results: Results) -> None:
         """Log final figures, tables and plots, and files as one artifact."""
@@ -312,9 +320,21 @@ class Trackio:
         self._run.log_artifact(artifact)
 
     def close(self, has_failed: bool = False) -> None:
-        """Finish the run."""
+        """Finish the run.
+
+        Raises:
+            RuntimeError: The local store lacks what was sent, which Trackio itself only writes to its log.
+        """
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
+        if self._is_local and self._last_step() < self._last_sent:
+            raise RuntimeError(
+                f"its store has step {self._last_step()} as its last, not {self._last_sent}; is it full?"
+            )
+
+    def _last_step(self) -> int:
+        logs = self._trackio.SQLiteStorage.get_logs(self._project, self._name)
+        return max((int(record["step"]) for record in logs), default=-1)
 
 
 def _kind(figures: Mapping[str, Any]) -> str:

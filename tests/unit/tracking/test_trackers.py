@@ -339,3 +339,24 @@ def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path, away: int
     assert last["final/answers"]["_value"] == [ANSWER]
     assert last["plots/evaluation"]["_type"] == "trackio.image"
     assert list((tmp_path / "store" / "artifacts").rglob("*"))
+
+
+@pytest.mark.parametrize("is_lost_later", [False, True])
+def test_a_store_of_trackio_that_cannot_be_written_is_one_warning(tmp_path: Path, is_lost_later: bool) -> None:
+    """Trackio itself goes on, and only writes it to its log."""
+    trackio = pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    from trackio import sqlite_storage
+
+    (tmp_path / "file").touch()
+    lost = tmp_path / "file" / "store"
+    run = TrackedRun.begin(Tracking(("trackio",), "run", {}), RunDirectory.open(str(tmp_path), "run"), "a", "0" * 64)
+    warnings: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "store" if is_lost_later else lost)
+        if is_lost_later:
+            patch.setattr(trackio.Run, "log", lambda *_, **__: None)
+        stream = Stream(run, ("trackio",), warnings.append)
+        stream.log(training_record(1))
+        stream.close()
+    (warning,) = warnings
+    assert ("its store has step -1 as its last, not 1" if is_lost_later else str(lost)) in warning
