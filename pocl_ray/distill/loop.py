@@ -220,7 +220,9 @@ class TrainingLoop:
         if self.progress.num_samples == 0:
             self.frontier.begin(stage)
             position = {"step": self.progress.step, "curriculum/stage": stage.index}
-            self.progress.metrics.append({**position, **self.frontier.figures()})
+            record = {**position, **self.frontier.figures()}
+            self.progress.metrics.append(record)
+            self.hooks.on_step(self.progress, record)
         return self.frontier.drawn
 
     def _is_over(self, stage: Stage, steps_done: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pocl_ray.config import (
     Config,
@@ -22,7 +22,7 @@ from pocl_ray.data.prepare import Rows
 from pocl_ray.models.places import ModelRef
 from pocl_ray.records import RowsSummary, Stage
 from pocl_ray.run_directory.storage import RunDirectory
-from pocl_ray.tracking.run import TrackedRun, Tracking
+from pocl_ray.tracking.run import TrackedRun, Tracking, memory
 from pocl_ray.tracking.stream import Stream
 
 
@@ -282,15 +282,26 @@ def sft_task(
     )
 
 
-def open_stream(task: TrainTask, first_step: int, warn: Callable[[str], object]) -> Stream | None:
-    """Return the stream to the trackers of a training, which goes on after `first_step`; None if there are none.
+def open_stream(task: TrainTask, records: Sequence[Mapping[str, Any]], warn: Callable[[str], object]) -> Stream | None:
+    """Return the stream to the trackers of a training, which goes on after `records`; None if there are none.
 
     Args:
         task: Training task.
-        first_step: Number of optimizer steps that are already done.
+        records: Records of the metric stream so far.
         warn: Function that is called with a warning, from the thread of a tracker.
     """
     if not task.tracking.trackers:
         return None
-    run = TrackedRun.begin(task.tracking, task.run_dir, *task.identity, first_step)
+    run = TrackedRun.begin(task.tracking, task.run_dir, *task.identity, records)
     return Stream(run, task.tracking.trackers, warn)
+
+
+def send(stream: Stream, metrics: Sequence[Mapping[str, Any]], record: dict[str, Any]) -> None:
+    """Send a record to the trackers if it is the last one of the metric stream; others are not logged.
+
+    The record gets the memory of this process. So `metrics.jsonl` has everything that the trackers show, and they can
+    be filled from it later.
+    """
+    if metrics and metrics[-1] is record:
+        record.update(memory())
+        stream.log(record)

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from pocl_ray.distill.engine import DTYPES
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import resume, set_up_loop
 from pocl_ray.distill.state import KINDS, WEIGHT
-from pocl_ray.distill.task import TrainTask, open_stream
+from pocl_ray.distill.task import TrainTask, open_stream, send
 from pocl_ray.errors import DivergedError, UserError
 from pocl_ray.heartbeat import beat
 from pocl_ray.models.loading import load_model, load_tokenizer
@@ -224,7 +223,7 @@ def _train(task: TrainTask, progress_actor: Any) -> None:
             loop.progress.num_tokens,
         )
     reporter.begin(loop.progress, loop.engine.world_size)
-    with closing(reporter):
+    with reporter:
         loop.run()
     if loop.is_paused:
         _write_dev_rows(task, loop)
@@ -284,13 +283,16 @@ class _Reporter:
         self.log.stage = progress.stage
         self.log.info("step %d of %d, %d workers", progress.step, self.task.num_steps, num_workers)
         if self.rank == 0:
-            self.stream = open_stream(self.task, progress.step, self.warn)
+            self.stream = open_stream(self.task, progress.metrics, self.warn)
 
-    def close(self) -> None:
-        """Wait a limited time until the trackers have everything."""
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait a limited time until the trackers have everything; a training that raises has failed there too."""
         if self.stream is not None:
             beat("closing trackers")
-            self.stream.close()
+            self.stream.close(has_failed=kind is not None)
 
     def node_leaves(self, progress: Progress) -> None:
         """Tell the log and the user that a checkpoint is saved because a node will be taken away."""
@@ -353,15 +355,15 @@ class _Reporter:
     def step(self, progress: Progress, record: dict[str, Any]) -> None:
         """Send a record to the driver's progress actor, at most a few times per second, and to the trackers."""
         now = time.monotonic()
-        is_evaluation = "train/loss" not in record
         self.log.stage = progress.stage
-        if self.gauges is not None and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
-            self.gauges.show(record)
-        if self.rank == 0 and (is_evaluation or now - self.last_shown > MIN_SHOW_INTERVAL_S):
+        is_due = "train/loss" in record and now - self.last_shown > MIN_SHOW_INTERVAL_S
+        if self.rank == 0 and (is_due or is_evaluation(record)):
             self.last_shown = now
+            if self.gauges is not None:
+                self.gauges.show(record)
             self.progress_actor.show.remote(progress.step, progress.num_tokens, record)
-        if self.stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
-            self.stream.log(record)
+        if self.stream is not None:
+            send(self.stream, progress.metrics, record)
 
 
 def _write_metrics(task: TrainTask, progress: Progress) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,9 @@ FOLDER = "tracking"
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 """Each tracker, by its name in the config, and the module that it needs."""
+
+Point = tuple[int, dict[str, float]]
+"""An optimizer step, and figures by name."""
 
 PROJECTS = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "trackio": "TRACKIO_PROJECT"}
 """The environment variable that names the project of each tracker that has projects."""
@@ -73,7 +76,7 @@ class TrackedRun:
         id: Id of the run in the trackers, which the run directory keeps.
         group: Group of the run.
         settings: Config of the training as a tree.
-        first_step: Number of optimizer steps that are already done; the stream goes on after them.
+        records: Records of the metric stream so far. A tracker that lacks some of them is sent them first.
     """
 
     run_dir: RunDirectory
@@ -81,11 +84,16 @@ class TrackedRun:
     id: str
     group: str
     settings: Mapping[str, Any]
-    first_step: int = 0
+    records: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def begin(
-        cls, tracking: Tracking, run_dir: RunDirectory, name: str, fingerprint: str, first_step: int
+        cls,
+        tracking: Tracking,
+        run_dir: RunDirectory,
+        name: str,
+        fingerprint: str,
+        records: Sequence[Mapping[str, Any]] = (),
     ) -> TrackedRun:
         """Return the run of a training; its id is the one of an earlier start, or a new one.
 
@@ -94,7 +102,7 @@ class TrackedRun:
             run_dir: Run directory, which keeps the id.
             name: Name of the training.
             fingerprint: Fingerprint of everything that the training depends on; with another one it is another run.
-            first_step: Number of optimizer steps that are already done.
+            records: Records of the metric stream so far: those of the checkpoint that training goes on from.
         """
         place = f"{FOLDER}/{name}-{fingerprint[:12]}.json"
         if run_dir.exists(place):
@@ -102,7 +110,7 @@ class TrackedRun:
         else:
             own_id = uuid.uuid4().hex[:12]
             run_dir.write_json(place, {"id": own_id})
-        return cls(run_dir, name, own_id, tracking.group, tracking.settings, first_step)
+        return cls(run_dir, name, own_id, tracking.group, tracking.settings, tuple(records))
 
     @property
     def title(self) -> str:
@@ -118,8 +126,28 @@ class TrackedRun:
         return Path(self.run_dir.uri) / FOLDER if "://" not in self.run_dir.uri else None
 
 
+class Points:
+    """Turns records of the metric stream into points.
+
+    A step may have several records: its own, a dev evaluation, and the beginning of a stage. A key that they share is
+    in the first point alone, so that a tracker has one value of it at a step.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._keys = -1, set[str]()
+
+    def of(self, record: Mapping[str, Any]) -> Point:
+        """Return the point of a record, which comes after the one before; it may hold no figure."""
+        step, figures = int(record["step"]), figures_of(record)
+        if step != self._step:
+            self._step, self._keys = step, set()
+        figures = {key: value for key, value in figures.items() if key not in self._keys}
+        self._keys |= set(figures)
+        return step, figures
+
+
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a record of the metric stream, with tokens per second and memory."""
+    """Return the figures of a record of the metric stream, with tokens per second."""
     figures = {
         key: float(value)
         for key, value in record.items()
@@ -127,11 +155,11 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     }
     if figures.get("step_s"):
         figures["train/tokens_per_s"] = figures["num_response_tokens"] / figures["step_s"]
-    return {**figures, **_memory()}
+    return figures
 
 
-def _memory() -> dict[str, float]:
-    """The memory that this process holds, that its machine has left, and that its GPU has held at most, in GiB."""
+def memory() -> dict[str, float]:
+    """Return the memory that this process holds, that its machine has left, and the most of its GPU's, in GiB."""
     figures = {
         "system/process_memory_gib": psutil.Process().memory_info().rss / GIB,
         "system/free_memory_gib": psutil.virtual_memory().available / GIB,

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +18,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pocl_ray.tracking.results import Results, as_json, as_markdown
-from pocl_ray.tracking.run import TrackedRun, flat_settings
-
-Point = tuple[int, dict[str, float]]
-"""An optimizer step, and figures by name."""
+from pocl_ray.tracking.run import Point, TrackedRun, flat_settings
 
 FLUSH_S = 10
 """The seconds of a training that a killed process may lose."""
 
+TRACKIO_ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
 MLFLOW_ID = "pocl_ray.id"
 MAX_BATCH = 1000  # metrics in one request to MLflow
 MAX_PARAMS = 100  # parameters in one request to MLflow
 MAX_PARAM_CHARS = 6000
 
-# The streams of a training: a record of a step has the first key, one of an evaluation the second.
-KINDS = ("train/loss", "eval/dev/ce_loss")
+KINDS = ("train/loss", "eval/dev/ce_loss", "frontier/gap_mean")
+"""A key of each kind of record: of a step, of a dev evaluation, and of a stage that begins with frontier pacing.
+
+A tracker has a record if it has this key at its step.
+"""
 
 
 class Tracker(Protocol):
@@ -44,43 +46,53 @@ class Tracker(Protocol):
     def log_results(self, results: Results) -> None:
         """Take the results of the run."""
 
-    def close(self) -> None:
-        """Send everything, and end the run in the tracker."""
+    def close(self, has_failed: bool = False) -> None:
+        """Send everything, and end the run in the tracker, as failed where the tracker tells that apart."""
 
 
-def open_tracker(name: str, run: TrackedRun) -> Tracker:
+def open_tracker(name: str, run: TrackedRun, history: Sequence[Point] = ()) -> Tracker:
     """Open a tracker for a run, which goes on in the tracker if it is there already.
+
+    Args:
+        name: Name of the tracker.
+        run: Run.
+        history: Points of the run so far; those that the tracker lacks are sent.
 
     Raises:
         Exception: The tracker's package is missing, has no key, or does not reach its server.
     """
-    return _TRACKERS[name](run)
+    return _TRACKERS[name](run, history)
 
 
 class TensorBoard:
     """Event files in `tensorboard/<name of the training>` of the run directory."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, history: Sequence[Point]) -> None:
         from tensorboardX import SummaryWriter
 
         self._run_dir, self._rel = run.run_dir, f"tensorboard/{run.name}"
         is_local = run.local_folder() is not None
         self._folder = Path(run.run_dir.uri) / self._rel if is_local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
         self._is_local = is_local
-        # Steps after a checkpoint are taken again, and TensorBoard is told to forget those of the earlier start: all of
-        # them without a checkpoint, or where the training is another one.
-        purge = run.first_step + 1 if run.first_step else 0
+        # TensorBoard forgets the steps from `purge` on, which are written again: those that were taken after the
+        # checkpoint, and those before it that a killed process still held in memory. Times of the others stay.
+        written = _written(run.run_dir.local(self._rel)) if run.run_dir.exists(self._rel) else set()
+        missing = [step for step, figures in history if (step, _kind(figures)) not in written]
+        purge = missing[0] if missing else history[-1][0] + 1 if history else 0
+        self._written = {point for point in written if point[0] < purge}
         # Two starts in one second would otherwise write to one file; files are read in the order of their names.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=FLUSH_S, filename_suffix=suffix)
-        self._writer.add_text("config", f"```json\n{json.dumps(run.settings, indent=2)}\n```", run.first_step)
+        self._writer.add_text("config", f"```json\n{json.dumps(run.settings, indent=2)}\n```", purge)
+        self.log(history)
 
     def log(self, points: Sequence[Point]) -> None:
-        """Write points."""
-        for step, figures in points:
+        """Write points that the event files do not have."""
+        new = [(step, figures) for step, figures in points if (step, _kind(figures)) not in self._written]
+        for step, figures in new:
             for key, value in figures.items():
                 self._writer.add_scalar(key, value, step)
-        if any(KINDS[0] not in figures for _, figures in points):
+        if any(KINDS[0] not in figures for _, figures in new):
             self._publish()
 
     def log_results(self, results: Results) -> None:
@@ -97,7 +109,7 @@ class TensorBoard:
                 pixels = np.asarray(image.convert("RGB"))
             self._writer.add_image(f"plots/{name}", pixels, results.step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, has_failed: bool = False) -> None:
         """Close the event file."""
         self._writer.close()
         self._publish()
@@ -112,9 +124,14 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; with WANDB_MODE=offline its files are in the run directory, for `wandb sync`."""
+    """A run of Weights & Biases; with WANDB_MODE=offline its files are in the run directory, for `wandb sync`.
 
-    def __init__(self, run: TrackedRun) -> None:
+    Each start of an offline run writes the whole record into a new folder, and those of earlier starts are deleted in
+    the end. `wandb sync` stops at the first file that ends within a record, which is what a killed process leaves, and
+    then uploads none of the files after it.
+    """
+
+    def __init__(self, run: TrackedRun, history: Sequence[Point]) -> None:
         import wandb
 
         self._wandb = wandb
@@ -133,18 +150,21 @@ class Wandb:
             dir=None if "WANDB_DIR" in os.environ or folder is None else str(folder),
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
+        self._first_step = self._run.starting_step  # 0 for an offline run
+        self.log(history)
 
     def log(self, points: Sequence[Point]) -> None:
-        """Log points under their own steps: W&B leaves out those that it has, such as after a resumption."""
+        """Log points that the server does not have; it takes no step before its last one."""
         for step, figures in points:
-            self._run.log(figures, step=step)
+            if step >= self._first_step:
+                self._run.log(figures, step=step)
 
     def log_results(self, results: Results) -> None:
         """Log final figures as the summary, tables, plots, and files as one artifact."""
         tables = {"final/table": results.table, "final/answers": results.answers}
         media: dict[str, Any] = {key: self._table(table) for key, table in tables.items() if table}
         media |= {f"plots/{name}": self._wandb.Image(str(path)) for name, path in results.plots.items()}
-        # After the steps of the training: an offline run that goes on counts from 0, which `wandb sync` may drop.
+        # After the steps of the training, which `wandb sync` leaves out if it has uploaded them before.
         self._run.log(media, step=max(self._run.step, results.step + 1))
         self._run.summary.update(dict(results.figures))
         artifact = self._wandb.Artifact(f"results-{self._run.id}", type="results")
@@ -152,9 +172,14 @@ class Wandb:
             artifact.add_file(str(path), name=name)
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
+    def close(self, has_failed: bool = False) -> None:
         """Finish the run."""
-        self._run.finish()
+        self._run.finish(exit_code=int(has_failed))
+        if self._run.offline:
+            folder = Path(self._run.dir).parent
+            for earlier in folder.parent.glob(f"offline-run-*-{self._run.id}"):
+                if earlier != folder:
+                    shutil.rmtree(earlier, ignore_errors=True)
 
     def _table(self, table: list[dict[str, Any]]) -> Any:
         names: list[str | int] = list(dict.fromkeys(key for row in table for key in row))
@@ -164,11 +189,14 @@ class Wandb:
 class MLflow:
     """A run of an MLflow server; a tag holds its group, and another one the id by which a resumed training finds it."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, history: Sequence[Point]) -> None:
         if not os.environ.get(MLFLOW_URI):
             raise RuntimeError(f"no server is named; set {MLFLOW_URI}, such as http://HOST:5000")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its default waits for minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        # Its defaults wait for minutes. A server that does not answer is given up within the minute that the end of a
+        # training waits: three times 10 seconds, and a few between them.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -180,8 +208,9 @@ class MLflow:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             for kind in KINDS:
-                history = self._client.get_metric_history(self._id, kind)
-                self._last_steps[kind] = max((metric.step for metric in history), default=-1)
+                taken = self._client.get_metric_history(self._id, kind)
+                self._last_steps[kind] = max((metric.step for metric in taken), default=-1)
+            self.log(history)
             return
         tags = {MLFLOW_ID: run.id, "group": run.group}
         self._id = self._client.create_run(experiment, run_name=run.title, tags=tags).info.run_id
@@ -189,35 +218,36 @@ class MLflow:
         for start in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + MAX_PARAMS])
         self._client.log_dict(self._id, dict(run.settings), "config.json")
+        self.log(history)
 
     def log(self, points: Sequence[Point]) -> None:
         """Log points that the run does not have yet."""
-        now = int(time.time() * 1000)
-        metrics = [
-            self._metric(key, value, now, step)
-            for step, figures in points
-            if step > self._last_steps[_kind(figures)]
-            for key, value in figures.items()
-        ]
-        self._send(metrics)
+        now, batch = int(time.time() * 1000), list[Any]()
+        for step, figures in points:
+            if step > self._last_steps[_kind(figures)]:
+                # A request holds whole points only: what the server has of a step, it has all of.
+                if len(batch) + len(figures) > MAX_BATCH:
+                    self._client.log_batch(self._id, metrics=batch)
+                    batch = []
+                batch += [self._metric(key, value, now, step) for key, value in figures.items()]
+        if batch:
+            self._client.log_batch(self._id, metrics=batch)
 
     def log_results(self, results: Results) -> None:
         """Log final figures as metrics, and everything else as artifacts."""
         now = int(time.time() * 1000)
-        self._send([self._metric(key, value, now, results.step) for key, value in results.figures.items()])
+        figures = [self._metric(key, value, now, results.step) for key, value in results.figures.items()]
+        for start in range(0, len(figures), MAX_BATCH):
+            self._client.log_batch(self._id, metrics=figures[start : start + MAX_BATCH])
         self._client.log_text(self._id, as_json(results.table), "final.json")
         self._client.log_text(self._id, as_json(results.answers), "answers.json")
         for folder, files in ((None, results.files), ("plots", results.plots)):
             for path in files.values():
                 self._client.log_artifact(self._id, str(path), folder)
 
-    def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self._id)
-
-    def _send(self, metrics: Sequence[Any]) -> None:
-        for start in range(0, len(metrics), MAX_BATCH):
-            self._client.log_batch(self._id, metrics=metrics[start : start + MAX_BATCH])
+    def close(self, has_failed: bool = False) -> None:
+        """Mark the run as finished, or as failed."""
+        self._client.set_terminated(self._id, "FAILED" if has_failed else "FINISHED")
 
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -236,12 +266,18 @@ class MLflow:
 class Trackio:
     """A run of Trackio, in its local store (TRACKIO_DIR), or where its own variables say."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, history: Sequence[Point]) -> None:
         import trackio
 
         self._trackio, self._project = trackio, run.project("trackio")
         # Trackio finds a run by its name, so the name holds the id.
         self._name = f"{run.title}-{run.id}"
+        self._is_local = not any(os.environ.get(name) for name in TRACKIO_ELSEWHERE)
+        if self._is_local:  # a store that cannot be written is no error to Trackio, which goes on without it
+            store = trackio.SQLiteStorage.get_project_db_path(self._project).parent
+            store.mkdir(parents=True, exist_ok=True)
+            if not os.access(store, os.W_OK):
+                raise PermissionError(f"{store} cannot be written; set TRACKIO_DIR to a folder that can")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
             self._run = trackio.init(
                 project=self._project,
@@ -257,12 +293,16 @@ class Trackio:
         for record in trackio.SQLiteStorage.get_logs(self._project, self._name):
             kind = _kind(record)
             self._last_steps[kind] = max(self._last_steps[kind], int(record["step"]))
+        self._last_sent = -1
+        if self._is_local:  # what another store has cannot be read
+            self.log(history)
 
     def log(self, points: Sequence[Point]) -> None:
         """Log points that the local store does not have yet."""
         for step, figures in points:
             if step > self._last_steps[_kind(figures)]:
                 self._run.log(figures, step=step)
+                self._last_sent = step
 
     def log_results(self, results: Results) -> None:
         """Log final figures, tables and plots, and files as one artifact."""
@@ -279,17 +319,49 @@ class Trackio:
             artifact.add_file(path)
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        """Finish the run."""
+    def close(self, has_failed: bool = False) -> None:
+        """Finish the run.
+
+        Raises:
+            RuntimeError: The local store lacks what was sent, which Trackio itself only writes to its log.
+        """
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
+        if self._is_local and self._last_step() < self._last_sent:
+            raise RuntimeError(
+                f"its store has step {self._last_step()} as its last, not {self._last_sent}; is it full?"
+            )
+
+    def _last_step(self) -> int:
+        logs = self._trackio.SQLiteStorage.get_logs(self._project, self._name)
+        return max((int(record["step"]) for record in logs), default=-1)
 
 
 def _kind(figures: Mapping[str, Any]) -> str:
-    return KINDS[0] if KINDS[0] in figures else KINDS[1]
+    return next((kind for kind in KINDS if kind in figures), KINDS[1])
 
 
-_TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+def _written(folder: Path) -> set[tuple[int, str]]:
+    """Return step and kind of the points in event files, without those that a later start has taken back."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    points: set[tuple[int, str]] = set()
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, place = path.read_bytes(), 0
+        while place + 12 <= len(data):  # length and its checksum, the event, and its checksum
+            (length,) = struct.unpack_from("<Q", data, place)
+            content = data[place + 12 : place + 12 + length]
+            place += 16 + length
+            if len(content) < length:
+                break  # a killed process leaves part of an event
+            event = Event.FromString(content)
+            if event.session_log.status == SessionLog.START:
+                points = {point for point in points if point[0] < event.step}
+            points |= {(event.step, value.tag) for value in event.summary.value if value.tag in KINDS}
+    return points
+
+
+_TRACKERS: dict[str, Callable[[TrackedRun, Sequence[Point]], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "mlflow": MLflow,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pocl_ray.distill.checkpoint import PendingCheckpoint, Progress, is_evaluation
 from pocl_ray.distill.loop import LoopHooks, TrainingLoop
 from pocl_ray.distill.setup import set_up_loop
-from pocl_ray.distill.task import TrainTask, open_stream
+from pocl_ray.distill.task import TrainTask, open_stream, send
 from pocl_ray.models.loading import load_tokenizer
 from pocl_ray.trainings.judge import Judge, JudgeTask
 
@@ -99,22 +99,24 @@ class TrainingProcess:
     def _train(
         self, job: Job, on_progress: OnProgress, row_losses: RowLosses, warn: Callable[[str], object]
     ) -> TrainingLoop:
-        stream = open_stream(job.task, 0, warn)
+        stream = open_stream(job.task, (), warn)
 
         def on_step(progress: Progress, record: dict[str, Any]) -> None:
             on_progress(progress.step, progress.num_tokens)
-            if stream is not None and progress.metrics and progress.metrics[-1] is record:  # it is logged
-                stream.log(record)
+            if stream is not None:
+                send(stream, progress.metrics, record)
             if progress.step in job.row_steps and "train/loss" in record:
                 for figure, losses_R in loop.dev_row_losses().items():
                     row_losses.setdefault(figure, {})[str(progress.step)] = losses_R.round(6).tolist()
 
+        has_failed = True
         try:
             loop = set_up_loop(job.task, self.device, LoopHooks(on_checkpoint=_discard, on_step=on_step))
             loop.run()
+            has_failed = False
         finally:
             if stream is not None:
-                stream.close()
+                stream.close(has_failed=has_failed)
         return loop
 
     def _judge_of(self, task: JudgeTask) -> Judge:

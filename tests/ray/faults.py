@@ -129,8 +129,11 @@ def begun(run: Path) -> list[dict[str, Any]]:
 
 
 def timeless(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl without the seconds that each step took."""
-    return [{key: value for key, value in record.items() if key != "step_s"} for record in metrics(path)]
+    """The records of a metrics.jsonl without the seconds that each step took, and the memory that was in use."""
+    return [
+        {key: value for key, value in record.items() if key != "step_s" and not key.startswith("system/")}
+        for record in metrics(path)
+    ]
 
 
 def checkpoints(run: Path) -> list[Path]:

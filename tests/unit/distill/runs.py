@@ -220,11 +220,19 @@ def _run_one(rank: int, task: TrainTask, folder: Path, resume: Path | None) -> N
     if rank == 0:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     moves = _Moves(folder / "checkpoints")
-    hooks = LoopHooks(on_checkpoint=moves.take, wait_for_uploads=moves.wait, meet=moves.meet)
+    sent: list[dict[str, Any]] = []
+
+    def send(progress: Progress, record: dict[str, Any]) -> None:
+        if progress.metrics and progress.metrics[-1] is record:
+            sent.append(record)
+
+    hooks = LoopHooks(on_checkpoint=moves.take, on_step=send, wait_for_uploads=moves.wait, meet=moves.meet)
     loop = set_up_loop(task, torch.device("cpu"), hooks)
     if resume is not None:
         loop.restore(read_progress(resume), resume)
+    num_before = len(loop.progress.metrics)
     loop.run()
+    assert sent == loop.progress.metrics[num_before:]  # trackers show all that metrics.jsonl holds
     weights = {name: tensor.clone() for _, name, tensor in loop.state.gather(("weight",))}
     if rank == 0:
         save_file(weights, folder / "weights.safetensors")

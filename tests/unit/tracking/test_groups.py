@@ -33,7 +33,7 @@ TEACHERS = ((ModelRef("teacher"), "f"),)
 
 def tracked(task: TrainTask) -> TrackedRun:
     assert task.tracking.trackers == ("tensorboard",)
-    return TrackedRun.begin(task.tracking, task.run_dir, *task.identity, 0)
+    return TrackedRun.begin(task.tracking, task.run_dir, *task.identity)
 
 
 def test_each_trial_is_a_run_in_the_group_of_its_search(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,17 +19,24 @@ import pytest
 from pocl_ray.config import Config
 from pocl_ray.config.neutral import neutral_free
 from pocl_ray.data.row_store import RowStore
+from pocl_ray.distill.task import send
 from pocl_ray.errors import ConfigError
 from pocl_ray.preflight import check_inputs
 from pocl_ray.records import RowsSummary
 from pocl_ray.run_directory.storage import RunDirectory
 from pocl_ray.tracking import run as run_module
 from pocl_ray.tracking.results import Results, as_markdown, read_results
-from pocl_ray.tracking.run import TrackedRun, Tracking, check_trackers, figures_of
+from pocl_ray.tracking.run import Point, TrackedRun, Tracking, check_trackers, figures_of, memory
 from pocl_ray.tracking.stream import Stream
-from pocl_ray.tracking.trackers import Point, Tracker, open_tracker
+from pocl_ray.tracking.trackers import KINDS, Tracker, open_tracker
 
-RECORD = {"step": 4, "train/loss": 0.5, "num_response_tokens": 30, "step_s": 0.25, "curriculum/stage": 1}
+RECORD: dict[str, Any] = {
+    "step": 4,
+    "train/loss": 0.5,
+    "num_response_tokens": 30,
+    "step_s": 0.25,
+    "curriculum/stage": 1,
+}
 
 
 class Recorder:
@@ -36,7 +45,7 @@ class Recorder:
     def __init__(self, fails_at: int | None = None) -> None:
         self.points: list[Point] = []
         self.results: list[Results] = []
-        self.is_closed, self.fails_at = False, fails_at
+        self.is_closed, self.has_failed, self.fails_at = False, False, fails_at
 
     def log(self, points: Sequence[Point]) -> None:
         for point in points:
@@ -47,46 +56,82 @@ class Recorder:
     def log_results(self, results: Results) -> None:
         self.results.append(results)
 
-    def close(self) -> None:
-        self.is_closed = True
+    def close(self, has_failed: bool = False) -> None:
+        self.is_closed, self.has_failed = True, has_failed
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> TrackedRun:
     return TrackedRun.begin(
-        Tracking(("wandb",), "run", {"a": 1}), RunDirectory.open(str(tmp_path), "run"), "distill", "f" * 64, 0
+        Tracking(("wandb",), "run", {"a": 1}), RunDirectory.open(str(tmp_path), "run"), "distill", "f" * 64
     )
 
 
 def stream(run: TrackedRun, trackers: dict[str, Tracker], warnings: list[str]) -> Stream:
-    return Stream(run, tuple(trackers), warnings.append, lambda name, _: trackers[name])
+    return Stream(run, tuple(trackers), warnings.append, lambda name, *_: trackers[name])
 
 
-def test_a_record_gives_its_figures_with_speed_and_memory() -> None:
+def test_a_record_gives_its_figures_with_its_speed() -> None:
     figures = figures_of({**RECORD, "name": "text", "flag": True})
     assert figures["train/tokens_per_s"] == 120
     assert figures["train/loss"] == 0.5 and figures["curriculum/stage"] == 1
-    assert figures["system/process_memory_gib"] > 0 and figures["system/free_memory_gib"] > 0
     assert not {"step", "name", "flag"} & set(figures)
 
 
-def test_a_dev_evaluation_repeats_nothing_that_its_step_has_sent(run: TrackedRun) -> None:
+def test_a_logged_record_is_sent_with_the_memory_that_metrics_jsonl_then_holds(run: TrackedRun) -> None:
+    kept, logged, other = Recorder(), {**RECORD}, {**RECORD, "step": 5}
+    sent = stream(run, {"kept": kept}, [])
+    send(sent, [logged], logged)
+    send(sent, [logged], other)  # train.log_every_steps leaves it out
+    sent.close()
+    assert [step for step, _ in kept.points] == [4]
+    assert memory().keys() == {"system/process_memory_gib", "system/free_memory_gib"} <= logged.keys()
+    assert kept.points[0][1]["system/process_memory_gib"] == logged["system/process_memory_gib"] > 0
+
+
+def test_what_records_of_one_step_share_is_sent_once(run: TrackedRun) -> None:
     kept = Recorder()
     sent = stream(run, {"kept": kept}, [])
     for step in (0, 4):
         if step:
             sent.log({**RECORD, "step": step})
         sent.log({"step": step, "curriculum/stage": 1, "eval/dev/ce_loss": 2.0})
+        sent.log({"step": step, "curriculum/stage": 2, "frontier/gap_mean": 0.1})
+        sent.log({"step": step, "curriculum/stage": 2})  # holds nothing new
     sent.close()
-    stages = [step for step, figures in kept.points if "curriculum/stage" in figures]
-    memory = [step for step, figures in kept.points if "system/process_memory_gib" in figures]
-    dev = [step for step, figures in kept.points if "eval/dev/ce_loss" in figures]
-    assert stages == memory == dev == [0, 4]
+    steps = {key: [step for step, figures in kept.points if key in figures] for key in ("curriculum/stage", *KINDS)}
+    assert steps == {key: [0, 4] for key in ("curriculum/stage", *KINDS)} | {"train/loss": [4]}
+    assert all(figures for _, figures in kept.points)
+
+
+def test_a_tracker_gets_the_records_so_far_when_it_is_opened(run: TrackedRun) -> None:
+    records = [{**RECORD}, {"step": 4, "curriculum/stage": 1, "eval/dev/ce_loss": 2.0}]
+    kept, opened = Recorder(), list[Sequence[Point]]()
+
+    def opens(name: str, run: TrackedRun, history: Sequence[Point]) -> Tracker:
+        opened.append(history)
+        return kept
+
+    sent = Stream(replace(run, records=records), ("kept",), [].append, opens)
+    sent.log({"step": 4, "curriculum/stage": 2, "frontier/gap_mean": 0.1})
+    sent.close()
+    assert [(step, set(figures) & {"curriculum/stage", *KINDS}) for step, figures in opened[0]] == [
+        (4, {"train/loss", "curriculum/stage"}),
+        (4, {"eval/dev/ce_loss"}),
+    ]
+    assert kept.points == [(4, {"frontier/gap_mean": 0.1})]  # its stage is that of the step, which was sent before
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_tracker_is_told_whether_the_training_has_failed(run: TrackedRun, has_failed: bool) -> None:
+    kept = Recorder()
+    stream(run, {"kept": kept}, []).close(has_failed=has_failed)
+    assert kept.is_closed and kept.has_failed == has_failed
 
 
 def test_an_id_stays_with_the_training_and_changes_with_its_fingerprint(tmp_path: Path) -> None:
     run_dir, tracking = RunDirectory.open(str(tmp_path), "run"), Tracking(("wandb",), "run", {})
-    ids = [TrackedRun.begin(tracking, run_dir, "distill", kind * 64, 0).id for kind in "aab"]
+    ids = [TrackedRun.begin(tracking, run_dir, "distill", kind * 64).id for kind in "aab"]
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -100,10 +145,20 @@ def test_a_tracker_that_breaks_is_one_warning_and_the_others_go_on(run: TrackedR
     assert warnings == ["tracking: wandb: ConnectionError: the server is down; the run goes on without it"]
 
 
+def test_a_warning_is_short_whatever_the_client_says(run: TrackedRun) -> None:
+    def refuse(name: str, *_: object) -> Tracker:
+        raise ConnectionError("no server at " + "http://host/a " * 100)
+
+    warnings: list[str] = []
+    Stream(run, ("mlflow",), warnings.append, refuse).close()
+    (warning,) = warnings
+    assert len(warning) < 400 and "no server at http://host/a" in warning and "goes on without it" in warning
+
+
 def test_a_tracker_that_hangs_holds_nothing_up(run: TrackedRun) -> None:
     released, warnings = threading.Event(), []
 
-    def hang(name: str, _: TrackedRun) -> Tracker:
+    def hang(name: str, *_: object) -> Tracker:
         released.wait(60)
         raise RuntimeError("released")
 

@@ -11,13 +11,14 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pocl_ray.run_directory.storage import RunDirectory
+from pocl_ray.tracking import trackers
 from pocl_ray.tracking.results import Results
 from pocl_ray.tracking.run import TrackedRun, Tracking
 from pocl_ray.tracking.stream import Stream
@@ -43,21 +44,53 @@ def dev_record(step: int) -> dict[str, Any]:
     return {"step": step, "curriculum/stage": 0, "num_tokens": 0, "eval/dev/ce_loss": 3.0 - step / 10}
 
 
-def track(tracker: str, folder: Path, starts: tuple[tuple[int, int], ...] = ((0, 2), (0, 5), (3, 8))) -> TrackedRun:
-    """A training of eight steps that dies before and after its checkpoint at the third, and is evaluated."""
+def stage_record(step: int) -> dict[str, Any]:
+    return {"step": step, "curriculum/stage": 1, "frontier/gap_mean": 0.5}
+
+
+def records_until(step: int) -> list[dict[str, Any]]:
+    """The metric stream as a checkpoint at a step holds it: a stage begins at the third, after its evaluation."""
+    records = [dev_record(0)]
+    for at in range(1, step + 1):
+        records += [training_record(at)] + [dev_record(3), stage_record(3)] * (at == 3) + [dev_record(8)] * (at == 8)
+    return records
+
+
+STARTS = ((0, 2), (0, 5), (3, 8))
+
+
+def track(
+    tracker: str,
+    folder: Path,
+    starts: tuple[tuple[int, int], ...] = STARTS,
+    away: int | None = None,
+    damage: Callable[[], object] = lambda: None,
+) -> TrackedRun:
+    """A training of eight steps that dies before and after its checkpoint at the third, and is evaluated.
+
+    Args:
+        tracker: Tracker.
+        folder: Folder of the run directory.
+        starts: Step of the checkpoint, and last step, of each start.
+        away: Start at which the tracker cannot be reached.
+        damage: Function that is called before the last start.
+    """
     run_dir = RunDirectory.open(str(folder), "run")
     tracking = Tracking((tracker,), "run", SETTINGS)
     warnings: list[str] = []
-    for first, last in starts:
-        run = TrackedRun.begin(tracking, run_dir, "distill", "0" * 64, first)
+    for number, (first, last) in enumerate(starts):
+        if number == len(starts) - 1:
+            damage()
+        if number == away:
+            continue
+        # The stage that began at the checkpoint begins again.
+        kept = records_until(first)[: -1 if first == 3 else None] if first else []
+        run = TrackedRun.begin(tracking, run_dir, "distill", "0" * 64, kept)
         stream = Stream(run, (tracker,), warnings.append)
-        if first == 0:
-            stream.log(dev_record(0))
-        for step in range(first + 1, last + 1):
-            stream.log(training_record(step))
-        stream.log(dev_record(last))
+        for record in records_until(last)[len(kept) :]:
+            stream.log(record)
         stream.close()
-    run = TrackedRun.begin(tracking, run_dir, "distill", "0" * 64, 8)
+    run = TrackedRun.begin(tracking, run_dir, "distill", "0" * 64, records_until(8))
     stream = Stream(run, (tracker,), warnings.append)
     stream.send_results(results(folder))
     stream.close()
@@ -80,25 +113,50 @@ def results(folder: Path) -> Results:
     )
 
 
-def test_tensorboard_shows_one_run_without_the_steps_that_were_taken_twice(tmp_path: Path) -> None:
+def shown_by_tensorboard(folder: Path) -> Any:
+    """The record as TensorBoard's own reader gives it, after a look at what all four trackers must hold."""
     reader = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard's reader is not installed"
     )
-    track("tensorboard", tmp_path)
-    shown = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard" / "distill"), {"images": 0, "tensors": 0})
+    shown = reader.EventAccumulator(str(folder / "run" / "tensorboard" / "distill"), {"images": 0, "tensors": 0})
     shown.Reload()
     losses = shown.Scalars("train/loss")
     assert [(event.step, round(event.value, 4)) for event in losses] == [(n, round(1 / n, 4)) for n in range(1, 9)]
-    assert [event.step for event in shown.Scalars("eval/dev/ce_loss")] == [0, 8]
-    assert shown.Scalars("train/tokens_per_s")[0].value == 200
-    assert shown.Scalars("system/process_memory_gib")[0].value > 0
+    assert [event.step for event in shown.Scalars("eval/dev/ce_loss")] == [0, 3, 8]
+    assert [event.step for event in shown.Scalars("frontier/gap_mean")] == [3]
     assert shown.Scalars("final/held_out/student/rouge_l.mean")[0].value == 33
+    return shown
+
+
+def test_tensorboard_shows_one_run_without_the_steps_that_were_taken_twice(tmp_path: Path) -> None:
+    track("tensorboard", tmp_path)
+    shown = shown_by_tensorboard(tmp_path)
+    assert shown.Scalars("train/tokens_per_s")[0].value == 200
     (image,) = shown.Images("plots/evaluation")
     assert (image.width, image.height) == (4, 3)
     texts = {tag: shown.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in shown.Tags()["tensors"]}
     assert '"learning_rate": 0.001' in texts["config/text_summary"]
     assert "| held_out | student | 33 |" in texts["final/text_summary"]
     assert "a \\| b &lt;b>" in texts["answers/text_summary"]
+
+
+@pytest.mark.parametrize("away", [0, 1, 2])
+def test_tensorboard_is_sent_the_steps_that_it_could_not_take(tmp_path: Path, away: int) -> None:
+    track("tensorboard", tmp_path, away=away)
+    shown_by_tensorboard(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [10, 400, 100_000])
+def test_steps_before_the_checkpoint_that_a_killed_process_held_back_are_written_again(
+    tmp_path: Path, lost: int
+) -> None:
+    def tear() -> None:
+        path = max((tmp_path / "run" / "tensorboard" / "distill").iterdir(), key=lambda path: path.name)
+        content = path.read_bytes()
+        path.write_bytes(content[: max(0, len(content) - lost)])
+
+    track("tensorboard", tmp_path, damage=tear)
+    shown_by_tensorboard(tmp_path)
 
 
 def records_of(path: Path) -> Iterator[Any]:
@@ -122,29 +180,42 @@ def records_of(path: Path) -> Iterator[Any]:
             parts = b""
 
 
-def test_wandb_writes_offline_and_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("away", [None, 2])
+def test_an_offline_run_of_wandb_is_whole_in_its_last_folder_which_alone_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: int | None
+) -> None:
     wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
     wandb.teardown()  # a test before may have used it with another environment, which it remembers
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    run = track("wandb", tmp_path, ((0, 5), (3, 8)))
+    place = tmp_path / "run" / "tracking" / "wandb"
+    (place / "offline-run-20200101_000000-other").mkdir(parents=True)
+
+    def kill() -> None:  # what a killed process leaves, at which `wandb sync` stops
+        for path in place.glob("offline-run-*/run-*.wandb"):
+            path.write_bytes(path.read_bytes()[:7])
+
+    run = track("wandb", tmp_path, ((0, 5), (0, 1), (3, 8)), away, kill)
     wandb.teardown()  # its process writes on after a run's finish(); this waits until it has ended
-    files = sorted((tmp_path / "run" / "tracking" / "wandb").glob("offline-run-*/*.wandb"))
-    assert {path.name for path in files} == {f"run-{run.id}.wandb"} and len(files) == 3
-    records = [list(records_of(path)) for path in files]
-    (begun,) = (record.run for record in records[0] if record.HasField("run"))
+    assert (place / "offline-run-20200101_000000-other").is_dir()
+    (file,) = place.glob("offline-run-*/*.wandb")
+    assert file.name == f"run-{run.id}.wandb"
+    records = list(records_of(file))
+    (begun,) = (record.run for record in records if record.HasField("run"))
     assert (begun.run_group, begun.display_name, begun.project) == ("run", "run/distill", "pocl-ray")
-    losses = []
-    for record in (record for part in records for record in part if record.HasField("history")):
-        figures = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        if "train/loss" in figures:
-            losses.append((record.history.step.num, figures["train/loss"]))
-    steps = [*range(1, 6), *range(4, 9)]  # `wandb sync` leaves out the steps that it has
-    assert losses == [(step, 1 / step) for step in steps]
-    media = [record.history for record in records[2] if record.HasField("history")]
-    assert [each.step.num for each in media] == [9]  # after the last step; at an earlier one `wandb sync` may drop it
-    assert any(record.HasField("artifact") for record in records[2])
-    summary = {item.key: item.value_json for record in records[2] for item in record.summary.update}
+    taken: dict[str, list[tuple[int, Any]]] = {}
+    history = [record.history for record in records if record.HasField("history")]
+    for each in history:
+        for item in each.item:
+            key = item.key or "/".join(item.nested_key)
+            taken.setdefault(key, []).append((each.step.num, json.loads(item.value_json)))
+    assert taken["train/loss"] == [(step, 1 / step) for step in range(1, 9)]
+    assert [step for step, _ in taken["eval/dev/ce_loss"]] == [0, 3, 8]
+    assert taken["frontier/gap_mean"] == [(3, 0.5)]
+    steps = [each.step.num for each in history]
+    assert steps == list(range(10))  # in order, and the results after the last step
+    assert any(record.HasField("artifact") for record in records)
+    summary = {item.key: item.value_json for record in records for item in record.summary.update}
     assert json.loads(summary["final/held_out/student/rouge_l.mean"]) == 33
 
 
@@ -157,6 +228,8 @@ def check_mlflow(run: TrackedRun, uri: str) -> None:
     assert (found.info.run_name, found.data.tags["group"], found.info.status) == ("run/distill", "run", "FINISHED")
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, 1 / step) for step in range(1, 9)]
+    for key, steps in {"eval/dev/ce_loss": [0, 3, 8], "frontier/gap_mean": [3]}.items():
+        assert [metric.step for metric in client.get_metric_history(found.info.run_id, key)] == steps
     assert found.data.params["train.learning_rate"] == "0.001"
     assert found.data.metrics["final/held_out/student/rouge_l.mean"] == 33
     assert {each.path for each in client.list_artifacts(found.info.run_id)} == {
@@ -174,14 +247,44 @@ def mlflow_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
 
 
-def test_mlflow_goes_on_in_the_run_with_the_same_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_project: None
-) -> None:
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_project: None) -> str:
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     uri = f"file://{tmp_path / 'store'}"  # a store of files: one of SQLite takes ten seconds to be made
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    check_mlflow(track("mlflow", tmp_path), uri)
+    return uri
+
+
+@pytest.mark.parametrize("away", [None, 0, 1, 2])
+def test_mlflow_goes_on_in_the_run_with_the_same_id(tmp_path: Path, mlflow_store: str, away: int | None) -> None:
+    check_mlflow(track("mlflow", tmp_path, away=away), mlflow_store)
+
+
+def test_a_training_that_fails_has_failed_in_mlflow_until_it_goes_on(tmp_path: Path, mlflow_store: str) -> None:
+    from mlflow import MlflowClient
+
+    run_dir, client = RunDirectory.open(str(tmp_path), "run"), MlflowClient(mlflow_store)
+    for has_failed in (True, False):
+        run = TrackedRun.begin(Tracking(("mlflow",), "run", SETTINGS), run_dir, "distill", "0" * 64)
+        Stream(run, ("mlflow",), print).close(has_failed=has_failed)
+        experiment = client.get_experiment_by_name("pocl-ray")
+        (found,) = client.search_runs([experiment.experiment_id])
+        assert found.info.status == ("FAILED" if has_failed else "FINISHED")
+
+
+def test_a_request_to_mlflow_holds_whole_steps(tmp_path: Path, mlflow_store: str, monkeypatch: Any) -> None:
+    from mlflow import MlflowClient
+
+    asked: list[list[int]] = []
+    monkeypatch.setattr(trackers, "MAX_BATCH", 12)
+    monkeypatch.setattr(
+        MlflowClient, "log_batch", lambda *_, metrics=(), **__: asked.append([metric.step for metric in metrics])
+    )
+    run = TrackedRun.begin(Tracking(("mlflow",), "run", {}), RunDirectory.open(str(tmp_path), "run"), "a", "0" * 64)
+    history = [(step, {"train/loss": 1.0, **dict.fromkeys("abcd", 2.0)}) for step in range(1, 6)]
+    trackers.open_tracker("mlflow", run, history)
+    assert [sorted(set(steps)) for steps in asked if steps] == [[1, 2], [3, 4], [5]]
 
 
 def test_mlflow_logs_to_a_server_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_project: None) -> None:
@@ -200,14 +303,15 @@ def test_mlflow_logs_to_a_server_process(tmp_path: Path, monkeypatch: pytest.Mon
         check_mlflow(track("mlflow", tmp_path), uri)
 
 
-def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("away", [None, 2])
+def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path, away: int | None) -> None:
     """In a process of its own, since Trackio reads the place of its store when it is imported."""
     pytest.importorskip("trackio", reason="the extra trackio is not installed")
     code = """
         import json, sys
         from pathlib import Path
         from tests.unit.tracking.test_trackers import track
-        run = track("trackio", Path(sys.argv[1]))
+        run = track("trackio", Path(sys.argv[1]), away=json.loads(sys.argv[2]))
         from trackio import SQLiteStorage
         (name,) = SQLiteStorage.get_runs("pocl-ray")
         logs = SQLiteStorage.get_logs("pocl-ray", name)
@@ -217,7 +321,7 @@ def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path) -> None:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TRACKIO_")}
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path), json.dumps(away)],
         cwd=root,
         env={**kept, "TRACKIO_DIR": str(tmp_path / "store")},
         capture_output=True,
@@ -227,10 +331,32 @@ def test_trackio_goes_on_in_the_run_of_its_local_store(tmp_path: Path) -> None:
     run_id, name, logs, config = json.loads(done.stdout.splitlines()[-1])
     assert name == f"run/distill-{run_id}" and config["_Group"] == "run"
     assert config["train"]["learning_rate"] == 1e-3
-    losses = [(record["step"], record["train/loss"]) for record in logs if "train/loss" in record]
-    assert losses == [(step, 1 / step) for step in range(1, 9)]
+    for key, steps in {"train/loss": [*range(1, 9)], "eval/dev/ce_loss": [0, 3, 8], "frontier/gap_mean": [3]}.items():
+        assert [record["step"] for record in logs if key in record] == steps
+    assert all(record["train/loss"] == 1 / record["step"] for record in logs if "train/loss" in record)
     last = logs[-1]
     assert last["final/held_out/student/rouge_l.mean"] == 33
     assert last["final/answers"]["_value"] == [ANSWER]
     assert last["plots/evaluation"]["_type"] == "trackio.image"
     assert list((tmp_path / "store" / "artifacts").rglob("*"))
+
+
+@pytest.mark.parametrize("is_lost_later", [False, True])
+def test_a_store_of_trackio_that_cannot_be_written_is_one_warning(tmp_path: Path, is_lost_later: bool) -> None:
+    """Trackio itself goes on, and only writes it to its log."""
+    trackio = pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    from trackio import sqlite_storage
+
+    (tmp_path / "file").touch()
+    lost = tmp_path / "file" / "store"
+    run = TrackedRun.begin(Tracking(("trackio",), "run", {}), RunDirectory.open(str(tmp_path), "run"), "a", "0" * 64)
+    warnings: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "store" if is_lost_later else lost)
+        if is_lost_later:
+            patch.setattr(trackio.Run, "log", lambda *_, **__: None)
+        stream = Stream(run, ("trackio",), warnings.append)
+        stream.log(training_record(1))
+        stream.close()
+    (warning,) = warnings
+    assert ("its store has step -1 as its last, not 1" if is_lost_later else str(lost)) in warning
