@@ -182,7 +182,7 @@ def figure_rows(runs: Sequence[ComparedRun]) -> list[Row]:
 
 def _cells(found: Mapping[str, Any]) -> dict[str, Cell]:
     """The figures of one model on one set, as evaluation.json holds them."""
-    cells = {}
+    cells: dict[str, Cell] = {}
     for metric, label in METRICS.items():
         figure = figure_of(found, metric)
         cells |= {f"{label}, sampled": Cell(figure.mean, figure.std), f"{label}, greedy": Cell(figure.greedy)}

@@ -177,7 +177,8 @@ class Wandb:
         self._run.finish(exit_code=int(has_failed))
         if self._run.offline:
             folder = Path(self._run.dir).parent
-            for earlier in folder.parent.glob(f"offline-run-*-{self._run.id}"):
+            # The second start within a second has a number behind the id.
+            for earlier in folder.parent.glob(f"offline-run-*-{self._run.id}*"):
                 if earlier != folder:
                     shutil.rmtree(earlier, ignore_errors=True)
 

@@ -6,9 +6,9 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
