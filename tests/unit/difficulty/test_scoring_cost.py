@@ -152,7 +152,7 @@ def test_a_plan_of_prepared_rows_counts_flops_and_takes_the_rate_of_the_run_dire
     config, run = config_of(tmp_path), tmp_path / "runs" / "run"
     (run / "rows").mkdir(parents=True)
     sets = {one.name: one.__dict__ for one in (TRAIN, DEV)}
-    (run / "rows" / "summary.json").write_text(json.dumps({"sets": sets}))
+    (run / "rows" / "summary.json").write_text(json.dumps({"sets": sets, "leaks": {}}))
     counts = {FLOPS: 10**6, "num_unstopped_answers": 3}
     entry = {"status": "done", "seconds": 2.0, "counts": counts}
     (run / "manifest.json").write_text(json.dumps({"steps": {"scores": entry}}))

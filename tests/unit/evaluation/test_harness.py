@@ -147,7 +147,9 @@ def test_only_what_is_missing_is_evaluated(folder: Path, student: Any, monkeypat
         list(TaskActor(run_dir, items, seed, batch_rows, False)(pa.table({"item": list(range(len(items)))})))
 
     monkeypatch.setattr(benchmarks, "_run", here)
-    monkeypatch.setattr(benchmarks, "run_task", lambda *given: {given[2].name: {"num_rows": NUM_ROWS, "group": None}})
+    monkeypatch.setattr(
+        benchmarks, "run_task", lambda *given: {given[2].name: {"num_rows": NUM_ROWS, "group": None, "metrics": {}}}
+    )
 
     def evaluate(*names: str) -> Any:
         config = a_config(folder, *names)
