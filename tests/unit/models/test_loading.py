@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from pocl_ray.config import StudentConfig, TeacherConfig
 from pocl_ray.errors import ModelError, ResourceError, StorageError
 from pocl_ray.models.building import build_model
 from pocl_ray.models.loading import check_same_tokenizer, load_model, load_tokenizer, num_parameters
-from pocl_ray.models.places import ModelRef, model_fingerprint
+from pocl_ray.models.places import ModelRef, model_fingerprint, read_config
 from pocl_ray.models.prepare import make_student, reference
 from pocl_ray.models.saving import save_model
 from pocl_ray.run_directory.storage import RunDirectory
@@ -133,10 +134,19 @@ def test_a_directory_without_config_or_weights_is_refused(saved):
     assert_refused(ModelRef(str(saved)), "has no config.json")
 
 
+def test_a_config_that_may_not_be_read_is_refused(saved, monkeypatch):
+    error = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=error))  # the tests may run as root, who may read all
+    with pytest.raises(ModelError, match=r"config\.json: cannot be read \(Permission denied\)"):
+        read_config(ModelRef(str(saved)))
+
+
 def test_damaged_files_are_refused(saved):
     ref = ModelRef(str(saved))
     config = (saved / "config.json").read_text()
     (saved / "config.json").write_text("{")
+    assert_refused(ref, "is not JSON")
+    (saved / "config.json").write_text("[" * 100_000)
     assert_refused(ref, "is not JSON")
     (saved / "config.json").write_text("[]")
     assert_refused(ref, "is not a JSON object")
