@@ -343,6 +343,10 @@ def main() -> None:
     except UserError as error:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
+    except PermissionError as error:  # a folder that may not be entered shows up wherever one looks into it first
+        told = f"{error.filename or 'a file'}: permission denied; allow this user to read and write there"
+        console.print(f"[bold red]error:[/] {_plain(told)}")
+        sys.exit(2)
     except GaveUpError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)

@@ -117,7 +117,8 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        # A TypeError comes of a generation_config.json that holds no object.
         raise ModelError(f"{ref.path}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     _check_complete(ref, loaded[1])

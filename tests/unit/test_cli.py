@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -177,3 +178,12 @@ def test_what_failed_too_often_ends_with_its_traceback_and_one_line_that_says_so
     assert out == ""
     assert "RuntimeError: worker 1 died" in err
     assert err.splitlines()[-1] == "error: distill: gave up after 4 tries [/]"
+
+
+def test_what_may_not_be_read_is_one_line(call: Call, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:  # the tests may run as root, who may read all
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/mine/models")
+
+    monkeypatch.setattr(cli, "_run_until", refuse)
+    told = "error: runs/mine/models: permission denied; allow this user to read and write there\n"
+    assert call("distill", config) == (2, "", told)
