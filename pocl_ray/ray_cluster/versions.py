@@ -45,8 +45,9 @@ def _digest(package: Path) -> str:
 
 def _digest_now(package: Path) -> str:
     """The hash of the files now, or an empty string if they are just being replaced: one of them, or all of them."""
-    digest, paths = hashlib.sha256(), sorted(package.rglob("*.py"))
+    digest = hashlib.sha256()
     try:
+        paths = sorted(package.rglob("*.py"))  # a folder may be gone by the time that it is walked
         for path in paths:
             digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     except FileNotFoundError:
