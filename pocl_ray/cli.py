@@ -344,7 +344,9 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {_plain(str(error))}")
         sys.exit(2)
     except PermissionError as error:  # a folder that may not be entered shows up wherever one looks into it first
-        told = f"{error.filename or 'a file'}: permission denied; allow this user to read and write there"
+        if error.filename is None:  # a socket, or a process: no place to name
+            raise
+        told = f"{error.filename}: permission denied; allow this user to read and write there"
         console.print(f"[bold red]error:[/] {_plain(told)}")
         sys.exit(2)
     except GaveUpError as error:

@@ -7,7 +7,7 @@ NaN, null or absent; a text where a number belongs is refused.
 from __future__ import annotations
 
 import json
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pocl_ray.errors import StorageError
-from pocl_ray.records import Order, Ramp, RowsSummary
+from pocl_ray.records import Ramp, RowsSummary, Stage
 
 VERSION = 1
 """The version of the run format, which stands in manifest.json."""
@@ -145,27 +145,17 @@ class RowsFile(_Shape):
     for_teacher: Sets | None = None
 
 
-class PlannedStage(_Shape):
-    """A stage of plan.json and race.json, in the form of `records.Stage.to_json`."""
+@dataclass(frozen=True)
+class _Planned(Stage):
+    """A stage in the form of `Stage.to_json`, which adds two figures and holds ramps of losses by their keys."""
 
-    index: int
-    buckets: list[int]
-    first_rank: int
-    end_rank: int
-    num_epochs: int
-    steps_per_epoch: int
-    kd_temperature: float
-    kd_ratio: float
-    restart_optimizer: bool
-    lr_first_step: int
-    lr_num_steps: int
-    max_steps: int | None = None
-    order: Order = "rank"
-    min_epochs: int | None = None
-    kd_temperature_ramp: _checked(Ramp) | None = None  # type: ignore[valid-type]
-    kd_ratio_ramp: _checked(Ramp) | None = None  # type: ignore[valid-type]
-    rescore: bool = False
-    loss_ramps: dict[str, _checked(Ramp)] = {}  # type: ignore[valid-type]
+    loss_ramps: dict[str, Ramp] = field(default_factory=dict)  # type: ignore[assignment]
+    num_rows: int = 0  # type: ignore[misc]
+    num_steps: int = 0  # type: ignore[misc]
+
+
+PlannedStage = _checked(_Planned)
+"""A stage of plan.json and race.json."""
 
 
 class PlanFile(_Shape):
@@ -174,7 +164,7 @@ class PlanFile(_Shape):
     num_rows: int
     bucket_ends: list[int]
     global_batch_rows: int
-    stages: list[PlannedStage]
+    stages: list[PlannedStage]  # type: ignore[valid-type]
 
 
 class RacePlan(_Shape):
@@ -191,7 +181,7 @@ class RaceFile(_Shape):
     num_steps: int
     plan: RacePlan
     decisions: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    stages: list[PlannedStage]
+    stages: list[PlannedStage]  # type: ignore[valid-type]
 
 
 SHAPES: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,18 @@ def test_a_folder_that_is_empty_for_a_moment_has_no_digest_yet(tmp_path: Path, m
     monkeypatch.setattr(versions_module.time, "sleep", unpack)
     assert versions_module._digest(tmp_path) == versions_module._digest_now(tmp_path)
     assert looks[:3] == ["", "", ""]
+
+
+def test_a_folder_that_vanishes_while_it_is_walked_has_no_digest_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.py").write_text("1")
+
+    def vanish(self: Path, pattern: str) -> Iterator[Path]:
+        yield self / "one.py"
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self / "room"))
+
+    with monkeypatch.context() as walked:
+        walked.setattr(Path, "rglob", vanish)
+        assert versions_module._digest_now(tmp_path) == ""
+    assert versions_module._digest_now(tmp_path) != ""
